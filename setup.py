@@ -1,0 +1,48 @@
+"""Installs the package `vlm_jax`. The versions it was tested with are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# What the law and the planner alone need is small on purpose: `pip install vlm_jax` plans on a laptop.
+setup(
+    name="vlm_jax",
+    version="0.1.0",
+    description="Inference-optimal vision-language models in JAX: train a grid, fit a law, plan from it",
+    long_description=Path(__file__).with_name("README.md").read_text()
+    if Path(__file__).with_name("README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlm_jax", "vlm_jax.*", "experiments", "experiments.*"]),
+    package_data={"vlm_jax": ["py.typed"]},
+    install_requires=[
+        "array-record",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.18",
+        "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
+        "jax>=0.10",
+        "jaxtyping",
+        "matplotlib",
+        "ml_collections",
+        "numpy",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "pillow",
+        "plotly",
+        "rich",
+        "scikit-image",
+        "scikit-learn",
+        "scipy",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "dev": ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+    },
+)
