@@ -1,0 +1,40 @@
+"""The letters of every axis, and the logical names that kernels and activations carry.
+
+Letters, used alike in einsum, annotations and docstrings:
+
+    B examples        H image side       P patches          V visual tokens kept
+    T text tokens     L = V + T          E encoder width    D decoder width
+    F feed-forward    N query heads      K key heads        C head channels
+    W vocabulary      S cache slots      A tapped encoder layers
+
+Logical names say what an axis *is*; `partitioning.py` alone says which mesh axis it lives on. `KERNEL_AXES` and
+`ACTIVATION_AXES` are the complete vocabularies: a rule table must cover all of both, and a test holds every model to
+it.
+"""
+
+# Axes of parameters.
+LAYERS = "layers"  # the stacked axis of a scan over blocks
+PATCH = "patch"  # pixels of one patch
+POSITION = "position"  # a learned position table, learned queries
+VISION = "vision"  # E, the residual stream of the encoder and compressor
+VISION_HEADS = "vision_heads"
+VISION_MLP = "vision_mlp"
+EMBED = "embed"  # D, the residual stream of the decoder
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+HEAD_DIM = "head_dim"
+MLP = "mlp"
+VOCAB = "vocab"
+NORM = "norm"  # scales and biases of one vector: small
+KERNEL_AXES = (
+    LAYERS, PATCH, POSITION, VISION, VISION_HEADS, VISION_MLP,
+    EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, NORM,
+)  # fmt: skip
+
+# Axes of activations.
+BATCH = "batch"
+LENGTH = "length"
+ACT_EMBED = "act_embed"
+ACT_VISION = "act_vision"
+ACT_VOCAB = "act_vocab"
+ACTIVATION_AXES = (BATCH, LENGTH, ACT_EMBED, ACT_VISION, ACT_VOCAB)
