@@ -1,0 +1,10 @@
+"""Annotations become assertions, warnings become errors (pyproject.toml), and every test sees eight CPU devices."""
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Stays installed for the whole session: modules are hooked when a test first imports them.
+jaxtyping.install_import_hook("vlm_jax", "beartype.beartype")

@@ -1,0 +1,116 @@
+"""The trained parts that compressors are made of: linear map, layer norm, two-layer MLP, multi-head attention.
+
+Each part is up to three functions that stand together: `init_*` returns boxed float32 weights, the part itself takes
+them unboxed and computes in the dtype of its input (statistics and softmax in float32), and `*_flops` counts its matrix
+products, a multiply-add as two; biases, LayerNorm, GELU and softmax are not counted.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vlm_jax.core.axes import HEAD_DIM, NORM, VISION, VISION_HEADS, VISION_MLP
+from vlm_jax.ops import weights as w
+from vlm_jax.ops.attention import attend
+
+Weights = dict[str, Any]  # nested, arrays at the leaves
+
+_NORM_EPS = 1e-6
+
+
+def init_linear(key: jax.Array, inputs: int, outputs: int, names: tuple[str, str] = (VISION, VISION_MLP)) -> Weights:
+    return {"kernel": w.dense(key, (inputs, outputs), names), "bias": w.zeros((outputs,), (NORM,))}
+
+
+def linear(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B *rows outputs"]:
+    return x @ weights["kernel"].astype(x.dtype) + weights["bias"].astype(x.dtype)
+
+
+def linear_flops(rows: int, inputs: int, outputs: int) -> float:
+    return 2.0 * rows * inputs * outputs
+
+
+def init_norm(width: int) -> Weights:
+    return {"scale": w.ones((width,), (NORM,)), "bias": w.zeros((width,), (NORM,))}
+
+
+def layer_norm(weights: Weights, x: Float[Array, "B *rows width"]) -> Float[Array, "B *rows width"]:
+    """LayerNorm over the last axis, computed in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPS)
+    return (unit * weights["scale"] + weights["bias"]).astype(x.dtype)
+
+
+def init_mlp(key: jax.Array, inputs: int, hidden: int, outputs: int) -> Weights:
+    up, down = jax.random.split(key)
+    return {
+        "up": init_linear(up, inputs, hidden, (VISION, VISION_MLP)),
+        "down": init_linear(down, hidden, outputs, (VISION_MLP, VISION)),
+    }
+
+
+def mlp(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B *rows outputs"]:
+    """Linear, GELU (exact), Linear."""
+    return linear(weights["down"], jax.nn.gelu(linear(weights["up"], x), approximate=False))
+
+
+def mlp_flops(rows: int, inputs: int, hidden: int, outputs: int) -> float:
+    return linear_flops(rows, inputs, hidden) + linear_flops(rows, hidden, outputs)
+
+
+def init_attention(key: jax.Array, width: int, heads: int, outputs: int) -> Weights:
+    """Projections of multi-head attention at `width`, whose output projection ends at `outputs`."""
+    keys = jax.random.split(key, 4)
+    channels = width // heads
+
+    def project_in(key: jax.Array) -> Weights:
+        return {
+            "kernel": w.dense(key, (width, heads, channels), (VISION, VISION_HEADS, HEAD_DIM)),
+            "bias": w.zeros((heads, channels), (VISION_HEADS, HEAD_DIM)),
+        }
+
+    return {
+        "query": project_in(keys[0]),
+        "key": project_in(keys[1]),
+        "value": project_in(keys[2]),
+        "out": {
+            "kernel": w.dense(keys[3], (heads, channels, outputs), (VISION_HEADS, HEAD_DIM, VISION), inputs=2),
+            "bias": w.zeros((outputs,), (NORM,)),
+        },
+    }
+
+
+def attention(
+    weights: Weights,
+    queries: Float[Array, "B T width"],
+    keys: Float[Array, "B S width"],
+    values: Float[Array, "B S width"],
+    mask: Bool[Array, "B S"] | None,
+    bias: Float[Array, "T N S"] | None = None,
+) -> Float[Array, "B T outputs"]:
+    """Multi-head cross-attention with its own input and output projections. Every compressor that attends does so here.
+
+    bias: added to the scores of query t, head n and key s.
+    mask: True where a key is real. A query none of whose keys is real gives the bias of the output projection.
+    """
+    q, k, v = (_heads(weights[name], x) for name, x in (("query", queries), ("key", keys), ("value", values)))
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, q.shape[1], mask.shape[1]))
+    if bias is not None:
+        bias = jnp.swapaxes(bias, 0, 1)[None].astype(queries.dtype)
+    mixed = attend(q, k, v, mask, bias=bias)
+    kernel, bias = (weights["out"][name].astype(mixed.dtype) for name in ("kernel", "bias"))
+    return jnp.einsum("btnc,nce->bte", mixed, kernel) + bias
+
+
+def attention_flops(queries: int, keys: int, pairs: int, width: int, outputs: int) -> float:
+    """`pairs` counts the (query, key) pairs that are scored: queries * keys, or fewer where attention is local."""
+    project_in = linear_flops(queries, width, width) + 2 * linear_flops(keys, width, width)
+    return project_in + 2 * linear_flops(pairs, width, 1) + linear_flops(queries, width, outputs)
+
+
+def _heads(weights: Weights, x: Float[Array, "B S width"]) -> Float[Array, "B S N C"]:
+    return jnp.einsum("bse,enc->bsnc", x, weights["kernel"].astype(x.dtype)) + weights["bias"].astype(x.dtype)

@@ -1,0 +1,145 @@
+"""Compressors whose every token reads only its own cell of the patch grid.
+
+The h x w grid falls into r x c equal cells, V = r c; r divides h, c divides w, and they need not be equal, so V = 2 is
+1 x 2. Both methods share everything but the query of a cell:
+
+    z      = the A tapped encoder layers side by side, [P, A E]; the tokens alone where spec.taps is 0
+    keys   = LN(Linear(GELU(Linear(z)))),  values likewise with weights of their own
+    token  = MultiHead(query, keys of its cell, values of its cell)
+
+`tokenpacker` (arXiv 2407.02392): query = LN(Linear(bilinear down-sampling of the tokens to r x c)).
+`quecc` (arXiv 2411.03312): the question enters the query,
+
+    u      = tokens + LN(Linear(text))
+    query  = Conv(LN(Linear(GELU(Linear(u)))))          depthwise, kernel = stride = one cell
+
+where text is the decoder's vector of the question, given by the caller without gradient. The papers' width is that of
+the encoder; here it is `spec.width`, and the attention's output projection returns to E. Both papers take the encoder's
+last layer but one; here `tokens` are what the encoder gives. Their last MLP, to the width of the language model, is not
+here: it is the projector of the `ModelSpec`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm_jax.compress import layers
+from vlm_jax.compress.layers import Weights
+from vlm_jax.core.axes import EMBED, NORM, POSITION, VISION
+from vlm_jax.core.specs import CompressorSpec
+from vlm_jax.core.structs import Visual
+from vlm_jax.ops import grid as g
+from vlm_jax.ops.weights import dense, zeros
+
+
+def cell_tokens(grid: g.Grid) -> tuple[int, ...]:
+    return tuple(g.cell_shapes(grid))
+
+
+def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
+    shared, query = jax.random.split(key)
+    return {
+        "query": layers.init_linear(query, spec.encoder_width, spec.width),
+        "query_norm": layers.init_norm(spec.width),
+        **_init_cells(shared, spec),
+    }
+
+
+def tokenpacker(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+    """Tokens [B, V, E], each from a query that is its down-sampled cell."""
+    (h, w), (r, c) = spec.grid, _shape(spec)
+    coarse, _ = g.weighted_mean(visual.tokens, visual.mask, g.bilinear(h, r), g.bilinear(w, c))
+    queries = layers.layer_norm(weights["query_norm"], layers.linear(weights["query"], coarse))
+    return _attend_to_cells(weights, queries, visual, spec)
+
+
+def tokenpacker_flops(spec: CompressorSpec) -> float:
+    down = g.weighted_mean_flops(spec.grid, _shape(spec), spec.encoder_width)
+    return down + layers.linear_flops(spec.tokens, spec.encoder_width, spec.width) + _cells_flops(spec)
+
+
+def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
+    shared, text, query, down = jax.random.split(key, 4)
+    cell = spec.grid[0] * spec.grid[1] // spec.tokens
+    return {
+        "text": layers.init_linear(text, spec.text_width, spec.encoder_width, (EMBED, VISION)),
+        "text_norm": layers.init_norm(spec.encoder_width),
+        "query": layers.init_mlp(query, spec.encoder_width, spec.width, spec.width),
+        "query_norm": layers.init_norm(spec.width),
+        "down": {"kernel": dense(down, (cell, spec.width), (POSITION, VISION)), "bias": zeros((spec.width,), (NORM,))},
+        **_init_cells(shared, spec),
+    }
+
+
+def quecc(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+    """Tokens [B, V, E], each from a query that is its cell together with the question."""
+    if text is None:
+        raise ValueError("quecc reads the question: text is None")
+    tokens = visual.tokens
+    question = layers.layer_norm(weights["text_norm"], layers.linear(weights["text"], text.astype(tokens.dtype)))
+    fine = layers.layer_norm(weights["query_norm"], layers.mlp(weights["query"], tokens + question[:, None]))
+    if visual.mask is not None:
+        fine = jnp.where(visual.mask[..., None], fine, 0)
+    # A depthwise convolution whose stride is its kernel is one weighted sum a cell and channel.
+    cells = g.split_cells(fine, spec.grid, _shape(spec))
+    kernel, bias = (weights["down"][name].astype(fine.dtype) for name in ("kernel", "bias"))
+    queries = jnp.einsum("bvse,se->bve", cells, kernel) + bias
+    return _attend_to_cells(weights, queries, visual, spec)
+
+
+def quecc_flops(spec: CompressorSpec) -> float:
+    patches = spec.grid[0] * spec.grid[1]
+    text = layers.linear_flops(1, spec.text_width, spec.encoder_width)
+    query = layers.mlp_flops(patches, spec.encoder_width, spec.width, spec.width)
+    return text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec)
+
+
+def _shape(spec: CompressorSpec) -> g.Grid:
+    return g.cell_shapes(spec.grid)[spec.tokens]
+
+
+def _init_cells(key: jax.Array, spec: CompressorSpec) -> Weights:
+    keys, values, attention = jax.random.split(key, 3)
+    layers_width = max(spec.taps, 1) * spec.encoder_width
+    return {
+        "keys": layers.init_mlp(keys, layers_width, spec.width, spec.width),
+        "keys_norm": layers.init_norm(spec.width),
+        "values": layers.init_mlp(values, layers_width, spec.width, spec.width),
+        "values_norm": layers.init_norm(spec.width),
+        "attention": layers.init_attention(attention, spec.width, spec.heads, spec.encoder_width),
+    }
+
+
+def _attend_to_cells(
+    weights: Weights, queries: Float[Array, "B V width"], visual: Visual, spec: CompressorSpec
+) -> Visual:
+    """Query v attends to the patches of cell v alone: one attention with B V examples of one query each."""
+    z = _tap_layers(visual, spec)
+
+    def by_cell(x: Array) -> Array:
+        cells = g.split_cells(x, spec.grid, _shape(spec))
+        return cells.reshape(-1, *cells.shape[2:])
+
+    keys, values = (
+        by_cell(layers.layer_norm(weights[f"{name}_norm"], layers.mlp(weights[name], z))) for name in ("keys", "values")
+    )
+    mask = None if visual.mask is None else by_cell(visual.mask)
+    tokens = layers.attention(weights["attention"], queries.reshape(-1, 1, spec.width), keys, values, mask)
+    kept = None if mask is None else mask.any(1).reshape(-1, spec.tokens)
+    return Visual(tokens.reshape(-1, spec.tokens, spec.encoder_width), mask=kept)
+
+
+def _tap_layers(visual: Visual, spec: CompressorSpec) -> Float[Array, "B P features"]:
+    if spec.taps == 0:
+        return visual.tokens
+    if visual.taps is None or visual.taps.shape[1] != spec.taps:
+        found = 0 if visual.taps is None else visual.taps.shape[1]
+        raise ValueError(f"{spec.name}: the spec says {spec.taps} tapped layers, {found} arrived")
+    batch, _, patches, _ = visual.taps.shape
+    return jnp.swapaxes(visual.taps, 1, 2).reshape(batch, patches, -1).astype(visual.tokens.dtype)
+
+
+def _cells_flops(spec: CompressorSpec) -> float:
+    patches = spec.grid[0] * spec.grid[1]
+    features = layers.mlp_flops(patches, max(spec.taps, 1) * spec.encoder_width, spec.width, spec.width)
+    return 2 * features + layers.attention_flops(spec.tokens, patches, patches, spec.width, spec.encoder_width)

@@ -1,0 +1,1 @@
+"""Floor 1: array functions that own nothing."""

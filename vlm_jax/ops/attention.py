@@ -1,0 +1,65 @@
+"""Scaled dot-product attention: the one place where queries meet keys, for every encoder, compressor and decoder.
+
+    out[b,t,n] = sum_s p[b,n,t,s] v[b,s,j]
+    p[b,n,t]   = softmax_s(cap(scale * q[b,t,n] . k[b,s,j]) + bias[b,n,t,s])          j = n // (N / K)
+
+The softmax is float32 whatever the dtype of the inputs. A query that may see no key reads zeros, and no gradient passes
+through it. What may be seen is the caller's business (`ops.masks`); this file knows no order and no causality.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def attend(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    mask: Bool[Array, "#B #N T S"] | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str = "xla",
+    bias: Float[Array, "#B #N T S"] | None = None,
+) -> Float[Array, "B T N C"]:
+    """Attention of T queries to S keys; N query heads share K key heads in groups of N / K.
+
+    mask: True where query t may see key s; None lets every query see every key.
+    scale: factor of the scores; None is C ** -0.5.
+    softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2). No
+        fused kernel knows it, so it takes our own path and `implementation` does not matter.
+    implementation: "xla" or "cudnn" (fused, NVIDIA GPUs, 16-bit inputs).
+    bias: added to the scaled scores; not together with a softcap.
+    """
+    if bias is not None and softcap is not None:
+        raise ValueError("attend: a bias and a softcap together are not supported")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if softcap is None:
+        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
+    else:
+        out = _softcapped(q, k, v, mask, scale, softcap)
+    if mask is None:
+        return out
+    sees_any = jnp.swapaxes(mask.any(-1), 1, 2)[..., None]
+    return jnp.where(sees_any, out, 0)
+
+
+def _softcapped(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    mask: Bool[Array, "#B #N T S"] | None,
+    scale: float,
+    softcap: float,
+) -> Float[Array, "B T N C"]:
+    batch, length, heads, channels = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, channels)
+    scores = scale * jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores / softcap)
+    if mask is not None:
+        every_head = jnp.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
+        by_group = every_head.reshape(mask.shape[0], *scores.shape[1:])
+        # Finite, so that a row without any key stays a number; `attend` then zeroes it.
+        scores = jnp.where(by_group, scores, jnp.finfo(jnp.float32).min / 2)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(q.shape)

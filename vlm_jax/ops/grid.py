@@ -1,0 +1,109 @@
+"""Arithmetic of the patch grid: between a row of P patches and h x w places, and from h x w places to r x c.
+
+Patches are counted along rows, left to right, then down. Everything about sizes is Python integers and NumPy, computed
+while a program is traced; only `to_grid`, `to_rows`, `split_cells` and `weighted_mean` touch arrays.
+
+    grid 4 x 4, shape 2 x 2:    0  1 |  2  3        cell 0 holds patches 0 1 4 5
+                                4  5 |  6  7        cell 1           2 3 6 7
+                                -----+------        cell 2           8 9 12 13
+                                8  9 | 10 11        cell 3           10 11 14 15
+                               12 13 | 14 15
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+Grid = tuple[int, int]  # rows, columns
+
+
+def to_grid(tokens: Shaped[Array, "B P *rest"], grid: Grid) -> Shaped[Array, "B h w *rest"]:
+    """Patches laid out on their grid."""
+    return tokens.reshape(tokens.shape[0], *grid, *tokens.shape[2:])
+
+
+def to_rows(tokens: Shaped[Array, "B h w *rest"]) -> Shaped[Array, "B P *rest"]:
+    """The inverse of `to_grid`."""
+    return tokens.reshape(tokens.shape[0], -1, *tokens.shape[3:])
+
+
+def split_cells(tokens: Shaped[Array, "B P *rest"], grid: Grid, shape: Grid) -> Shaped[Array, "B V S *rest"]:
+    """The patches of each of the r x c equal cells, V = r c cells of S = P / V patches. r divides h and c divides w."""
+    (h, w), (r, c) = grid, shape
+    rest = tokens.shape[2:]
+    parts = jnp.swapaxes(tokens.reshape(-1, r, h // r, c, w // c, *rest), 2, 3)
+    return parts.reshape(tokens.shape[0], r * c, -1, *rest)
+
+
+def pooling_shapes(grid: Grid) -> dict[int, Grid]:
+    """V -> (r, c) for every V that some r <= h, c <= w give; the most nearly square, and the wider of two."""
+    return _squarest(range(1, grid[0] + 1), range(1, grid[1] + 1))
+
+
+def cell_shapes(grid: Grid) -> dict[int, Grid]:
+    """V -> (r, c) for every V whose r divides h and c divides w: equal cells without a remainder. Squarest as above."""
+    return _squarest(*([n for n in range(1, size + 1) if size % n == 0] for size in grid))
+
+
+def _squarest(rows: range | list[int], columns: range | list[int]) -> dict[int, Grid]:
+    best: dict[int, Grid] = {}
+    for shape in sorted(((r, c) for r in rows for c in columns), key=lambda s: (max(s) / min(s), s[0])):
+        best.setdefault(shape[0] * shape[1], shape)
+    return dict(sorted(best.items()))
+
+
+def bins(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
+    """Weights of adaptive average pooling on one axis.
+
+    Row i holds ones from floor(i size / parts) up to ceil((i + 1) size / parts), so that neighbouring bins share a
+    place where their border falls inside it.
+    """
+    start = np.arange(parts) * size // parts
+    stop = -(-np.arange(1, parts + 1) * size // parts)
+    place = np.arange(size)[None, :]
+    return ((start[:, None] <= place) & (place < stop[:, None])).astype(np.float32)
+
+
+def bilinear(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
+    """Weights of linear down-sampling on one axis, parts <= size.
+
+    Row i reads the point (i + 1/2) size / parts - 1/2 between its two neighbours. Pixel centres, no smoothing
+    beforehand: a strong reduction reads the middle of each cell and skips the rest.
+    """
+    point = (np.arange(parts) + 0.5) * size / parts - 0.5
+    distance = np.abs(point[:, None] - np.arange(size)[None, :])
+    return np.maximum(0.0, 1.0 - distance).astype(np.float32)
+
+
+def weighted_mean(
+    tokens: Float[Array, "B P E"],
+    mask: Bool[Array, "B P"] | None,
+    rows: Float[np.ndarray, "r h"],
+    columns: Float[np.ndarray, "c w"],
+) -> tuple[Float[Array, "B V E"], Bool[Array, "B V"] | None]:
+    """The mean of the real tokens with weights rows[i, y] * columns[j, x], for each (i, j), and where there was any.
+
+    mask: True where a token is real; None means all are, and then the second output is None too. Where nothing real
+        has weight the mean is zero and the second output False.
+    """
+    if mask is None:
+        total = _sum(tokens, rows, columns)
+        return (total / (rows.sum(1)[:, None] * columns.sum(1)).reshape(1, -1, 1)).astype(tokens.dtype), None
+    real = mask[..., None]
+    total = _sum(jnp.where(real, tokens, 0), rows, columns)
+    share = _sum(real.astype(tokens.dtype), rows, columns)
+    mean = total / jnp.where(share > 0, share, 1.0)
+    return mean.astype(tokens.dtype), share[..., 0] > 0
+
+
+def _sum(tokens: Float[Array, "B P E"], rows: Float[np.ndarray, "r h"], columns: Float[np.ndarray, "c w"]) -> Array:
+    grid = to_grid(tokens, (rows.shape[1], columns.shape[1]))
+    # One axis at a time; the weights are small multiples of powers of two, so 16 bits hold them nearly exactly.
+    by_row = jnp.einsum("bhwe,rh->brwe", grid, rows.astype(tokens.dtype), preferred_element_type=jnp.float32)
+    return to_rows(jnp.einsum("brwe,cw->brce", by_row, columns, preferred_element_type=jnp.float32))
+
+
+def weighted_mean_flops(grid: Grid, shape: Grid, width: int) -> float:
+    """Floating-point operations of `weighted_mean` for one image: the two sums, a multiply-add is two."""
+    (h, w), (r, c) = grid, shape
+    return 2.0 * width * (r * h * w + r * c * w)

@@ -1,0 +1,52 @@
+"""Initialisers. Each returns one float32 array boxed with the logical names of its axes.
+
+The box is `flax.linen.LogicallyPartitioned`, so that a tree of these is both what linen's `param` accepts and what a
+plain function can unbox; `partitioning.py` turns the names into placements. Names come from `core.axes.KERNEL_AXES`,
+one per axis and none twice (two axes of one array cannot live on the same mesh axis).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.core.axes import KERNEL_AXES
+
+Shape = tuple[int, ...]
+Names = tuple[str, ...]
+
+# A normal cut off at two deviations has this deviation; dividing by it restores unit variance.
+_TRUNCATED_STDDEV = 0.8796256610342398
+
+
+def dense(key: jax.Array, shape: Shape, names: Names, inputs: int = 1) -> nn.LogicallyPartitioned:
+    """A kernel whose first `inputs` axes are summed over: LeCun normal, truncated, variance 1 / fan-in.
+
+    `dense(key, (E, N, C), (VISION, VISION_HEADS, HEAD_DIM))` maps E to heads; `dense(key, (N, C, E), names, inputs=2)`
+    maps back.
+    """
+    stddev = math.prod(shape[:inputs]) ** -0.5 / _TRUNCATED_STDDEV
+    return boxed(stddev * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32), names)
+
+
+def table(key: jax.Array, shape: Shape, names: Names, stddev: float = 0.02) -> nn.LogicallyPartitioned:
+    """Learned rows that are looked up or added, not multiplied: embeddings, positions, queries. Normal."""
+    return boxed(stddev * jax.random.normal(key, shape, jnp.float32), names)
+
+
+def zeros(shape: Shape, names: Names) -> nn.LogicallyPartitioned:
+    return boxed(jnp.zeros(shape, jnp.float32), names)
+
+
+def ones(shape: Shape, names: Names) -> nn.LogicallyPartitioned:
+    return boxed(jnp.ones(shape, jnp.float32), names)
+
+
+def boxed(value: jax.Array, names: Names) -> nn.LogicallyPartitioned:
+    """Given values with the names of their axes."""
+    if len(names) != value.ndim or len(set(names)) != len(names) or not set(names) <= set(KERNEL_AXES):
+        raise ValueError(
+            f"axis names {names} do not fit an array of shape {value.shape}: one of {KERNEL_AXES} per axis"
+        )
+    return nn.LogicallyPartitioned(value, names)
