@@ -1,0 +1,142 @@
+"""Costs against XLA's own count of unscanned programs, and against sums written out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from builders import COMPUTE, batch, model
+from flax.linen import unbox
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import DecoderSpec, EncoderSpec
+from vlm_jax.core.tree import count
+from vlm_jax.models.decoder import Decoder
+from vlm_jax.models.vision import Encoder
+from vlm_jax.models.vlm import Vlm
+from vlm_jax.ops import masks
+from vlm_jax.sizing import chips, cost, zoo
+
+# One layer: XLA counts the body of a scan once, so a scan of one is counted right. Wide enough that products rule.
+WIDE = DecoderSpec("wide", 256, 1, 4, 2, 64, 768, 512)
+EYE = EncoderSpec("eye", 64, 8, 256, 1, 4, 768, pooling_head=False)
+
+
+def xla_flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def slots(tokens):
+    text = jnp.zeros((1, tokens), jnp.int32)
+    return text, masks.image_and_text(0, text + 1, jnp.arange(tokens)[None], text == 0, "causal")
+
+
+@pytest.mark.parametrize("spec", [WIDE, dataclasses.replace(WIDE, kv_heads=4, tied_head=False, qkv_bias=True)])
+def test_decoder_pass_agrees_with_xla(spec):
+    text, where = slots(48)
+    params = jax.eval_shape(Decoder(spec, COMPUTE).init, jax.random.key(0), text, where)
+    counted = xla_flops(Decoder(spec, COMPUTE).apply, params, text, where)
+    assert cost.pass_flops(spec, 48, 48, 48).total == pytest.approx(counted, rel=0.02)
+
+
+def test_encoder_agrees_with_xla():
+    image = jnp.zeros((1, 64, 64, 3))
+    params = jax.eval_shape(Encoder(EYE, COMPUTE).init, jax.random.key(0), image)
+    counted = xla_flops(lambda p, x: Encoder(EYE, COMPUTE).apply(p, x, method="encode").tokens, params, image)
+    assert cost.encoder_flops(EYE) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("train", [("decoder",), ("connector", "decoder"), ("connector",)])
+def test_training_agrees_with_xla(train):
+    wide = {
+        name: getattr(WIDE, name) for name in ("width", "depth", "heads", "kv_heads", "head_dim", "mlp_width", "vocab")
+    }
+    spec = model("pool", **wide)
+    rows = batch(rows=1, questions=8)
+    rows = rows._replace(text=rows.text % 512)
+    vlm = Vlm(spec, COMPUTE)
+    shapes = jax.eval_shape(lambda key: unbox(vlm.init(key) | {"encoder": vlm.init_encoder(key)}), jax.random.key(0))
+    frozen = {k: v for k, v in shapes.items() if k not in train}
+
+    def loss(live, rest, rows, features):
+        prefix = vlm.visual_prefix(live | rest, rows._replace(image=None, features=features))
+        hidden, _ = vlm.hidden(live | rest, prefix, rows)
+        return jnp.mean(jax.nn.log_softmax(vlm.logits(live | rest, hidden))[..., 0])
+
+    features = jax.eval_shape(vlm.encode, shapes, rows.image)
+    live = {name: shapes[name] for name in train}
+    counted = xla_flops(jax.grad(loss), live, frozen, rows, features)
+    got = cost.train_flops(spec, rows.text.shape[1], train, "stored")
+    assert got == pytest.approx(counted, rel=0.04)  # the softmax of the loss and its gradient are not products
+
+
+def test_an_answer_costs_the_sum_of_its_steps():
+    steps = [cost.pass_flops(WIDE, 1, 30 + t, 1) for t in range(1, 8)]
+    whole = cost.decode_flops(WIDE, 30, 8)
+    assert whole.attention == pytest.approx(sum(s.attention for s in steps))
+    assert whole.total == pytest.approx(sum(s.total for s in steps))
+    assert cost.decode_flops(WIDE, 30, 1).total == 0
+
+
+def test_parts_of_a_question():
+    spec = model("resampler", 4)
+    parts = cost.flops(spec, 10, 3)
+    assert parts.prefill == cost.pass_flops(spec.decoder, 14, 14, 1)
+    assert parts.question.total == 0
+    assert parts.total == pytest.approx(sum(cost.row_fields(parts).values()))
+    reads = cost.flops(model("quecc", 4), 10, 3)
+    assert reads.question == cost.pass_flops(spec.decoder, 10, 10, 0)
+    assert reads.prefill == parts.prefill
+
+
+def test_blind_pays_for_text_only():
+    parts = cost.flops(model("blind", 0), 10, 3)
+    assert (parts.encoder, parts.compressor, parts.projector) == (0, 0, 0)
+    assert parts.prefill == cost.pass_flops(model().decoder, 10, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("clip-l14-336", 0.381),
+        ("siglip-so400m14-224", 0.219),
+        ("siglip-so400m14-384", 0.665),
+        ("siglip-b16-224", 0.035),
+    ],
+)
+def test_encoders_cost_what_is_known(name, tflops):
+    assert cost.encoder_flops(zoo.encoder(name)) / 1e12 == pytest.approx(tflops, rel=0.005)
+
+
+@pytest.mark.parametrize("compressor", ["pool", "resampler", "tokenpacker", "quecc"])
+def test_a_model_has_as_many_scalars_as_its_parts(compressor):
+    spec = model(compressor, 4, tied_head=False)
+    vlm = Vlm(spec, COMPUTE)
+    shapes = jax.eval_shape(lambda key: vlm.init(key) | {"encoder": vlm.init_encoder(key)}, jax.random.key(0))
+    parts = cost.params(spec)
+    assert parts.total == count(shapes)
+    assert parts.compressor + parts.projector == count(shapes["connector"])
+    assert parts.embedding == 2 * spec.decoder.vocab * spec.decoder.width
+
+
+def test_cache_bytes():
+    assert cost.cache_bytes(zoo.decoder("llama2-7b"), 1) == 2 * 32 * 4096 * 2  # half a megabyte a token
+    assert cost.cache_bytes(zoo.decoder("llama3.1-8b"), 1) == 2 * 32 * 8 * 128 * 2
+
+
+def test_unknown_names_raise():
+    with pytest.raises(UserError, match="dtype"):
+        cost.weight_bytes(1, "float31")
+    with pytest.raises(UserError, match="projector"):
+        cost.projector_params("conv", 1, 1)
+    with pytest.raises(UserError, match="part"):
+        cost.train_flops(model(), 8, ("head",), "stored")
+
+
+def test_a_part_takes_the_slower_of_its_two_limits():
+    v6e = chips.chip("V6E")
+    assert chips.part_time(9.2e14, 1.0, v6e, 1, chips.IDEAL) == (1.0, "compute")
+    assert chips.part_time(1.0, 1.6e12, v6e, 1, chips.IDEAL) == (1.0, "memory")
+    assert chips.part_time(9.2e14, 1.0, v6e, 4, chips.Efficiency(0.5, 1.0)).secs == pytest.approx(0.5)
+    with pytest.raises(UserError, match="did you mean 'v6e'"):
+        chips.chip("v6")

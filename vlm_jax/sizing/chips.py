@@ -1,0 +1,82 @@
+"""Accelerators, and how long a piece of work takes on them.
+
+A part takes max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency)): compute and memory traffic overlap,
+parts do not (the roofline model, doi:10.1145/1498765.1498785). Peaks are the vendors' figures for dense bfloat16.
+Several chips are an ideal division of work and bytes: traffic between chips is left out, so figures for more than one
+chip are lower bounds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from vlm_jax.core.errors import unknown
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator as its vendor describes it."""
+
+    name: str
+    peak_flops: float  # bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of its memory
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the published peaks that a real program reaches. The defaults are an assumption, typical of large
+    dense products and of streaming reads; `scaling.latency.calibrate` replaces them by a measurement."""
+
+    compute: int | float = 0.6
+    bandwidth: int | float = 0.8
+
+
+ASSUMED, IDEAL = Efficiency(), Efficiency(1.0, 1.0)
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 2.75e14, 1.2e12, 32e9),
+        Chip("v5e", 1.97e14, 8.1e11, 16e9),
+        Chip("v5p", 4.59e14, 2.8e12, 96e9),
+        Chip("v6e", 9.2e14, 1.6e12, 32e9),
+        Chip("v7x", 2.307e15, 7.4e12, 192e9),
+        Chip("a100", 3.12e14, 2.04e12, 80e9),
+        Chip("h100", 9.89e14, 3.35e12, 80e9),
+        Chip("h200", 9.89e14, 4.8e12, 141e9),
+    )
+}
+
+
+class PartTime(NamedTuple):
+    """Seconds of one part, and which of the two limits it."""
+
+    secs: float
+    binds: Literal["compute", "memory"]
+
+
+def chip(name: str) -> Chip:
+    """The chip of that name, in either case. Raises `UserError` that suggests the nearest."""
+    if name.lower() not in CHIPS:
+        raise unknown("chip", name, CHIPS)
+    return CHIPS[name.lower()]
+
+
+def part_time(
+    flops: int | float, moved_bytes: int | float, on: Chip, chips: int = 1, efficiency: Efficiency = ASSUMED
+) -> PartTime:
+    """Seconds for `flops` and `moved_bytes`, both summed over the batch, on `chips` chips."""
+    compute = flops / (on.peak_flops * efficiency.compute * chips)
+    memory = moved_bytes / (on.bandwidth * efficiency.bandwidth * chips)
+    return PartTime(compute, "compute") if compute >= memory else PartTime(memory, "memory")
+
+
+_DEVICE_KINDS = (
+    ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5p", "v5p"), ("v5", "v5p"), ("v6", "v6e"), ("v7", "v7x"), ("v4", "v4"),
+    ("h100", "h100"), ("h200", "h200"), ("a100", "a100"),
+)  # fmt: skip
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip behind JAX's `device_kind` ("TPU v5 lite", "NVIDIA H100 80GB HBM3"); None for one not in the table."""
+    return next((CHIPS[name] for text, name in _DEVICE_KINDS if text in kind.lower()), None)
