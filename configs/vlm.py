@@ -1,0 +1,99 @@
+"""The study's recipe: a frozen SigLIP-style encoder, a compressor, a small decoder trained from scratch.
+
+    python -m vlm_jax.train --config configs/vlm.py:llm=d96,tokens=4,family=ocr --workdir workdirs/one
+    python -m vlm_jax.train --config configs/vlm.py:smoke --workdir workdirs/smoke      # about a minute on a CPU
+
+The decoder starts from random weights, so there is nothing to align it with first: one stage trains connector and
+decoder together. `stages=2` is LLaVA's order, connector first, for a decoder that was trained before.
+"""
+
+from ml_collections import ConfigDict
+
+from vlm_jax.config.arguments import parse_arg
+from vlm_jax.core.errors import unknown
+from vlm_jax.sizing import zoo
+
+# `pair_tokens`: the longest question with its answer; the loader refuses a row that does not fit, and says what would.
+# Facts get few steps on purpose: later, wide decoders know the whole table and there is no error left to fit.
+FAMILIES = {
+    "ocr": dict(
+        dataset="glyph_ocr", study="rows4", demo="rows4_small", steps=1000, pair_tokens=8, questions=4, answer_tokens=5
+    ),
+    "facts": dict(
+        dataset="glyph_facts", study="facts256", demo="facts256_small", steps=400, pair_tokens=4, questions=8,
+        answer_tokens=2,
+    ),
+    "scene": dict(
+        dataset="glyph_scene", study="sums3", demo="sums3_small", steps=1000, pair_tokens=7, questions=4,
+        answer_tokens=2,
+    ),
+}  # fmt: skip
+# Upper limits of the steps; "demo" also reads smaller data, and "smoke" only shows that everything runs.
+RECIPES = {"study": 1000, "demo": 400, "smoke": 60}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    arg = parse_arg(
+        arg,
+        llm="d48",
+        tokens=4,
+        compressor="",  # default: resampler, and blind where tokens=0
+        family="ocr",
+        recipe="study",
+        smoke=False,  # the same as recipe=smoke
+        data="",  # another builder config of the family's data set
+        steps=0,  # 0: as the family and the recipe say
+        lr=3e-3,  # of the connector, and of a decoder of width 24
+        stages=1,
+        seed=0,
+    )
+    recipe = "smoke" if arg.smoke else arg.recipe
+    for kind, name, valid in (("family", arg.family, FAMILIES), ("recipe", recipe, RECIPES)):
+        if name not in valid:
+            raise unknown(kind, name, valid)
+    family = FAMILIES[arg.family]
+    steps = arg.steps or min(family["steps"], RECIPES[recipe])
+    compressor = arg.compressor or ("resampler" if arg.tokens else "blind")
+    questions = 1 if compressor == "quecc" else family["questions"]  # QueCC's tokens follow one question
+
+    c = ConfigDict()
+    c.model = dict(
+        encoder="glyph-64",
+        taps=(1, 2, 3, 4) if compressor in ("tokenpacker", "quecc") else (),
+        # Cross-attention over all patches with many heads: with few, a narrow decoder looks worse than it is.
+        compressor=dict(name=compressor, tokens=arg.tokens, width=64, heads=16, depth=1, mlp_width=128),
+        projector="linear",
+        llm=arg.llm,
+        vocab=0,  # 0: as in the zoo
+        mask="causal",
+    )
+    c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
+    c.data = dict(
+        dataset=family["dataset"],
+        config=arg.data or family["study" if recipe == "study" else "demo"],
+        train_split="train",
+        test_split="test",
+        batch_examples=32,
+        questions_per_example=questions,
+        text_tokens=questions * family["pair_tokens"],
+        frozen_features=True,
+    )
+    both = dict(
+        name="both", total_steps=steps, train=("connector", "decoder"), peak_lr=arg.lr, warmup_steps=steps // 20
+    )
+    align = dict(both, name="align", total_steps=steps // 4, train=("connector",), warmup_steps=steps // 80)
+    c.stages = (both,) if arg.stages == 1 else (align, both)
+    # Wider decoders want smaller steps: between 24 and 192 channels the better of two rates fell about as width^-1/2.
+    scale = (24 / zoo.decoder(arg.llm).width) ** 0.5
+    c.optim = dict(
+        weight_decay=1e-4, clip_norm=1.0, b1=0.9, b2=0.99, final_lr_share=0.02, lr_scale=(("^decoder/", scale),)
+    )
+    c.compute = dict(
+        dtype="float32", remat="none", attention="xla", microbatches=1, strategy="replicated", mesh=(-1, 1, 1)
+    )
+    c.evaluation = dict(examples=0, questions_per_example=2, batch_examples=256, max_new_tokens=family["answer_tokens"])
+    c.seed = arg.seed
+    c.log_every_steps = max(steps // 20, 1)
+    c.save_every_steps = 0
+    c.keep_checkpoints = 1
+    return c

@@ -1,0 +1,131 @@
+"""ConfigDict in, `RunSpec` out, strictly both ways: an unknown key raises, a missing key raises, and impossible
+choices are refused here, before anything is built. A model is named by its zoo entries; their sizes flow into the
+compressor's spec.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.compress import catalog
+from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.specs import CompressorSpec, ModelSpec, RunSpec
+from vlm_jax.sizing import zoo
+
+_MODEL_KEYS = ("encoder", "taps", "compressor", "projector", "llm", "vocab", "mask")
+_COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
+_CHOICES = {
+    "model.mask": ("causal", "prefix"),
+    "compute.dtype": ("float32", "bfloat16"),
+    "compute.remat": ("none", "dots", "block"),
+    "compute.attention": ("xla", "cudnn"),
+}
+PARTS = ("encoder", "connector", "decoder")
+
+
+def resolve(config: ConfigDict) -> RunSpec:
+    """Raises `UserError` that names the field, its nearest valid name and the fix."""
+    values = config.to_dict()
+    if "model" not in values:
+        raise UserError("config field model is missing")
+    spec = _dataclass(RunSpec, {**values, "model": _model(values["model"])}, "")
+    _check(spec)
+    return spec
+
+
+def _model(values: Mapping[str, Any]) -> ModelSpec:
+    _keys("model", values, _MODEL_KEYS)
+    _keys("model.compressor", values["compressor"], _COMPRESSOR_KEYS)
+    encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
+    taps = tuple(values["taps"])
+    if any(not 1 <= tap <= encoder.depth for tap in taps):
+        raise UserError(f"config field model.taps={list(taps)}: {encoder.name} has blocks 1 to {encoder.depth}")
+    encoder = dataclasses.replace(encoder, taps=taps)
+    if values["vocab"]:
+        decoder = dataclasses.replace(decoder, vocab=values["vocab"])
+    compressor = CompressorSpec(
+        grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width, **values["compressor"]
+    )
+    catalog.check(compressor)
+    return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+
+
+def _check(spec: RunSpec) -> None:
+    """What the types cannot say."""
+    for field, valid in _CHOICES.items():
+        part, name = field.split(".")
+        value = getattr(getattr(spec, part), name)
+        if value not in valid:
+            raise unknown(f"config field {field}:", value, valid)
+    packed = spec.data.questions_per_example > 1
+    if packed and catalog.row(spec.model.compressor.name).query_dependent:
+        raise UserError(
+            f"compressor {spec.model.compressor.name} follows one question: set data.questions_per_example=1, "
+            f"not {spec.data.questions_per_example}"
+        )
+    if packed and spec.model.mask == "prefix":
+        raise UserError("model.mask=prefix lets the image see the question: set data.questions_per_example=1")
+    for stage in spec.stages:
+        for part in stage.train:
+            if part not in PARTS:
+                raise unknown(f"stages ({stage.name}) train:", part, PARTS)
+        if "encoder" in stage.train and spec.data.frozen_features:
+            raise UserError(f"stage {stage.name} trains the encoder: set data.frozen_features=False")
+        if not 0 <= stage.warmup_steps <= stage.total_steps:
+            raise UserError(f"stage {stage.name}: warmup_steps must lie between 0 and total_steps={stage.total_steps}")
+    if not spec.stages:
+        raise UserError("config field stages is empty: name at least one stage")
+
+
+def _keys(where: str, values: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in wanted:
+            raise unknown(f"config field {where}.{key}:".replace("..", "."), key, wanted)
+    missing = [key for key in wanted if key not in values]
+    if missing:
+        raise UserError(f"config field {where}.{missing[0]} is missing")
+
+
+def _dataclass(cls: type, values: Any, where: str) -> Any:
+    """Nested mappings -> nested dataclasses, every field present and of its type."""
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise UserError(f"config field {where}: a group of fields is wanted, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    required = tuple(f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
+    for key in values:
+        if key not in hints:
+            raise unknown(f"config field {f'{where}.{key}'.lstrip('.')}:", key, hints)
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise UserError(f"config field {f'{where}.{missing[0]}'.lstrip('.')} is missing")
+    return cls(**{key: _value(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is Ellipsis:
+            return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
+        if len(args) == len(value):
+            pairs = zip(args, value, strict=True)
+            return tuple(_value(arg, item, f"{where}.{i}") for i, (arg, item) in enumerate(pairs))
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise UserError(f"config field {where}={value!r}: {getattr(hint, '__name__', hint)} is wanted")
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
+    """The inverse of `core.specs.to_dict`, for a spec stored beside a checkpoint. As strict as `resolve`."""
+    return _dataclass(RunSpec, values, "")
