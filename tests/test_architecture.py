@@ -1,0 +1,75 @@
+"""The house: every file has a floor, imports only go down, siblings on one floor do not import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "core": 0,
+    "ops": 1,
+    "compress": 2,
+    "sizing": 3,
+    "config": 4,
+    "partitioning": 5,
+    "models": 5,
+    "data": 5,
+    "store": 5,
+    "training": 6,
+    "evaluation": 6,
+    "scaling": 6,
+    "build": 7,
+}
+DOORS = 8
+FILES = sorted(ROOT.glob("vlm_jax/**/*.py"))
+
+
+def room(dotted: str) -> str:
+    """`vlm_jax.models.vlm` -> `models`."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def floor(name: str) -> int:
+    return FLOORS.get(name, DOORS)
+
+
+def imports(path: Path) -> list[str]:
+    """Every project module that a file imports, at its top or inside a function."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [
+                f"{node.module}.{alias.name}" if node.module == "vlm_jax" else node.module for alias in node.names
+            ]
+    return [name for name in found if name.split(".")[0] in ("vlm_jax", "experiments", "tests")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path: Path) -> None:
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    mine = room(dotted)
+    if mine in ("", "__init__"):
+        return
+    for name in imports(path):
+        assert name.startswith("vlm_jax"), f"the library does not import {name}"
+        theirs = room(name)
+        if theirs in ("", mine, "__version__"):
+            continue
+        assert floor(theirs) < floor(mine), f"{dotted} (floor {floor(mine)}) imports {name} (floor {floor(theirs)})"
+
+
+def test_only_partitioning_says_mesh() -> None:
+    words = ("PartitionSpec", "make_mesh", "NamedSharding")
+    speakers = {str(p.relative_to(ROOT)) for p in FILES if any(word in p.read_text() for word in words)}
+    assert speakers == {"vlm_jax/partitioning.py"}
+
+
+def test_no_file_of_a_thousand_ideas() -> None:
+    """No module outgrows what one can hold in mind, and none is named after having no subject."""
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 400, path
+        assert path.stem not in ("utils", "common", "helpers", "misc", "base"), path

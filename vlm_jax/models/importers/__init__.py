@@ -1,0 +1,1 @@
+"""Weights between this project and the formats that people hold."""
