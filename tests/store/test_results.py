@@ -1,0 +1,76 @@
+"""Rows survive crashes and concurrent writers, and bad files are told in one line."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.rows import FIELDS, ResultRow
+from vlm_jax.store import results
+
+
+def row(**fields):
+    types = {field.name: field.type for field in dataclasses.fields(ResultRow)}
+    return ResultRow(**{**{name: types[name](1) for name in FIELDS}, **fields})
+
+
+def test_what_was_appended_is_read(tmp_path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    rows = [row(cell="a", error=0.25, spec_hash="x"), row(cell="b", seed=3, spec_hash="y")]
+    for one in rows:
+        results.append(path, one)
+    assert results.read(path) == rows
+    assert results.done(path) == {"x", "y"}
+    assert results.done(tmp_path / "none.jsonl") == set()
+
+
+def test_writers_do_not_mix_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: results.append(path, row(cell="c" * 500, spec_hash=str(i))), range(64)))
+    assert results.done(path) == {str(i) for i in range(64)}
+
+
+def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    results.append(path, row(spec_hash="x"))
+    with path.open("a") as file:
+        file.write('{"cell": "half')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: a half-written last line .* delete it"):
+        results.read(path)
+    results.append(path, row(spec_hash="y"))
+    with pytest.raises(UserError, match=r"rows\.jsonl:2"):
+        results.read(path)
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line)["spec_hash"] for line in whole] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"error": None}, r"rows\.jsonl:1: missing field\(s\) error"),
+        ({"colour": "red"}, r"rows\.jsonl:1: unknown field\(s\) colour"),
+        ({"error": "0.5"}, r"rows\.jsonl:1: error is '0\.5'; it must be a finite float"),
+        ({"llm_params": 1.5}, "llm_params is 1.5; it must be a finite int"),
+        ({"cell": 3}, "cell is 3; it must be text"),
+    ],
+)
+def test_a_line_that_is_no_row_is_told(tmp_path, change, message):
+    values = {**dataclasses.asdict(row()), **change}
+    values = {name: value for name, value in values.items() if value is not None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(values) + "\n")
+    with pytest.raises(UserError, match=message):
+        results.read(tmp_path / "rows.jsonl")
+
+
+def test_a_row_that_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="error=nan"):
+        results.append(tmp_path / "rows.jsonl", row(error=float("nan")))
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        results.read(tmp_path / "none.jsonl")

@@ -1,0 +1,91 @@
+"""Plans a model for a budget: `python -m vlm_jax.plan --law law.json --question-tokens 50 --answer-tokens 20 --tflops
+2`.
+
+Ranks every combination of encoder, LLM, compressor and visual tokens that the budget allows by the error that the law
+predicts, with the cost and latency of each part. Touches no accelerator.
+"""
+
+import sys
+
+from vlm_jax.core.errors import Flags, UserError, door
+
+
+def parser() -> Flags:
+    """The flags."""
+    flags = Flags(prog="python -m vlm_jax.plan", description=__doc__)
+    flags.add_argument("--law", required=True, help="law.json of vlm_jax.fit_law")
+    flags.add_argument("--family", help="family of tasks; needed where the law has several")
+    flags.add_argument("--question-tokens", type=float, default=50)
+    flags.add_argument("--answer-tokens", type=float, default=20)
+    flags.add_argument("--cached-question", action="store_const", const="cached", default="fresh", dest="question")
+    budget = flags.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--tflops", type=float, help="TFLOPs per request")
+    budget.add_argument("--latency-ms", type=float, help="milliseconds per batch; needs --chip")
+    budget.add_argument("--cache-mb", type=float, help="megabytes of keys and values per request")
+    budget.add_argument("--usd-per-million-requests", type=float, help="needs --usd-per-chip-hour and --chip")
+    flags.add_argument("--usd-per-chip-hour", type=float)
+    flags.add_argument("--chip", help="v4, v5e, v5p, v6e, v7x, a100, h100, h200")
+    flags.add_argument("--chips", type=int, default=1)
+    flags.add_argument("--batch", type=int, default=1)
+    flags.add_argument(
+        "--calibrate", help="CSV of measured parts (chip,chips,flops,bytes,secs) to replace the assumed efficiency"
+    )
+    for name in ("encoders", "llms", "compressors"):
+        flags.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=f"only these {name}")
+    flags.add_argument("--tokens", nargs="+", type=int, metavar="V", help="only these numbers of visual tokens")
+    flags.add_argument(
+        "--offsets", help="CSV of measured compressors; their differences at equal V are added to the error"
+    )
+    flags.add_argument("--mode", default="full", help="full, or paper: charge 2 N (Q + V) only")
+    flags.add_argument("--top", type=int, default=12, help="how many choices to list")
+    flags.add_argument("--json", action="store_true", help="print an object instead of tables")
+    flags.add_argument("--html", help="write an interactive page")
+    flags.add_argument("--figures", help="write PNG figures into this folder")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Parses, searches, prints, draws."""
+    flags = parser().parse_args(argv)
+
+    from vlm_jax.scaling import budgets, frontier, latency, lawfile, offsets, report
+    from vlm_jax.sizing import chips
+
+    law = lawfile.read(flags.law)
+    law.family(flags.family)
+    given = {kind: getattr(flags, kind) for kind in budgets.BUDGETS if getattr(flags, kind) is not None}
+    ((kind, amount),) = given.items()
+    budget = budgets.Budget(kind, amount, flags.usd_per_chip_hour)
+    if flags.top < 1:
+        raise UserError(f"--top {flags.top} must be at least 1")
+    request = latency.Request(
+        flags.question_tokens, flags.answer_tokens, flags.batch, flags.question,
+        on=chips.chip(flags.chip) if flags.chip else None, chips=flags.chips,
+        efficiency=latency.calibrate(flags.calibrate) if flags.calibrate else chips.ASSUMED,
+    )  # fmt: skip
+    limits = {
+        "encoders": tuple(flags.encoders),
+        "llms": tuple(flags.llms),
+        "compressors": tuple(flags.compressors),
+        "tokens": tuple(flags.tokens) if flags.tokens else None,
+        "offsets": offsets.read(flags.offsets) if flags.offsets else {},
+    }
+    plan = frontier.plan(law, budget, request, family=flags.family, mode=flags.mode, top=flags.top, **limits)
+    if flags.json:
+        sys.stdout.write(report.plan_json(plan, budget, request, flags.mode))
+    else:
+        report.print_plan(plan, budget, request, flags.mode, report.console())
+    if flags.html:
+        from vlm_jax.scaling import page
+
+        page.write(flags.html, law, flags.family, request, limits)
+    if flags.figures:
+        from vlm_jax.scaling import planner_plots
+
+        with report.progress(len(law.families) + 3) as progress:
+            planner_plots.planner_figures(flags.figures, law, flags.family, request, limits, progress=progress)
+    return 0
+
+
+if __name__ == "__main__":
+    door(main)()

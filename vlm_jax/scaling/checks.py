@@ -1,0 +1,158 @@
+"""What can be wrong with rows and fits, in words. A warning is `code: sentence`; the codes are stable, the sentences
+may change."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.scaling import laws, solve, table
+from vlm_jax.scaling.laws import Floats
+from vlm_jax.scaling.table import Cell, Table, params_label
+
+if TYPE_CHECKING:
+    from vlm_jax.scaling.fit import FormFit
+
+CODES = (
+    "above_blind", "blind_missing", "d_not_identified", "duplicated_cells", "exponent_at_bound", "few_cells",
+    "lack_of_fit", "non_monotone", "optimum_on_edge", "ratio_unbounded", "repeated_values",
+)  # fmt: skip
+_LONG = 6  # decimals of a number that does not come up twice by chance
+
+
+def require_fit(cells: tuple[Cell, ...], family: str, loss: str, fixed_floor: int | float) -> None:
+    """Raises `UserError` where no law in N and V can be fitted."""
+    if not cells:
+        raise UserError(f"family {family!r} has no row with visual_tokens above 0")
+    first = cells[0].where.rpartition(":")[0] or cells[0].where
+    for field, values in (
+        ("LLM size", {c.params for c in cells}),
+        ("number of visual tokens", {c.tokens for c in cells}),
+    ):
+        if len(values) < 2:
+            raise UserError(
+                f"{first}: family {family!r} has one {field} only ({values.pop():g}); a law needs two or more"
+            )
+    for cell in cells:
+        if loss == "log" and cell.error <= 0:
+            raise UserError(f"{cell.where}: an error of 0 has no logarithm; use --loss squared")
+        if fixed_floor > cell.error:
+            raise UserError(
+                f"{cell.where}: error {cell.error:g} lies below the fixed floor {fixed_floor:g}; lower --fixed-d"
+            )
+
+
+def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str, Any]:
+    """Pure noise from replicates: the pooled standard deviation within cells, and the F test of lack of fit against it.
+
+    All values are null where no cell has a replicate.
+    """
+    cells, index = np.unique(cell, return_inverse=True)
+    means = np.bincount(index, error) / np.bincount(index)
+    pure, pure_dof = float(np.sum((error - means[index]) ** 2)), len(error) - len(cells)
+    lack_dof = len(cells) - free_params
+    if pure_dof == 0:
+        return {"replicates": 0, "stdev": None, "lack_of_fit_p": None}
+    from scipy.special import fdtrc
+
+    p_value = None
+    if pure > 0 and lack_dof > 0:
+        p_value = float(fdtrc(lack_dof, pure_dof, max(sse - pure, 0) / lack_dof / (pure / pure_dof)))
+    return {"replicates": pure_dof, "stdev": float(np.sqrt(pure / pure_dof)), "lack_of_fit_p": p_value}
+
+
+def warnings(
+    original: Table,
+    seen: tuple[Cell, ...],
+    basic: "FormFit",
+    forms: Mapping[str, "FormFit"],
+    chosen: str,
+    ratio: Mapping[str, Any],
+    noise: Mapping[str, Any],
+) -> list[str]:
+    """All warnings of one family, by code. `original` holds its rows before any floor was taken off."""
+    found = [*_about_rows(original), *_about_order(seen)]
+    count = len({(c.params, c.tokens) for c in seen})
+    for key in forms:
+        if count < laws.form(key).free_params + 2:
+            found.append(f"few_cells: {count} cells for the {laws.form(key).free_params} parameters of {key}")
+    low, high = basic.interval.get("D", (None, None))
+    least = min(c.error for c in seen)
+    if low is None or high is None or high - low > least / 10:
+        ends = f"from {low:.3g} to {high:.3g}" if low is not None and high is not None else "without bound"
+        found.append(
+            f"d_not_identified: D may lie anywhere {ends}, and A, alpha and beta move with it;"
+            " trust the ratio alpha / beta rather than any of them"
+        )
+    for key in {chosen: 0, "multiplicative": 0}:
+        for name in ("alpha", "beta"):
+            if key in forms and not solve.LOWEST < forms[key].params[name] < solve.HIGHEST:
+                found.append(f"exponent_at_bound: {name} of {key} ran into the bound of the search")
+    tokens = sorted({c.tokens for c in seen})
+    edge, text = (tokens[0], "fewest") if basic.params["alpha"] > basic.params["beta"] else (tokens[-1], "most")
+    found.append(
+        f"optimum_on_edge: without text (Q = 0) the best V is {edge}, the {text} measured; beyond it nothing is known"
+    )
+    if ratio["low"] is None:
+        found.append(
+            "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
+        )
+    if noise["lack_of_fit_p"] is not None and noise["lack_of_fit_p"] < 0.01:
+        found.append(
+            f"lack_of_fit: {chosen} misses the cells' means by more than the noise of seeds"
+            f" (p = {noise['lack_of_fit_p']:.2g})"
+        )
+    return sorted(found)
+
+
+def _about_rows(original: Table) -> Iterable[str]:
+    seen, blind = table.seen(original.cells), table.blind_errors(original.cells)
+    pairs: dict[tuple[float, int, int | None], int] = {}
+    values: dict[float, set[tuple[float, int]]] = {}
+    for cell in seen:
+        key = (cell.params, cell.tokens, cell.seed)
+        pairs[key] = pairs.get(key, 0) + 1
+        if round(cell.error, _LONG - 1) != cell.error and cell.seed is None:
+            values.setdefault(round(cell.error, 10), set()).add(key[:2])
+    if twice := [f"N={params_label(n)} V={v}" for (n, v, _), times in pairs.items() if times > 1]:
+        yield f"duplicated_cells: more than one row for {_some(twice)}"
+    for error, cells in values.items():
+        if len(cells) > 1:
+            where = " and ".join(f"N={params_label(n)} V={v}" for n, v in sorted(cells))
+            yield f"repeated_values: {where} have the same error to ten digits, {error:.10g}; one may be a copy"
+    if missing := [params_label(n) for n in sorted({c.params for c in seen}) if n not in blind]:
+        yield f"blind_missing: no row with visual_tokens=0 at N={_some(missing)}; nobody knows what the image adds"
+    worse = [f"N={params_label(c.params)} V={c.tokens}" for c in seen if c.error > blind.get(c.params, 1.0)]
+    if worse := list(dict.fromkeys(worse)):
+        yield f"above_blind: the error is above that without an image at {_some(worse)}"
+
+
+def _about_order(seen: tuple[Cell, ...]) -> Iterable[str]:
+    """Means that get worse with a larger LLM, or with more tokens, by more than two standard errors where these are
+    known."""
+    groups: dict[tuple[float, int], list[Cell]] = {}
+    for cell in seen:
+        groups.setdefault((cell.params, cell.tokens), []).append(cell)
+    mean = {key: float(np.mean([c.error for c in cells])) for key, cells in groups.items()}
+    blur = {key: _variance(cells) for key, cells in groups.items()}
+    for axis, name in ((0, "a larger LLM"), (1, "more tokens")):
+        worse = []
+        for key in sorted(groups):
+            later = [other for other in groups if other[1 - axis] == key[1 - axis] and other[axis] > key[axis]]
+            after = min(later, key=lambda other: other[axis], default=None)
+            if after and mean[after] - mean[key] > 2 * (blur[after] + blur[key]) ** 0.5:
+                worse.append(f"N={params_label(after[0])} V={after[1]}")
+        if worse:
+            yield f"non_monotone: the error rises with {name} at {_some(worse)}"
+
+
+def _variance(cells: list[Cell]) -> float:
+    """Of the mean of replicates: between them, or from their own standard errors where that is more."""
+    own = sum((c.stderr or 0) ** 2 for c in cells) / len(cells) ** 2
+    return max(own, float(np.var([c.error for c in cells], ddof=1)) / len(cells) if len(cells) > 1 else 0.0)
+
+
+def _some(items: list[str], most: int = 6) -> str:
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

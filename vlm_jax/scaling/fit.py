@@ -1,0 +1,321 @@
+"""Fits every form of the law to every family of rows, and says how sure it is.
+
+`fit(rows)` -> `LawFit`, which is `law.json` as values: the same rows and seed give the same bytes. The format:
+
+    version     of this format
+    unit        what N counts: "llm_params" scalars make one N, and "params_are" non_embedding or nominal
+    (`scaling.table`) loss, seed, bootstraps, floor, source families.<name>
+        rows            cells, sizes, tokens (the fitted range), blind (error without an image, by N), noise; the
+                        encoders, llms and compressors they were measured with, where the rows say so
+        forms.<form>    params, sse, cost, aicc, loo_error, cv_error, largest_out, interval, draws
+        chosen, selection, ratio, difference, d_profile, warnings
+
+`loo_error` is the root mean square error on a size left out, `cv_error` on a cell left out, `largest_out` tells of
+the largest size. An interval is [low, high] at 95 %; null is unbounded. `draws` are bootstrap parameters, kept for
+the chosen form and for the multiplicative one. `ratio` alpha / beta and `difference` alpha - beta are the
+multiplicative form's (D >= 0); they decide how a budget is shared, and are identified where the exponents alone are
+not.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.rows import ResultRow
+from vlm_jax.scaling import checks, intervals, laws, solve, table
+from vlm_jax.scaling.laws import Floats
+from vlm_jax.scaling.table import Cell, Table
+
+VERSION = 1
+BASIC = "multiplicative"
+LOSSES = ("squared", "log")
+FLOORS = ("none", "blind")
+
+Interval = tuple[float | None, float | None]
+
+
+class FormFit(NamedTuple):
+    """One form, fitted to one family."""
+
+    params: dict[str, float]
+    sse: float
+    cost: float  # what the solver minimised: the same as `sse` unless the loss is "log"
+    aicc: float | None
+    loo_error: float | None
+    cv_error: float | None
+    largest_out: dict[str, Any] | None
+    interval: dict[str, Interval]
+    draws: dict[str, list[float]]
+
+
+class FamilyFit(NamedTuple):
+    """All forms for one family, and which to believe."""
+
+    rows: dict[str, Any]
+    forms: dict[str, FormFit]
+    chosen: str
+    selection: str
+    ratio: dict[str, Any]
+    difference: dict[str, float]
+    d_profile: list[dict[str, float]]
+    warnings: list[str]
+
+    def predict(self, params: laws.Numbers, tokens: laws.Numbers) -> laws.Numbers:
+        """Error at N (billions) and V by the chosen form."""
+        return laws.predict(self.chosen, self.forms[self.chosen].params, params, tokens)
+
+    def predict_draws(self, params: laws.Numbers, tokens: laws.Numbers) -> laws.Numbers:
+        """The same under every bootstrap: a leading axis of draws."""
+        params, tokens = np.broadcast_arrays(np.asarray(params, float), np.asarray(tokens, float))
+        shape = (-1,) + (1,) * params.ndim
+        draws = {name: np.reshape(values, shape) for name, values in self.forms[self.chosen].draws.items()}
+        return laws.predict(self.chosen, draws, params, tokens)
+
+
+class LawFit(NamedTuple):
+    version: int
+    unit: dict[str, Any]
+    loss: str
+    seed: int
+    bootstraps: int
+    floor: str
+    source: str
+    families: dict[str, FamilyFit]
+
+    def family(self, name: str | None) -> FamilyFit:
+        """That family, or the only one. Raises `UserError` where the name is unknown, or missing and needed."""
+        if name is None and len(self.families) == 1:
+            return next(iter(self.families.values()))
+        if name is None:
+            raise UserError(f"the law has several families; name one with --family: {', '.join(self.families)}")
+        if name not in self.families:
+            raise unknown("family", name, self.families)
+        return self.families[name]
+
+
+def fit(
+    rows: Iterable[ResultRow] | Table,
+    form: str = "auto",
+    *,
+    family: str | None = None,
+    loss: str = "squared",
+    floor: str = "none",
+    fixed_floor: int | float = 0.0,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    source: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> LawFit:
+    """Fits the rows: all forms and the best of them for "auto", or one form (then `ratio` still comes from the
+    multiplicative).
+
+    `floor="blind"` counts scores from the blind baseline of the same size; `fixed_floor` is the D of the "-fixed"
+    forms. `progress` is called with the name of each piece of work. Raises `UserError` for rows that no law can be
+    fitted to.
+    """
+    if loss not in LOSSES:
+        raise unknown("loss", loss, LOSSES)
+    if floor not in FLOORS:
+        raise unknown("floor", floor, FLOORS)
+    names, data = _names(form), table.of_rows(rows)
+    if not data.cells:
+        raise UserError("no rows to fit")
+    if family is not None:
+        data = data.of(family)
+    shifted = table.above_blind(data) if floor == "blind" else data
+    families = {}
+    for name in data.families():
+        say = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
+        families[name] = _fit_family(
+            shifted.of(name).cells, data.of(name), name, names, form, loss, fixed_floor, bootstraps, seed, say
+        )
+    unit = {"llm_params": table.BILLION, "params_are": data.params_are}
+    return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families)
+
+
+def _names(form: str) -> tuple[str, ...]:
+    return tuple(laws.FORMS) if form == "auto" else tuple(dict.fromkeys((laws.form(form).name, BASIC)))
+
+
+def stages(rows: Table, form: str = "auto", family: str | None = None) -> int:
+    """How often `fit` will call `progress`."""
+    return (len(_names(form)) + 1) * (len(rows.families()) if family is None else 1)
+
+
+class _Data(NamedTuple):
+    """A family's cells as arrays [n]."""
+
+    params: Floats
+    tokens: Floats
+    error: Floats
+    cell: Floats  # numbers the (N, V) pairs
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell]) -> "_Data":
+        params, tokens, error = (
+            np.array(values, float) for values in zip(*((c.params, c.tokens, c.error) for c in cells), strict=True)
+        )
+        _, cell = np.unique(np.stack([params, tokens]), axis=1, return_inverse=True)
+        return cls(params, tokens, error, cell.astype(float))
+
+
+def _fit_family(
+    cells: tuple[Cell, ...],
+    original: Table,
+    name: str,
+    names: tuple[str, ...],
+    wanted: str,
+    loss: str,
+    fixed_floor: int | float,
+    bootstraps: int,
+    seed: int,
+    progress: Callable[[str], None],
+) -> FamilyFit:
+    seen = table.seen(cells)
+    checks.require_fit(seen, name, loss, fixed_floor)
+    data = _Data.of(seen)
+    forms = {}
+    for key in names:
+        progress(key)
+        forms[key], draws = _fit_form(laws.form(key), data, loss, fixed_floor, bootstraps, seed)
+        if key == BASIC:
+            ratio, difference = _contrast(forms[key], draws)
+    chosen = _choose(forms, data) if wanted == "auto" else wanted
+    selection = "asked for" if wanted != "auto" else _SELECTION
+    noise = checks.noise(data.error, data.cell, forms[chosen].sse, laws.form(chosen).free_params)
+    progress("profile of D")
+    d_profile = _profile_of_floor(data, loss)
+    rows = {
+        "cells": len(data.error),
+        "sizes": sorted(set(data.params.tolist())),
+        "tokens": sorted(set(data.tokens.astype(int).tolist())),
+        "lowest_error": float(data.error.min()),
+        "blind": {f"{size:g}": error for size, error in table.blind_errors(cells).items()},
+        "noise": noise,
+        **{
+            kind + "s": sorted({c.extra[kind] for c in seen if kind in c.extra})
+            for kind in ("encoder", "llm", "compressor")
+        },
+    }
+    warnings = checks.warnings(original, seen, forms[BASIC], forms, chosen, ratio, noise)
+    forms = {
+        key: one if key in (chosen, BASIC) else one._replace(draws={}) for key, one in forms.items()
+    }  # draws are long, and only these are used
+    return FamilyFit(rows, forms, chosen, selection, ratio, difference, d_profile, warnings)
+
+
+def _fit_form(
+    form: laws.Form, data: _Data, loss: solve.Loss, fixed_floor: int | float, bootstraps: int, seed: int
+) -> tuple[FormFit, intervals.Draws]:
+    ones = np.ones_like(data.error)
+    of = solve.problem(form, data.params, data.tokens, data.error, ones, loss, fixed_floor)
+    found = solve.solve(of, seed)
+    params = {name: float(values[0]) for name, values in solve.named(of, found).items()}
+    predicted = laws.predict(form.name, params, data.params, data.tokens)
+    sse, count = float(np.sum((predicted - data.error) ** 2)), len(data.error)
+    draws = intervals.bootstrap(of, found, predicted, data.cell, bootstraps, seed)
+    interval: dict[str, Interval] = {name: intervals.percentiles(values) for name, values in draws.residual.items()}
+    dof = count - form.free_params
+    if dof > 0 and form.floor != "none":
+        for name in ("alpha", "beta", *(("D",) if form.floor != "fixed" else ())):
+            interval[name] = _open_ends(intervals.profile(of, found, name, dof)[0], name)
+    loo_error, cv_error, largest = _left_out(of, found, data, form, seed)
+    cost = float(found.cost[0])
+    kept = {name: values.tolist() for name, values in draws.residual.items()}
+    aicc = _aicc(cost, count, form.free_params)
+    return FormFit(params, sse, cost, aicc, loo_error, cv_error, largest, interval, kept), draws
+
+
+def _open_ends(ends: Floats, name: str) -> Interval:
+    """An end that ran into the bound of the search is no end."""
+    low, high = map(float, ends)
+    if name == "D":
+        return (None if low <= solve.FREE_FLOOR else low, high)
+    return (None if low <= solve.LOWEST else low, None if high >= solve.HIGHEST else high)
+
+
+def _aicc(cost: float, count: int, free_params: int) -> float | None:
+    """Akaike's criterion for a Gaussian error of unknown size, corrected for few rows (doi:10.1093/biomet/76.2.297)."""
+    total = free_params + 1  # the size of the error is one more
+    if count - total - 1 <= 0:
+        return None
+    return float(count * np.log(max(cost, 1e-300) / count) + 2 * total + 2 * total * (total + 1) / (count - total - 1))
+
+
+def _left_out(
+    of: solve.Problem, found: solve.Solution, data: _Data, form: laws.Form, seed: int
+) -> tuple[float | None, float | None, dict[str, Any] | None]:
+    sizes = np.unique(data.params)
+    cell_error = size_error = largest = None
+    if len(np.unique(data.cell)) > form.free_params:
+        predicted, _ = intervals.left_out(of, data.cell, seed, found.theta)
+        cell_error = float(np.sqrt(np.mean((predicted - data.error) ** 2)))
+    if len(sizes) > 2:
+        predicted, every = intervals.left_out(of, data.params, seed)
+        size_error = float(np.sqrt(np.mean((predicted - data.error) ** 2)))
+        rows = data.params == sizes[-1]
+        relative = np.abs(predicted[rows] / data.error[rows] - 1)
+        largest = {
+            "llm_params_billion": float(sizes[-1]),
+            "mean_relative_error": float(relative.mean()),
+            "max_relative_error": float(relative.max()),
+            "relative_error_of_mean": float(abs(predicted[rows].mean() / data.error[rows].mean() - 1)),
+            "params": every[-1],
+        }
+    return size_error, cell_error, largest
+
+
+_SELECTION = (
+    "lowest AICc among the forms whose floor is not negative and whose predictions stay between 0 and 1 up to ten times"
+    " the largest size"
+)
+
+
+def _choose(forms: dict[str, FormFit], data: _Data) -> str:
+    """See `_SELECTION`; a form with a free floor is reported, not chosen: an error that falls without bound is no
+    law."""
+    far = np.array([data.params.min(), data.params.max(), 10 * data.params.max()])[:, None]
+    ends = np.array([data.tokens.min(), data.tokens.max()])
+    best, name = np.inf, f"{BASIC}-fixed"
+    for key, one in forms.items():
+        predicted = laws.predict(key, one.params, far, ends)
+        sane = ((predicted > 0) & (predicted < 1.0 + 1e-9)).all()
+        if laws.form(key).floor != "free" and one.aicc is not None and sane and one.aicc < best:
+            best, name = one.aicc, key
+    return name
+
+
+def _contrast(basic: FormFit, draws: intervals.Draws) -> tuple[dict[str, Any], dict[str, float]]:
+    """The ratio and the difference of the exponents, with intervals; the ratio is unbounded where beta may be 0."""
+    alpha, beta = basic.params["alpha"], basic.params["beta"]
+    ends = [basic.interval["beta"], *(intervals.percentiles(each["beta"]) for each in draws)]
+    zero = any((low is None or low <= 0) and (high is None or high >= 0) for low, high in ends)
+    ratio: dict[str, Any] = {"value": alpha / beta if beta else None}
+    for suffix, each in (("", draws.residual), ("_cases", draws.case)):
+        low, high = (None, None) if zero else intervals.percentiles(each["alpha"] / each["beta"])
+        ratio |= {"low" + suffix: low, "high" + suffix: high}
+    low, high = intervals.percentiles(draws.residual["alpha"] - draws.residual["beta"])
+    return {**ratio, "form": BASIC}, {"value": alpha - beta, "low": low, "high": high}
+
+
+def _profile_of_floor(data: _Data, loss: solve.Loss, points: int = 21) -> list[dict[str, float]]:
+    """The best multiplicative fit at each of several D between 0 and the lowest error."""
+    floors = np.linspace(0, 0.98 * data.error.min(), points)
+    shape = (points, len(data.error))
+    error = np.broadcast_to(data.error, shape)
+    of = solve.problem(
+        laws.form(f"{BASIC}-fixed"), data.params, data.tokens, error, np.ones(shape), loss, floors
+    )  # fmt: skip
+    found = solve.solve(of, seed=0)
+    values = solve.named(of, found)
+    return [
+        {
+            "D": float(floors[i]),
+            "alpha": float(values["alpha"][i]),
+            "beta": float(values["beta"][i]),
+            "cost": float(found.cost[i]),
+        }
+        for i in range(points)
+    ]

@@ -1,0 +1,87 @@
+"""`law.json` on disk: what `scaling.fit` documents, as text. Writing is atomic and gives the same bytes for the same
+law."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.scaling.fit import VERSION, FamilyFit, FormFit, LawFit
+
+_DIGITS = 10  # significant; draws need fewer
+_DRAW_DIGITS = 6
+
+
+def write(path: str | Path, law: LawFit) -> None:
+    """Writes the law, or nothing."""
+    new = Path(f"{path}.new")
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(dumps(law))
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def dumps(law: LawFit) -> str:
+    """The law as text; a list of numbers stays on one line."""
+    values = law._asdict()
+    values["families"] = {name: _family(one) for name, one in law.families.items()}
+    return _text(values, 0) + "\n"
+
+
+def _family(family: FamilyFit) -> dict[str, Any]:
+    forms = {name: form._asdict() for name, form in family.forms.items()}
+    for form in forms.values():
+        form["draws"] = {name: [_short(v, _DRAW_DIGITS) for v in draws] for name, draws in form["draws"].items()}
+    return {**family._asdict(), "forms": forms}
+
+
+def _short(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def _text(value: Any, depth: int) -> str:
+    pad = "  " * (depth + 1)
+    if isinstance(value, dict) and value:
+        inner = ",\n".join(f"{pad}{json.dumps(str(key))}: {_text(one, depth + 1)}" for key, one in value.items())
+        return "{\n" + inner + "\n" + "  " * depth + "}"
+    if isinstance(value, list | tuple):
+        plain = all(one is None or isinstance(one, int | float) for one in value)
+        parts = [_text(one, depth + 1) for one in value]
+        if plain or not parts:
+            return "[" + ", ".join(parts) + "]"
+        return "[\n" + ",\n".join(pad + part for part in parts) + "\n" + "  " * depth + "]"
+    if isinstance(value, float):
+        value = _short(value, _DIGITS)
+    return json.dumps(value, allow_nan=False)
+
+
+def read(path: str | Path) -> LawFit:
+    """The law of a file. Raises `UserError` naming the file and the fix where it is missing, broken or of another
+    version."""
+    again = "make it again with `python -m vlm_jax.fit_law`"
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {again}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); {again}") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path}: law format {version!r}, this program reads {VERSION}; {again}")
+    try:
+        families = {name: _read_family(one) for name, one in values.pop("families").items()}
+        return LawFit(**values, families=families)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: is not a whole law ({type(error).__name__}: {error}); {again}") from error
+
+
+def _read_family(values: dict[str, Any]) -> FamilyFit:
+    forms = {name: FormFit(**form) for name, form in values["forms"].items()}
+    family = FamilyFit(**{**values, "forms": forms})
+    if not family.forms[family.chosen].draws:
+        raise ValueError(f"no draws for {family.chosen}")
+    return family

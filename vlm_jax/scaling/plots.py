@@ -1,0 +1,233 @@
+"""Figures of laws and plans, in one style. Each function writes one PNG and returns its path; nothing is shown on a
+screen."""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from vlm_jax.core.rows import ResultRow
+from vlm_jax.scaling import frontier, table
+from vlm_jax.scaling.fit import BASIC, FamilyFit, LawFit
+from vlm_jax.scaling.table import Cell, Table, params_label
+from vlm_jax.sizing.cost import Number
+
+INK, FAINT = "#222222", "#8a8a8a"
+RAMP = ("#a9cfe8", "#5ba3d0", "#2468a2", "#0b2a4f")  # light to dark with N or V
+_RAMP = LinearSegmentedColormap.from_list("ramp", RAMP)
+TOKEN_TICKS = (1, 4, 16, 64, 256, 576)
+CONTRAST = ("#2468a2", "#d1603d", "#5b8c5a", "#8a5fa8", "#c29a2b")
+STYLE = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.dpi": 160,
+}  # fmt: skip
+
+
+def styled(draw: Callable[..., Path]) -> Callable[..., Path]:
+    @functools.wraps(draw)
+    def run(*args: Any, **kwargs: Any) -> Path:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return run
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes the PNG, or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new.png")
+    figure.savefig(new, dpi=160, bbox_inches="tight", metadata={"Software": None})
+    os.replace(new, path)
+    return path
+
+
+def _shades(count: int) -> list[Any]:
+    """`count` shades of the ramp, the darkest for the last."""
+    return [_RAMP(x) for x in np.linspace(0, 1, count)]
+
+
+def log_axis(axis: Any, ticks: Sequence[Number] | None = None, text: Callable[[float], str] = "{:g}".format) -> None:
+    """Plain numbers on a logarithmic axis: at the given ticks, or at decades."""
+    if ticks is None:
+        axis.set_major_locator(LogLocator(numticks=8))
+    else:
+        axis.set_ticks(list(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def flops_unit(largest: Number) -> tuple[float, str]:
+    """The unit in which that many FLOPs is a small number."""
+    units = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1e3, "kFLOPs"))
+    return next((unit for unit in units if largest >= unit[0] / 2), units[-1])
+
+
+def _means(cells: Iterable[Cell]) -> list[tuple[float, int, float, float]]:
+    """(N, V, mean error, standard error) of every cell. Between replicates, or from the rows themselves where there
+    is one."""
+    groups: dict[tuple[float, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.params, cell.tokens), []).append(cell)
+    out = []
+    for (params, tokens), group in sorted(groups.items()):
+        errors = np.array([cell.error for cell in group])
+        own = np.sqrt(sum((cell.stderr or 0.0) ** 2 for cell in group)) / len(group)
+        between = errors.std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0.0
+        out.append((params, tokens, float(errors.mean()), float(max(own, between))))
+    return out
+
+
+def error_curves(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, path: str | Path) -> Path:
+    """Error against V, a line for each N: means with 95 % bars, the law's curves with their bands, the blind
+    baseline."""
+    return _error_figure(rows, law, family, path, across="tokens")
+
+
+def error_by_params(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, path: str | Path) -> Path:
+    """Error against N, a line for each V: the same cells from the other side."""
+    return _error_figure(rows, law, family, path, across="params")
+
+
+@styled
+def _error_figure(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, path: str | Path, across: str) -> Path:
+    cells, fitted = table.of_rows(rows).of(family).cells, law.family(family)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    _draw_errors(axes, cells, fitted, across)
+    axes.set_title(family)
+    return save(figure, path)
+
+
+def _draw_errors(axes: Axes, cells: Iterable[Cell], fitted: FamilyFit, across: str) -> None:
+    """One panel of `error_curves` or `error_by_params`."""
+    means = _means(table.seen(cells))
+    x_of, line_of = (1, 0) if across == "tokens" else (0, 1)
+    lines, xs = sorted({m[line_of] for m in means}), sorted({m[x_of] for m in means})
+    fine = np.geomspace(xs[0], xs[-1], 120)
+    for i, (value, colour) in enumerate(zip(lines, _shades(len(lines)), strict=True)):
+        points = [m for m in means if m[line_of] == value]
+        bars = any(p[3] for p in points)  # drawn a little aside, so that they do not hide each other
+        aside = (xs[-1] / xs[0]) ** (0.006 * (i - (len(lines) - 1) / 2)) if bars else 1.0
+        where = (value, fine) if across == "tokens" else (fine, value)
+        draws = fitted.predict_draws(*where)
+        label = params_label(value) if across == "tokens" else f"V = {value}"
+        axes.fill_between(fine, *np.quantile(draws, (0.025, 0.975), axis=0), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(fine, fitted.predict(*where), color=colour, linewidth=1.5)
+        axes.errorbar(
+            [p[x_of] * aside for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
+            fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0, label=label,
+        )  # fmt: skip
+    blind = table.blind_errors(cells)
+    if blind:
+        level = float(np.mean(list(blind.values())))
+        axes.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axes.text(xs[-1], level, "without the image", color=FAINT, fontsize=9, va="center", ha="right", bbox=paper)
+    axes.set_xscale("log")
+    errors = [m[2] for m in means] + list(blind.values())
+    if max(errors) > 4 * max(min(errors), 1e-9):
+        axes.set_yscale("log")
+        log_axis(axes.yaxis, [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if min(errors) * 0.7 <= t <= 1])
+    log_axis(axes.xaxis, xs, (lambda v: f"{v:g}") if across == "tokens" else params_label)
+    axes.set_xlabel("visual tokens V" if across == "tokens" else "LLM parameters N")
+    axes.set_ylabel("error")
+    order = 1 if across == "tokens" else -1
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::order],
+        labels[::order],
+        title="LLM" if across == "tokens" else None,
+        bbox_to_anchor=(1.0, 1.0),
+        loc="upper left",
+    )
+
+
+@styled
+def cost_frontier(
+    law: LawFit, rows: Table | None, family: str, path: str | Path, questions: Sequence[Number] = (0, 50)
+) -> Path:
+    """The paper's Figure 1: error against 2 N (Q + V), a curve for each V, one panel for each Q, with 95 % bands.
+
+    The red line is the least error at each cost among the measured sizes, dotted curves go beyond them. Source: arXiv
+    2411.03312, redrawn from its released scores.
+    """
+    fitted = law.family(family)
+    tokens, sizes = fitted.rows["tokens"], fitted.rows["sizes"]
+    params = np.geomspace(sizes[0], 2 * sizes[-1], 160)
+    unit, word = flops_unit(2e9 * sizes[-1] * (max(questions) + tokens[-1]))
+    figure = Figure(figsize=(9.4, 4.1), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(questions), sharey=True))
+    for axes, question in zip(panels, questions, strict=True):
+        ends = []
+        for value, colour in zip(tokens, _shades(len(tokens)), strict=True):
+            cost = 2e9 * params * (question + value) / unit  # N is in billions
+            inside, error = params <= sizes[-1], fitted.predict(params, value)
+            axes.fill_between(
+                cost, *np.quantile(fitted.predict_draws(params, value), (0.025, 0.975), axis=0),
+                color=colour, alpha=0.2, linewidth=0,
+            )  # fmt: skip
+            axes.plot(cost[inside], error[inside], color=colour, label=f"{value}")
+            axes.plot(cost[~inside], error[~inside], color=colour, linestyle=(0, (1, 1.2)))
+            ends += list(zip(cost[inside], error[inside], strict=True))
+            if rows is not None:
+                seen = [c for c in rows.of(family).cells if c.tokens == value]
+                axes.plot(
+                    [2e9 * c.params * (question + value) / unit for c in seen], [c.error for c in seen],
+                    "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.5,
+                )  # fmt: skip
+        cost, error = np.array(ends).T
+        best = frontier.pareto(error, cost)
+        axes.plot(
+            cost[best], error[best], color=CONTRAST[1], linewidth=1.2, zorder=5, drawstyle="steps-post", label="least"
+        )
+        axes.set_xscale("log")
+        log_axis(axes.xaxis)
+        axes.set_xlabel(f"{word} of the paper's cost, 2 N (Q + V)")
+        axes.set_title(f"{family}, Q = {question:g}")
+    panels[0].set_ylabel("predicted error")
+    panels[-1].legend(title="V", bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    return save(figure, path)
+
+
+@styled
+def optimal_tokens(law: LawFit, path: str | Path, highest: Number = 1000) -> Path:
+    """V* = Q beta / (alpha - beta) against Q for every family, with 95 % bands; where more tokens always pay, the
+    most measured."""
+    question = np.geomspace(1, highest, 200)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, fitted), colour in zip(law.families.items(), CONTRAST, strict=False):
+        tokens, form = fitted.rows["tokens"], fitted.forms[BASIC]
+        draws = zip(form.draws["alpha"], form.draws["beta"], strict=True)
+        drawn = np.array([[frontier.optimal_tokens(1.0, alpha, beta)] for alpha, beta in draws]) * question
+        value = frontier.optimal_tokens(1.0, form.params["alpha"], form.params["beta"]) * question
+        clip = functools.partial(np.clip, a_min=tokens[0], a_max=tokens[-1])
+        axes.fill_between(
+            question,
+            *clip(np.quantile(drawn, (0.025, 0.975), axis=0, method="nearest")),
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+        axes.plot(question, clip(value), color=colour, label=name)
+        axes.text(question[-1] * 1.08, clip(value)[-1], name, color=colour, va="center", fontsize=10)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    log_axis(axes.xaxis, (1, 3, 10, 30, 100, 300, 1000))
+    log_axis(axes.yaxis, TOKEN_TICKS)
+    axes.set_xlabel("question tokens Q")
+    axes.set_ylabel("best number of visual tokens V*")
+    return save(figure, path)

@@ -1,0 +1,160 @@
+"""A law and a plan, for a terminal; and a plan as JSON."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vlm_jax.scaling.budgets import Budget
+from vlm_jax.scaling.fit import FamilyFit, LawFit
+from vlm_jax.scaling.frontier import Plan
+from vlm_jax.scaling.latency import PARTS, Request
+from vlm_jax.scaling.table import params_label
+
+
+def console() -> Console:
+    """The terminal, or a file of lines wide enough for the tables."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, with time left, for `total` pieces of work: call what it gives at the start of each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("", total=total, completed=-1)
+        yield lambda stage: bar.update(task, description=stage, advance=1)
+
+
+def print_law(law: LawFit, console: Console) -> None:
+    """Forms, ratio, prediction and warnings of every family; "size out" and "cell out" are errors on what was left
+    out."""
+    for name, family in law.families.items():
+        console.print(_forms(name, family))
+        console.print(f"chosen: {family.selection}", style="dim")
+        ratio, gap = family.ratio, family.difference
+        console.print(
+            f"multiplicative: alpha / beta = {_number(ratio['value'])} {_interval(ratio['low'], ratio['high'])},"
+            f" alpha - beta = {_number(gap['value'])} {_interval(gap['low'], gap['high'])}"
+        )
+        noise, sizes = family.rows["noise"]["stdev"], family.rows["sizes"]
+        if noise is not None:
+            console.print(f"noise of one row, from replicates: {noise:.3g} (standard deviation)")
+        far, parts = 2 * sizes[-1], []
+        for v in (family.rows["tokens"][0], family.rows["tokens"][-1]):
+            low, high = np.quantile(family.predict_draws(far, v), (0.025, 0.975))
+            parts.append(f"V={v} {float(family.predict(far, v)):.4f} {_interval(low, high)}")
+        console.print(
+            f"at twice the largest size, N = {params_label(far)}, {family.chosen} predicts {', '.join(parts)}"
+        )
+        for warning in family.warnings:
+            code, _, text = warning.partition(": ")
+            console.print(f"[yellow]{code}[/yellow]: {text}")
+        console.print()
+
+
+def _forms(name: str, family: FamilyFit) -> Table:
+    cells, sizes = family.rows["cells"], len(family.rows["sizes"])
+    title = f"{name}: {cells} rows, {sizes} sizes, {len(family.rows['tokens'])} V; chosen: {family.chosen}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    for column in ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "cell out"):
+        table.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
+    for key, one in family.forms.items():
+        params = [_number(one.params.get(p)) for p in ("A", "B", "C", "alpha", "beta", "D")]
+        scores = [f"{one.sse:.2e}", "-" if one.aicc is None else f"{one.aicc:.1f}"]
+        scores += [_number(one.loo_error, 3), _number(one.cv_error, 3)]
+        table.add_row(key, *params, *scores, style="bold green" if key == family.chosen else None)
+    return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "(unbounded)" if low is None or high is None else rf"\[{low:.3g}, {high:.3g}]"
+
+
+def plan_json(plan: Plan, budget: Budget, request: Request, mode: str) -> str:
+    """The plan as one JSON object: `closed_form`, `choices` (best first), `by_mode`, and what was asked."""
+    asked = dataclasses.asdict(request) | {"on": request.on.name if request.on else None}
+    values = {
+        "closed_form": plan.closed_form._asdict(),
+        "choices": [choice._asdict() for choice in plan.choices],
+        "by_mode": {name: choice._asdict() if choice else None for name, choice in plan.by_mode.items()},
+        "mode": mode,
+        "budget": dataclasses.asdict(budget),
+        "request": asked,
+        "combinations": plan.combinations,
+        "feasible": plan.feasible,
+        "notes": plan.notes,
+    }
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def print_plan(plan: Plan, budget: Budget, request: Request, mode: str, console: Console) -> None:
+    """The ranking, the cost of each part, and what the other mode would have said."""
+    console.print(
+        f"[bold]{budget.kind} <= {budget.amount:g}[/bold], Q = {request.question_tokens:g} ({request.question}),"
+        f" {request.answer_tokens:g} answer tokens, batch {request.batch}"
+        + (f", {request.chips} x {request.on.name}" if request.on else "")
+        + f"; {plan.feasible:,} of {plan.combinations:,} combinations are within it ({mode} mode)"
+    )
+    console.print(_ranking(plan))
+    console.print(_parts(plan, "GFLOPs a request", [c.flops_by_part for c in plan.choices], 1e-9))
+    if plan.choices[0].latency_ms_by_part is not None:
+        console.print(_parts(plan, "milliseconds a batch", [c.latency_ms_by_part or {} for c in plan.choices], 1.0))
+    form = plan.closed_form
+    billions = "" if form.llm_params_billion is None else f", N = {form.llm_params_billion:.3g} billion"
+    console.print(f"closed form of the paper's cost 2 N (Q + V): V* = {form.visual_tokens:.3g}{billions}")
+    console.print(
+        "beats: share of bootstraps in which a choice errs less than the next; MB: cache of a request", style="dim"
+    )
+    for name, choice in plan.by_mode.items():
+        text = "nothing is within the budget"
+        if choice:
+            where = f"{choice.encoder} + {choice.compressor} V={choice.visual_tokens} -> {choice.llm}"
+            text = f"{where}, error {choice.predicted_error:.4f}, {choice.flops / 1e12:.3g} TFLOPs in truth"
+        console.print(f"{name:>5} cost chooses: {text}")
+    marks = [warning for choice in plan.choices for warning in choice.warnings]
+    for warning in dict.fromkeys(marks):
+        count = marks.count(warning)
+        console.print(f"[yellow]{warning}[/yellow]" + (f" ({count} choices)" if count > 1 else ""))
+    for note in plan.notes:
+        console.print(f"note: {note}", style="dim")
+
+
+def _ranking(plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 1))
+    left = ("llm", "compressor", "encoder", "binds")
+    columns = ("", "llm", "V", "compressor", "encoder", "error", "95 %", "beats", "TFLOPs", "ms", "MB", "binds")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    for rank, c in enumerate(plan.choices, start=1):
+        mark = "*" if any(w.startswith("extrapolates") for w in c.warnings) else ""
+        cells = [str(rank), c.llm + mark, str(c.visual_tokens), c.compressor, c.encoder, f"{c.predicted_error:.4f}"]
+        cells += [rf"\[{c.low:.4f}, {c.high:.4f}]", "-" if c.beats_next is None else f"{c.beats_next:.0%}"]
+        cells += [_amount(c.flops / 1e12), _amount(c.latency_ms or 0), _amount(c.cache_bytes / 1e6), c.binds]
+        table.add_row(*cells, style="bold green" if rank == 1 else None)
+    return table
+
+
+def _amount(value: int | float) -> str:
+    return "-" if value == 0 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _parts(plan: Plan, title: str, values: list[dict[str, float]], scale: float) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    for column in ("", "llm", "V", *PARTS, "total"):
+        table.add_column(column, justify="left" if column == "llm" else "right", no_wrap=True)
+    for rank, (c, parts) in enumerate(zip(plan.choices, values, strict=True), start=1):
+        numbers = [parts[name] * scale for name in PARTS]
+        table.add_row(str(rank), c.llm, str(c.visual_tokens), *map(_amount, (*numbers, sum(numbers))))
+    return table

@@ -1,0 +1,213 @@
+"""The solver: many small fits of one form at once, by variable projection (doi:10.1137/0710036).
+
+For given exponents the best coefficients follow from non-negative least squares, so only (alpha, beta) is searched: a
+grid of starts and some random ones, then a damped Gauss-Newton descent (Levenberg-Marquardt) on the projected
+residuals. Everything carries a leading axis of problems, so a thousand bootstraps are one call. The same input gives
+the same bytes.
+
+Losses: "squared" error, or "log": Huber's loss (doi:10.1214/aoms/1177703732) of log prediction - log error, for
+errors that span decades.
+"""
+
+from itertools import product
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_jax.scaling.laws import Form
+
+Floats = NDArray[np.float64]
+Loss = Literal["squared", "log"]
+
+LOWEST, HIGHEST = -2.0, 6.0  # of an exponent
+FREE_FLOOR = -10.0  # how far a free D may fall; further down the form no longer changes, see `laws.semilog`
+HUBER = 0.05  # log residuals beyond this count linearly: about five percent of an error
+_RIDGE = 1e-13
+_STEP = 1e-6  # of the central differences in an exponent
+_GRID = np.array([-0.5, -0.1, -0.02, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0])
+
+
+class Solution(NamedTuple):
+    """The best of each of R problems."""
+
+    theta: Floats  # [R, 2] alpha, beta
+    coefficients: Floats  # [R, k] in the centred units of `Problem`
+    cost: Floats  # [R]
+
+
+class Problem(NamedTuple):
+    """R fits of one form to the same n cells, which differ in errors and weights."""
+
+    form: Form
+    log_params: Floats  # [n]
+    log_tokens: Floats  # [n]
+    error: Floats  # [R, n]
+    weight: Floats  # [R, n]; 0 leaves a row out
+    floor: Floats  # [R]: the value of a fixed D, the lower bound of any other
+    loss: Loss
+
+    def take(self, which: NDArray[np.intp]) -> "Problem":
+        return self._replace(error=self.error[which], weight=self.weight[which], floor=self.floor[which])
+
+
+def problem(
+    form: Form, params: Floats, tokens: Floats, error: Floats, weight: Floats, loss: Loss, fixed: Floats | float = 0.0
+) -> Problem:
+    """`error` and `weight` are [R, n] or [n]; `fixed` is the D of a "fixed" floor, one or R of them."""
+    error, weight = np.broadcast_arrays(*np.atleast_2d(error, weight))
+    lowest = {"nonnegative": 0.0, "free": FREE_FLOOR, "fixed": fixed, "none": 0.0}[form.floor]
+    floor = np.broadcast_to(np.asarray(lowest, float), error.shape[:1])
+    return Problem(form, np.log(params), np.log(tokens), error, weight, floor, loss)
+
+
+def solve(of: Problem, seed: int, hints: Floats | None = None, tolerance: float = 1e-13, steps: int = 100) -> Solution:
+    """The best fit of every problem, to a relative `tolerance` in cost or for so many steps.
+
+    `hints` [S, 2] replaces the global search by these starts (for bootstraps).
+    """
+    if of.form.floor == "none":
+        residual, coefficients, _ = _project(of, np.zeros((len(of.error), 2)))
+        return Solution(coefficients[:, 1:], coefficients[:, :1], np.sum(residual**2, axis=1))
+    starts = _starts(of, seed) if hints is None else np.broadcast_to(hints, (len(of.error), *hints.shape))
+    problems, count = starts.shape[:2]
+    index = np.repeat(np.arange(problems), count)
+    every = descend(of.take(index), starts.reshape(-1, 2), tolerance=tolerance, steps=steps)
+    best = np.argmin(every.cost.reshape(problems, count), axis=1) + np.arange(problems) * count
+    return Solution(every.theta[best], every.coefficients[best], every.cost[best])
+
+
+def _starts(of: Problem, seed: int, best: int = 5, random: int = 5) -> Floats:
+    """[R, best + random, 2]: the best points of a grid, and random ones."""
+    grid = np.stack(np.meshgrid(_GRID, _GRID, indexing="ij"), axis=-1).reshape(-1, 2)
+    problems = len(of.error)
+    index = np.repeat(np.arange(problems), len(grid))
+    residual, *_ = _project(of.take(index), np.tile(grid, (problems, 1)))
+    cost = np.sum(residual**2, axis=1).reshape(problems, len(grid))
+    good = grid[np.argsort(cost, axis=1, kind="stable")[:, :best]]
+    drawn = np.random.default_rng(seed).uniform(-0.2, 1.5, (random, 2))
+    return np.concatenate([good, np.broadcast_to(drawn, (problems, random, 2))], axis=1)
+
+
+def descend(
+    of: Problem, theta: Floats, movable: tuple[bool, bool] = (True, True), tolerance: float = 1e-13, steps: int = 100
+) -> Solution:
+    """Levenberg-Marquardt from `theta` [R, 2] on the projected residuals; an exponent that is not movable stays where
+    it is."""
+    theta = np.clip(theta, LOWEST, HIGHEST)
+    residual, coefficients, predicted = _project(of, theta)
+    cost = np.sum(residual**2, axis=1)
+    damping = np.full(len(theta), 1e-3)
+    active = np.arange(len(theta))
+    free = np.flatnonzero(movable)
+    for _ in range(steps):
+        if not len(active) or not len(free):
+            break
+        part, here, r, near = of.take(active), theta[active], residual[active], predicted[active]
+        probes = [sign * _STEP * np.eye(2)[axis] for axis in free for sign in (1, -1)]
+        many = len(probes)  # all probes of all problems are one call
+        beside = np.concatenate([here + probe for probe in probes])
+        at = _project(of.take(np.tile(active, many)), beside, np.tile(near, (many, 1)), 3)[0]
+        up, down = np.moveaxis(at.reshape(len(free), 2, *r.shape), (1, 0), (0, 3))
+        slope = (up - down) / (2 * _STEP)
+        across = np.swapaxes(slope, 1, 2)
+        normal, gradient = across @ slope, (across @ r[..., None])[..., 0]
+        scale = np.einsum("rii->ri", normal) + 1e-300
+        normal[:, np.arange(len(free)), np.arange(len(free))] += damping[active, None] * scale + _RIDGE * scale
+        move = np.zeros_like(here)
+        move[:, free] = -np.linalg.solve(normal, gradient[..., None])[..., 0]
+        there = np.clip(here + np.clip(move, -0.5, 0.5), LOWEST, HIGHEST)
+        new_residual, new_coefficients, new_predicted = _project(part, there, near, 5)
+        new_cost = np.sum(new_residual**2, axis=1)
+        better = new_cost < cost[active]
+        gain = cost[active] - new_cost
+        small = (np.abs(there - here).max(axis=1) < 1e-9) | (better & (gain < tolerance * cost[active]))
+        took = active[better]
+        theta[took], residual[took], cost[took] = there[better], new_residual[better], new_cost[better]
+        coefficients[took], predicted[took] = new_coefficients[better], new_predicted[better]
+        damping[active] = np.where(better, damping[active] / 10, damping[active] * 10)
+        active = active[~(small | (damping[active] > 1e8))]
+    return Solution(theta, coefficients, cost)
+
+
+def columns(of: Problem, theta: Floats) -> Floats:
+    """The design [R, n, k] at exponents [R, 2], in centred logarithms; the last column is D's where D is solved for."""
+    ones = np.ones_like(of.error)
+    params, tokens = of.log_params - of.log_params.mean(), of.log_tokens - of.log_tokens.mean()
+    if of.form.floor == "none":
+        return np.stack([ones, -params * ones, -tokens * ones], axis=-1)
+    left, right = np.exp(-theta[:, :1] * params), np.exp(-theta[:, 1:] * tokens)
+    design = [(left if has_n else 1) * (right if has_v else 1) for has_n, has_v in of.form.terms]
+    return np.stack([*design, *([ones] if of.form.floor != "fixed" else [])], axis=-1)
+
+
+def _project(of: Problem, theta: Floats, near: Floats | None = None, rounds: int = 8) -> tuple[Floats, Floats, Floats]:
+    """Residuals [R, n] whose squares add up to the cost, the best coefficients [R, k] at these exponents, predictions
+    [R, n].
+
+    The log loss takes `rounds` of Gauss-Newton in the logarithm with Huber's weights, from the predictions `near`.
+    """
+    design, floor = columns(of, theta), of.floor[:, None]
+    fit = _least_squares if of.form.floor == "none" else _nonnegative
+    if of.loss == "squared":
+        coefficients = fit(design, of.error - floor, of.weight)
+        predicted = _apply(design, coefficients) + floor
+        return np.sqrt(of.weight) * (predicted - of.error), coefficients, predicted
+    predicted = of.error if near is None else near
+    for _ in range(rounds):
+        miss = np.log(predicted / of.error)
+        huber = np.minimum(1, HUBER / np.maximum(np.abs(miss), 1e-12))
+        coefficients = fit(design, predicted * (1 - miss) - floor, of.weight * huber / predicted**2)
+        predicted = np.maximum(_apply(design, coefficients) + floor, 1e-6)
+    miss = np.log(predicted / of.error)
+    size = np.abs(miss)
+    loss = np.where(size <= HUBER, size**2, HUBER * (2 * size - HUBER))
+    return np.sign(miss) * np.sqrt(of.weight * loss), coefficients, predicted
+
+
+def _apply(design: Floats, coefficients: Floats) -> Floats:
+    return (design @ coefficients[..., None])[..., 0]
+
+
+def _normal(design: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats]:
+    """The normal equations: gram [R, k, k], with a trace of ridge where columns coincide, and moment [R, k]."""
+    weighted = np.swapaxes(design * weight[..., None], 1, 2)
+    gram, index = weighted @ design, np.arange(design.shape[-1])
+    gram[:, index, index] = gram[:, index, index] * (1 + _RIDGE) + 1e-280
+    return gram, (weighted @ target[..., None])[..., 0]
+
+
+def _least_squares(design: Floats, target: Floats, weight: Floats) -> Floats:
+    gram, moment = _normal(design, target, weight)
+    return np.linalg.solve(gram, moment[..., None])[..., 0]
+
+
+def _nonnegative(design: Floats, target: Floats, weight: Floats) -> Floats:
+    """Exact non-negative least squares of up to four columns: the best of all subsets whose solution is feasible."""
+    gram, moment = _normal(design, target, weight)
+    answer = np.linalg.solve(gram, moment[..., None])[..., 0]
+    poor = np.flatnonzero((answer < 0).any(axis=1))
+    if len(poor):
+        size = design.shape[-1]
+        inside = np.array(list(product((0.0, 1.0), repeat=size)))[:-1]  # [subsets, k]; the full one has been tried
+        both, outside = inside[:, :, None] * inside[:, None, :], np.eye(size) * (1 - inside)[:, None, :]
+        some = np.linalg.solve(gram[poor, None] * both + outside, (moment[poor, None] * inside)[..., None])[..., 0]
+        gain = np.where((some >= 0).all(axis=-1), np.einsum("rsk,rk->rs", some, moment[poor]), -np.inf)
+        answer[poor] = some[np.arange(len(poor)), np.argmax(gain, axis=1)]
+    return answer
+
+
+def named(of: Problem, solution: Solution) -> dict[str, Floats]:
+    """Parameters by name, each [R], in the units of `laws`: N in billions, V in tokens."""
+    alpha, beta = solution.theta.T
+    centre_n, centre_v = of.log_params.mean(), of.log_tokens.mean()
+    if of.form.floor == "none":
+        return {
+            "A": solution.coefficients[:, 0] + alpha * centre_n + beta * centre_v, "alpha": alpha, "beta": beta,
+        }  # fmt: skip
+    values = {
+        name: solution.coefficients[:, i] * np.exp(has_n * alpha * centre_n + has_v * beta * centre_v)
+        for i, (name, (has_n, has_v)) in enumerate(zip(of.form.linear, of.form.terms, strict=True))
+    }
+    extra = 0.0 if of.form.floor == "fixed" else solution.coefficients[:, -1]
+    return {**values, "alpha": alpha, "beta": beta, "D": of.floor + extra}

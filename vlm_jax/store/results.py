@@ -1,0 +1,102 @@
+"""Result rows on disk: one JSON object a line, append-only, safe for several writers on one file system.
+
+A row is written by a single append under a lock and reaches the disk before `append` returns. Reading is strict: a line
+that is not a whole row stops with its number and what to do, and nothing is dropped in silence.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.rows import FIELDS, ResultRow
+
+_TYPES = {field.name: field.type for field in dataclasses.fields(ResultRow)}
+
+
+def append(path: str | Path, row: ResultRow) -> None:
+    """Adds the row at the end. A half-written last line (a crash) gets its own line first, so that it cannot swallow
+    this one.
+
+    Raises `UserError` if a number of the row is not finite: JSON has no word for it, and a law cannot use it.
+    """
+    values = dataclasses.asdict(row)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: row {row.cell!r} has {name}={value}; fix the run that made it")
+    line = json.dumps(values, allow_nan=False).encode() + b"\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        written = os.write(handle, line)
+        if written != len(line):  # a full disk
+            raise OSError(f"{path}: only {written} of {len(line)} bytes of a row were written")
+        os.fsync(handle)
+    finally:
+        os.close(handle)  # gives the lock back
+
+
+def read(path: str | Path) -> list[ResultRow]:
+    """All rows in the order written. Raises `UserError` naming file, line and fix for a missing file or a line that
+    is no row."""
+    return [parse(values, f"{path}:{number}") for number, values in read_lines(path)]
+
+
+def done(path: str | Path) -> set[str]:
+    """The `spec_hash` of every row in the file; empty where there is no file yet."""
+    return {row.spec_hash for row in read(path)} if Path(path).exists() else set()
+
+
+def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not blank."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as rows: {error}") from error
+    lines = text.split("\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            cause = "a half-written last line" if number == len(lines) else "a broken line"
+            raise UserError(
+                f"{path}:{number}: {cause} ({error.msg}); the lines before it are whole: delete it, run its cell again"
+            ) from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}:{number}: a row is a JSON object, not {type(values).__name__}")
+        objects.append((number, values))
+    return objects
+
+
+def parse(values: Mapping[str, Any], where: str) -> ResultRow:
+    """One object as a typed row. Raises `UserError` for missing, unknown or mistyped fields."""
+    if missing := [name for name in FIELDS if name not in values]:
+        raise UserError(f"{where}: missing field(s) {', '.join(missing)}; evaluate the cell again with this version")
+    if stray := sorted(set(values) - set(FIELDS)):
+        raise UserError(f"{where}: unknown field(s) {', '.join(stray)}; read with the version that wrote them")
+    return ResultRow(**{name: _typed(values[name], name, where) for name in FIELDS})
+
+
+def _typed(value: Any, name: str, where: str) -> str | int | float:
+    wanted = _TYPES[name]
+    if wanted is str and isinstance(value, str):
+        return value
+    if wanted is not str and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if wanted is float:
+            return float(value)
+        if value == int(value):
+            return int(value)
+    kind = "text" if wanted is str else f"a finite {wanted.__name__}"
+    raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
