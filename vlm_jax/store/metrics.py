@@ -1,0 +1,46 @@
+"""Metrics to `metrics.jsonl` and TensorBoard, off the critical path: a thread waits for the device, the training loop
+does not.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class MetricWriter:
+    """`write(step, make)` calls `make()` on the writer's own thread; `close()` waits for what is outstanding.
+
+    `last` holds the newest numbers, once `close()` has returned.
+    """
+
+    def __init__(self, workdir: Path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._lines = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._outstanding: list[Future[None]] = []
+        self.last: dict[str, float] = {}
+
+    def write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
+        """`make` turns device arrays into numbers; not-a-number is written as null, which JSON can hold."""
+        self._outstanding = [f for f in self._outstanding if not f.done() or f.result()]
+        self._outstanding.append(self._thread.submit(self._write, step, make))
+
+    def _write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
+        values = self.last = dict(make())
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        for future in self._outstanding:
+            future.result()
+        self._lines.close()
+        self._board.close()

@@ -1,0 +1,48 @@
+"""Train one run: `python -m vlm_jax.train --config configs/vlm.py:llm=d48,tokens=4,family=ocr --workdir
+workdirs/one`.
+"""
+
+from pathlib import Path
+
+from vlm_jax.core.errors import Flags, door
+
+
+def main(argv: list[str]) -> None:
+    from vlm_jax.config.arguments import load_config, split_overrides
+    from vlm_jax.config.resolve import resolve
+
+    parser = Flags(prog="python -m vlm_jax.train", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--config", required=True, help="FILE.py:name=value,... ; single fields: --config.optim.clip_norm=0.5"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="checkpoints, metrics and summary.json; resumes what is there"
+    )
+    argv, overrides = split_overrides(argv)
+    args = parser.parse_args(argv)
+    spec = resolve(load_config(args.config, overrides))
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from vlm_jax import build
+    from vlm_jax.core.specs import total_steps
+
+    cache = build.default_cache()
+    build.use_compilation_cache(cache)
+    run = build.open_run(spec, cache)
+    text = TextColumn("step {task.completed}/{task.total}  {task.fields[note]}")
+    with Progress(BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        bar = progress.add_task("", total=total_steps(spec), note="compiling")
+
+        def on_log(log: object, values: dict[str, float]) -> None:
+            speed = f", {values['examples_per_sec']:.0f} examples/s" if "examples_per_sec" in values else ""
+            mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
+            note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
+            progress.update(bar, completed=log.step, note=note)
+
+        build.train(run, args.workdir, on_log)
+    print(f"{args.workdir / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    door(main)()

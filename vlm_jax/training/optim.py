@@ -1,0 +1,51 @@
+"""The optimiser of one stage: clipping, AdamW with decay on matrices only, warm-up and cosine, per-path rates. All
+optax.
+"""
+
+import re
+from typing import Any
+
+import jax
+import optax
+
+from vlm_jax.core.specs import OptimSpec, StageSpec
+
+
+def schedule(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
+    """Learning rate against the step of this stage: linear warm-up, then cosine to `final_lr_share` of the peak."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if stage.warmup_steps else stage.peak_lr,
+        peak_value=stage.peak_lr,
+        warmup_steps=stage.warmup_steps,
+        decay_steps=max(stage.total_steps, 1),
+        end_value=spec.final_lr_share * stage.peak_lr,
+    )
+
+
+def make_optimiser(spec: OptimSpec, stage: StageSpec) -> optax.GradientTransformation:
+    """The update of the stage's trainable parts. Rates are multiplied by the first match of `spec.lr_scale`."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * _factor(spec, _name(path)), updates)
+
+    steps = [
+        optax.clip_by_global_norm(spec.clip_norm),
+        optax.scale_by_adam(spec.b1, spec.b2),
+        optax.add_decayed_weights(spec.weight_decay, mask=_matrices),
+        optax.scale_by_learning_rate(schedule(spec, stage)),
+    ]
+    return optax.chain(*steps, *([optax.stateless(scale)] if spec.lr_scale else []))
+
+
+def _matrices(params: Any) -> Any:
+    """True for what decays: all but vectors. The stacked axis of scanned blocks does not make a vector a matrix."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - ("blocks" in _name(path)) >= 2, params)
+
+
+def _factor(spec: OptimSpec, name: str) -> float:
+    return next((factor for pattern, factor in spec.lr_scale if re.search(pattern, name)), 1.0)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

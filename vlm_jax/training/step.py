@@ -1,0 +1,67 @@
+"""One update, as a pure function. Gradients of the frozen parts are never formed; microbatches add up to the full
+batch exactly, because sums are accumulated and divided once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from vlm_jax.core.structs import LossSums, TrainState
+
+Forward = Callable[[Any, Any], LossSums]
+Step = Callable[[TrainState, Any], tuple[TrainState, LossSums, "Norms"]]
+
+
+class Norms(NamedTuple):
+    """Global norms, for the log."""
+
+    grad: Float[Array, ""]
+    update: Float[Array, ""]
+
+
+def init_state(
+    params: Any, optimiser: optax.GradientTransformation, train: tuple[str, ...], step: int = 0
+) -> TrainState:
+    """State at the start of a stage; the optimiser sees the parts it trains, and nothing else."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, optimiser.init(_part(params, train)))
+
+
+def make_step(
+    forward: Forward, optimiser: optax.GradientTransformation, train: tuple[str, ...], microbatches: int = 1
+) -> Step:
+    """`(state, batch) -> (state, sums, norms)` for a model's `forward(params, batch) -> LossSums`."""
+
+    def total(trained: Any, frozen: Any, batch: Any) -> tuple[Array, LossSums]:
+        out = forward({**frozen, **trained}, batch)
+        return out.nll, out
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, LossSums, Norms]:
+        trained = _part(state.params, train)
+        frozen = {name: part for name, part in state.params.items() if name not in train}
+        value_and_grad = jax.value_and_grad(total, has_aux=True)
+        if microbatches == 1:
+            (_, sums), grads = value_and_grad(trained, frozen, batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def add(carry: Any, part: Any) -> tuple[Any, None]:
+                (_, sums), grads = value_and_grad(trained, frozen, part)
+                return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+            zeros = (LossSums(*(jnp.zeros(()),) * 3), jax.tree.map(jnp.zeros_like, trained))
+            (sums, grads), _ = jax.lax.scan(add, zeros, parts)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), grads)
+        updates, opt_state = optimiser.update(grads, state.opt_state, trained)
+        norms = Norms(optax.tree.norm(grads), optax.tree.norm(updates))
+        params = {**frozen, **optax.apply_updates(trained, updates)}
+        return TrainState(state.step + 1, params, opt_state), sums, norms
+
+    return step
+
+
+def _part(params: Any, train: tuple[str, ...]) -> Any:
+    return {name: params[name] for name in train}
