@@ -1,0 +1,150 @@
+"""The river, for real and small: train, evaluate, predict, a grid of two cells, and what is said to bad input.
+
+Everything runs as a user runs it, on the tiny data sets; what is meant to fail runs in this process, to save its start.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.core.errors import door
+from vlm_jax.store import results
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--config.data.config=rows4_tiny", "--config.stages.0.total_steps=6", "--config.stages.0.warmup_steps=1")
+GRID = """
+from vlm_jax.config.sweep import Grid, param, product
+
+def get_grid(arg):
+    cells = product(param("llm", "d24"), param("tokens", 1, 0), param("data", "rows4_tiny"), param("steps", 4))
+    return Grid("{config}", cells)
+"""
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "VLM_JAX_CACHE": str(home / "cache"), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(home: Path) -> Path:
+    workdir = home / "run"
+    done = run(home, "vlm_jax.train", "--config", "configs/vlm.py:llm=d24,tokens=2", *TINY, "--workdir", str(workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_train_leaves_a_summary_and_metrics(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["step"] == 6
+    assert summary["train_flops"] > 0
+    assert len(summary["params_sha256"]) == 64
+    steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 6
+    assert any((trained / "tensorboard").iterdir())
+
+
+def test_training_again_changes_nothing(home: Path, trained: Path) -> None:
+    before = (trained / "summary.json").read_text()
+    done = run(home, "vlm_jax.train", "--config", "configs/vlm.py:llm=d24,tokens=2", *TINY, "--workdir", str(trained))
+    assert done.returncode == 0, done.stderr
+    assert (trained / "summary.json").read_text() == before
+
+
+def test_evaluate_writes_one_row(home: Path, trained: Path) -> None:
+    for _ in range(2):
+        done = run(home, "vlm_jax.evaluate", "--workdir", str(trained))
+        assert done.returncode == 0, done.stderr
+    (row,) = results.read(trained / "rows.jsonl")
+    assert (row.family, row.llm, row.visual_tokens, row.images, row.questions) == ("ocr", "d24", 2, 32, 64)
+    assert 0 <= row.error <= 1
+    assert row.encoder_flops > row.prefill_flops > 0
+
+
+def test_predict_answers(home: Path, trained: Path) -> None:
+    image = home / "page.png"
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(image)
+    done = run(home, "vlm_jax.predict", "--workdir", str(trained), "--image", str(image), "--prompt", "read row two")
+    assert done.returncode == 0, done.stderr
+    bad = run(home, "vlm_jax.predict", "--workdir", str(trained), "--image", str(image), "--prompt", "read row twoo")
+    assert bad.returncode == 2
+    assert "'two'" in bad.stderr
+
+
+def test_a_grid_runs_once_and_survives_a_failing_cell(home: Path) -> None:
+    grid, workdir = home / "grid.py", home / "study"
+    grid.write_text(GRID.format(config=ROOT / "configs" / "vlm.py"))
+    words = ("experiments.launch", "--grid", str(grid), "--workdir", str(workdir), "--workers", "2")
+    dry = run(home, *words, "--dry-run")
+    assert "2 cells, 2 to do" in dry.stdout
+    assert not workdir.exists()
+    # A file where the second cell wants its folder for checkpoints: that cell fails, the other one does not.
+    blocked = workdir / "cells" / "llm=d24,tokens=0,data=rows4_tiny,steps=4"
+    blocked.mkdir(parents=True)
+    (blocked / "checkpoints").write_text("in the way")
+    first = run(home, *words)
+    assert first.returncode == 1, first.stdout
+    assert "failed" in first.stdout
+    assert [row.visual_tokens for row in results.read(workdir / "rows.jsonl")] == [1]
+    (blocked / "checkpoints").unlink()
+    second = run(home, *words)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert sorted(row.visual_tokens for row in results.read(workdir / "rows.jsonl")) == [0, 1]
+    third = run(home, *words)
+    assert "0 to do" in third.stdout
+    assert len(results.read(workdir / "rows.jsonl")) == 2
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    home: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, workdir, run_spec = "configs/vlm.py:llm=d24", str(home / "nothing"), (trained / "spec.json").read_text()
+    half = home / "half"
+    half.mkdir()
+    (half / "rows.jsonl").write_text('{"cell": "a", "spec_ha')
+    (home / "text.png").write_text("text")
+    cases = {
+        ("vlm_jax.train", "--config", "configs/vlm.py:llm=d25", "--workdir", workdir): "d24",
+        ("vlm_jax.train", "--config", config, "--workdir", str(trained)): "another spec",
+        ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
+        ("vlm_jax.train", "--config", config, "--config.encoder_checkpoint=no.npz", "--workdir", workdir): "no.npz",
+        ("vlm_jax.train", "--workdir", workdir): "--config",
+        ("vlm_jax.evaluate", "--workdir", workdir): "spec.json",
+        ("vlm_jax.predict", "--workdir", str(trained), "--image", f"{home}/text.png", "--prompt", "x"): "text.png",
+        ("experiments.launch", "--grid", "configs/grids/demo.py", "--workdir", str(half), "--dry-run"): "rows.jsonl:1",
+        ("experiments.report", "--workdir", workdir): "rows.jsonl",
+    }  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("VLM_JAX_CACHE", str(home / "cache"))
+    for (module, *argv), expected in cases.items():
+        monkeypatch.setattr(sys, "argv", [module, *argv])
+        with pytest.raises(SystemExit) as stopped:
+            door(importlib.import_module(module).main)()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2, (argv, said)
+        assert expected in said
+        assert len(said.strip().splitlines()) == 1, said
+    assert (half / "rows.jsonl").read_text() == '{"cell": "a", "spec_ha'
+    assert not Path(workdir).exists()
+    assert (trained / "spec.json").read_text() == run_spec

@@ -1,0 +1,188 @@
+"""The doors of the law half: commands as written, one line for a mistake, nothing written, no accelerator touched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm_jax import fit_law, plan
+from vlm_jax.core.errors import UserError, door
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "experiments" / "published_law" / "published_scores.csv"
+
+
+@pytest.fixture(scope="module")
+def law(tmp_path_factory):
+    path = tmp_path_factory.mktemp("law") / "law.json"
+    flags = ["--rows", str(PUBLISHED), "--out", str(path), "--form", "semilog", "--bootstraps", "40"]
+    assert fit_law.main(flags) == 0
+    return path
+
+
+def test_the_law_file_has_the_documented_shape(law):
+    values = json.loads(law.read_text())
+    assert set(values) == {"version", "unit", "loss", "seed", "bootstraps", "floor", "source", "families"}
+    one = values["families"]["reasoning"]
+    assert {"rows", "forms", "chosen", "ratio", "difference", "warnings"} <= set(one)
+    assert {"value", "low", "high"} <= set(one["ratio"])
+    form = one["forms"]["multiplicative"]
+    assert {"params", "sse", "interval", "aicc", "loo_error"} <= set(form)
+    assert set(form["params"]) == set(form["interval"]) == {"A", "alpha", "beta", "D"}
+
+
+def test_a_plan_as_json(law, capsys):
+    flags = [
+        "--family",
+        "reasoning",
+        "--question-tokens",
+        "50",
+        "--answer-tokens",
+        "20",
+        "--tflops",
+        "2",
+        "--json",
+        "--top",
+        "3",
+    ]
+    assert plan.main(["--law", str(law), *flags]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["closed_form"]["visual_tokens"] == pytest.approx(13.5, abs=0.1)
+    assert len(values["choices"]) == 3
+    first = values["choices"][0]
+    wanted = (
+        "encoder llm llm_params_billion compressor visual_tokens predicted_error low high flops latency_ms cache_bytes"
+    )
+    assert {*wanted.split(), "binds", "warnings"} <= set(first)
+    assert first["flops"] <= 2e12
+    assert first["latency_ms"] is None
+
+
+def test_a_plan_as_tables(law, capsys):
+    flags = [
+        "--family",
+        "reasoning",
+        "--latency-ms",
+        "300",
+        "--chip",
+        "v6e",
+        "--batch",
+        "32",
+        "--cached-question",
+        "--mode",
+        "paper",
+    ]
+    assert plan.main(["--law", str(law), *flags]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "paper cost chooses:",
+        "full cost chooses:",
+        "milliseconds a batch",
+        "GFLOPs a request",
+        "extrapolates_params",
+    ):
+        assert text in out
+
+
+def test_a_plan_as_a_page_and_as_figures(law, tmp_path, capsys):
+    narrow = ["--encoders", "clip-l14-336", "--compressors", "tokenpacker", "none"]
+    narrow += ["--llms", "qwen1.5-0.5b", "qwen1.5-7b"]
+    flags = ["--family", "reasoning", "--tflops", "5", *narrow]
+    flags += ["--html", str(tmp_path / "plan.html"), "--figures", str(tmp_path / "figures")]
+    assert plan.main(["--law", str(law), *flags]) == 0
+    page = (tmp_path / "plan.html").read_text()
+    head, data = page.split("const data = ")
+    assert "<script src" not in head
+    assert "<link" not in head.split("<script>")[0]
+    tables = json.loads(data.split(";\nconst state")[0])["tables"]
+    assert {"0/1", "50/8", "1000/32"} <= set(tables)
+    assert set(tables["50/1"]["llm"]) == {"qwen1.5-0.5b", "qwen1.5-7b"}
+    pictures = {path.name for path in (tmp_path / "figures").iterdir()}
+    names = {"cost_frontier-ocr", "cost_frontier-reasoning", "cost_shares", "flops_or_latency", "optimal_tokens"}
+    assert pictures == {f"{name}.png" for name in names}
+    assert not list(tmp_path.glob("**/*.new*"))
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tflops", "2"], "name one with --family: ocr, reasoning"),
+        (["--family", "reasoning"], "one of the arguments --tflops .* is required"),
+        (["--family", "reasoning", "--tflops", "1", "--cache-mb", "1"], "not allowed with"),
+        (["--family", "reasoning", "--tflops", "0.001"], "the least is"),
+        (["--family", "reasoning", "--tflops", "1", "--top", "0"], "--top 0 must be at least 1"),
+        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot be read"),
+        (["--family", "reasoning", "--tflops", "1", "--chip", "tpu"], "unknown chip"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_told(law, flags, message):
+    with pytest.raises(UserError, match=message):
+        plan.main(["--law", str(law), *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("family,llm_params_billion,visual_tokens\n", "missing column"),
+        ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,53\nocr,2,1,50\n", "divide by 100"),
+        ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,0.5\nocr,1,1,0.4\n", "one LLM size only"),
+    ],
+)
+def test_bad_rows_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    out = tmp_path / "law.json"
+    monkeypatch.setattr(sys, "argv", ["fit_law", "--rows", str(tmp_path / "rows.csv"), "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        door(fit_law.main)()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(said) == 1
+    assert message in said[0]
+    assert "rows.csv" in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bootstraps", "5"], "too few"),
+        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--fixed-d", "nan"], "must be a finite number"),
+        (["--out", "."], "is a folder"),
+        (["--form", "cubic"], "unknown form 'cubic'"),
+        (["--family", "video"], "unknown family 'video'"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_told(tmp_path, flags, message):
+    out = tmp_path / "law.json"
+    with pytest.raises(UserError, match=message):
+        fit_law.main(["--rows", str(PUBLISHED), "--out", str(out), *flags])
+    assert not out.exists()
+
+
+def test_planning_and_fitting_touch_no_accelerator(law, tmp_path):
+    """JAX may be imported (compressors are written in it), but no backend may come to life."""
+    program = (
+        "import sys; from vlm_jax import plan, fit_law; from vlm_jax.scaling import plots, page\n"
+        f"plan.main(['--law', {str(law)!r}, '--family', 'ocr', '--tflops', '2', '--json'])\n"
+        f"fit_law.main(['--rows', {str(PUBLISHED)!r}, '--out', {str(tmp_path / 'law.json')!r}, '--form', 'semilog'])\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends, xla_bridge._backends\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_screen_of_a_figure_is_not_blank(law, tmp_path):
+    from PIL import Image
+
+    from vlm_jax.scaling import lawfile, plots, table
+
+    fitted, rows = lawfile.read(law), table.read(PUBLISHED)
+    for draw in (plots.error_curves, plots.error_by_params):
+        picture = np.asarray(Image.open(draw(rows, fitted, "reasoning", tmp_path / "one.png")).convert("L"))
+        assert picture.std() > 10
