@@ -1,7 +1,6 @@
 """From rows to a page: fits the law of each family, plans from it, draws the figures and writes report.html.
 
     python -m experiments.report --workdir workdirs/demo
-    python -m experiments.report --workdir experiments/size_by_tokens --readme     # also renews the README's table
 
 Everything in the page is computed from WORKDIR/rows.jsonl.
 """
@@ -14,19 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.core.errors import Flags, door
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import fit, frontier, lawfile, plots, table
 from vlm_jax.scaling import report as scaling_report
+from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.fit import LawFit
 from vlm_jax.scaling.latency import Request
 from vlm_jax.store import results
 
-_MARK = ("<!-- table: written by python -m experiments.report -->", "<!-- end of table -->")
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; margin: .6rem 0; } td, th { padding: .15rem .8rem; text-align: right; }
+table { border-collapse: collapse; margin: .6rem 0; }
+td, th { padding: .15rem .6rem; text-align: right; white-space: nowrap; font-size: 15px; }
 th { border-bottom: 1px solid #888; font-weight: 600; } td:first-child, th:first-child { text-align: left; }
 img { max-width: 48%; } .note { color: #57606a; } code { background: #f2f4f6; padding: 0 .25rem; }
 """
@@ -67,34 +67,28 @@ def contrast(law: LawFit, family: str) -> str:
 
 
 def plans(law: LawFit, rows: list[ResultRow], family: str) -> list[list[str]]:
-    """Header and lines: the best cell of the study's own ladder at a few budgets of FLOPs a question."""
+    """Header and lines: the best of the study's own ladder at a few budgets of FLOPs a question, encoder included."""
     mine = [row for row in rows if row.family == family and row.visual_tokens]
-    first = mine[0]
-    request = Request(first.question_tokens, first.answer_tokens, dtype="float32")
-    encoder_flops = first.encoder_flops
-    lines = [["budget, MFLOP", "LLM", "V", "predicted error", "binds"]]
-    for budget in np.geomspace(1.02 * min(_flops(r) for r in mine), max(_flops(r) for r in mine), 5):
-        try:
-            best = frontier.plan(
-                law,
-                frontier.Budget("tflops", float(budget) / 1e12),
-                request,
-                family=family,
-                encoders=(first.encoder,),
-                llms=tuple(sorted({row.llm for row in mine})),
-                compressors=tuple(sorted({row.compressor for row in mine})),
-                tokens=tuple(sorted({row.visual_tokens for row in mine})),
-            ).choices[0]
-        except UserError:
-            continue
+    request = Request(mine[0].question_tokens, mine[0].answer_tokens, dtype="float32")
+    ladder = {
+        "encoders": (mine[0].encoder,),
+        "llms": tuple(sorted({row.llm for row in mine})),
+        "compressors": tuple(sorted({row.compressor for row in mine})),
+        "tokens": tuple(sorted({row.visual_tokens for row in mine})),
+    }
+
+    def within(budget: float, top: int = 1) -> list[frontier.Choice]:
+        return frontier.plan(law, Budget("tflops", budget / 1e12), request, family=family, top=top, **ladder).choices
+
+    everything = [choice.flops for choice in within(1e15, top=1000)]
+    image = mine[0].encoder_flops
+    lines = [[f"MFLOP a question ({image / 1e6:.0f} of them the encoder's)", "LLM", "V", "predicted error"]]
+    least, most = min(everything), max(everything)
+    for budget in least + np.geomspace((most - least) / 300, 1.001 * (most - least), 6):
+        best = within(float(budget))[0]
         interval = f"{best.predicted_error:.3f} [{best.low:.3f}, {best.high:.3f}]"
-        lines.append([f"{budget / 1e6:.1f}", best.llm, str(best.visual_tokens), interval, best.binds])
-    lines[0][0] += f" (encoder {encoder_flops / 1e6:.0f})"
+        lines.append([f"{budget / 1e6:.1f}", best.llm, str(best.visual_tokens), interval])
     return lines
-
-
-def _flops(row: ResultRow) -> float:
-    return row.encoder_flops + row.compressor_flops + row.question_flops + row.prefill_flops + row.decode_flops
 
 
 def html_table(lines: list[list[str]]) -> str:
@@ -130,26 +124,12 @@ def write_page(workdir: Path, rows: list[ResultRow], law: LawFit) -> Path:
         parts.append(html_table(plans(law, rows, family)))
         warnings = "".join(f"<li>{html.escape(w)}</li>" for w in law.family(family).warnings)
         parts.append(f'<p class="note">What to doubt:</p><ul class="note">{warnings}</ul>')
-    parts.append(f"<p class=note>Rows: <code>{html.escape(str(workdir / 'rows.jsonl'))}</code></p>")
     path = workdir / "report.html"
     path.write_text("\n".join(parts) + "\n")
     return path
 
 
-def write_readme_table(workdir: Path, rows: list[ResultRow], law: LawFit) -> None:
-    """Renews what stands between the two marks of WORKDIR/README.md."""
-    path = workdir / "README.md"
-    text = path.read_text() if path.exists() else "\n".join(_MARK)
-    if not all(mark in text for mark in _MARK):
-        raise UserError(f"{path}: put the lines {_MARK[0]!r} and {_MARK[1]!r} where the table belongs")
-    body = []
-    for family in law.families:
-        body += [f"**{family}**: {contrast(law, family)}.", "", markdown_table(error_table(rows, family)), ""]
-    before, after = text.split(_MARK[0])[0], text.split(_MARK[1])[1]
-    path.write_text(before + _MARK[0] + "\n\n" + "\n".join(body) + _MARK[1] + after)
-
-
-def report(workdir: Path, loss: str = "log") -> tuple[list[ResultRow], LawFit]:
+def report(workdir: Path, loss: str = "squared") -> None:
     """law.json, figures and report.html from the rows of a workdir; prints the tables."""
     rows = results.read(workdir / "rows.jsonl")
     law = fit.fit(table.of_rows(rows), loss=loss, source="rows.jsonl")
@@ -177,13 +157,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="a folder with rows.jsonl")
     parser.add_argument(
-        "--loss", default="log", help="how the law is fitted: log (relative errors) or squared (the paper's)"
+        "--loss", default="squared", help="how the law is fitted: log (relative errors) or squared (the paper's)"
     )
-    parser.add_argument("--readme", action="store_true", help="renew the table in WORKDIR/README.md")
     args = parser.parse_args(argv)
-    rows, law = report(args.workdir, args.loss)
-    if args.readme:
-        write_readme_table(args.workdir, rows, law)
+    report(args.workdir, args.loss)
 
 
 if __name__ == "__main__":

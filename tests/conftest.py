@@ -5,6 +5,8 @@ import jaxtyping
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests run each program once or twice: compiling it is what costs.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Stays installed for the whole session: modules are hooked when a test first imports them.
 jaxtyping.install_import_hook("vlm_jax", "beartype.beartype")

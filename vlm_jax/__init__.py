@@ -1,3 +1,26 @@
-"""Inference-optimal vision-language models in JAX: train a grid, fit a law, plan from it."""
+"""Inference-optimal vision-language models in JAX: train a grid, fit a law, plan from it.
+
+The public face, loaded when it is asked for, so that planning needs neither JAX nor a device:
+
+    vlm_jax.fit(rows)                        rows.jsonl's rows -> LawFit              (`scaling.fit`)
+    vlm_jax.best(law, budget, question_tokens)   -> ranked choices                   (`scaling.frontier`)
+    vlm_jax.RunSpec, ModelSpec, ...          the types that say what a run is         (`core.specs`)
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "fit": "vlm_jax.scaling.fit",
+    "best": "vlm_jax.scaling.frontier",
+    **dict.fromkeys(("RunSpec", "ModelSpec", "EncoderSpec", "CompressorSpec", "DecoderSpec"), "vlm_jax.core.specs"),
+}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'vlm_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -306,11 +306,18 @@ def answer(network: Network, params: Any, image: np.ndarray, question: str) -> s
     tokens = np.array([tokenizer.encode(question)], np.int32)
     ones = np.ones_like(tokens)
     batch = Batch(
-        tokens, tokens, 0.0 * ones, ones, np.arange(ones.size, dtype=np.int32)[None], ones > 0, ones[:, 0], image[None]
+        text=tokens,
+        target=tokens,
+        weight=np.zeros(tokens.shape, np.float32),
+        segment=ones,
+        position=np.arange(tokens.size, dtype=np.int32)[None],
+        question=ones > 0,
+        example=ones[:, 0],
+        image=image[None],
     )
     new_tokens, end = network.spec.evaluation.max_new_tokens, tokenizer.END_ID
     program = network.plan.jit(lambda p, b: generate.greedy(network.model, p, b, new_tokens, end))
-    return tokenizer.decode(program({"encoder": network.encoder, **params}, batch)[0])
+    return tokenizer.decode(program({"encoder": network.encoder, **params}, batch)[0].tolist())
 
 
 def evaluation_batches(run: Run) -> int:

@@ -31,9 +31,11 @@ def score(logits: Float[Array, "B T W"], generated: Int[Array, "B new"], batch: 
     counted = (batch.weight > 0) & (batch.target != end)
     logp = jnp.take_along_axis(logits, batch.target[..., None], axis=-1)[..., 0] - _logsumexp(logits)
     forced_wrong = counted & (jnp.argmax(logits, axis=-1) != batch.target)
-    # The k-th answer token is compared with the k-th generated one.
-    place = jnp.clip(jnp.cumsum(batch.weight > 0, axis=1) - 1, 0, generated.shape[1] - 1)
-    wrong = counted & (jnp.take_along_axis(generated, place, axis=1) != batch.target)
+    # The k-th answer token is compared with the k-th generated one, and is wrong where none was generated.
+    new_tokens = generated.shape[1]
+    place = jnp.cumsum(batch.weight > 0, axis=1) - 1
+    said = jnp.take_along_axis(generated, jnp.clip(place, 0, new_tokens - 1), axis=1)
+    wrong = counted & ((said != batch.target) | (place >= new_tokens))
 
     def per_row(mask: Array) -> Array:
         return jnp.sum(mask, axis=1, dtype=jnp.float32)

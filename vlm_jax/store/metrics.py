@@ -39,8 +39,9 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Raises what `make` raised, if nothing has told it yet; the files are closed all the same."""
         self._thread.shutdown(wait=True)
-        for future in self._outstanding:
-            future.result()
         self._lines.close()
         self._board.close()
+        for future in self._outstanding:
+            future.result()

@@ -5,15 +5,19 @@ big_vision keeps apart (or stacks too, under `encoderblock`, when it was trained
 """
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import EncoderSpec
+from vlm_jax.core.specs import ComputeSpec, EncoderSpec
+from vlm_jax.models.vision import Encoder
 
 _ATTENTION = "MultiHeadDotProductAttention_0"
 _LEAVES = {
@@ -47,11 +51,13 @@ def load_encoder(path: str | Path, spec: EncoderSpec) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if not zipfile.is_zipfile(path) and path.exists():
+            raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise UserError(f"no encoder checkpoint {path}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable .npz ({error})") from error
     stems = [
         name.removesuffix("embedding/kernel")
@@ -60,24 +66,36 @@ def load_encoder(path: str | Path, spec: EncoderSpec) -> dict[str, Any]:
     ]
     prefix = min(stems, key=len) if stems else ""
 
-    def take(name: str) -> np.ndarray:
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if prefix + name not in arrays:
             raise UserError(f"{path}: tensor {prefix + name!r} is missing for encoder {spec.name}")
-        return np.asarray(arrays[prefix + name], np.float32)
+        found = arrays[prefix + name]
+        if found.shape != shape:
+            raise UserError(f"{path}: {prefix + name!r} has shape {found.shape}, encoder {spec.name} wants {shape}")
+        return np.asarray(found, np.float32)
 
-    flat = {ours: take(theirs) for ours, theirs in _STEM.items()}
-    flat["patch/kernel"] = flat["patch/kernel"].reshape(-1, spec.width)
-    flat["position"] = flat["position"].reshape(-1, spec.width)
+    wanted = _shapes(spec)
+    theirs_only = {
+        "patch/kernel": (spec.patch_size, spec.patch_size, 3, spec.width),
+        "position": (1, *wanted["position"]),
+    }
+    flat = {
+        ours: take(theirs, theirs_only.get(ours, wanted[ours])).reshape(wanted[ours]) for ours, theirs in _STEM.items()
+    }
     stacked = f"{prefix}Transformer/encoderblock/LayerNorm_0/scale" in arrays
+    if f"{prefix}Transformer/encoderblock_{spec.depth}/LayerNorm_0/scale" in arrays:
+        raise UserError(f"{path}: has more blocks than the {spec.depth} of encoder {spec.name}")
     for ours, theirs in _BLOCK.items():
+        shape = wanted[f"blocks/{ours}"]
         flat[f"blocks/{ours}"] = (
-            take(f"Transformer/encoderblock/{theirs}")
+            take(f"Transformer/encoderblock/{theirs}", shape)
             if stacked
-            else np.stack([take(f"Transformer/encoderblock_{i}/{theirs}") for i in range(spec.depth)])
+            else np.stack([take(f"Transformer/encoderblock_{i}/{theirs}", shape[1:]) for i in range(spec.depth)])
         )
     if spec.pooling_head:
-        flat |= {f"pooling/{ours}": take(f"MAPHead_0/{theirs}") for ours, theirs in _POOL.items()}
-    _check_shapes(path, flat, spec)
+        flat |= {
+            f"pooling/{ours}": take(f"MAPHead_0/{theirs}", wanted[f"pooling/{ours}"]) for ours, theirs in _POOL.items()
+        }
     return tree.unflatten(flat)
 
 
@@ -97,14 +115,9 @@ def save_encoder(path: str | Path, params: Mapping[str, Any], spec: EncoderSpec)
     temporary.replace(path)
 
 
-def _check_shapes(path: Path, flat: Mapping[str, np.ndarray], spec: EncoderSpec) -> None:
-    channels = spec.width // spec.heads
-    wanted = {
-        "patch/kernel": (spec.patch_size**2 * 3, spec.width),
-        "position": (spec.patches, spec.width),
-        "blocks/attention/query/kernel": (spec.depth, spec.width, spec.heads, channels),
-        "blocks/mlp/up/kernel": (spec.depth, spec.width, spec.mlp_width),
-    }
-    for name, shape in wanted.items():
-        if flat[name].shape != shape:
-            raise UserError(f"{path}: {name} has shape {flat[name].shape}, encoder {spec.name} wants {shape}")
+def _shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the encoder, under our names."""
+    encoder = Encoder(spec, ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)))
+    image = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), np.float32)
+    params = nn.meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), image))["params"]
+    return {name: leaf.shape for name, leaf in tree.flatten(params).items()}

@@ -1,0 +1,72 @@
+"""Renew every number that stands in a README: `python -m experiments.readme`.
+
+Writes between pairs of marks in README.md and experiments/size_by_tokens/README.md, from the committed rows and laws.
+"""
+
+import contextlib
+import io
+import shlex
+from pathlib import Path
+
+from experiments import report
+from vlm_jax import plan
+from vlm_jax.core.errors import UserError, door
+from vlm_jax.scaling import lawfile
+from vlm_jax.store import results
+
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "experiments" / "size_by_tokens"
+_PLAN = (
+    "--law experiments/published_law/law.json --family reasoning --question-tokens 50 --answer-tokens 20 "
+    "--latency-ms 400 --chip v6e --batch 32 --top 3"
+)
+
+
+def tables() -> str:
+    """The contrast and the errors of every family of the study."""
+    rows, law = results.read(STUDY / "rows.jsonl"), lawfile.read(STUDY / "law.json")
+    parts = []
+    for family in law.families:
+        table = report.markdown_table(report.error_table(rows, family))
+        parts += [f"**{family}**: {report.contrast(law, family)}.", table]
+    return "\n\n".join(parts)
+
+
+def doubts() -> str:
+    """What the fit itself warns of."""
+    law = lawfile.read(STUDY / "law.json")
+    return "\n".join(f"* {name}: {warning}" for name, family in law.families.items() for warning in family.warnings)
+
+
+def planned() -> str:
+    """A command and the ranking that it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        plan.main([word.replace("experiments/", f"{ROOT}/experiments/") for word in shlex.split(_PLAN)])
+    ranking = printed.getvalue().split("GFLOPs a request")[0].rstrip()
+    return f"    $ python -m vlm_jax.plan {_PLAN}\n" + "\n".join(
+        f"    {line}".rstrip() for line in ranking.splitlines()
+    )
+
+
+def write_block(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between the marks of that name. Raises `UserError` where they are missing."""
+    start, end = f"<!-- {name}: written by python -m experiments.readme -->", f"<!-- end of {name} -->"
+    whole = path.read_text()
+    if start not in whole or end not in whole:
+        raise UserError(f"{path}: put the lines {start!r} and {end!r} where the {name} belongs")
+    before, after = whole.split(start)[0], whole.split(end)[1]
+    path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError("python -m experiments.readme takes no arguments")
+    write_block(ROOT / "README.md", "table", tables())
+    write_block(ROOT / "README.md", "plan", planned())
+    write_block(STUDY / "README.md", "table", tables())
+    write_block(STUDY / "README.md", "doubts", doubts())
+
+
+if __name__ == "__main__":
+    door(main)()
