@@ -155,7 +155,8 @@ def train(run: Run, workdir: Path, on_log: Callable[[loop.Log, dict[str, float]]
     ):
         restored = checkpoints.latest() or 0
         params = _train_stages(run, restored, checkpoints, metrics, on_log).params
-    if restored < specs.total_steps(spec):
+    # A run may have died behind its last checkpoint, but before this.
+    if restored < specs.total_steps(spec) or not (workdir / "summary.json").exists():
         _write_summary(run, workdir, params, metrics.last, time.monotonic() - started)
     return params
 

@@ -1,0 +1,117 @@
+"""What is saved comes back, on any mesh; a workdir belongs to one spec."""
+
+import copy
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import builders
+from vlm_jax import partitioning
+from vlm_jax.core import tree
+from vlm_jax.core.axes import EMBED, MLP
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.structs import TrainState
+from vlm_jax.store.checkpoint import Checkpoints, claim, read_spec
+
+SPEC = {"seed": 0, "data": {"dataset": "glyph_ocr", "batch_examples": 32}, "stages": [{"name": "both", "train": ["a"]}]}
+CURSOR = {"next_index": 17, "nested": {"position": [1, 2]}}
+
+
+def plan(strategy: str, *mesh: int) -> partitioning.Plan:
+    return partitioning.make_plan(builders.compute(strategy=strategy, mesh=mesh), jax.devices()[: int(np.prod(mesh))])
+
+
+def boxed(seed: int = 0) -> TrainState:
+    """Values that use all their bits, and one 16-bit leaf."""
+    rng = np.random.default_rng(seed)
+    kernel, moment = (
+        nn.LogicallyPartitioned(jnp.asarray(rng.standard_normal((16, 24)), jnp.float32), (EMBED, MLP)) for _ in range(2)
+    )
+    moments = (jnp.asarray(3, jnp.int32), moment, jnp.asarray(rng.standard_normal(5), jnp.bfloat16))
+    return TrainState(jnp.asarray(seed, jnp.int32), {"decoder": {"kernel": kernel}}, moments)
+
+
+def placed(state: TrainState, where: partitioning.Plan) -> TrainState:
+    return jax.device_put(nn.meta.unbox(state), where.shardings(state))
+
+
+def test_restored_on_another_mesh_it_is_the_same(tmp_path) -> None:
+    """Bit for bit, in the shardings that were asked for, with its cursor."""
+    store = Checkpoints(tmp_path)
+    store.save(4, placed(boxed(), plan("fsdp_tensor", 2, 2, 2)), CURSOR, SPEC)
+    store.close()
+    for where in (plan("fsdp_tensor", 2, 2, 2), plan("fsdp", 1, 8, 1), plan("replicated", 1, 1, 1)):
+        store, shardings = Checkpoints(tmp_path), where.shardings(boxed())
+        state, cursor = store.restore(4, jax.eval_shape(lambda: nn.meta.unbox(boxed())), shardings)
+        store.close()
+        assert tree.sha256(state) == tree.sha256(nn.meta.unbox(boxed()))
+        assert jax.tree.all(
+            jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings)
+        )
+        assert cursor == CURSOR
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path) -> None:
+    """The next step may take the buffers at once: the background write has its own copy."""
+    store, where = Checkpoints(tmp_path), plan("replicated", 1, 1, 1)
+    state = placed(boxed(1), where)
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)
+    store.save(1, state, CURSOR, SPEC)
+    overwrite(state)
+    store.close()
+    store = Checkpoints(tmp_path)
+    again, _ = store.restore(1, jax.eval_shape(lambda: nn.meta.unbox(boxed())), where.shardings(boxed()))
+    store.close()
+    assert tree.sha256(again) == tree.sha256(nn.meta.unbox(boxed(1)))
+
+
+def test_the_newest_are_kept_and_the_incomplete_do_not_count(tmp_path) -> None:
+    where = plan("replicated", 1, 1, 1)
+    store = Checkpoints(tmp_path, keep=2)
+    assert store.latest() is None
+    for step in (2, 4, 6):
+        store.save(step, placed(boxed(step), where), CURSOR, SPEC)
+    store.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
+    store = Checkpoints(tmp_path, keep=2)
+    assert store.latest() == 6
+    store.close()
+
+
+def test_a_workdir_belongs_to_one_spec(tmp_path) -> None:
+    """The same spec may come again; another is refused, with the fields that differ and their values."""
+    workdir = tmp_path / "deep" / "run"
+    claim(workdir, SPEC)
+    assert read_spec(workdir) == SPEC
+    assert [path.name for path in workdir.iterdir()] == ["spec.json"]
+    claim(workdir, copy.deepcopy(SPEC))
+    other = copy.deepcopy(SPEC)
+    other["data"]["batch_examples"] = 64
+    other["stages"][0]["train"].append("b")
+    with pytest.raises(UserError) as told:
+        claim(workdir, other)
+    message = str(told.value)
+    assert "data.batch_examples: 32 there, 64 asked" in message
+    assert "stages.0.train.1: None there, 'b' asked" in message
+    assert "seed" not in message
+    assert "dataset" not in message
+    assert read_spec(workdir) == SPEC
+
+
+def test_a_workdir_that_cannot_be_written_is_told(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot write here .*: choose another --workdir"):
+        claim(tmp_path / "file" / "run", SPEC)
+
+
+def test_a_missing_or_broken_spec_is_told(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no spec\.json, so no run was started here"):
+        read_spec(tmp_path)
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC, indent=1)[:-9])
+    with pytest.raises(UserError, match=r"spec\.json, line \d+: not valid JSON"):
+        claim(tmp_path, SPEC)

@@ -1,0 +1,120 @@
+"""Stored features are the live encoder's, computed once."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from tests import builders
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.structs import Visual
+from vlm_jax.models.vlm import Vlm
+from vlm_jax.store import features
+
+COUNT = 130  # more than the store encodes at once
+
+
+class Counted:
+    """An encoder, its images, and how often it ran."""
+
+    def __init__(self, encode):
+        self.calls, self.encode = 0, encode
+        self.pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
+
+    def __call__(self, image: np.ndarray) -> Visual:
+        self.calls += 1
+        return self.encode(image)
+
+    def open(self, root, name: str = "key"):
+        return features.open_or_compute(root, name, lambda indices: self.pixels[indices], COUNT, self, "test")
+
+
+@pytest.fixture(scope="module")
+def encode():
+    model = Vlm(builders.model(), builders.COMPUTE)
+    params = builders.params(model)
+    return jax.jit(lambda image: model.encode(params, image))
+
+
+def brightness(image: np.ndarray, factor: float = 1.0) -> Visual:
+    """An encoder without parameters and without taps."""
+    return Visual(factor * image.reshape(len(image), 16, 48).astype(np.float32) / 255)
+
+
+def test_features_are_the_encoders_to_the_rounding_of_float16(tmp_path, encode) -> None:
+    """Every example, tokens and taps, in any order: half a unit in the last of eleven bits, relative."""
+    counted = Counted(encode)
+    read = counted.open(tmp_path)
+    order = np.random.default_rng(1).permutation(COUNT)
+    live, stored = encode(counted.pixels[order]), read(order)
+    assert stored.tokens.dtype == np.float16
+    for a, b in zip((live.tokens, live.taps), (stored.tokens, stored.taps), strict=True):
+        np.testing.assert_allclose(b.astype(np.float32), a, rtol=2.0**-11 * 1.01, atol=1e-5)
+
+
+def test_the_second_open_computes_nothing(tmp_path) -> None:
+    """Only the check against the live encoder runs, and no file is touched."""
+    first, second = Counted(brightness), Counted(brightness)
+    first.open(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "key").iterdir()}
+    read = second.open(tmp_path)
+    assert (first.calls, second.calls) == (2 + 1, 1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "key").iterdir()} == before
+    assert read(np.arange(2)).taps is None
+
+
+def test_of_two_at_once_one_computes(tmp_path) -> None:
+    both = [Counted(brightness), Counted(brightness)]
+    with ThreadPoolExecutor(2) as pool:
+        readers = list(pool.map(lambda counted: counted.open(tmp_path), both))
+    assert sorted(counted.calls for counted in both) == [1, 3]
+    np.testing.assert_array_equal(readers[0](np.arange(COUNT)).tokens, readers[1](np.arange(COUNT)).tokens)
+
+
+def test_what_was_half_written_is_ignored(tmp_path) -> None:
+    """Neither the folder of an interrupted computation nor a folder without its last file is taken for features."""
+    for name in ("key.partial", "key"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "tokens.npy", np.zeros((COUNT, 16, 48), np.float16))
+    counted = Counted(brightness)
+    read = counted.open(tmp_path)
+    np.testing.assert_array_equal(read(np.arange(COUNT)).tokens, brightness(counted.pixels).tokens.astype(np.float16))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
+
+
+def test_an_encoder_that_fails_leaves_no_features(tmp_path) -> None:
+    def fails(image: np.ndarray) -> Visual:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Counted(fails).open(tmp_path)
+    assert not (tmp_path / "key").exists()
+    Counted(brightness).open(tmp_path)
+
+
+def test_features_of_another_encoder_are_refused(tmp_path) -> None:
+    Counted(brightness).open(tmp_path)
+    with pytest.raises(UserError, match=r"stored features differ from the encoder by .*: delete the folder"):
+        Counted(lambda image: brightness(image, 1.02)).open(tmp_path)
+
+
+def test_a_truncated_store_is_told(tmp_path) -> None:
+    Counted(brightness).open(tmp_path)
+    path = tmp_path / "key" / "tokens.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"key: unreadable features .* delete the folder"):
+        Counted(brightness).open(tmp_path)
+
+
+def test_the_key_names_what_features_depend_on() -> None:
+    """Images, encoder and taps: another key for each, and the same key for the same."""
+    keys = [features.key(*of) for of in (("a", "b", (1,)), ("c", "b", (1,)), ("a", "c", (1,)), ("a", "b", ()))]
+    assert len(set(keys)) == 4
+    assert features.key("a", "b", (1,)) == keys[0]
+
+
+def test_meta_says_where_they_come_from(tmp_path) -> None:
+    Counted(brightness).open(tmp_path)
+    assert json.loads((tmp_path / "key" / "meta.json").read_text()) == {"examples": COUNT, "source": "test"}

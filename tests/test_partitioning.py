@@ -1,0 +1,217 @@
+"""Placement changes where numbers live and nothing else.
+
+To renew the golden file after a change that is meant: `python -m tests.test_partitioning`.
+"""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests import builders
+from vlm_jax import partitioning
+from vlm_jax.compress import catalog
+from vlm_jax.core import axes, tree
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.structs import TrainState, Visual
+from vlm_jax.models.vlm import Vlm
+from vlm_jax.training import loss
+from vlm_jax.training import step as training_step
+
+GOLDEN = Path(__file__).parent / "golden" / "placements_qwen_fsdp_tensor.txt"
+QWEN = dict(qkv_bias=True, tied_head=False, width=32, vocab=64)  # Qwen 2.5 in small
+TOKENS = {"none": 16, "blind": 0}  # of the compressors that leave no choice; 4 for the others
+RATE = 0.1
+
+
+def plan(strategy: str, *mesh: int) -> partitioning.Plan:
+    return partitioning.make_plan(builders.compute(strategy=strategy, mesh=mesh), jax.devices()[: int(np.prod(mesh))])
+
+
+def axis_names(shapes: dict) -> dict[str, tuple]:
+    """Parameter path -> the logical name of each of its axes."""
+    specs = tree.flatten(nn.get_partition_spec(shapes), is_leaf=lambda leaf: isinstance(leaf, P))
+    return {path: tuple(spec) for path, spec in specs.items()}
+
+
+@pytest.mark.parametrize("strategy", partitioning.TABLES)
+def test_a_table_covers_every_name_and_no_other(strategy: str) -> None:
+    """A name without a rule would leave its axis whole, silently."""
+    assert set(partitioning.TABLES[strategy]) == {*axes.KERNEL_AXES, *axes.ACTIVATION_AXES}
+    targets = partitioning.TABLES[strategy].values()
+    used = {name for t in targets if t is not None for name in (t if isinstance(t, tuple) else (t,))}
+    assert used <= {"data", "fsdp", "tensor"}
+
+
+@pytest.mark.parametrize("compressor", catalog.ROWS)
+def test_every_axis_of_every_parameter_is_named(compressor: str) -> None:
+    """A known name for each axis longer than one, none twice: two axes cannot live on the same mesh axis."""
+    shapes = builders.boxed_shapes(Vlm(builders.model(compressor, TOKENS.get(compressor, 4), **QWEN), builders.COMPUTE))
+    leaves, named = tree.flatten(nn.meta.unbox(shapes)), axis_names(shapes)
+    for path, names in named.items():
+        assert len(names) == leaves[path].ndim, path
+        assert all(n in axes.KERNEL_AXES or size == 1 for n, size in zip(names, leaves[path].shape, strict=True)), path
+        assert len(set(names)) == len(names), path
+
+
+# Compiled without optimisation: a third of the time, and the same mathematics.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tuple[int, int, int], microbatches: int):
+    """(losses, last state). Without the encoder among the trained parts, the batch carries features."""
+    compute = builders.compute(strategy=strategy, mesh=mesh, microbatches=microbatches)
+    where, model = plan(strategy, *mesh), Vlm(builders.model(compressor, qkv_bias=True), compute)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE, momentum=0.9))
+    params, boxed = (
+        {part: whole[part] for part in train} for whole in (builders.params(model), builders.boxed_shapes(model))
+    )
+
+    def start(params: dict) -> TrainState:
+        return training_step.init_state(params, optimiser, train)
+
+    shardings = where.shardings(jax.eval_shape(start, boxed))
+    state = where.jit(start, out_shardings=shardings)(params)
+    step = training_step.make_step(
+        lambda params, batch: loss.sums(model.forward(params, batch), batch), optimiser, train, microbatches
+    )
+    step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=QUICK)
+    losses = []
+    for seed in range(3):
+        batch = builders.batch(rows=8, seed=seed)
+        if "encoder" not in train:
+            features = np.random.default_rng(seed).standard_normal((8, 16, 16)).astype(np.float16)
+            batch = batch._replace(image=None, features=Visual(features))
+        state, sums, _ = step(state, where.put(batch))
+        losses.append(float(sums.nll) / float(sums.count))
+    return losses, state
+
+
+@pytest.mark.parametrize(
+    ("compressor", "train", "settings"),
+    [
+        ("resampler", ("encoder", "connector", "decoder"), [("fsdp_tensor", (2, 2, 2), 2)]),
+        ("pool", ("connector", "decoder"), [("fsdp", (4, 2, 1), 1), ("replicated", (8, 1, 1), 1)]),
+    ],
+)
+def test_a_sharded_step_equals_the_single_device_step(compressor: str, train: tuple[str, ...], settings: list) -> None:
+    """Losses and parameters after three steps, over three meshes, once with microbatches.
+
+    Only the order of additions differs. Each rounds to 2^-24, and terms of either sign cancel, so that gradients, whose
+    norm is clipped to 1, differ by some 1e-6; with momentum, three steps add up fewer than six of them.
+    """
+    losses, alone = three_steps(compressor, train, "replicated", (1, 1, 1), 1)
+    assert losses[2] != losses[0]
+    for strategy, mesh, microbatches in settings:
+        other, state = three_steps(compressor, train, strategy, mesh, microbatches)
+        np.testing.assert_allclose(other, losses, rtol=1e-5)
+        ours, theirs = tree.flatten(state.params), tree.flatten(alone.params)
+        for path in theirs:
+            np.testing.assert_allclose(ours[path], theirs[path], rtol=0, atol=6e-6 * RATE, err_msg=path)
+        _assert_split(state, strategy, dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+
+
+def _assert_split(state: TrainState, strategy: str, mesh: dict[str, int]) -> None:
+    """What one device holds of parameters and of the optimiser's momentum, against the sizes worked out by hand."""
+    by_hand = {  # path -> mesh axes that cut it; builders: D = E = 16, two key heads, feed-forward 24, 32 words
+        "decoder/embedding": ("fsdp", "tensor"),
+        "decoder/blocks/attention/key/kernel": ("fsdp", "tensor"),
+        "decoder/blocks/mlp/down/kernel": ("fsdp", "tensor"),
+        "decoder/blocks/attention_norm/scale": (),
+        "connector/projector/kernel": ("fsdp",),
+        "connector/compressor/layer0/attention/query/kernel": ("fsdp", "tensor"),
+        "encoder/blocks/mlp/up/kernel": ("fsdp", "tensor"),
+        "encoder/position": ("fsdp",),
+    }
+    cut = {"replicated": (), "fsdp": ("fsdp",), "fsdp_tensor": ("fsdp", "tensor")}[strategy]
+    for part in (state.params, optax.tree.get(state.opt_state, "trace")):
+        flat = tree.flatten(part)
+        for path in by_hand.keys() & flat.keys():
+            parts = int(np.prod([mesh[axis] for axis in by_hand[path] if axis in cut]))
+            held = {shard.data.nbytes for shard in flat[path].addressable_shards}
+            assert held == {flat[path].nbytes // parts}, (strategy, path)
+
+
+def test_most_bytes_of_a_real_shape_are_split() -> None:
+    """Over 8-way fsdp a device holds an eighth of all but norms, biases and the resampler's table of places."""
+    model = Vlm(builders.model(**QWEN), builders.COMPUTE)
+    shapes = builders.boxed_shapes(model)
+    where = plan("fsdp", 1, 8, 1)
+    flat, names = tree.flatten(nn.meta.unbox(shapes)), axis_names(shapes)
+    whole = sum(int(np.prod(flat[p].shape)) for p, n in names.items() if not {"embed", "vision"} & set(n))
+    total = tree.count(shapes)
+    shards = tree.flatten(where.shardings(shapes))
+    held = sum(int(np.prod(shards[path].shard_shape(leaf.shape))) for path, leaf in flat.items())
+    assert held == whole + (total - whole) // 8
+    assert partitioning.unsharded_share(where, shapes) == whole / total
+    assert partitioning.unsharded_share(plan("replicated", 8, 1, 1), shapes) == 1
+
+
+def test_a_second_plan_is_honoured_in_the_same_process() -> None:
+    """jit's own cache knows neither mesh nor rules: the same function under other rules must be traced anew."""
+
+    def logits(x: jax.Array) -> jax.Array:
+        return nn.with_logical_constraint(2 * x, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
+
+    x = jnp.ones((8, 3, 8))
+    seen = []
+    for where in (plan("replicated", 2, 2, 2), plan("fsdp_tensor", 2, 2, 2), plan("fsdp_tensor", 1, 1, 8)):
+        out = where.jit(logits)(jax.device_put(x, where.replicated))
+        seen.append(out.addressable_shards[0].data.shape)
+        np.testing.assert_array_equal(out, 2 * x)
+    assert seen == [(2, 3, 8), (2, 3, 4), (8, 3, 1)]
+
+
+def test_an_axis_that_does_not_divide_stays_whole() -> None:
+    """One key head over two devices."""
+    names = {"kernel": nn.LogicallyPartitioned(jnp.zeros((16, 1, 8)), (axes.EMBED, axes.KV_HEADS, axes.HEAD_DIM))}
+    assert plan("fsdp_tensor", 1, 4, 2).shardings(names)["kernel"].spec == P("fsdp", None, None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "shape"),
+    [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((4, 2, 1), 8, (4, 2, 1)), ((1, 1, -1), 1, (1, 1, 1))],
+)
+def test_mesh_shape(mesh, devices, shape) -> None:
+    assert partitioning.mesh_shape(mesh, devices) == shape
+
+
+@pytest.mark.parametrize("mesh", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (16, 1, 1), (-1, 16, 1), (0, -1, 1), (-2, -4, 1)])
+def test_a_mesh_that_does_not_fit_is_told(mesh) -> None:
+    with pytest.raises(UserError, match=r"compute\.mesh .* does not divide 8 device\(s\).*write -1 on one axis"):
+        partitioning.mesh_shape(mesh, 8)
+
+
+def test_an_unknown_strategy_is_told() -> None:
+    with pytest.raises(UserError, match=r"unknown compute\.strategy 'fsdp_tensors': did you mean 'fsdp_tensor'\?"):
+        plan("fsdp_tensors", 8, 1, 1)
+
+
+def test_a_batch_that_does_not_divide_is_told() -> None:
+    where, compute = plan("fsdp_tensor", 2, 2, 2), builders.compute(microbatches=3)
+    partitioning.check_batch(where, compute, 24)
+    with pytest.raises(UserError, match=r"data\.batch_examples=32 does not divide .* = 12 parts: use 24"):
+        partitioning.check_batch(where, compute, 32)
+    with pytest.raises(UserError, match="use 12"):
+        partitioning.check_batch(where, compute, 8)
+
+
+def placements() -> str:
+    """Every parameter of a small Qwen behind an encoder and a resampler, on a mesh of (2, 2, 2)."""
+    model = Vlm(builders.model(**QWEN), builders.COMPUTE)
+    lines = partitioning.placements(plan("fsdp_tensor", 2, 2, 2), builders.boxed_shapes(model))
+    return "".join(f"{path}: {line}\n" for path, line in lines.items())
+
+
+def test_placements_are_those_of_the_golden_file() -> None:
+    assert placements().splitlines() == GOLDEN.read_text().splitlines()
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    GOLDEN.write_text(placements())
