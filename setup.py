@@ -4,7 +4,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What the law and the planner alone need is small on purpose: `pip install vlm_jax` plans on a laptop.
 setup(
     name="vlm_jax",
     version="0.1.0",
@@ -15,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vlm_jax", "vlm_jax.*", "experiments", "experiments.*"]),
+    packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={"vlm_jax": ["py.typed"]},
     install_requires=[
         "array-record",

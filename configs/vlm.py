@@ -40,7 +40,11 @@ def get_config(arg: str = "") -> ConfigDict:
         seed=0,
     )
     recipe = "smoke" if arg.smoke else arg.recipe
-    for kind, name, valid in (("family", arg.family, FAMILIES), ("recipe", recipe, RECIPES)):
+    for kind, name, valid in (
+        ("family", arg.family, FAMILIES),
+        ("recipe", recipe, RECIPES),
+        ("stages", arg.stages, (1, 2)),
+    ):
         if name not in valid:
             raise unknown(kind, name, valid)
     family = FAMILIES[arg.family]
@@ -71,15 +75,19 @@ def get_config(arg: str = "") -> ConfigDict:
         text_tokens=questions * pair_tokens,
         frozen_features=True,
     )
-    both = dict(
-        name="both", total_steps=steps, train=("connector", "decoder"), peak_lr=arg.lr, warmup_steps=steps // 20
-    )
-    align = dict(both, name="align", total_steps=steps // 4, train=("connector",), warmup_steps=steps // 80)
+    both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)
+    align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)
     c.stages = (both,) if arg.stages == 1 else (align, both)
     # Wider decoders want smaller steps: between 24 and 192 channels the better of two rates fell about as width^-1/2.
     scale = (24 / zoo.decoder(arg.llm).width) ** 0.5
     c.optim = dict(
-        weight_decay=1e-4, clip_norm=1.0, b1=0.9, b2=0.99, final_lr_share=0.02, lr_scale=(("^decoder/", scale),)
+        peak_lr=arg.lr,
+        weight_decay=1e-4,
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.99,
+        final_lr_share=0.02,
+        lr_scale=(("^decoder/", scale),),
     )
     c.compute = dict(
         dtype="float32", remat="none", attention="xla", microbatches=1, strategy="replicated", mesh=(-1, 1, 1)

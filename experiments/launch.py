@@ -10,14 +10,24 @@ import argparse
 import json
 import os
 import selectors
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from vlm_jax.config.arguments import load_config
@@ -77,40 +87,42 @@ def show(cells: list[Cell], console: Console) -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether this machine has a TPU or an NVIDIA GPU; asking JAX would take the device."""
-    return any(Path("/dev").glob("accel*")) or Path("/dev/nvidia0").exists()
+    """Whether this machine has a TPU or an NVIDIA GPU that JAX may use; asking JAX would take the device."""
+    devices = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*")
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(any(Path("/dev").glob(name)) for name in devices)
+
+
+def cores() -> list[int]:
+    """The cores this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def default_workers() -> int:
     """One process where there is an accelerator, which belongs to one process; one a core on a CPU."""
-    return 1 if has_accelerator() else len(os.sched_getaffinity(0))
+    return 1 if has_accelerator() else len(cores())
 
 
-def start_worker(index: int, workers: int, grid: str, workdir: Path, skip: list[str]) -> subprocess.Popen[bytes]:
+def start_worker(index: int, workers: int, grid: str, workdir: Path, since: float) -> subprocess.Popen[bytes]:
     """A worker on its own share of the cores: two single-threaded programs finish before one two-threaded one."""
-    cores = sorted(os.sched_getaffinity(0))
-    mine = cores[index % len(cores) :: workers] or cores
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(len(mine))}
-    if not has_accelerator():  # small cells spend more time compiling than a better program would win back
+    command = [sys.executable, "-m", "experiments.worker", "--grid", grid, "--workdir", str(workdir)]
+    command += ["--since", str(since)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not has_accelerator():
+        # Small cells spend more time compiling than a better program would win back.
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
-    log = open(workdir / f"worker{index}.log", "ab")  # noqa: SIM115 - the child keeps it
-    command = [sys.executable, "-m", "experiments.worker", "--grid", grid, "--workdir", str(workdir), "--skip", *skip]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, mine),
-    )
+        if shutil.which("taskset") and workers <= len(cores()):
+            command = ["taskset", "-c", ",".join(map(str, cores()[index::workers])), *command]
+    with open(workdir / f"worker{index}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, bufsize=0)
 
 
 def events(grid: str, workdir: Path, workers: int) -> Iterator[dict[str, Any]]:
-    """Events of all workers until none is left. A worker that dies is replaced, without the cell that it died on."""
-    selector, failed = selectors.DefaultSelector(), []
+    """Events of all workers until none is left. A worker that dies at a cell is replaced; the cell is left alone."""
+    selector, since = selectors.DefaultSelector(), time.time()
     running: dict[int, str] = {}
 
     def start(index: int) -> None:
-        process = start_worker(index, workers, grid, workdir, failed)
+        process = start_worker(index, workers, grid, workdir, since)
         selector.register(process.stdout, selectors.EVENT_READ, (index, process))
 
     for index in range(workers):
@@ -123,14 +135,19 @@ def events(grid: str, workdir: Path, workers: int) -> Iterator[dict[str, Any]]:
                 if line:
                     event = json.loads(line)
                     running[index] = event["cell"]
+                    if event["event"] in ("done", "failed"):
+                        del running[index]
                     yield event
                     continue
                 selector.unregister(key.fileobj)
                 if process.wait() != 0:
-                    if index not in running:
-                        raise UserError(f"worker {index} could not start: see {workdir / f'worker{index}.log'}")
-                    failed.append(running.pop(index))
-                    yield {"event": "failed", "cell": failed[-1], "code": process.returncode}
+                    cell = running.pop(index, None)
+                    if cell is None:
+                        raise UserError(f"worker {index} ended outside a cell: see {workdir / f'worker{index}.log'}")
+                    (workdir / "cells" / cell / "error.txt").write_text(
+                        f"its process ended with {process.returncode}\n"
+                    )
+                    yield {"event": "failed", "cell": cell}
                     start(index)
     finally:
         for key in list(selector.get_map().values()):
@@ -143,8 +160,9 @@ def run(cells: list[Cell], grid: str, workdir: Path, workers: int, console: Cons
     total, finished, failed = sum(left.values()), 0.0, []
     shares: dict[str, float] = {}
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[count]}"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
     with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
         bar = progress.add_task("data, features", total=total, count=f"0/{len(left)} cells")
@@ -169,9 +187,7 @@ def run(cells: list[Cell], grid: str, workdir: Path, workers: int, console: Cons
 def report_failures(failed: list[str], workdir: Path, console: Console) -> None:
     for name in failed:
         error = workdir / "cells" / name / "error.txt"
-        lines = (
-            error.read_text().strip().splitlines()[-3:] if error.exists() else ["its process was ended from outside"]
-        )
+        lines = error.read_text().strip().splitlines()[-3:]
         console.print(f"[red]failed[/] {name} ({error})", *lines, sep="\n    ")
 
 
@@ -196,8 +212,14 @@ def main(argv: list[str]) -> int:
     args.workdir.mkdir(parents=True, exist_ok=True)
     failed = run(cells, args.grid, args.workdir, args.workers, console)
     report_failures(failed, args.workdir, console)
+    done = results.done(args.workdir / "rows.jsonl")
+    elsewhere = [cell for cell in cells if spec_hash(cell.spec) not in done and cell.name not in failed]
+    if elsewhere:
+        console.print(
+            f"{len(elsewhere)} cells are being run by another launch on this workdir; run again when it has ended"
+        )
     console.print(f"rows: {args.workdir / 'rows.jsonl'}")
-    return 1 if failed else 0
+    return 1 if failed or elsewhere else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.core.errors import Flags, door
+from vlm_jax.core.errors import Flags, UserError, door
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import fit, frontier, lawfile, plots, table
 from vlm_jax.scaling import report as scaling_report
@@ -69,7 +69,7 @@ def contrast(law: LawFit, family: str) -> str:
 def plans(law: LawFit, rows: list[ResultRow], family: str) -> list[list[str]]:
     """Header and lines: the best of the study's own ladder at a few budgets of FLOPs a question, encoder included."""
     mine = [row for row in rows if row.family == family and row.visual_tokens]
-    request = Request(mine[0].question_tokens, mine[0].answer_tokens, dtype="float32")
+    request = Request(mine[0].question_tokens, mine[0].answer_tokens + 1, dtype="float32")
     ladder = {
         "encoders": (mine[0].encoder,),
         "llms": tuple(sorted({row.llm for row in mine})),
@@ -132,6 +132,14 @@ def write_page(workdir: Path, rows: list[ResultRow], law: LawFit) -> Path:
 def report(workdir: Path, loss: str = "squared") -> None:
     """law.json, figures and report.html from the rows of a workdir; prints the tables."""
     rows = results.read(workdir / "rows.jsonl")
+    for field, found in (
+        ("encoder_sha256", {row.encoder_sha256 for row in rows}),
+        ("compressor", {row.compressor for row in rows if row.visual_tokens}),
+    ):
+        if len(found) > 1:
+            raise UserError(
+                f"{workdir / 'rows.jsonl'}: rows of {len(found)} values of {field} in one table; split the file"
+            )
     law = fit.fit(table.of_rows(rows), loss=loss, source="rows.jsonl")
     lawfile.write(workdir / "law.json", law)
     (workdir / "figures").mkdir(exist_ok=True)

@@ -16,11 +16,10 @@ from typing import Any
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.config.sweep import cell_name, load_grid
-from vlm_jax.core.specs import spec_hash, total_steps
+from vlm_jax.core.specs import RunSpec, spec_hash, total_steps
 from vlm_jax.store import results
 
-# Events have the process's stdout for themselves: whatever else is printed, by libraries too, goes to the log.
-_EVENTS = os.dup(1)
+_EVENTS = 3  # a descriptor of its own: whatever is printed, by libraries too, goes to the log
 
 
 def say(event: str, **values: Any) -> None:
@@ -28,16 +27,15 @@ def say(event: str, **values: Any) -> None:
     os.write(_EVENTS, (json.dumps({"event": event, **values}) + "\n").encode())
 
 
-def run_cell(name: str, location: str, workdir: Path) -> None:
+def run_cell(name: str, spec: RunSpec, workdir: Path) -> None:
     """Trains (or resumes) and evaluates one cell, and appends its row."""
-    from vlm_jax import build
+    from vlm_jax import build, job
 
-    spec = resolve(load_config(location))
     folder = workdir / "cells" / name
     run = build.open_run(spec, build.default_cache())
     steps = total_steps(spec)
-    params = build.train(run, folder, lambda log, values: say("step", cell=name, share=0.95 * log.step / steps))
-    row = build.evaluate(run, params, name, folder)
+    params = job.train(run, folder, lambda log, values: say("step", cell=name, share=0.95 * log.step / steps))
+    row = job.evaluate(run, params, name, folder)
     results.append(workdir / "rows.jsonl", row)
     say("done", cell=name, error=row.error, stderr=row.stderr)
 
@@ -46,9 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", required=True)
     parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("--skip", nargs="*", default=[], help="cells that failed before")
+    parser.add_argument(
+        "--since", required=True, type=float, help="start of the launch; what failed later is left alone"
+    )
     args = parser.parse_args()
 
+    os.dup2(1, _EVENTS)
     os.dup2(2, 1)
 
     from vlm_jax import build
@@ -57,23 +58,25 @@ def main() -> None:
     grid = load_grid(args.grid)
     for cell in grid.cells:
         name = cell_name(cell)
-        location = f"{grid.config}:{name}"
-        if name in args.skip:
-            continue
+        spec = resolve(load_config(f"{grid.config}:{name}"))
         folder = args.workdir / "cells" / name
         folder.mkdir(parents=True, exist_ok=True)
+        error = folder / "error.txt"
         with open(folder / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if spec_hash(resolve(load_config(location))) in results.done(args.workdir / "rows.jsonl"):
+            if spec_hash(spec) in results.done(args.workdir / "rows.jsonl"):
                 continue
+            if error.exists() and error.stat().st_mtime >= args.since:
+                continue
+            error.unlink(missing_ok=True)
             say("start", cell=name)
             try:
-                run_cell(name, location, args.workdir)
+                run_cell(name, spec, args.workdir)
             except Exception:
-                (folder / "error.txt").write_text(traceback.format_exc())
+                error.write_text(traceback.format_exc())
                 say("failed", cell=name)
     # Without waiting for threads: a save that failed leaves Orbax's waiting for signals that no longer come.
     os._exit(0)

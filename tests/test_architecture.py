@@ -20,8 +20,9 @@ FLOORS = {
     "evaluation": 6,
     "scaling": 6,
     "build": 7,
+    "job": 8,
 }
-DOORS = 8
+DOORS = 9
 FILES = sorted(ROOT.glob("vlm_jax/**/*.py"))
 
 

@@ -193,12 +193,20 @@ def test_an_unknown_strategy_is_told() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_told() -> None:
-    where, compute = plan("fsdp_tensor", 2, 2, 2), builders.compute(microbatches=3)
-    partitioning.check_batch(where, compute, 24)
-    with pytest.raises(UserError, match=r"data\.batch_examples=32 does not divide .* = 12 parts: use 24"):
-        partitioning.check_batch(where, compute, 32)
+    where = plan("fsdp_tensor", 2, 2, 2)
+    partitioning.check_batch(where, "batch", 24, microbatches=3)
+    with pytest.raises(UserError, match=r"batch=32 does not divide .* = 12 parts: use 24"):
+        partitioning.check_batch(where, "batch", 32, microbatches=3)
     with pytest.raises(UserError, match="use 12"):
-        partitioning.check_batch(where, compute, 8)
+        partitioning.check_batch(where, "batch", 8, microbatches=3)
+
+
+def test_a_table_that_splits_nothing_is_refused() -> None:
+    shapes = builders.boxed_shapes(Vlm(builders.model(**QWEN), builders.COMPUTE))
+    for strategy, mesh in (("fsdp", (1, 8, 1)), ("fsdp_tensor", (2, 2, 2)), ("replicated", (8, 1, 1))):
+        partitioning.check_sharded(plan(strategy, *mesh), shapes)
+    with pytest.raises(UserError, match="100% of them whole"):
+        partitioning.check_sharded(plan("fsdp", 8, 1, 1), shapes)
 
 
 def placements() -> str:

@@ -22,14 +22,14 @@ def main(argv: list[str]) -> None:
 
     from rich.progress import track
 
-    from vlm_jax import build
+    from vlm_jax import build, job
 
     cache = build.default_cache()
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
-    params = build.restore(run.network, args.workdir)
-    with_progress = iter(track(range(build.evaluation_batches(run)), description="evaluating", transient=True))
-    row = build.evaluate(run, params, args.workdir.name, args.workdir, lambda rows: next(with_progress, None))
+    params = job.restore(run.network, args.workdir)
+    with_progress = iter(track(range(job.evaluation_batches(run)), description="evaluating", transient=True))
+    row = job.evaluate(run, params, args.workdir.name, args.workdir, lambda rows: next(with_progress, None))
     if row.spec_hash not in done:
         results.append(rows, row)
     print(json.dumps(dataclasses.asdict(row), indent=1))

@@ -23,6 +23,7 @@ from vlm_jax.core.specs import ComputeSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 _EXAMPLES = ("data", "fsdp")
+_UNSHARDED_LIMIT = 0.25  # share of the parameters that a splitting table may leave whole
 
 Rules = tuple[tuple[str, Any], ...]
 
@@ -125,12 +126,12 @@ def mesh_shape(wanted: tuple[int, int, int], devices: int) -> tuple[int, int, in
     return shape  # type: ignore[return-value]
 
 
-def check_batch(plan: Plan, compute: ComputeSpec, batch_examples: int) -> None:
-    """Raises `UserError` unless a batch splits evenly over the mesh and the microbatches."""
-    parts = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * compute.microbatches
+def check_batch(plan: Plan, field: str, batch_examples: int, microbatches: int = 1) -> None:
+    """Raises `UserError` unless the batch that `field` sets splits evenly over the mesh and the microbatches."""
+    parts = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * microbatches
     if batch_examples % parts:
         raise UserError(
-            f"data.batch_examples={batch_examples} does not divide into data x fsdp x microbatches = {parts} parts: "
+            f"{field}={batch_examples} does not divide into data x fsdp x microbatches = {parts} parts: "
             f"use {max(1, batch_examples // parts) * parts}"
         )
 
@@ -144,10 +145,20 @@ def placements(plan: Plan, abstract: Any) -> dict[str, str]:
     }
 
 
+def check_sharded(plan: Plan, abstract: Any) -> None:
+    """Raises `UserError` where a table that should split the parameters leaves most of them whole on every device."""
+    share = unsharded_share(plan, abstract)
+    if plan.mesh.size > 1 and plan.rules != tuple(TABLES["replicated"].items()) and share > _UNSHARDED_LIMIT:
+        raise UserError(
+            f"compute.strategy splits parameters, but compute.mesh {dict(plan.mesh.shape)} leaves {share:.0%} of them "
+            "whole on every device: give fsdp or tensor more than one device, or choose strategy=replicated"
+        )
+
+
 def unsharded_share(plan: Plan, abstract: Any) -> float:
     """Share of the parameters that every device holds in full."""
     shapes, shards = tree.flatten(nn.meta.unbox(abstract)), tree.flatten(plan.shardings(abstract))
-    whole = {path: leaf for path, leaf in shapes.items() if not any(shards[path].spec)}
+    whole = {path: leaf for path, leaf in shapes.items() if shards[path].shard_shape(leaf.shape) == leaf.shape}
     return tree.count(whole) / max(tree.count(shapes), 1)
 
 

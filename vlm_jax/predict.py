@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
-    from vlm_jax import build
+    from vlm_jax import build, job
     from vlm_jax.config.resolve import spec_from_dict
     from vlm_jax.store.checkpoint import read_spec
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"no image {args.image}") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{args.image}: not a readable image ({error})") from error
-    print(build.answer(network, build.restore(network, args.workdir), image, args.prompt))
+    print(job.answer(network, job.restore(network, args.workdir), image, args.prompt))
 
 
 if __name__ == "__main__":

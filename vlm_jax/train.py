@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from vlm_jax import build
+    from vlm_jax import build, job
     from vlm_jax.core.specs import total_steps
 
     cache = build.default_cache()
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
             note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
             progress.update(bar, completed=log.step, note=note)
 
-        build.train(run, args.workdir, on_log)
+        job.train(run, args.workdir, on_log)
     print(f"{args.workdir / 'summary.json'}")
 
 

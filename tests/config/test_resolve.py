@@ -18,10 +18,11 @@ VLM = str(ROOT / "configs" / "vlm.py")
 
 
 def golden(name: str, text: str) -> None:
-    """Equal to the file. To renew after an intended change: delete the file and run this test once."""
+    """Equal to the file. To renew after an intended change: delete the file and run this test, which fails once."""
     path = GOLDEN / name
     if not path.exists():
         path.write_text(text)
+        pytest.fail(f"{path} was missing and has been written: look at it, commit it, run again")
     assert text == path.read_text(), f"{path} differs; if the change is intended, delete it and run again"
 
 
@@ -73,6 +74,10 @@ def test_the_hash_ignores_how_often_a_run_saves() -> None:
         (VLM, {"model.mask": "prefix"}, ("questions_per_example=1",)),
         (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),
         (VLM, {"stages.0.warmup_steps": "99999"}, ("warmup_steps",)),
+        (VLM, {"stages.0.total_steps": "0"}, ("total_steps=0", "at least 1")),
+        (VLM, {"compute.microbatches": "0"}, ("compute.microbatches=0", "at least 1")),
+        (VLM, {"optim.peaklr": "1.0"}, ("peaklr", "peak_lr")),
+        (f"{VLM}:stages=3", {}, ("stages", "2")),
         (f"{VLM}:compressor=quecc", {"data.questions_per_example": "2"}, ("quecc", "questions_per_example=1")),
     ],
 )

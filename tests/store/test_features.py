@@ -110,9 +110,11 @@ def test_a_truncated_store_is_told(tmp_path) -> None:
 
 def test_the_key_names_what_features_depend_on() -> None:
     """Images, encoder and taps: another key for each, and the same key for the same."""
-    keys = [features.key(*of) for of in (("a", "b", (1,)), ("c", "b", (1,)), ("a", "c", (1,)), ("a", "b", ()))]
+    keys = [
+        features.key(*of) for of in (("a", "b", {"x": 1}), ("c", "b", {"x": 1}), ("a", "c", {"x": 1}), ("a", "b", {}))
+    ]
     assert len(set(keys)) == 4
-    assert features.key("a", "b", (1,)) == keys[0]
+    assert features.key("a", "b", {"x": 1}) == keys[0]
 
 
 def test_meta_says_where_they_come_from(tmp_path) -> None:

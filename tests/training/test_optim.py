@@ -63,6 +63,7 @@ def decays() -> dict[str, tuple[tuple[int, ...], bool]]:
     """Path -> shape, and whether it is a matrix. The leading axis of scanned blocks makes nothing a matrix."""
     return {
         "decoder/embedding": ((32, 16), True),
+        "decoder/blocks/attention/query/bias": ((2, 4, 8), False),
         "decoder/norm/scale": ((16,), False),
         "decoder/blocks/attention_norm/scale": ((2, 16), False),
         "decoder/blocks/mlp/up/kernel": ((2, 16, 24), True),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import builders
-from vlm_jax import build
+from vlm_jax import build, job
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> build.Run:
 def whole(run, tmp_path_factory):
     """The workdir of a run that nobody disturbed, with the checkpoints of all its steps."""
     workdir = tmp_path_factory.mktemp("whole")
-    build.train(run, workdir, lambda log, values: None)
+    job.train(run, workdir, lambda log, values: None)
     return workdir
 
 
@@ -82,7 +82,7 @@ def test_a_run_writes_what_it_promises(run, whole) -> None:
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [1, 2, 4, 5, 6, 7]
-    end = build.restore(run.network, whole)
+    end = job.restore(run.network, whole)
     assert summary(whole)["params_sha256"] == tree.sha256(jax.device_get(end))
     assert summary(whole)["step"] == 7
     assert set(end) == {"connector", "decoder"}
@@ -90,7 +90,7 @@ def test_a_run_writes_what_it_promises(run, whole) -> None:
 
 def test_the_first_stage_moves_the_connector_alone(run, whole, tmp_path) -> None:
     """Between steps 1 and 2 the decoder stands still bit for bit; in the second stage it moves."""
-    params = [build.restore(run.network, cut(whole, tmp_path / str(step), step)) for step in (1, 2, 4, 5)]
+    params = [job.restore(run.network, cut(whole, tmp_path / str(step), step)) for step in (1, 2, 4, 5)]
     prints = {part: [tree.sha256(jax.device_get(p[part])) for p in params] for part in ("connector", "decoder")}
     assert len(set(prints["connector"])) == 4
     assert prints["decoder"][0] == prints["decoder"][1]
@@ -103,7 +103,7 @@ def test_the_first_stage_moves_the_connector_alone(run, whole, tmp_path) -> None
 def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: list[int]) -> None:
     workdir = cut(whole, tmp_path / "cut", step)
     heard = []
-    build.train(run, workdir, lambda log, values: heard.append(log.step))
+    job.train(run, workdir, lambda log, values: heard.append(log.step))
     assert heard == logs
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
     assert summary(workdir)["loss"] == summary(whole)["loss"]
@@ -111,7 +111,7 @@ def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: lis
 
 def test_a_run_that_is_done_is_not_trained_again(run, whole) -> None:
     before = summary(whole)
-    params = build.train(run, whole, lambda log, values: pytest.fail("a step was taken"))
+    params = job.train(run, whole, lambda log, values: pytest.fail("a step was taken"))
     assert tree.sha256(jax.device_get(params)) == before["params_sha256"]
     assert summary(whole) == before
 
@@ -127,7 +127,7 @@ def test_a_run_that_fails_can_go_on(run, whole, tmp_path) -> None:
         raise RuntimeError("the terminal is gone")
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
-        build.train(run, workdir, fails)
+        job.train(run, workdir, fails)
     assert not (workdir / "summary.json").exists()
-    build.train(run, workdir, lambda log, values: None)
+    job.train(run, workdir, lambda log, values: None)
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]

@@ -4,6 +4,7 @@ compressor's spec.
 """
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,16 @@ _CHOICES = {
     "compute.remat": ("none", "dots", "block"),
     "compute.attention": ("xla", "cudnn"),
 }
+_LEAST = {
+    "compute.microbatches": 1,
+    "data.batch_examples": 1,
+    "data.questions_per_example": 1,
+    "evaluation.batch_examples": 1,
+    "evaluation.max_new_tokens": 1,
+    "log_every_steps": 1,
+    "save_every_steps": 0,
+    "keep_checkpoints": 1,
+}
 PARTS = ("encoder", "connector", "decoder")
 
 
@@ -32,9 +43,22 @@ def resolve(config: ConfigDict) -> RunSpec:
     values = config.to_dict()
     if "model" not in values:
         raise UserError("config field model is missing")
-    spec = _dataclass(RunSpec, {**values, "model": _model(values["model"])}, "")
+    spec = _dataclass(RunSpec, {**_with_rates(values), "model": _model(values["model"])}, "")
     _check(spec)
     return spec
+
+
+def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
+    """Configs set one `optim.peak_lr`, and each stage a factor of it; specs hold each stage's own peak."""
+    optim = dict(values.get("optim", {}))
+    if "peak_lr" not in optim:
+        raise UserError("config field optim.peak_lr is missing")
+    peak, stages = optim.pop("peak_lr"), []
+    for i, stage in enumerate(values.get("stages", ())):
+        if "lr_factor" not in stage:
+            raise UserError(f"config field stages.{i}.lr_factor is missing")
+        stages.append({**{k: v for k, v in stage.items() if k != "lr_factor"}, "peak_lr": peak * stage["lr_factor"]})
+    return {**values, "optim": optim, "stages": tuple(stages)}
 
 
 def _model(values: Mapping[str, Any]) -> ModelSpec:
@@ -61,6 +85,10 @@ def _check(spec: RunSpec) -> None:
         value = getattr(getattr(spec, part), name)
         if value not in valid:
             raise unknown(f"config field {field}:", value, valid)
+    for field, least in _LEAST.items():
+        value = operator.attrgetter(field)(spec)
+        if value < least:
+            raise UserError(f"config field {field}={value}: at least {least} is wanted")
     packed = spec.data.questions_per_example > 1
     if packed and catalog.row(spec.model.compressor.name).query_dependent:
         raise UserError(
@@ -75,6 +103,8 @@ def _check(spec: RunSpec) -> None:
                 raise unknown(f"stages ({stage.name}) train:", part, PARTS)
         if "encoder" in stage.train and spec.data.frozen_features:
             raise UserError(f"stage {stage.name} trains the encoder: set data.frozen_features=False")
+        if stage.total_steps < 1:
+            raise UserError(f"stage {stage.name}: total_steps={stage.total_steps}, at least 1 is wanted")
         if not 0 <= stage.warmup_steps <= stage.total_steps:
             raise UserError(f"stage {stage.name}: warmup_steps must lie between 0 and total_steps={stage.total_steps}")
     if not spec.stages:

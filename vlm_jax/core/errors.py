@@ -16,7 +16,7 @@ class UserError(Exception):
     """Bad input. The message names the file, field or row, and the fix."""
 
 
-def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
+def unknown(kind: str, name: object, valid: Iterable[object]) -> UserError:
     """`unknown("decoder", "d47", names)` -> the error that suggests the nearest valid names."""
     valid = sorted(map(str, valid))
     near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)

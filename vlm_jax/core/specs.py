@@ -172,7 +172,9 @@ class RunSpec:
 
 
 # How often a run logs or saves does not change what it computes, so it is not part of the experiment's identity.
-_NOT_IDENTITY = ("log_every_steps", "save_every_steps", "keep_checkpoints")
+NOT_IDENTITY = ("log_every_steps", "save_every_steps", "keep_checkpoints")
+# A run that goes on elsewhere may also be laid out anew.
+MAY_CHANGE = (*NOT_IDENTITY, "compute.mesh", "compute.strategy")
 
 
 def to_dict(spec: Any) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def to_dict(spec: Any) -> dict[str, Any]:
 
 def spec_hash(spec: RunSpec) -> str:
     """Twelve hex digits that name the experiment."""
-    identity = {k: v for k, v in to_dict(spec).items() if k not in _NOT_IDENTITY}
+    identity = {k: v for k, v in to_dict(spec).items() if k not in NOT_IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

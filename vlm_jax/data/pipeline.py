@@ -81,7 +81,8 @@ def _batch(split: Split, example: np.ndarray, chosen: np.ndarray, text_tokens: i
     return Batch(**arrays, image=split.images(shown)) if features is None else Batch(**arrays, features=features(shown))
 
 
-def _check(split: Split, spec: DataSpec, questions: int, batch_examples: int, process_count: int) -> None:
+def check(split: Split, spec: DataSpec, questions: int, batch_examples: int, process_count: int = 1) -> None:
+    """Raises `UserError` where batches of that many rows and questions cannot be made of the split."""
     if not 1 <= questions <= split.questions_per_example:
         raise UserError(
             f"questions_per_example is {questions}, but {split.name} stores {split.questions_per_example} "
@@ -106,7 +107,7 @@ def train_batches(
     it the batch carries pixels. Raises `UserError` where the spec asks for what the split cannot give.
     """
     questions = spec.questions_per_example
-    _check(split, spec, questions, spec.batch_examples, process_count)
+    check(split, spec, questions, spec.batch_examples, process_count)
     if (needed := longest_row(split, questions)) > spec.text_tokens:
         raise UserError(
             f"data.text_tokens is {spec.text_tokens}, but {questions} questions of {split.name} take up to {needed}: "
@@ -148,7 +149,7 @@ def evaluation_batches(
     numbers i q, i q + 1, ... modulo K, so that over the images all K stored questions are asked equally often.
     """
     questions = evaluation.questions_per_example
-    _check(split, spec, questions, evaluation.batch_examples, process_count)
+    check(split, spec, questions, evaluation.batch_examples, process_count)
     count = min(evaluation.examples or split.examples, split.examples)
     pairs = np.arange(count * questions)
     fill = (0, -len(pairs) % evaluation.batch_examples)

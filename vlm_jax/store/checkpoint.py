@@ -1,6 +1,7 @@
 """Orbax checkpoints of (state, data cursor, spec): written in the background, complete or not there at all."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,18 @@ class Checkpoints:
         self._manager.close()
 
 
-def claim(workdir: Path, spec: dict[str, Any]) -> None:
-    """Writes `spec.json` into a new workdir, or checks that it is this spec's.
+def claim(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -> None:
+    """Writes `spec.json` into a new workdir, or checks that it is this spec's, but for the fields that may change.
 
     Raises `UserError` where the workdir belongs to another spec, and names the fields that differ.
     """
     path = workdir / "spec.json"
     if path.exists():
-        before = read_spec(workdir)
-        differing = [
-            name for name in sorted({*_flat(before), *_flat(spec)}) if _flat(before).get(name) != _flat(spec).get(name)
-        ]
+        there, asked = _flat(read_spec(workdir)), _flat(spec)
+        differing = [name for name in sorted({*there, *asked}) if there.get(name) != asked.get(name)]
+        differing = [name for name in differing if not name.startswith(tuple(may_change) or "\0")]
         if differing:
-            changes = ", ".join(
-                f"{n}: {_flat(before).get(n)!r} there, {_flat(spec).get(n)!r} asked" for n in differing[:6]
-            )
+            changes = ", ".join(f"{n}: {there.get(n)!r} there, {asked.get(n)!r} asked" for n in differing[:6])
             raise UserError(f"{workdir} holds a run of another spec ({changes}): choose another --workdir")
         return
     try:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -22,9 +23,9 @@ Encode = Callable[[np.ndarray], Visual]  # uint8[B,H,H,3] -> Visual
 _BATCH = 128
 
 
-def key(images_sha256: str, encoder_sha256: str, taps: tuple[int, ...]) -> str:
-    """Name of the folder: what the features depend on, and nothing else."""
-    return hashlib.sha256(json.dumps([images_sha256, encoder_sha256, taps]).encode()).hexdigest()[:16]
+def key(images_sha256: str, encoder_sha256: str, how: dict[str, Any]) -> str:
+    """Name of the folder: what the features depend on. `how` are the encoder's choices and the dtype it computes in."""
+    return hashlib.sha256(json.dumps([images_sha256, encoder_sha256, how], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_or_compute(

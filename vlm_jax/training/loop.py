@@ -1,6 +1,5 @@
 """The training loop: it is given everything it uses, and nothing in it waits for the device."""
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +15,7 @@ class Log(NamedTuple):
     step: int
     sums: Any  # LossSums since the last log
     norms: Any  # of the last step
-    examples: int  # since the last log
-    secs: float  # since the last log, 0 where that span includes compilation
+    steps: int  # since the last log
 
 
 def run(
@@ -38,17 +36,15 @@ def run(
     `batches` yields (batch, cursor). `on_log` must not block: it gets device arrays. `on_save` is called every
     `save_every_steps` (0: never), never at the last step: what happens there is the caller's to decide.
     """
-    sums, cursor, since, started = None, None, 0, time.monotonic()
-    compiled = False
+    sums, cursor, since = None, None, 0
     for number in range(first_step + 1, last_step + 1):
         batch, cursor = next(batches)
         state, new, norms = step(state, put(batch))
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         since += 1
         if number % log_every_steps == 0 or number == last_step:
-            now = time.monotonic()
-            on_log(Log(number, sums, norms, since, now - started if compiled else 0.0))
-            sums, since, started, compiled = None, 0, now, True
+            on_log(Log(number, sums, norms, since))
+            sums, since = None, 0
         if save_every_steps and number % save_every_steps == 0 and number != last_step:
             on_save(number, state, cursor)
     return state, cursor

@@ -39,8 +39,13 @@ def make_optimiser(spec: OptimSpec, stage: StageSpec) -> optax.GradientTransform
 
 
 def _matrices(params: Any) -> Any:
-    """True for what decays: all but vectors. The stacked axis of scanned blocks does not make a vector a matrix."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - ("blocks" in _name(path)) >= 2, params)
+    """True for what decays: all but biases and vectors. The stacked axis of scanned blocks makes nothing a matrix."""
+
+    def is_matrix(path: Any, x: jax.Array) -> bool:
+        name = _name(path)
+        return not name.endswith("bias") and x.ndim - ("blocks" in name) >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def _factor(spec: OptimSpec, name: str) -> float:
