@@ -17,9 +17,9 @@ from vlm_jax.sizing import zoo
 # row that does not fit, and says what would). Facts get few steps on purpose: later, wide decoders know the whole table
 # and no error is left to fit. Six rows of six digits, because sixteen digits pass through four tokens without loss.
 FAMILIES = {
-    "ocr": dict(study=("rows6", 800, 10), demo=("rows4_small", 400, 8), questions=4, answer_tokens=7),
-    "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 400, 4), questions=8, answer_tokens=2),
-    "scene": dict(study=("sums3", 1000, 7), demo=("sums3_small", 400, 7), questions=4, answer_tokens=2),
+    "ocr": dict(study=("rows6", 800, 10), demo=("rows4_small", 320, 8), questions=4, answer_tokens=7),
+    "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
+    "scene": dict(study=("sums3", 1000, 7), demo=("sums3_small", 320, 7), questions=4, answer_tokens=2),
 }
 RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo, to show that everything runs
 

@@ -73,7 +73,10 @@ def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
 
 def show(cells: list[Cell], console: Console) -> None:
     """The grid as a table, with what each cell will cost."""
-    table = Table("cell", "LLM params", "V", "steps", "train FLOPs", "state", box=None)
+    table = Table(box=None)
+    table.add_column("cell", no_wrap=True, min_width=max((len(cell.name) for cell in cells), default=0))
+    for name in ("LLM params", "V", "steps", "FLOPs", "state"):
+        table.add_column(name, justify="right")
     for cell in cells:
         params = cost.decoder_params(cell.spec.model.decoder, "excluded")
         steps = sum(stage.total_steps for stage in cell.spec.stages)

@@ -25,6 +25,7 @@ def test_decode_stops_at_the_end_token():
     ids = [*tokenizer.encode("4 7"), tokenizer.END_ID, *tokenizer.encode("9")]
     assert tokenizer.decode(ids) == "4 7"
     assert tokenizer.decode([*tokenizer.encode("4 7"), 0, 0]) == "4 7"
+    assert tokenizer.decode([*tokenizer.encode("4 7"), tokenizer.VOCAB_SIZE]) == "4 7"
 
 
 @pytest.mark.parametrize("text", ["read row tow", "read <pad> tow"])

@@ -41,10 +41,10 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The words up to the first end token, without padding."""
+    """The words up to the first end token, without padding and without numbers that a larger embedding has to spare."""
     ids = [int(i) for i in ids]
     ids = ids[: ids.index(END_ID)] if END_ID in ids else ids
-    return " ".join(vocabulary.WORDS[i] for i in ids if i != PAD_ID)
+    return " ".join(vocabulary.WORDS[i] for i in ids if PAD_ID < i < VOCAB_SIZE)
 
 
 def encode_table(texts: Sequence[str], end: Sequence[int] = ()) -> tuple[Int[np.ndarray, "n L"], Int[np.ndarray, " n"]]:
