@@ -22,6 +22,25 @@ _PLAN = (
 )
 
 
+def summary() -> str:
+    """One line a family: the best and the smallest model, and which exponent is larger."""
+    rows, law = results.read(STUDY / "rows.jsonl"), lawfile.read(STUDY / "law.json")
+    lines = [["family", "error without the image", "smallest LLM, V = 1", "largest LLM, best V", "alpha - beta, 95 %"]]
+    for name, family in law.families.items():
+        mine = [row for row in rows if row.family == name and row.visual_tokens]
+        smallest, largest = (of(row.llm_params for row in mine) for of in (min, max))
+        first = [row.error for row in mine if (row.llm_params, row.visual_tokens) == (smallest, 1)]
+        best = min((row for row in mine if row.llm_params == largest), key=lambda row: row.error)
+        blind = [row.error for row in rows if row.family == name and not row.visual_tokens]
+        gap = family.difference
+        lines.append([
+            name, f"{sum(blind) / len(blind):.2f}", f"{sum(first) / len(first):.2f}",
+            f"{best.error:.2f} (V = {best.visual_tokens})",
+            f"{gap['value']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}]",
+        ])  # fmt: skip
+    return report.markdown_table(lines)
+
+
 def tables() -> str:
     """The contrast and the errors of every family of the study."""
     rows, law = results.read(STUDY / "rows.jsonl"), lawfile.read(STUDY / "law.json")
@@ -62,7 +81,7 @@ def write_block(path: Path, name: str, text: str) -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise UserError("python -m experiments.readme takes no arguments")
-    write_block(ROOT / "README.md", "table", tables())
+    write_block(ROOT / "README.md", "table", summary())
     write_block(ROOT / "README.md", "plan", planned())
     write_block(STUDY / "README.md", "table", tables())
     write_block(STUDY / "README.md", "doubts", doubts())
