@@ -52,12 +52,10 @@ def train(run: Run, workdir: Path, on_log: Callable[[loop.Log, dict[str, float]]
     spec = run.network.spec
     claim(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
     started = time.monotonic()
-    with (
-        contextlib.closing(Checkpoints(workdir, spec.keep_checkpoints)) as checkpoints,
-        contextlib.closing(MetricWriter(workdir)) as metrics,
-    ):
+    with contextlib.closing(Checkpoints(workdir, spec.keep_checkpoints)) as checkpoints:
         restored = checkpoints.latest() or 0
-        params = _train_stages(run, restored, checkpoints, metrics, on_log).params
+        with contextlib.closing(MetricWriter(workdir, restored)) as metrics:
+            params = _train_stages(run, restored, checkpoints, metrics, on_log).params
     # A run may have died behind its last checkpoint, but before this.
     if restored < specs.total_steps(spec) or not (workdir / "summary.json").exists():
         _write_summary(run, workdir, params, metrics.last, time.monotonic() - started)

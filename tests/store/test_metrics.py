@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +81,19 @@ def test_what_is_no_number_becomes_null(tmp_path) -> None:
         "step": 1, "loss": None, "grad_norm": None, "token_error": 0.5,
     }  # fmt: skip
     assert math.isnan(writer.last["loss"])
+
+
+def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
+    """Steps 1 to 4 were logged and a fifth was cut off; the checkpoint was of step 2."""
+    writer = MetricWriter(tmp_path)
+    for step in range(1, 5):
+        writer.write(step, lambda: {"loss": 1.0})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    writer = MetricWriter(tmp_path, 2)
+    for step in range(3, 6):
+        writer.write(step, lambda: {"loss": 2.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]

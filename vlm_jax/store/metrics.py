@@ -14,13 +14,17 @@ from tensorboardX import SummaryWriter
 class MetricWriter:
     """`write(step, make)` calls `make()` on the writer's own thread; `close()` waits for what is outstanding.
 
-    `last` holds the newest numbers, once `close()` has returned.
+    A run that resumes at `step` writes the steps behind it anew, so their old lines are dropped. `last` holds the
+    newest numbers, once `close()` has returned.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, step: int | None = None):
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        path = workdir / "metrics.jsonl"
+        if step is not None and path.exists():
+            _keep_until(path, step)
+        self._lines = open(path, "a")  # noqa: SIM115 - closed by close()
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=None if step is None else step + 1)
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._outstanding: list[Future[None]] = []
         self.last: dict[str, float] = {}
@@ -45,3 +49,18 @@ class MetricWriter:
         self._board.close()
         for future in self._outstanding:
             future.result()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a line that was cut off."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            written = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError):
+            continue
+        if written <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

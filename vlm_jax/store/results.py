@@ -57,9 +57,11 @@ def done(path: str | Path) -> set[str]:
 
 
 def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank."""
+    """(line number, object) of every line that is not blank; waits for a writer that is in the middle of a line."""
     try:
-        text = Path(path).read_bytes().decode()
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            text = file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as rows: {error}") from error
     lines = text.split("\n")
