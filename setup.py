@@ -42,6 +42,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "dev": ["beartype", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+        "dev": ["beartype", "pytest", "pytest-xdist", "ruff"],
     },
 )

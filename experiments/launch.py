@@ -34,7 +34,7 @@ from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.config.sweep import cell_name, load_grid
 from vlm_jax.core.errors import Flags, UserError, door
-from vlm_jax.core.specs import RunSpec, spec_hash
+from vlm_jax.core.specs import RunSpec, spec_hash, total_steps
 from vlm_jax.sizing import cost
 from vlm_jax.store import results
 
@@ -61,13 +61,7 @@ def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
             spec = resolve(load_config(f"{grid.config}:{name}"))
         except UserError as error:
             raise UserError(f"cell {name}: {error}") from error
-        features = "stored" if spec.data.frozen_features else "pixels"
-        per_example = [
-            cost.train_flops(spec.model, spec.data.text_tokens, stage.train, features) for stage in spec.stages
-        ]
-        steps = [stage.total_steps for stage in spec.stages]
-        flops = spec.data.batch_examples * sum(a * b for a, b in zip(per_example, steps, strict=True))
-        cells.append(Cell(name, spec, flops, spec_hash(spec) in done))
+        cells.append(Cell(name, spec, cost.run_flops(spec), spec_hash(spec) in done))
     return cells
 
 
@@ -79,7 +73,7 @@ def show(cells: list[Cell], console: Console) -> None:
         table.add_column(name, justify="right")
     for cell in cells:
         params = cost.decoder_params(cell.spec.model.decoder, "excluded")
-        steps = sum(stage.total_steps for stage in cell.spec.stages)
+        steps = total_steps(cell.spec)
         state = "[green]done[/]" if cell.done else "to do"
         table.add_row(
             cell.name, f"{params:,}", str(cell.spec.model.compressor.tokens), f"{steps:,}", f"{cell.flops:.2e}", state
@@ -168,7 +162,7 @@ def run(cells: list[Cell], grid: str, workdir: Path, workers: int, console: Cons
         TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
     with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
-        bar = progress.add_task("data, features", total=total, count=f"0/{len(left)} cells")
+        bar = progress.add_task("data, features, programs", total=total, count=f"0/{len(left)} cells")
         for event in events(grid, workdir, min(workers, len(left))):
             name = event["cell"]
             if event["event"] == "step":
@@ -183,7 +177,9 @@ def run(cells: list[Cell], grid: str, workdir: Path, workers: int, console: Cons
                     progress.console.print(f"error {event['error']:.3f} ± {event['stderr']:.3f}  {name}")
             so_far = finished + sum(left.get(n, 0.0) * share for n, share in shares.items())
             count = f"{len(cells) - len(left) - sum(c.done for c in cells)}/{sum(not c.done for c in cells)} cells"
-            progress.update(bar, completed=so_far, count=count, description="training")
+            if event["event"] != "start":  # before its first step, a worker makes data and features, and compiles
+                progress.update(bar, description="training")
+            progress.update(bar, completed=so_far, count=count)
     return failed
 
 

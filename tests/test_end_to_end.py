@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     home: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, workdir, run_spec = "configs/vlm.py:llm=d24", str(home / "nothing"), (trained / "spec.json").read_text()
-    half = home / "half"
+    tiny, half = f"{config},data=rows4_tiny", home / "half"
     half.mkdir()
     (half / "rows.jsonl").write_text('{"cell": "a", "spec_ha')
     (home / "text.png").write_text("text")
@@ -129,6 +129,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("vlm_jax.train", "--config", config, "--workdir", str(trained)): "another spec",
         ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
         ("vlm_jax.train", "--config", config, "--config.encoder_checkpoint=no.npz", "--workdir", workdir): "no.npz",
+        ("vlm_jax.train", "--config", tiny, "--config.data.text_tokens=5", "--workdir", workdir): "set it to 32",
         ("vlm_jax.train", "--workdir", workdir): "--config",
         ("vlm_jax.evaluate", "--workdir", workdir): "spec.json",
         ("vlm_jax.predict", "--workdir", str(trained), "--image", f"{home}/text.png", "--prompt", "x"): "text.png",

@@ -77,16 +77,15 @@ def open_network(spec: RunSpec) -> Network:
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     """Builds what is missing under `cache_dir`, reads the rest. Raises `UserError` for what the spec cannot have."""
     network = open_network(spec)
-    splits, readers = [], [None, None]
-    for name in (spec.data.train_split, spec.data.test_split):
-        split = _split(spec.data.dataset, spec.data.config, name, cache_dir / "data")
-        splits.append(split)
-    for split in splits:  # before features, which take their time
-        pipeline.check(split, spec.data, spec.data.questions_per_example, spec.data.batch_examples)
-    pipeline.check(splits[1], spec.data, spec.evaluation.questions_per_example, spec.evaluation.batch_examples)
-    if spec.data.frozen_features:
-        readers = [_features(network, split, cache_dir / "features") for split in splits]
-    return Run(network, *splits, *readers)
+    data, evaluation = spec.data, spec.evaluation
+    train, test = (
+        _split(data.dataset, data.config, name, cache_dir / "data") for name in (data.train_split, data.test_split)
+    )
+    pipeline.check_training(train, data)
+    pipeline.check(test, evaluation.questions_per_example, evaluation.batch_examples)
+    if not data.frozen_features:
+        return Run(network, train, test, None, None)
+    return Run(network, train, test, *(_features(network, split, cache_dir / "features") for split in (train, test)))
 
 
 # A process that runs many cells reads each split once, and checks each feature store against the encoder once.

@@ -142,27 +142,20 @@ def _numbers(run: Run, log: loop.Log, stage: StageSpec, first: int) -> dict[str,
 
 def _speed(run: Run, stage: StageSpec, step_secs: float) -> dict[str, float]:
     """Seconds a step, examples and model FLOPs a second, and their share of the chips' peak where that is known."""
-    flops, plan = step_flops(run, stage), run.network.plan
+    spec, plan = run.network.spec, run.network.plan
+    flops = cost.step_flops(spec, stage, _question_tokens(run))
     values = {
         "step_secs": step_secs,
-        "examples_per_sec": run.network.spec.data.batch_examples / step_secs,
+        "examples_per_sec": spec.data.batch_examples / step_secs,
         "model_flops_per_sec": flops / step_secs,
     }
     chip = chips.of_device(jax.devices()[0].device_kind)
     return values if chip is None else {**values, "mfu": flops / step_secs / (chip.peak_flops * plan.mesh.size)}
 
 
-def step_flops(run: Run, stage: StageSpec) -> float:
-    """Model FLOPs of one step of a stage, forward and backward."""
-    spec, data = run.network.spec, run.network.spec.data
-    features = "stored" if data.frozen_features else "pixels"
-    question = float(run.train.question_lengths.mean())
-    return data.batch_examples * cost.train_flops(spec.model, data.text_tokens, stage.train, features, question)
-
-
-def train_flops(run: Run) -> float:
-    """Model FLOPs of the whole run."""
-    return sum(stage.total_steps * step_flops(run, stage) for stage in run.network.spec.stages)
+def _question_tokens(run: Run) -> float:
+    """Mean length of a question in training."""
+    return float(run.train.question_lengths.mean())
 
 
 def _write_summary(run: Run, workdir: Path, params: Any, values: dict[str, float], secs: float) -> None:
@@ -173,7 +166,7 @@ def _write_summary(run: Run, workdir: Path, params: Any, values: dict[str, float
         **{name: value if math.isfinite(value) else None for name, value in values.items()},
         "params_sha256": tree.sha256(jax.device_get(params)),
         "secs": secs,
-        "train_flops": train_flops(run),
+        "train_flops": cost.run_flops(run.network.spec, _question_tokens(run)),
         "spec_hash": specs.spec_hash(run.network.spec),
         "spec": specs.to_dict(run.network.spec),
     }
@@ -263,7 +256,7 @@ def evaluate(
         questions=result.questions,
         **cost.row_fields(cost.flops(model, result.question_tokens, result.answer_tokens + 1)),
         train_steps=specs.total_steps(spec),
-        train_flops=train_flops(run),
+        train_flops=summary["train_flops"],
         train_secs=summary["secs"],
         seed=spec.seed,
         encoder_sha256=run.network.encoder_sha256,

@@ -81,7 +81,7 @@ def _batch(split: Split, example: np.ndarray, chosen: np.ndarray, text_tokens: i
     return Batch(**arrays, image=split.images(shown)) if features is None else Batch(**arrays, features=features(shown))
 
 
-def check(split: Split, spec: DataSpec, questions: int, batch_examples: int, process_count: int = 1) -> None:
+def check(split: Split, questions: int, batch_examples: int, process_count: int = 1) -> None:
     """Raises `UserError` where batches of that many rows and questions cannot be made of the split."""
     if not 1 <= questions <= split.questions_per_example:
         raise UserError(
@@ -90,6 +90,17 @@ def check(split: Split, spec: DataSpec, questions: int, batch_examples: int, pro
         )
     if batch_examples < 1 or batch_examples % process_count:
         raise UserError(f"batch_examples is {batch_examples}: it must be a multiple of the {process_count} processes")
+
+
+def check_training(split: Split, spec: DataSpec, process_count: int = 1) -> None:
+    """Raises `UserError` where training batches cannot be made, or their packed rows would not fit in T."""
+    questions = spec.questions_per_example
+    check(split, questions, spec.batch_examples, process_count)
+    if (needed := longest_row(split, questions)) > spec.text_tokens:
+        raise UserError(
+            f"data.text_tokens is {spec.text_tokens}, but {questions} questions of {split.name} take up to {needed}: "
+            f"set it to {needed}, or pack fewer questions"
+        )
 
 
 def train_batches(
@@ -107,12 +118,7 @@ def train_batches(
     it the batch carries pixels. Raises `UserError` where the spec asks for what the split cannot give.
     """
     questions = spec.questions_per_example
-    check(split, spec, questions, spec.batch_examples, process_count)
-    if (needed := longest_row(split, questions)) > spec.text_tokens:
-        raise UserError(
-            f"data.text_tokens is {spec.text_tokens}, but {questions} questions of {split.name} take up to {needed}: "
-            f"set it to {needed}, or pack fewer questions"
-        )
+    check_training(split, spec, process_count)
 
     def make(step: int, example: np.ndarray) -> Batch:
         rng = np.random.default_rng([seed, step])
@@ -149,7 +155,7 @@ def evaluation_batches(
     numbers i q, i q + 1, ... modulo K, so that over the images all K stored questions are asked equally often.
     """
     questions = evaluation.questions_per_example
-    check(split, spec, questions, evaluation.batch_examples, process_count)
+    check(split, questions, evaluation.batch_examples, process_count)
     count = min(evaluation.examples or split.examples, split.examples)
     pairs = np.arange(count * questions)
     fill = (0, -len(pairs) % evaluation.batch_examples)

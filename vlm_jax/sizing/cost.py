@@ -18,7 +18,7 @@ The compressor's FLOPs come from its own row of `compress.catalog`.
 from typing import Any, Literal, NamedTuple
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec
+from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 CHANNELS = 3  # of a pixel
@@ -262,6 +262,18 @@ def train_flops(
         gradients_pass |= name in train
         total += weighted * (1 + (name in train) + gradients_pass) + unweighted * (1 + 2 * gradients_pass)
     return total
+
+
+def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0) -> float:
+    """Model FLOPs of one step of a stage: `train_flops` of every example of the batch."""
+    features = "stored" if spec.data.frozen_features else "pixels"
+    example = train_flops(spec.model, spec.data.text_tokens, stage.train, features, question_tokens)
+    return spec.data.batch_examples * example
+
+
+def run_flops(spec: RunSpec, question_tokens: float = 0) -> float:
+    """Model FLOPs of all steps of all stages. `question_tokens` matters to compressors that read the question."""
+    return sum(stage.total_steps * step_flops(spec, stage, question_tokens) for stage in spec.stages)
 
 
 def dtype_bytes(dtype: str) -> int:
