@@ -283,3 +283,15 @@ def test_a_bad_calibration_is_told(tmp_path, text, message):
     (tmp_path / "measured.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         latency.calibrate(tmp_path / "measured.csv")
+
+
+def test_the_paper_cost_warns_of_a_model_that_does_not_fit(law) -> None:
+    """2 N (Q + V) knows no memory: 72B in bfloat16 is more than the 32 GB of one v6e. The full cost leaves it out."""
+    request = Request(50, 20, batch=32, on=chips.chip("v6e"))
+    budget, only = Budget("tflops", 100.0), ("qwen1.5-72b", "qwen1.5-7b")
+    told = {
+        mode: {choice.llm: any(w.startswith("does_not_fit: ") for w in choice.warnings) for choice in found}
+        for mode in ("paper", "full")
+        for found in [frontier.plan(law, budget, request, family="reasoning", mode=mode, llms=only, top=999).choices]
+    }
+    assert told == {"paper": {"qwen1.5-72b": True, "qwen1.5-7b": False}, "full": {"qwen1.5-7b": False}}

@@ -107,7 +107,7 @@ def affordable(grid: Grid, budget: Budget, request: Request, mode: str) -> NDArr
         return grid.cache_bytes <= budget.amount * 1e6 if limit is None else paper_flops(grid, request) <= limit
     fits = np.ones(grid.cache_bytes.shape, bool)
     if request.on is not None:
-        fits = grid.memory_bytes <= request.on.memory_bytes * request.chips
+        fits = _fits(grid, request)
     if budget.kind == "tflops":
         return fits & (grid.total_flops <= budget.amount * 1e12)
     if budget.kind == "cache_mb":
@@ -259,7 +259,7 @@ def _choices(
                 float(grid.memory_bytes[side, llm]),
                 _binds(grid, side, llm, budget),
                 float(wins[i]) if i < len(wins) else None,
-                _warnings(family, grid, side, llm, offsets),
+                _warnings(family, grid, side, llm, request, offsets),
             )
         )
     return out
@@ -276,11 +276,15 @@ def _binds(grid: Grid, side: int, llm: int, budget: Budget) -> str:
 
 
 def _warnings(
-    family: FamilyFit, grid: Grid, side: int, llm: int, offsets: Mapping[tuple[str, int], float]
+    family: FamilyFit, grid: Grid, side: int, llm: int, request: Request, offsets: Mapping[tuple[str, int], float]
 ) -> list[str]:
     sizes, tokens = family.rows["sizes"], family.rows["tokens"]
     params, visual = grid.params[llm], grid.sides[side]
     found = []
+    # The paper's cost knows no memory; the full one has left these out already.
+    if request.on is not None and not _fits(grid, request)[side, llm]:
+        need = grid.memory_bytes[side, llm] / 1e9
+        found.append(f"does_not_fit: needs {need:.3g} GB, more than {request.chips} x {request.on.name} has")
     if not sizes[0] <= params <= sizes[-1]:
         span = f"{params_label(sizes[0])} to {params_label(sizes[-1])}"
         found.append(f"extrapolates_params: N={params_label(params)}, fitted from {span}")
