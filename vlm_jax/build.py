@@ -20,22 +20,34 @@ from vlm_jax import partitioning
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.core.structs import LossSums
 from vlm_jax.data import pipeline, sources, tokenizer
 from vlm_jax.models.importers import big_vision
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.store import features as feature_store
-from vlm_jax.training import optim
+from vlm_jax.training import loss, optim
 from vlm_jax.training import step as training_step
 
 
 class Network(NamedTuple):
-    """A model on a mesh, without data. `encoder` holds the frozen or initial encoder weights, as numpy arrays."""
+    """A model on a mesh, without data. `encoder` holds the frozen or initial encoder weights, as numpy arrays; None
+    where only shapes are wanted.
+    """
 
     spec: RunSpec
     plan: partitioning.Plan
     model: Vlm
     encoder: Any
     encoder_sha256: str
+
+
+class TrainStep(NamedTuple):
+    """The compiled-on-first-use update of one stage, and what it works on."""
+
+    step: Any  # (state, batch) -> (state, LossSums, Norms); the state is donated
+    optimiser: Any
+    abstract: Any  # boxed shapes of the state
+    shardings: Any  # of the state, unboxed
 
 
 class Run(NamedTuple):
@@ -65,13 +77,21 @@ def open_network(spec: RunSpec) -> Network:
         raise UserError("training and evaluation run in one process so far: start one process, with all its devices")
     if spec.model.decoder.vocab < tokenizer.VOCAB_SIZE:
         raise UserError(f"model.vocab={spec.model.decoder.vocab}: the tokenizer has {tokenizer.VOCAB_SIZE} words")
-    plan = partitioning.make_plan(spec.compute)
+    network = lay_out(spec, partitioning.make_plan(spec.compute))
+    encoder = _encoder_weights(spec, network.model)
+    return network._replace(encoder=encoder, encoder_sha256=tree.sha256(encoder))
+
+
+def lay_out(spec: RunSpec, plan: partitioning.Plan) -> Network:
+    """The model of a spec on that plan, without any weights: enough to compile its programs.
+
+    Raises `UserError` where batch, model and mesh do not fit together.
+    """
     partitioning.check_batch(plan, "data.batch_examples", spec.data.batch_examples, spec.compute.microbatches)
     partitioning.check_batch(plan, "evaluation.batch_examples", spec.evaluation.batch_examples)
     model = Vlm(spec.model, spec.compute)
     partitioning.check_sharded(plan, jax.eval_shape(model.init, jax.random.key(0)))
-    encoder = _encoder_weights(spec, model)
-    return Network(spec, plan, model, encoder, tree.sha256(encoder))
+    return Network(spec, plan, model, None, "")
 
 
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
@@ -123,6 +143,20 @@ def init_params(network: Network, key: jax.Array) -> Any:
     """Boxed parameters of every part that training carries."""
     params, model = network.model.init(key), network.model
     return params if network.spec.data.frozen_features else {**params, "encoder": model.init_encoder(key)}
+
+
+def train_step(network: Network, stage: StageSpec) -> TrainStep:
+    """The update of a stage: what training runs, and what is compiled ahead of time for a topology."""
+    spec, model, plan = network.spec, network.model, network.plan
+    optimiser, abstract = optim.make_optimiser(spec.optim, stage), abstract_state(network, stage)
+    shardings = plan.shardings(abstract)
+
+    def forward(params: Any, batch: Any) -> LossSums:
+        return loss.sums(model.forward(params, batch), batch)
+
+    step = training_step.make_step(forward, optimiser, stage.train, spec.compute.microbatches)
+    jitted = plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+    return TrainStep(jitted, optimiser, abstract, shardings)
 
 
 def abstract_state(network: Network, stage: StageSpec) -> Any:

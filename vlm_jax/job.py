@@ -31,7 +31,7 @@ from vlm_jax.evaluation import generate, harness
 from vlm_jax.sizing import chips, cost
 from vlm_jax.store.checkpoint import Checkpoints, claim
 from vlm_jax.store.metrics import MetricWriter
-from vlm_jax.training import loop, loss, optim
+from vlm_jax.training import loop, optim
 from vlm_jax.training import step as training_step
 
 
@@ -79,22 +79,22 @@ def _train_stages(
     for stage, first, last in stages(spec):
         if restored > last:
             continue
-        optimiser, abstract = optim.make_optimiser(spec.optim, stage), build.abstract_state(network, stage)
-        shardings = plan.shardings(abstract)
+        update = build.train_step(network, stage)
         if restored > first:
-            state, cursor = checkpoints.restore(restored, nn.meta.unbox(abstract), shardings)
+            state, cursor = checkpoints.restore(restored, nn.meta.unbox(update.abstract), update.shardings)
         else:
             params = build.first_params(network) if params is None else params
-            start = functools.partial(training_step.init_state, optimiser=optimiser, train=stage.train, step=first)
-            state = plan.jit(start, out_shardings=shardings, donate_argnums=0)(params)
-        step = training_step.make_step(_forward(network), optimiser, stage.train, spec.compute.microbatches)
+            start = functools.partial(
+                training_step.init_state, optimiser=update.optimiser, train=stage.train, step=first
+            )
+            state = plan.jit(start, out_shardings=update.shardings, donate_argnums=0)(params)
         state, cursor = loop.run(
             state,
             max(first, restored),
             last,
             pipeline.train_batches(run.train, spec.data, spec.seed, cursor, run.train_features),
             plan.put,
-            plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None)),
+            update.step,
             log_every_steps=spec.log_every_steps,
             save_every_steps=spec.save_every_steps,
             on_log=_publisher(run, stage, first, metrics, on_log),
@@ -104,10 +104,6 @@ def _train_stages(
     if restored < last:
         save(last, state, cursor)
     return state
-
-
-def _forward(network: Network) -> training_step.Forward:
-    return lambda params, batch: loss.sums(network.model.forward(params, batch), batch)
 
 
 def _publisher(

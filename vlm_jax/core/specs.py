@@ -5,6 +5,7 @@ array.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ class EncoderSpec:
     depth: int
     heads: int
     mlp_width: int
-    activation: str = "gelu_tanh"  # or "quick_gelu" (CLIP)
+    activation: str = "gelu_tanh"  # or "quick_gelu" (CLIP), "gelu"
     class_token: bool = False  # CLIP
     patch_bias: bool = True
     pre_norm: bool = False  # a norm before the first block (CLIP)
     pooling_head: bool = True  # SigLIP's attention pool
     norm_eps: float = 1e-6
     taps: tuple[int, ...] = ()  # blocks whose output is kept, counted from 1
+    feature_layer: int = 0  # the tokens are this block's output, without the last norm (LLaVA); 0: behind the norm
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -84,6 +86,7 @@ class DecoderSpec:
     window: int | None = None  # keys that a local layer sees; None: every layer is global
     window_pattern: int = 0  # with a window, every n-th layer is global; 0: none is (Mistral)
     local_rope_theta: float | None = None  # base of the local layers (Gemma 3)
+    context: int = 0  # positions that it was trained for; 0: not known
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,11 @@ NOT_IDENTITY = ("log_every_steps", "save_every_steps", "keep_checkpoints")
 MAY_CHANGE = (*NOT_IDENTITY, "compute.mesh", "compute.strategy")
 
 
+# Fields that came after rows had been committed, with the value that says what was done before: at that value they are
+# no part of the identity, so that a new field leaves the names of old experiments as they are.
+_ADDED = {"model.encoder.feature_layer": 0, "model.decoder.context": 0}
+
+
 def to_dict(spec: Any) -> dict[str, Any]:
     """A spec as nested plain dicts and lists, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(spec)))
@@ -185,6 +193,11 @@ def to_dict(spec: Any) -> dict[str, Any]:
 def spec_hash(spec: RunSpec) -> str:
     """Twelve hex digits that name the experiment."""
     identity = {k: v for k, v in to_dict(spec).items() if k not in NOT_IDENTITY}
+    for field, before in _ADDED.items():
+        *groups, name = field.split(".")
+        group = functools.reduce(dict.__getitem__, groups, identity)
+        if group[name] == before:
+            del group[name]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
