@@ -24,17 +24,23 @@ setup(
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "jax>=0.10",
         "jaxtyping",
+        "jinja2>=3.1.6",  # earlier sandboxes can be left
         "matplotlib",
         "ml_collections",
+        "ml_dtypes",
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow",
         "plotly",
+        "protobuf",  # the schema of SentencePiece files
+        "pyyaml",
         "rich",
+        "safetensors",
         "scikit-image",
         "scikit-learn",
         "scipy",
+        "sentencepiece>=0.2",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",
         "tokenizers",
@@ -42,6 +48,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "dev": ["beartype", "pytest", "pytest-xdist", "ruff"],
+        "slurm": ["submitit>=1.5.2"],
+        "tpu-launch": ["skypilot[gcp]>=0.14"],
+        "dev": ["beartype", "pytest", "pytest-xdist", "ruff", "submitit>=1.5.2"],
     },
 )

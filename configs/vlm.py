@@ -56,6 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.model = dict(
         encoder="glyph-64",
+        feature_layer=0,
         taps=(1, 2, 3, 4) if compressor in ("tokenpacker", "quecc") else (),
         # Cross-attention over all patches with many heads: with few, a narrow decoder looks worse than it is.
         compressor=dict(name=compressor, tokens=arg.tokens, width=64, heads=16, depth=1, mlp_width=128),
@@ -97,4 +98,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every_steps = max(steps // 20, 1)
     c.save_every_steps = 0
     c.keep_checkpoints = 1
+    c.keep_every_steps = 0
+    c.bad_step = dict(policy="stop", spike_factor=0.0, skip_limit=10)
     return c

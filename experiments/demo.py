@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from experiments import launch, report
+from experiments.launching import local
 from vlm_jax.core.errors import Flags, door
 
 GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.py"
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
         prog="python -m experiments.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/demo"))
-    parser.add_argument("--workers", type=int, default=launch.default_workers(), help="processes")
+    parser.add_argument("--workers", type=int, default=local.default_workers(), help="processes")
     args = parser.parse_args(argv)
     failed = launch.main(["--grid", str(GRID), "--workdir", str(args.workdir), "--workers", str(args.workers)])
     if failed:

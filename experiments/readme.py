@@ -68,9 +68,9 @@ def planned() -> str:
     )
 
 
-def write_block(path: Path, name: str, text: str) -> None:
+def write_block(path: Path, name: str, text: str, command: str = "experiments.readme") -> None:
     """Replaces what stands between the marks of that name. Raises `UserError` where they are missing."""
-    start, end = f"<!-- {name}: written by python -m experiments.readme -->", f"<!-- end of {name} -->"
+    start, end = f"<!-- {name}: written by python -m {command} -->", f"<!-- end of {name} -->"
     whole = path.read_text()
     if start not in whole or end not in whole:
         raise UserError(f"{path}: put the lines {start!r} and {end!r} where the {name} belongs")

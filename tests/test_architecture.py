@@ -13,6 +13,7 @@ FLOORS = {
     "sizing": 3,
     "config": 4,
     "partitioning": 5,
+    "processes": 5,
     "models": 5,
     "data": 5,
     "store": 5,
@@ -20,9 +21,13 @@ FLOORS = {
     "evaluation": 6,
     "scaling": 6,
     "build": 7,
+    "logbook": 7,
+    "bad_steps": 7,
     "job": 8,
+    "pretrained": 8,
+    "answering": 9,
 }
-DOORS = 9
+DOORS = 10
 FILES = sorted(ROOT.glob("vlm_jax/**/*.py"))
 
 

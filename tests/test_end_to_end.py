@@ -87,7 +87,7 @@ def test_predict_answers(home: Path, trained: Path) -> None:
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(image)
     done = run(home, "vlm_jax.predict", "--workdir", str(trained), "--image", str(image), "--prompt", "read row two")
     assert done.returncode == 0, done.stderr
-    bad = run(home, "vlm_jax.predict", "--workdir", str(trained), "--image", str(image), "--prompt", "read row twoo")
+    bad = run(home, "vlm_jax.predict", "--model", str(trained), "--image", str(image), "--prompt", "read row twoo")
     assert bad.returncode == 2
     assert "'two'" in bad.stderr
 

@@ -16,16 +16,16 @@ import flax.linen as nn
 import jax
 
 import vlm_jax
-from vlm_jax import partitioning
+from vlm_jax import partitioning, processes
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.core.specs import DecoderSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
-from vlm_jax.data import pipeline, sources, tokenizer
-from vlm_jax.models.importers import big_vision
+from vlm_jax.data import pipeline, sources, text
+from vlm_jax.models.importers import big_vision, found
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.store import features as feature_store
-from vlm_jax.training import loss, optim
+from vlm_jax.training import guard, loss, optim
 from vlm_jax.training import step as training_step
 
 
@@ -71,13 +71,14 @@ def use_compilation_cache(cache_dir: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def open_network(spec: RunSpec) -> Network:
-    """The model of a spec on this machine's devices. Raises `UserError` for a mesh or checkpoint that does not fit."""
-    if jax.process_count() > 1:
-        raise UserError("training and evaluation run in one process so far: start one process, with all its devices")
-    if spec.model.decoder.vocab < tokenizer.VOCAB_SIZE:
-        raise UserError(f"model.vocab={spec.model.decoder.vocab}: the tokenizer has {tokenizer.VOCAB_SIZE} words")
-    network = lay_out(spec, partitioning.make_plan(spec.compute))
+def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Network:
+    """The model of a spec on this machine's devices, or on the given plan. Raises `UserError` for a mesh or checkpoint
+    that does not fit.
+    """
+    processes.check_joined()
+    if spec.model.decoder.vocab < (size := words_of(spec.data.tokenizer).size):
+        raise UserError(f"model.vocab={spec.model.decoder.vocab}: the tokenizer has {size} words")
+    network = lay_out(spec, plan or partitioning.make_plan(spec.compute))
     encoder = _encoder_weights(spec, network.model)
     return network._replace(encoder=encoder, encoder_sha256=tree.sha256(encoder))
 
@@ -99,10 +100,11 @@ def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     network = open_network(spec)
     data, evaluation = spec.data, spec.evaluation
     train, test = (
-        _split(data.dataset, data.config, name, cache_dir / "data") for name in (data.train_split, data.test_split)
+        _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)
+        for name in (data.train_split, data.test_split)
     )
     pipeline.check_training(train, data)
-    pipeline.check(test, evaluation.questions_per_example, evaluation.batch_examples)
+    pipeline.check(test, evaluation.questions_per_example)
     if not data.frozen_features:
         return Run(network, train, test, None, None)
     return Run(network, train, test, *(_features(network, split, cache_dir / "features") for split in (train, test)))
@@ -113,13 +115,28 @@ _READERS: dict[tuple[Path, str], pipeline.Features] = {}
 
 
 @functools.lru_cache(maxsize=8)
-def _split(dataset: str, config: str, name: str, data_dir: Path) -> sources.Split:
+def _split(dataset: str, config: str, name: str, data_dir: Path, words: str) -> sources.Split:
     sources.build(dataset, config, data_dir)
-    return sources.load(dataset, config, name, data_dir)
+    return sources.load(dataset, config, name, data_dir, words_of(words))
+
+
+@functools.lru_cache(maxsize=4)
+def words_of(folder: str) -> text.Text:
+    """The tokenizer of a language model's folder; "" is the project's own."""
+    if not folder:
+        return text.word_tokenizer()
+    there = Path(folder)
+    words = text.read_tokenizer(there, found.read_config(there) if (there / "config.json").is_file() else {})
+    if not words.ends:
+        raise UserError(f"{folder}: names no token that ends an answer (eos_token); training wants one")
+    return words
 
 
 def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.Features:
-    spec, plan, model = network.spec, network.plan, network.model
+    spec, model = network.spec, network.model
+    # Of several processes each encodes on its own devices what it does not find in the cache.
+    alone = dataclasses.replace(spec.compute, strategy="replicated", mesh=(-1, 1, 1), slices=1)
+    plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(alone, jax.local_devices())
     how = {**dataclasses.asdict(spec.model.encoder), "dtype": spec.compute.dtype}
     key = feature_store.key(split.sha256, network.encoder_sha256, how)
     if (folder, key) not in _READERS:
@@ -132,11 +149,39 @@ def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.
 
 
 def _encoder_weights(spec: RunSpec, model: Vlm) -> Any:
-    """From the checkpoint, or random, the same for every run. Paths are looked up here, then beside the package."""
+    """From the checkpoint, or random, the same for every run."""
     if not spec.encoder_checkpoint:
         return jax.device_get(nn.meta.unbox(model.init_encoder(jax.random.key(0))))
-    here, beside = Path(spec.encoder_checkpoint), Path(vlm_jax.__file__).parent.parent / spec.encoder_checkpoint
-    return big_vision.load_encoder(here if here.exists() or not beside.exists() else beside, spec.model.encoder)
+    path = _located(spec.encoder_checkpoint)
+    if path.suffix == ".npz":
+        return big_vision.load_encoder(path, spec.model.encoder)
+    return jax.device_get(_public_params(path, "encoder", spec.model.encoder, None))
+
+
+def _located(checkpoint: str) -> Path:
+    """Paths are looked up here, then beside the package."""
+    here, beside = Path(checkpoint), Path(vlm_jax.__file__).parent.parent / checkpoint
+    return here if here.exists() or not beside.exists() else beside
+
+
+def _public_params(path: Path, part: str, wanted: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None) -> Any:
+    """One part of a published model, float32. Raises `UserError` where it is not the model that the spec describes."""
+    there = found.find(path)
+    has = getattr(there, part)
+    if has is None:
+        raise UserError(f"{path}: holds no {part}")
+    for field in dataclasses.fields(wanted):
+        theirs, ours = getattr(has, field.name), getattr(wanted, field.name)
+        if theirs != ours and field.name not in _MAY_DIFFER:
+            raise UserError(
+                f"{path}: its {part} has {field.name}={theirs}, {wanted.name} has {ours}: name its own size"
+            )
+    there = found.seen_as(there, wanted) if part == "encoder" else there
+    return found.found_params(there, (part,), plan, "float32")[part]
+
+
+# What does not concern the weights, or is chosen by the run.
+_MAY_DIFFER = ("name", "context", "taps", "feature_layer", "pooling_head", "pixel_mean", "pixel_std")
 
 
 def init_params(network: Network, key: jax.Array) -> Any:
@@ -148,28 +193,40 @@ def init_params(network: Network, key: jax.Array) -> Any:
 def train_step(network: Network, stage: StageSpec) -> TrainStep:
     """The update of a stage: what training runs, and what is compiled ahead of time for a topology."""
     spec, model, plan = network.spec, network.model, network.plan
-    optimiser, abstract = optim.make_optimiser(spec.optim, stage), abstract_state(network, stage)
+    optimiser, abstract = _optimiser(spec, stage), abstract_state(network, stage)
     shardings = plan.shardings(abstract)
 
     def forward(params: Any, batch: Any) -> LossSums:
-        return loss.sums(model.forward(params, batch), batch)
+        return loss.sums(model.states(params, batch), model.head(params), batch)
 
     step = training_step.make_step(forward, optimiser, stage.train, spec.compute.microbatches)
     jitted = plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
     return TrainStep(jitted, optimiser, abstract, shardings)
 
 
+def _optimiser(spec: RunSpec, stage: StageSpec) -> Any:
+    return guard.guarded(optim.make_optimiser(spec.optim, stage, spec.compute.moments), spec.bad_step)
+
+
 def abstract_state(network: Network, stage: StageSpec) -> Any:
     """Boxed shapes of the state of a stage."""
-    optimiser = optim.make_optimiser(network.spec.optim, stage)
+    optimiser = _optimiser(network.spec, stage)
     return jax.eval_shape(
         lambda key: training_step.init_state(init_params(network, key), optimiser, stage.train), jax.random.key(0)
     )
 
 
 def first_params(network: Network) -> Any:
-    """Fresh parameters, and the encoder's from its checkpoint."""
-    params = network.plan.init(lambda key: init_params(network, key), jax.random.key(network.spec.seed))
+    """Fresh parameters, but for the parts that have a checkpoint."""
+    spec, plan = network.spec, network.plan
+    given = {"decoder"} if spec.decoder_checkpoint else set()
+
+    def fresh(key: jax.Array) -> Any:
+        return {name: part for name, part in init_params(network, key).items() if name not in given}
+
+    params = plan.init(fresh, jax.random.key(spec.seed))
+    if given:
+        params["decoder"] = _public_params(_located(spec.decoder_checkpoint), "decoder", spec.model.decoder, plan)
     if "encoder" in params:
         place = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
         params["encoder"] = jax.tree.map(place, network.encoder, params["encoder"])

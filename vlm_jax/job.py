@@ -2,37 +2,38 @@
 
 params = train(run, workdir, on_log)        # resumes what it finds in workdir
 row = evaluate(run, params, cell, workdir)  # one typed row
-text = answer(network, params, image, "read row two")
 """
 
 import contextlib
 import functools
 import json
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 import vlm_jax
-from vlm_jax import build
+from vlm_jax import bad_steps, build, logbook, processes
 from vlm_jax.build import Network, Run
 from vlm_jax.core import specs, tree
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import STOPPED, Ended, UserError
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, StageSpec
-from vlm_jax.core.structs import Batch, TrainState
-from vlm_jax.data import pipeline, tokenizer
-from vlm_jax.evaluation import generate, harness
-from vlm_jax.sizing import chips, cost
-from vlm_jax.store.checkpoint import Checkpoints, claim
+from vlm_jax.core.structs import TrainState
+from vlm_jax.data import pipeline
+from vlm_jax.evaluation import harness
+from vlm_jax.sizing import cost
+from vlm_jax.store import checkpoint
+from vlm_jax.store.checkpoint import Checkpoints, claim, told
 from vlm_jax.store.metrics import MetricWriter
-from vlm_jax.training import loop, optim
+from vlm_jax.training import guard, loop
 from vlm_jax.training import step as training_step
+
+OnLog = Callable[[loop.Log, dict[str, float]], None]
 
 
 def stages(spec: RunSpec) -> Iterator[tuple[StageSpec, int, int]]:
@@ -43,110 +44,146 @@ def stages(spec: RunSpec) -> Iterator[tuple[StageSpec, int, int]]:
         first += stage.total_steps
 
 
-def train(run: Run, workdir: Path, on_log: Callable[[loop.Log, dict[str, float]], None]) -> Any:
-    """Trains to the end, from the newest checkpoint of `workdir` if there is one. Returns the parameters.
+def train(
+    run: Run,
+    workdir: Path,
+    on_log: OnLog,
+    stop: Callable[[int], bool] = lambda step: False,
+    on_notice: Callable[[str], None] = lambda line: print(f"note: {line}", file=sys.stderr),
+) -> Any:
+    """Trains to the end, from the newest sound checkpoint of `workdir` if there is one. Returns the parameters.
 
-    Writes `summary.json`. `on_log` is called from the metrics thread with each log and its numbers. Raises `UserError`
-    if `workdir` belongs to another spec.
+    Writes `summary.json`. `on_log` is called from the metrics thread of the first process with each log and its
+    numbers, `on_notice` where a checkpoint is skipped.
+
+    Raises:
+        UserError: `workdir` belongs to another spec or cannot be written, or no checkpoint of it can be used.
+        Ended: `stop(step)` was true, and the state is saved; or a bad step, see `bad_steps`.
     """
-    spec = run.network.spec
+    spec, started = run.network.spec, time.monotonic()
     claim(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
-    started = time.monotonic()
-    with contextlib.closing(Checkpoints(workdir, spec.keep_checkpoints)) as checkpoints:
-        restored = checkpoints.latest() or 0
-        with contextlib.closing(MetricWriter(workdir, restored)) as metrics:
-            params = _train_stages(run, restored, checkpoints, metrics, on_log).params
+    with told(workdir), contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(workdir, spec.keep_checkpoints, spec.keep_every_steps)
+        stack.enter_context(contextlib.closing(checkpoints))
+        restored = _sound_step(checkpoints, on_notice)
+        metrics = None
+        if processes.is_first():
+            metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
+        bad_steps.forget_after(workdir, restored)
+        end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     # A run may have died behind its last checkpoint, but before this.
-    if restored < specs.total_steps(spec) or not (workdir / "summary.json").exists():
-        _write_summary(run, workdir, params, metrics.last, time.monotonic() - started)
-    return params
+    if processes.first_says(end.step > restored or not (workdir / "summary.json").exists()):
+        sha256 = tree.sha256(end.state.params, processes.fetch)
+        if metrics is not None:
+            with told(workdir):
+                logbook.write_summary(
+                    workdir / "summary.json", spec, metrics.last, sha256, end.secs, _question_tokens(run)
+                )
+    processes.meet("end of training")
+    return end.state.params
+
+
+def _sound_step(checkpoints: Checkpoints, on_notice: Callable[[str], None]) -> int:
+    """The step to go on from; 0 for the start. What is damaged on the way is moved aside."""
+    damaged = {}
+    step = checkpoints.newest_sound(damaged.__setitem__)
+    for other, what in damaged.items():
+        aside = checkpoints.set_aside(other)
+        on_notice(f"checkpoint {other} is damaged ({what}): moved to {aside}, going on from step {step}")
+    return step or 0
+
+
+class _End(NamedTuple):
+    step: int
+    state: TrainState
+    secs: float  # of all processes that worked on the run, one after the other
 
 
 def _train_stages(
     run: Run,
+    workdir: Path,
     restored: int,
     checkpoints: Checkpoints,
-    metrics: MetricWriter,
-    on_log: Callable[[loop.Log, dict[str, float]], None],
-) -> TrainState:
+    metrics: MetricWriter | None,
+    on_log: OnLog,
+    stop: Callable[[int], bool],
+    started: float,
+) -> _End:
     """All stages that the checkpoint at step `restored` has not finished; 0 starts from fresh parameters."""
     network, spec, plan = run.network, run.network.spec, run.network.plan
     params = cursor = state = None
+    secs_before, step, unlogged = 0.0, restored, loop.Unlogged()
+    rows = plan.rows(spec.data.batch_examples)
 
-    def save(step: int, state: TrainState, cursor: pipeline.Cursor) -> None:
-        checkpoints.save(step, state, cursor, specs.to_dict(spec))
+    def secs() -> float:
+        return secs_before + time.monotonic() - started
+
+    def save(step: int, state: TrainState, cursor: pipeline.Cursor, unlogged: loop.Unlogged) -> None:
+        if metrics is not None:
+            metrics.wait()
+        checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.unlogged_to_dict(unlogged)})
 
     for stage, first, last in stages(spec):
         if restored > last:
             continue
         update = build.train_step(network, stage)
         if restored > first:
-            state, cursor = checkpoints.restore(restored, nn.meta.unbox(update.abstract), update.shardings)
+            abstract = nn.meta.unbox(update.abstract)
+            state, cursor, progress = checkpoints.restore(restored, abstract, update.shardings)
+            secs_before, unlogged = progress.get("secs", 0.0), logbook.unlogged_from_dict(progress)
+            if restored == last == specs.total_steps(spec):
+                return _End(restored, state, secs_before)
         else:
             params = build.first_params(network) if params is None else params
             start = functools.partial(
                 training_step.init_state, optimiser=update.optimiser, train=stage.train, step=first
             )
             state = plan.jit(start, out_shardings=update.shardings, donate_argnums=0)(params)
-        state, cursor = loop.run(
+        end = loop.run(
             state,
             max(first, restored),
             last,
-            pipeline.train_batches(run.train, spec.data, spec.seed, cursor, run.train_features),
+            pipeline.train_batches(run.train, spec.data, spec.seed, cursor, run.train_features, rows),
             plan.put,
             update.step,
             log_every_steps=spec.log_every_steps,
             save_every_steps=spec.save_every_steps,
             on_log=_publisher(run, stage, first, metrics, on_log),
             on_save=save,
+            check=bad_steps.make_check(workdir, run.train, spec, guard.skipped(state.opt_state)),
+            stop=stop,
+            unlogged=unlogged,
         )
-        params = state.params
+        step, state, unlogged = end.step, end.state, end.unlogged
+        params, cursor = state.params, end.cursor or cursor
+        if end.stopped and step < specs.total_steps(spec):
+            save(step, state, cursor, unlogged)
+            checkpoints.wait()
+            raise Ended(f"saved step {step} of {specs.total_steps(spec)}; the same command goes on from it", STOPPED)
     if restored < last:
-        save(last, state, cursor)
-    return state
+        save(last, state, cursor, unlogged)
+    return _End(step, state, secs())
 
 
 def _publisher(
-    run: Run, stage: StageSpec, first: int, metrics: MetricWriter, on_log: Callable[[loop.Log, dict[str, float]], None]
+    run: Run, stage: StageSpec, first: int, metrics: MetricWriter | None, on_log: OnLog
 ) -> Callable[[loop.Log], None]:
     """Hands each log to the metrics thread, which alone waits for the device and so knows when steps were done."""
+    if metrics is None:
+        return lambda log: None
+    spec, plan = run.network.spec, run.network.plan
     finished: list[float] = []  # the span up to the first log includes compilation, so it has no speed
 
     def make(log: loop.Log) -> dict[str, float]:
-        values = _numbers(run, log, stage, first)
+        values = logbook.numbers(spec, stage, first, log)
         finished.append(time.monotonic())
         if len(finished) > 1:
-            values |= _speed(run, stage, (finished[-1] - finished[-2]) / log.steps)
+            step_secs = (finished[-1] - finished[-2]) / log.steps
+            values |= logbook.speed(spec, stage, plan, _question_tokens(run), step_secs)
         on_log(log, values)
         return values
 
     return lambda log: metrics.write(log.step, lambda: make(log))
-
-
-def _numbers(run: Run, log: loop.Log, stage: StageSpec, first: int) -> dict[str, float]:
-    """A log as plain numbers, once the device has computed them."""
-    sums, norms = jax.device_get((log.sums, log.norms))
-    count = max(float(sums.count), 1.0)
-    return {
-        "loss": float(sums.nll) / count,
-        "token_error": 1 - float(sums.hits) / count,
-        "grad_norm": float(norms.grad),
-        "update_norm": float(norms.update),
-        "learning_rate": float(optim.schedule(run.network.spec.optim, stage)(log.step - first - 1)),
-    }
-
-
-def _speed(run: Run, stage: StageSpec, step_secs: float) -> dict[str, float]:
-    """Seconds a step, examples and model FLOPs a second, and their share of the chips' peak where that is known."""
-    spec, plan = run.network.spec, run.network.plan
-    flops = cost.step_flops(spec, stage, _question_tokens(run))
-    values = {
-        "step_secs": step_secs,
-        "examples_per_sec": spec.data.batch_examples / step_secs,
-        "model_flops_per_sec": flops / step_secs,
-    }
-    chip = chips.of_device(jax.devices()[0].device_kind)
-    return values if chip is None else {**values, "mfu": flops / step_secs / (chip.peak_flops * plan.mesh.size)}
 
 
 def _question_tokens(run: Run) -> float:
@@ -154,57 +191,22 @@ def _question_tokens(run: Run) -> float:
     return float(run.train.question_lengths.mean())
 
 
-def _write_summary(run: Run, workdir: Path, params: Any, values: dict[str, float], secs: float) -> None:
-    """`summary.json`; seconds are those of this process."""
-    path = workdir / "summary.json"
-    summary = {
-        "step": specs.total_steps(run.network.spec),
-        **{name: value if math.isfinite(value) else None for name, value in values.items()},
-        "params_sha256": tree.sha256(jax.device_get(params)),
-        "secs": secs,
-        "train_flops": cost.run_flops(run.network.spec, _question_tokens(run)),
-        "spec_hash": specs.spec_hash(run.network.spec),
-        "spec": specs.to_dict(run.network.spec),
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def restore(network: Network, workdir: Path) -> Any:
-    """Parameters of the newest checkpoint. Raises `UserError` if the workdir has none or belongs to another spec."""
+def restore(
+    network: Network,
+    workdir: Path,
+    on_notice: Callable[[str], None] = lambda line: print(f"note: {line}", file=sys.stderr),
+) -> Any:
+    """Parameters of the newest sound checkpoint. Raises `UserError` if the workdir has none or is another spec's."""
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: no checkpoint here; train this run first, or name its --workdir")
     claim(workdir, specs.to_dict(network.spec), specs.MAY_CHANGE)
-    with contextlib.closing(Checkpoints(workdir, network.spec.keep_checkpoints)) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{checkpoints.directory}: no complete checkpoint; train this run first")
-        stage = next(stage for stage, _, last in stages(network.spec) if step <= last)
-        abstract = build.abstract_state(network, stage)
-        state, _ = checkpoints.restore(step, nn.meta.unbox(abstract), network.plan.shardings(abstract))
-        return state.params
-
-
-def answer(network: Network, params: Any, image: np.ndarray, question: str) -> str:
-    """Greedy answer to one question about one image (uint8[H, H, 3]). Raises `UserError` for an unknown word."""
-    if not question.strip():
-        raise UserError("the question is empty")
-    tokens = np.array([tokenizer.encode(question)], np.int32)
-    ones = np.ones_like(tokens)
-    batch = Batch(
-        text=tokens,
-        target=tokens,
-        weight=np.zeros(tokens.shape, np.float32),
-        segment=ones,
-        position=np.arange(tokens.size, dtype=np.int32)[None],
-        question=ones > 0,
-        example=ones[:, 0],
-        image=image[None],
+    boxed = build.abstract_state(network, network.spec.stages[0])
+    return checkpoint.restore_params(
+        workdir,
+        nn.meta.unbox(boxed).params,
+        network.plan.shardings(boxed).params,
+        lambda step, what: on_notice(f"checkpoint {step} is damaged ({what}): the one before is used"),
     )
-    new_tokens, end = network.spec.evaluation.max_new_tokens, tokenizer.END_ID
-    program = network.plan.jit(lambda p, b: generate.greedy(network.model, p, b, new_tokens, end))
-    return tokenizer.decode(program({"encoder": network.encoder, **params}, batch)[0].tolist())
 
 
 def evaluation_batches(run: Run) -> int:
@@ -225,9 +227,11 @@ def evaluate(
         raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
     summary = json.loads((workdir / "summary.json").read_text())
     spec, model, plan = run.network.spec, run.network.spec.model, run.network.plan
-    program = plan.jit(harness.make_evaluate(run.network.model, spec.evaluation.max_new_tokens, tokenizer.END_ID))
-    batches = pipeline.evaluation_batches(run.test, spec.data, spec.evaluation, run.test_features)
-    result = harness.run(program, plan.put, params, batches, on_batch)
+    end = build.words_of(spec.data.tokenizer).ends[0]
+    program = plan.jit(harness.make_evaluate(run.network.model, spec.evaluation.max_new_tokens, end))
+    rows = plan.rows(spec.evaluation.batch_examples)
+    batches = pipeline.evaluation_batches(run.test, spec.data, spec.evaluation, run.test_features, rows)
+    result = harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
     return ResultRow(
         cell=cell,
         spec_hash=specs.spec_hash(spec),

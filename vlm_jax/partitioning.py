@@ -1,37 +1,68 @@
 """Where every array lives: the only file that says Mesh, PartitionSpec or Sharding.
 
-A `Plan` is a mesh of (data, fsdp, tensor) and a table from logical axis names (`core.axes`) to mesh axes. The tables:
+A `Plan` is a mesh of (slice, data, fsdp, tensor) and a table from logical axis names (`core.axes`) to mesh axes. The
+tables:
 
-    replicated   data parallelism; parameters everywhere
-    fsdp         parameters and optimiser state split over `fsdp` along the wide axis; examples over data and fsdp
-    fsdp_tensor  the same, and heads, feed-forward and vocabulary split over `tensor`
+    replicated   data parallelism; parameters everywhere, examples over every device
+    fsdp         parameters and optimiser state split over fsdp and tensor; a kernel is gathered where it is multiplied;
+                 examples over every device
+    fsdp_tensor  parameters split as before; heads, feed-forward and vocabulary stay split over `tensor` at work too,
+                 so that a group of `tensor` devices shares its examples
+
+Under fsdp, `tensor` is the second direction of one split: a width that the product of both does not divide (1152 of an
+encoder over 256 devices) is cut by `fsdp`, and another axis of the same kernel by `tensor`. Slices are joined by a slow
+network: examples are split over them, parameters never, so that only summed gradients cross.
 
 The same code runs on one device and on a pod: a mesh of one device turns every rule into a no-op.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec
+from vlm_jax.core.structs import TrainState
+from vlm_jax.ops import placement
 
-MESH_AXES = ("data", "fsdp", "tensor")
-_EXAMPLES = ("data", "fsdp")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+_TILE = 16  # rows of a tile of 16-bit numbers
 _UNSHARDED_LIMIT = 0.25  # share of the parameters that a splitting table may leave whole
 
 Rules = tuple[tuple[str, Any], ...]
 
-_REPLICATED: dict[str, Any] = dict.fromkeys((*axes.KERNEL_AXES, *axes.ACTIVATION_AXES)) | {axes.BATCH: _EXAMPLES}
-_FSDP = _REPLICATED | {axes.EMBED: "fsdp", axes.VISION: "fsdp"}
-_SPLIT = (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB, axes.VISION_HEADS, axes.VISION_MLP, axes.ACT_VOCAB)
-_TENSOR = dict.fromkeys(_SPLIT, "tensor")
-TABLES: dict[str, Mapping[str, Any]] = {"replicated": _REPLICATED, "fsdp": _FSDP, "fsdp_tensor": _FSDP | _TENSOR}
+_HEADS = (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB, axes.VISION_HEADS, axes.VISION_MLP)
+_REPLICATED: dict[str, Any] = {
+    **dict.fromkeys((*axes.KERNEL_AXES, *axes.WORKING_AXES, *axes.ACTIVATION_AXES)),
+    axes.BATCH: MESH_AXES,
+    axes.LOOKUP: ("slice", "data"),
+}
+_FSDP = _REPLICATED | {
+    axes.EMBED: ("fsdp", "tensor"),
+    axes.VISION: "fsdp",
+    axes.VISION_HEADS: "tensor",
+    axes.VISION_MLP: "tensor",
+    axes.QUERIES: "fsdp",
+}
+_FSDP_TENSOR = {
+    **_REPLICATED,
+    axes.BATCH: ("slice", "data", "fsdp"),
+    axes.EMBED: "fsdp",
+    axes.VISION: "fsdp",
+    axes.QUERIES: "fsdp",
+    **{name: "tensor" for head in _HEADS for name in (head, axes.at_work(head))},
+    axes.ACT_VOCAB: "tensor",
+    axes.ACT_HEADS: "tensor",
+}
+TABLES: dict[str, Mapping[str, Any]] = {"replicated": _REPLICATED, "fsdp": _FSDP, "fsdp_tensor": _FSDP_TENSOR}
 
 
 class Plan(NamedTuple):
@@ -41,14 +72,12 @@ class Plan(NamedTuple):
     rules: Rules
 
     def jit(self, fn: Callable[..., Any], **kwargs: Any) -> Any:
-        """`jax.jit` with this plan in force while `fn` is traced.
-
-        Mesh and rules are entered inside the traced function: entered outside, flax drops every activation constraint,
-        and jit's own cache would not know the rules.
+        """`jax.jit` with this plan in force while `fn` is traced (entered inside, because jit's own cache does not know
+        it).
         """
 
         def traced(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), nn.logical_axis_rules(self.rules):
+            with placement.in_force(self):
                 return fn(*args)
 
         traced.__name__ = getattr(fn, "__name__", "traced")
@@ -57,25 +86,95 @@ class Plan(NamedTuple):
     def shardings(self, abstract: Any) -> Any:
         """Shardings of a tree of boxed shapes; leaves without names (counters, keys) are replicated. Unboxed
         structure.
+
+        Of a `TrainState`, moments of the small vectors that every device holds whole are cut as well: a step reads them
+        once, where it reads the vectors in every layer.
         """
-        specs = nn.get_partition_spec(abstract)
-        shapes = nn.meta.unbox(abstract)
-        return jax.tree.map(
-            lambda spec, leaf: NamedSharding(
-                self.mesh, self._fit(nn.logical_to_mesh_axes(spec, self.rules), leaf.shape)
-            ),
-            specs,
-            shapes,
+        placed = jax.tree.map(
+            lambda names, leaf: self.sharding(tuple(names), leaf.shape),
+            nn.get_partition_spec(abstract),
+            nn.meta.unbox(abstract),
             is_leaf=_is_spec,
         )
+        if isinstance(abstract, TrainState) and dict(self.rules)[axes.EMBED]:
+            moments = jax.tree.map(self._cut, placed.opt_state, nn.meta.unbox(abstract.opt_state))
+            placed = placed._replace(opt_state=moments)
+        return placed
 
-    def _fit(self, spec: PartitionSpec | None, shape: tuple[int, ...]) -> PartitionSpec:
-        """Drops a mesh axis where it does not divide the dimension (a vocabulary of 96 over 5 devices)."""
-        kept = []
-        for size, axis in zip(shape, tuple(spec or ()) + (None,) * len(shape), strict=False):
-            names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-            kept.append(axis if size % int(np.prod([self.mesh.shape[name] for name in names])) == 0 else None)
-        return PartitionSpec(*kept)
+    def _cut(self, sharding: NamedSharding, leaf: Any) -> NamedSharding:
+        """Where nothing is split yet: each of fsdp and tensor along the widest axis that it still divides."""
+        if any(sharding.spec):
+            return sharding
+        sizes, spec = list(leaf.shape), [() for _ in leaf.shape]
+        for axis in ("fsdp", "tensor"):
+            fitting = [i for i, size in enumerate(sizes) if size % self.mesh.shape[axis] == 0]
+            if fitting:
+                widest = max(fitting, key=sizes.__getitem__)
+                sizes[widest] //= self.mesh.shape[axis]
+                spec[widest] += (axis,)
+        return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in spec)))
+
+    def sharding(self, names: placement.Names, shape: tuple[int, ...]) -> NamedSharding:
+        """Of an array of that shape whose axes have these logical names.
+
+        Where the mesh axes of a name do not divide the size, the last are dropped (a vocabulary of 96 over 5 devices).
+        Raises `UserError` where two names of one array ask for the same mesh axis.
+        """
+        table, spec, owner = dict(self.rules), [], {}
+        for name, size in zip(names + (None,) * (len(shape) - len(names)), shape, strict=True):
+            target = table.get(name) if name else None
+            wanted = target if isinstance(target, tuple) else (target,) if target else ()
+            for axis in wanted:
+                if owner.setdefault(axis, name) != name:
+                    raise UserError(
+                        f"axes {owner[axis]!r} and {name!r} of an array {names} both map to mesh axis {axis!r}: "
+                        "rename one of them or change its rule in partitioning.TABLES"
+                    )
+            while size % math.prod(self.mesh.shape[axis] for axis in wanted):
+                wanted = wanted[:-1]
+            spec.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def back_to_rest(self, names: placement.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
+        """The way of a kernel's gradient from where the kernel works to where it rests, one mesh axis after another.
+
+        In one step over both directions of a torus, XLA:TPU sums the whole gradient on every device and then cuts it:
+        twice the traffic. Axis by axis it scatters.
+        """
+        work, rest = (
+            [(part,) if isinstance(part, str) else part or () for part in self.sharding(n, shape).spec]
+            for n in (tuple(axes.at_work(name) for name in names), names)
+        )
+        kept, steps = set(sum(work, ())), []
+        for axis in [axis for axis in MESH_AXES if axis in sum(rest, ()) and axis not in kept]:
+            kept.add(axis)
+            steps.append(PartitionSpec(*(tuple(a for a in part if a in kept) or None for part in rest)))
+        return [NamedSharding(self.mesh, step) for step in steps]
+
+    def to_work(self, names: placement.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
+        """The way of a kernel from where it rests to where it works: in one gather over both directions, which uses
+        all links of a plane. In a network of three dimensions, and for parts thinner than a tile, XLA:TPU would write
+        that gather as a sum of kernels that are mostly zeros; there one mesh axis is gathered after another.
+        """
+        rest, work = (self.sharding(n, shape) for n in (names, tuple(axes.at_work(name) for name in names)))
+        home = self.back_to_rest(names, shape)
+        thin = any(size > part >= 1 and part < _TILE for size, part in zip(shape, rest.shard_shape(shape), strict=True))
+        devices = getattr(self.mesh, "devices", np.array([None]))
+        solid = sum(place > 0 for place in getattr(devices.flat[-1], "coords", ())) > 2
+        return [rest, *(home[-2::-1] if thin or solid else ()), work]
+
+    def shard_map(
+        self, fn: Callable[..., Any], inputs: tuple[placement.Names, ...], output: placement.Names
+    ) -> Callable[..., Any]:
+        """`fn` on each device's shards of arrays with these logical names."""
+        rules = dict(self.rules)
+        *specs, out = (PartitionSpec(*(name and rules[name] for name in names)) for names in (*inputs, output))
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)
+
+    def parts(self, name: str) -> int:
+        """Into how many parts an axis of that logical name is cut."""
+        target = dict(self.rules)[name] or ()
+        return math.prod(self.mesh.shape[axis] for axis in ((target,) if isinstance(target, str) else target))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -83,11 +182,16 @@ class Plan(NamedTuple):
 
     @property
     def examples(self) -> NamedSharding:
-        """Leading axis split over data and fsdp."""
-        return NamedSharding(self.mesh, PartitionSpec(_EXAMPLES))
+        """Leading axis split as examples are."""
+        return NamedSharding(self.mesh, PartitionSpec(dict(self.rules)[axes.BATCH]))
+
+    def rows(self, count: int) -> Int[np.ndarray, " b"]:
+        """Which of a batch's `count` rows this process's devices hold. Processes that share a row both hold it."""
+        parts = self.examples.addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
 
     def put(self, batch: Any) -> Any:
-        """This process's rows of a batch (numpy) -> global arrays split by example."""
+        """The `rows` of a batch (numpy) that this process holds -> global arrays split by example."""
         if jax.process_count() == 1:
             return jax.device_put(batch, self.examples)
         return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self.examples, leaf), batch)
@@ -101,17 +205,39 @@ class Plan(NamedTuple):
 def make_plan(compute: ComputeSpec, devices: list[Any] | None = None) -> Plan:
     """The plan that a `ComputeSpec` asks for, over all devices unless some are given.
 
-    Raises `UserError` for an unknown strategy, or a mesh that does not divide the devices.
+    Raises `UserError` for an unknown strategy, or slices and a mesh that do not divide the devices.
     """
-    if compute.strategy not in TABLES:
-        raise unknown("compute.strategy", compute.strategy, TABLES)
+    if compute.strategy not in ("auto", *TABLES):
+        raise unknown("compute.strategy", compute.strategy, ("auto", *TABLES))
     devices = jax.devices() if devices is None else devices
-    return Plan(
-        jax.make_mesh(
-            mesh_shape(compute.mesh, len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-        ),
-        tuple(TABLES[compute.strategy].items()),
-    )
+    if len(devices) % compute.slices:
+        raise UserError(f"compute.slices={compute.slices} does not divide {len(devices)} device(s)")
+    strategy, shape = compute.strategy, compute.mesh
+    if strategy == "auto":
+        strategy, best = by_kind(devices[0].platform, len(devices) // compute.slices)
+        shape = best if shape == (-1, 1, 1) else shape
+    one_slice = (1, *mesh_shape(shape, len(devices) // compute.slices))
+    if compute.slices > 1 and len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            one_slice, (compute.slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    elif compute.slices > 1:
+        grid = np.asarray(devices).reshape(compute.slices, *one_slice[1:])
+    else:
+        grid = mesh_utils.create_device_mesh(one_slice, devices, allow_split_physical_axes=True)
+    return Plan(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4), tuple(TABLES[strategy].items()))
+
+
+def by_kind(platform: str, devices: int) -> tuple[str, tuple[int, int, int]]:
+    """What "auto" means: a table, and the mesh in the place of (-1, 1, 1).
+
+    Accelerators split the state in two directions, as near to a square as powers of two come: gradients are scattered
+    one direction at a time, and widths that all devices do not divide are divided by each direction.
+    """
+    if platform == "cpu" or devices == 1:
+        return "replicated", (-1, 1, 1)
+    side = max(2**n for n in range(devices.bit_length()) if devices % 2**n == 0 and 4**n <= devices)
+    return "fsdp", (1, -1, side)
 
 
 def mesh_shape(wanted: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
@@ -128,10 +254,10 @@ def mesh_shape(wanted: tuple[int, int, int], devices: int) -> tuple[int, int, in
 
 def check_batch(plan: Plan, field: str, batch_examples: int, microbatches: int = 1) -> None:
     """Raises `UserError` unless the batch that `field` sets splits evenly over the mesh and the microbatches."""
-    parts = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] * microbatches
+    parts = plan.parts(axes.BATCH) * microbatches
     if batch_examples % parts:
         raise UserError(
-            f"{field}={batch_examples} does not divide into data x fsdp x microbatches = {parts} parts: "
+            f"{field}={batch_examples} does not divide into groups of devices x microbatches = {parts} parts: "
             f"use {max(1, batch_examples // parts) * parts}"
         )
 

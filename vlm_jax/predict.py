@@ -1,36 +1,110 @@
-"""Ask a trained run about an image: `python -m vlm_jax.predict --workdir workdirs/one --image page.png --prompt "read
-row two"`.
+"""Ask a model: about an image, or, without --image, in text alone.
+
+    python -m vlm_jax.predict --model llava-folder --image cat.png --prompt "What is this?"
+    python -m vlm_jax.predict --model workdirs/one --image page.png --prompt "read row two"
+    python -m vlm_jax.predict --model so400m-folder --llm qwen-folder --compressor pool --tokens 81 --image cat.png \\
+        --prompt "What is this?" --show-tokens tokens.png
+
+The model is a Hugging Face folder, a big_vision .npz, or the workdir of a run.
 """
 
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.core.errors import Flags, UserError, door
 
+_PATIENCE_SECS = 5.0  # loading that takes longer says how far it is
+
 
 def main(argv: list[str]) -> None:
-    parser = Flags(prog="python -m vlm_jax.predict", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, type=Path, help="a folder that vlm_jax.train made")
-    parser.add_argument("--image", required=True, type=Path, help="PNG or JPEG; resized to the encoder's resolution")
-    parser.add_argument("--prompt", required=True, help="the question, in the words of the data set")
+    parser = Flags(
+        prog="python -m vlm_jax.predict",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="a Hugging Face folder, a big_vision .npz, or a run's workdir")
+    which.add_argument("--workdir", type=Path, dest="model", help="the same as --model, for a folder of vlm_jax.train")
+    parser.add_argument("--image", type=Path, help="an image file; without it the model reads text alone")
+    parser.add_argument("--prompt", help="the question; for a run, in the words of its data set")
+    parser.add_argument("--llm", type=Path, help="join the encoder of --model with this language model")
+    parser.add_argument("--compressor", help="make the visual tokens by this method")
+    parser.add_argument("--tokens", type=int, help="how many visual tokens")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or *.model, where the weights have none beside")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--max-new-tokens", type=int, help="the longest answer (default: 64; a run's own)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of fresh weights")
+    parser.add_argument("--show-tokens", type=Path, metavar="PNG", help="draw what each visual token reads")
     args = parser.parse_args(argv)
+    if args.prompt is None and args.show_tokens is None:
+        raise UserError("nothing to do: give --prompt TEXT, --show-tokens PNG, or both")
+    if args.show_tokens is not None and args.image is None:
+        raise UserError("--show-tokens draws over an image: give --image FILE")
 
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    from vlm_jax import build, job
-    from vlm_jax.config.resolve import spec_from_dict
-    from vlm_jax.store.checkpoint import read_spec
+    from vlm_jax import build, pretrained
+    from vlm_jax.data.images import prepare, read_image
+    from vlm_jax.pretrained import sight
 
     build.use_compilation_cache(build.default_cache())
-    network = build.open_network(spec_from_dict(read_spec(args.workdir)))
-    side = network.spec.model.encoder.image_size
+    image = None if args.image is None else read_image(args.image)
+    with _progress() as on_read:
+        model = pretrained.load(
+            args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
+            tokenizer=args.tokenizer, seed=args.seed, on_read=on_read,
+        )  # fmt: skip
+    if image is not None and model.image is None:
+        raise UserError(f"{args.model}: a language model alone sees no image; leave --image out, or join an encoder")
+    if args.show_tokens is not None:
+        with _status("looking at what each visual token reads"):
+            pixels = prepare([image], model.image)
+            sight.draw(model, pixels, sight.patch_shares(model, pixels), args.show_tokens)
+    if args.prompt is not None:
+        with _status("answering (the first prompt of its length compiles a program)"):
+            (answer,) = pretrained.generate(
+                model,
+                None if image is None else [image],
+                [args.prompt],
+                args.max_new_tokens,
+                args.temperature,
+                args.seed,
+            )
+        print(answer)
+
+
+def _status(what: str) -> AbstractContextManager[Any]:
+    """A line that moves while something is done, on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.status(what) if console.is_terminal else nullcontext()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Hears (bytes read so far, bytes in all), and shows them with the time left once loading takes long."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar, started = Progress(*columns, console=Console(stderr=True), transient=True), time.monotonic()
+    task = bar.add_task("read", total=None)
+
+    def on_read(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if time.monotonic() - started > _PATIENCE_SECS:
+            bar.start()
+
     try:
-        image = np.asarray(Image.open(args.image).convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise UserError(f"no image {args.image}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{args.image}: not a readable image ({error})") from error
-    print(job.answer(network, job.restore(network, args.workdir), image, args.prompt))
+        yield on_read
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 if __name__ == "__main__":

@@ -2,36 +2,51 @@
 workdirs/one`.
 """
 
+import argparse
 from pathlib import Path
+from typing import Any
 
-from vlm_jax.core.errors import Flags, door
+from vlm_jax.core.errors import CODES, Flags, door
 
 
 def main(argv: list[str]) -> None:
+    from vlm_jax import processes
     from vlm_jax.config.arguments import load_config, split_overrides
     from vlm_jax.config.resolve import resolve
 
-    parser = Flags(prog="python -m vlm_jax.train", description=__doc__, allow_abbrev=False)
+    parser = Flags(
+        prog="python -m vlm_jax.train",
+        description=__doc__,
+        epilog=CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", required=True, help="FILE.py:name=value,... ; single fields: --config.optim.clip_norm=0.5"
     )
     parser.add_argument(
         "--workdir", required=True, type=Path, help="checkpoints, metrics and summary.json; resumes what is there"
     )
+    processes.add_flags(parser)
     argv, overrides = split_overrides(argv)
     args = parser.parse_args(argv)
     spec = resolve(load_config(args.config, overrides))
+    with processes.joined(args):
+        _train(spec, args.workdir)
 
+
+def _train(spec: Any, workdir: Path) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from vlm_jax import build, job
+    from vlm_jax import build, job, processes
     from vlm_jax.core.specs import total_steps
 
     cache = build.default_cache()
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
     text = TextColumn("step {task.completed}/{task.total}  {task.fields[note]}")
-    with Progress(BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    columns = (BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not processes.is_first()) as progress:
         bar = progress.add_task("", total=total_steps(spec), note="compiling")
 
         def on_log(log: object, values: dict[str, float]) -> None:
@@ -40,8 +55,9 @@ def main(argv: list[str]) -> None:
             note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
             progress.update(bar, completed=log.step, note=note)
 
-        job.train(run, args.workdir, on_log)
-    print(f"{args.workdir / 'summary.json'}")
+        job.train(run, workdir, on_log, processes.watch_sigterm())
+    if processes.is_first():
+        print(f"{workdir / 'summary.json'}")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def test_the_hash_ignores_how_often_a_run_saves() -> None:
         (VLM, {"model.mask": "causall"}, ("model.mask", "causal")),
         (VLM, {"model.mask": "prefix"}, ("questions_per_example=1",)),
         (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),
+        (VLM, {"compute.attention": "splash"}, ("splash", "questions_per_example=1", "attention=xla")),
         (VLM, {"stages.0.warmup_steps": "99999"}, ("warmup_steps",)),
         (VLM, {"stages.0.total_steps": "0"}, ("total_steps=0", "at least 1")),
         (VLM, {"compute.microbatches": "0"}, ("compute.microbatches=0", "at least 1")),

@@ -49,4 +49,4 @@ def test_a_table_pads_and_ends_every_text():
     for text, row, length in zip(texts, table, lengths, strict=True):
         assert row.tolist() == [*tokenizer.encode(text), tokenizer.END_ID, *[0] * (4 - length)]
         assert length == len(text.split()) + 1
-    assert table.dtype == np.int16
+    assert table.dtype == np.int32

@@ -130,7 +130,7 @@ def test_a_missing_tensor_is_named(tmp_path) -> None:
     for name in ("Transformer/encoderblock_1/MlpBlock_0/Dense_1/bias", "MAPHead_0/probe", "pos_embedding"):
         arrays = written({**STEM, **BLOCKS, **POOL})
         del arrays[f"params/img/{name}"]
-        with pytest.raises(UserError, match=f"model.npz: tensor 'params/img/{name}' is missing for encoder test"):
+        with pytest.raises(UserError, match=rf"model\.npz: 1 tensor.*params/img/{name} is missing"):
             load(tmp_path, arrays)
 
 
@@ -154,7 +154,7 @@ def test_a_pool_is_only_wanted_where_the_spec_has_one(tmp_path) -> None:
 )
 def test_a_misshapen_tensor_is_named(tmp_path, name: str, shape: tuple[int, ...]) -> None:
     arrays = written({**STEM, **BLOCKS, **POOL}) | {f"params/img/{name}": np.zeros(shape, np.float32)}
-    with pytest.raises(UserError, match=r"model\.npz: .* has shape .*encoder test wants"):
+    with pytest.raises(UserError, match=rf"model\.npz: 1 tensor.*params/img/{name} has shape .* is wanted"):
         load(tmp_path, arrays)
 
 
@@ -163,13 +163,13 @@ def test_a_deeper_checkpoint_is_not_cut_short(tmp_path) -> None:
     deep = {f"Transformer/encoderblock_{i}/{name}": shape for i in range(3) for name, shape in BLOCK.items()}
     stacked = {f"Transformer/encoderblock/{name}": (3, *shape) for name, shape in BLOCK.items()}
     for blocks in (deep, stacked):
-        with pytest.raises(UserError, match="encoder test"):
+        with pytest.raises(UserError, match=r"has shape|is not known"):
             load(tmp_path, written({**STEM, **blocks, **POOL}))
 
 
 def test_a_file_that_is_no_archive_is_told(tmp_path, params) -> None:
     path = tmp_path / "encoder.npz"
-    with pytest.raises(UserError, match="no encoder checkpoint"):
+    with pytest.raises(UserError, match=r"encoder\.npz: no such file"):
         big_vision.load_encoder(path, SPEC)
     big_vision.save_encoder(path, params, SPEC)
     whole = path.read_bytes()
@@ -179,14 +179,14 @@ def test_a_file_that_is_no_archive_is_told(tmp_path, params) -> None:
     flipped[len(whole) // 2] ^= 255
     for content in (whole[: len(whole) // 2], b"", b"not an archive", array.getvalue(), bytes(flipped)):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"encoder\.npz: not a readable \.npz"):
+        with pytest.raises(UserError, match=r"encoder\.npz: .*(not a readable|cannot be read)"):
             big_vision.load_encoder(path, SPEC)
     compressed = io.BytesIO()
     np.savez_compressed(compressed, **written({**STEM, **BLOCKS, **POOL}))
     flipped = bytearray(compressed.getvalue())
     flipped[len(flipped) // 2] ^= 255
     path.write_bytes(bytes(flipped))
-    with pytest.raises(UserError, match=r"encoder\.npz: not a readable \.npz"):
+    with pytest.raises(UserError, match=r"encoder\.npz: .*(not a readable|cannot be read)"):
         big_vision.load_encoder(path, SPEC)
 
 

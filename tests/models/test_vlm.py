@@ -43,11 +43,21 @@ def test_packing_changes_nothing(tokens: int) -> None:
     """Questions packed behind one image give the sums that they give one at a time."""
     model, params = built(compressor="resampler" if tokens else "blind", tokens=tokens)
     batch = builders.batch(questions=3)
-    sums = jax.jit(lambda b: loss.sums(model.forward(params, b), b))
+    sums = jax.jit(lambda b: loss.sums(model.states(params, b), model.head(params), b))
     packed = sums(on_device(batch))
     apart = [sums(b) for b in map(on_device, single_questions(batch))]
     for whole, parts in zip(packed, zip(*apart, strict=True), strict=True):
         np.testing.assert_allclose(whole, sum(parts), rtol=1e-5)
+
+
+def test_splash_sees_what_the_mask_shows() -> None:
+    """One question a row: asked for the fused kernel, states of real tokens are the same, with local layers too."""
+    model, params = built(window=64, window_pattern=2, local_rope_theta=100.0)
+    batch = on_device(builders.batch(questions=1))
+    fused = Vlm(model.spec, dataclasses.replace(model.compute, attention="splash"))
+    ours, theirs = (jax.jit(each.states)(params, batch) for each in (fused, model))
+    real = (batch.segment > 0)[..., None]
+    np.testing.assert_allclose(jnp.where(real, ours, 0), jnp.where(real, theirs, 0), atol=1e-5)
 
 
 def test_no_question_sees_another() -> None:

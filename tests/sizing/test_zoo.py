@@ -16,6 +16,9 @@ from vlm_jax.sizing import cost, zoo
 ENCODERS = {
     "siglip-b16-224": 92.88, "siglip-b16-384": 93.18, "siglip-l16-256": 315.96, "siglip-l16-384": 316.28,
     "siglip-so400m14-224": 427.68, "siglip-so400m14-384": 428.23, "clip-l14-336": 304.29 - 0.786,
+    "siglip2-b16-224": 92.93, "siglip2-b16-384": 93.18, "siglip2-l16-384": 316.28, "siglip2-so400m14-224": 427.89,
+    "siglip2-so400m14-384": 428.23, "siglip2-so400m16-384": 428.39, "siglip2-g16-384": 1164.0,
+    "clip-l14-224": 303.97 - 0.786,
 }  # fmt: skip
 DECODERS = {
     "qwen1.5-0.5b": 0.464, "qwen1.5-1.8b": 1.837, "qwen1.5-4b": 3.95, "qwen1.5-7b": 7.72, "qwen1.5-14b": 14.17,

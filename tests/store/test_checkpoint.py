@@ -42,17 +42,17 @@ def placed(state: TrainState, where: partitioning.Plan) -> TrainState:
 def test_restored_on_another_mesh_it_is_the_same(tmp_path) -> None:
     """Bit for bit, in the shardings that were asked for, with its cursor."""
     store = Checkpoints(tmp_path)
-    store.save(4, placed(boxed(), plan("fsdp_tensor", 2, 2, 2)), CURSOR, SPEC)
+    store.save(4, placed(boxed(), plan("fsdp_tensor", 2, 2, 2)), CURSOR, {"secs": 2.5})
     store.close()
     for where in (plan("fsdp_tensor", 2, 2, 2), plan("fsdp", 1, 8, 1), plan("replicated", 1, 1, 1)):
         store, shardings = Checkpoints(tmp_path), where.shardings(boxed())
-        state, cursor = store.restore(4, jax.eval_shape(lambda: nn.meta.unbox(boxed())), shardings)
+        state, cursor, progress = store.restore(4, jax.eval_shape(lambda: nn.meta.unbox(boxed())), shardings)
         store.close()
         assert tree.sha256(state) == tree.sha256(nn.meta.unbox(boxed()))
         assert jax.tree.all(
             jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings)
         )
-        assert cursor == CURSOR
+        assert (cursor, progress) == (CURSOR, {"secs": 2.5})
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path) -> None:
@@ -60,11 +60,11 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path) -> None:
     store, where = Checkpoints(tmp_path), plan("replicated", 1, 1, 1)
     state = placed(boxed(1), where)
     overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)
-    store.save(1, state, CURSOR, SPEC)
+    store.save(1, state, CURSOR, {"secs": 2.5})
     overwrite(state)
     store.close()
     store = Checkpoints(tmp_path)
-    again, _ = store.restore(1, jax.eval_shape(lambda: nn.meta.unbox(boxed())), where.shardings(boxed()))
+    again, *_ = store.restore(1, jax.eval_shape(lambda: nn.meta.unbox(boxed())), where.shardings(boxed()))
     store.close()
     assert tree.sha256(again) == tree.sha256(nn.meta.unbox(boxed(1)))
 
@@ -74,7 +74,7 @@ def test_the_newest_are_kept_and_the_incomplete_do_not_count(tmp_path) -> None:
     store = Checkpoints(tmp_path, keep=2)
     assert store.latest() is None
     for step in (2, 4, 6):
-        store.save(step, placed(boxed(step), where), CURSOR, SPEC)
+        store.save(step, placed(boxed(step), where), CURSOR, {"secs": 2.5})
     store.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()

@@ -92,6 +92,7 @@ def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     writer = MetricWriter(tmp_path, 2)
+    assert writer.last == {"loss": 1.0}
     for step in range(3, 6):
         writer.write(step, lambda: {"loss": 2.0})
     writer.close()

@@ -1,32 +1,103 @@
-"""Loss sums against numpy in float64."""
+"""Loss sums, and their gradients, against numpy in float64 with the logits of the whole vocabulary."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import builders
+from vlm_jax.core.structs import Batch
+from vlm_jax.models.decoder import Head
 from vlm_jax.training import loss
 
+WORDS, WIDTH = 48, 16
 
-def test_sums_against_numpy() -> None:
-    """Token by token; large logits do not overflow, and tokens without weight do not count."""
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 words become four blocks of 15, of which the last holds three words."""
+    monkeypatch.setattr(loss, "_LEAST_WORDS", 10)
+    monkeypatch.setattr(loss, "_ALIGN", 5)
+
+
+def problem(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, Batch]:
+    """States, table and batch; `scale` makes logits large."""
+    rng = np.random.default_rng(0)
     batch = builders.batch(rows=3)
-    logits = 30 * np.random.default_rng(1).standard_normal((*batch.text.shape, 32)).astype(np.float32)
-    nll = hits = count = 0.0
-    for row in range(3):
-        for place in range(batch.text.shape[1]):
-            if batch.weight[row, place]:
-                scores = logits[row, place].astype(np.float64)
-                nll += np.log(np.sum(np.exp(scores - scores.max()))) + scores.max() - scores[batch.target[row, place]]
-                hits += scores.argmax() == batch.target[row, place]
-                count += 1
-    sums = jax.jit(loss.sums)(logits, batch)
-    np.testing.assert_allclose(sums, (nll, hits, count), rtol=1e-6)
-    assert count == 3 * 2 * 3
+    states = scale * rng.standard_normal((*batch.text.shape, WIDTH)).astype(np.float32)
+    return states, rng.standard_normal((WORDS, WIDTH)).astype(np.float32), batch
 
 
-def test_sums_of_16_bit_logits_are_taken_in_32() -> None:
-    batch = jax.tree.map(jnp.asarray, builders.batch(rows=3))
-    logits = jax.random.normal(jax.random.key(0), (*batch.text.shape, 32)).astype(jnp.bfloat16)
-    sums = jax.jit(loss.sums)
-    np.testing.assert_array_equal(sums(logits, batch), sums(logits.astype(jnp.float32), batch))
+def reference(states: np.ndarray, table: np.ndarray, batch: Batch, softcap: float | None) -> tuple:
+    """(nll, hits, count), d nll / d states, d nll / d table."""
+    states, table = states.astype(np.float64), table.astype(np.float64)
+    z = states @ table.T
+    slope = np.ones_like(z)
+    if softcap:
+        z = softcap * np.tanh(z / softcap)
+        slope = 1 - (z / softcap) ** 2
+    top = z.max(-1, keepdims=True)
+    p = np.exp(z - top) / np.exp(z - top).sum(-1, keepdims=True)
+    truth = np.eye(WORDS)[batch.target]
+    nll = -np.log(p[truth > 0]).reshape(batch.target.shape)
+    hits = z.argmax(-1) == batch.target
+    pull = (p - truth) * slope * batch.weight[..., None]
+    sums = tuple((x * batch.weight).sum() for x in (nll, hits, 1.0))
+    return sums, pull @ table, np.einsum("btw,btd->wd", pull, states)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (30.0, None), (1.0, 3.0)])
+def test_sums_and_gradients_against_numpy(scale: float, softcap: float | None) -> None:
+    """Tokens without weight do not count, large logits do not overflow, and the blocks add up."""
+    states, table, batch = problem(scale)
+    wanted, to_states, to_table = reference(states, table, batch, softcap)
+
+    def nll(states: jax.Array, table: jax.Array) -> tuple:
+        sums = loss.sums(states, Head(table, softcap), batch)
+        return sums.nll, sums
+
+    (_, sums), gradients = jax.jit(jax.value_and_grad(nll, argnums=(0, 1), has_aux=True))(states, table)
+    np.testing.assert_allclose(sums, wanted, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], to_states, atol=2e-5)
+    np.testing.assert_allclose(gradients[1], to_table, atol=2e-5 * scale)
+    assert sums.count == 3 * 2 * 3
+
+
+def test_of_equal_logits_the_first_word_is_the_answer() -> None:
+    """As arg-max has it, across blocks and within one."""
+    _, table, batch = problem()
+    sums = jax.jit(loss.sums)(np.zeros((*batch.text.shape, WIDTH), np.float32), Head(table, None), batch)
+    assert sums.hits == ((batch.target == 0) * batch.weight).sum()
+
+
+def test_16_bit_states_give_32_bit_logits() -> None:
+    """The products' factors are rounded, their sums are not."""
+    states, table, batch = problem()
+    states, table = (x.astype(jnp.bfloat16).astype(np.float32) for x in (states, table))
+    sums = jax.jit(loss.sums)(states.astype(jnp.bfloat16), Head(table, None), batch)
+    np.testing.assert_allclose(sums, reference(states, table, batch, None)[0], rtol=1e-5)
+
+
+def test_no_buffer_holds_the_logits_of_every_word() -> None:
+    """Forward and backward: nothing of B x T x W numbers, in any order of its axes."""
+    states, table, batch = problem()
+
+    def nll(states: jax.Array, table: jax.Array) -> jax.Array:
+        return loss.sums(states, Head(table, None), batch).nll
+
+    text = jax.jit(jax.grad(nll, argnums=(0, 1))).lower(states, table).compile().as_text()
+    assert "f32[3,11,15]" in text
+    sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"\bf32\[([\d,]+)\]", text)]
+    assert max(sizes) < 3 * 11 * WORDS
+
+
+@pytest.mark.parametrize(
+    ("words", "shape"), [(151936, (18, 8448)), (256000, (31, 8320)), (96, (1, 96)), (10000, (1, 10000))]
+)
+def test_blocks_cover_the_vocabulary(words: int, shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert loss.block_shape(words) == shape
+    assert 0 <= shape[0] * shape[1] - words < shape[1]

@@ -59,6 +59,25 @@ def test_adamw_with_clipping_against_numpy() -> None:
         np.testing.assert_allclose(update["decoder"]["kernel"], wanted, rtol=1e-4)
 
 
+def test_a_first_moment_of_sixteen_bits_rounds_and_the_second_keeps_its_own() -> None:
+    """A hundred steps of the same gradient. A mean stands still where its step, a (1 - b1)th of what is left, is less
+    than half of its last bit, 2^-8 of it: the update ends within 2^-8 / (1 - b1).
+    """
+    params = {"decoder": {"kernel": jnp.ones((4, 3))}}
+    grad = {"decoder": {"kernel": jnp.full((4, 3), 0.01)}}
+    last = {}
+    for moments in ("float32", "bfloat16"):
+        optimiser = optim.make_optimiser(SPEC, STAGE, moments)
+        state, step = optimiser.init(params), jax.jit(optimiser.update)
+        for _ in range(100):
+            update, state = step(grad, state, params)
+        last[moments] = (update, tree.flatten(state))
+    np.testing.assert_allclose(*(last[m][0]["decoder"]["kernel"] for m in last), rtol=2**-8 / 0.1)
+    held = {path: leaf.dtype.name for path, leaf in last["bfloat16"][1].items() if leaf.ndim}
+    assert sorted(held.values()) == ["bfloat16", "float32"]
+    assert [name for path, name in held.items() if "mu" in path] == ["bfloat16"]
+
+
 def decays() -> dict[str, tuple[tuple[int, ...], bool]]:
     """Path -> shape, and whether it is a matrix. The leading axis of scanned blocks makes nothing a matrix."""
     return {

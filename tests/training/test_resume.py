@@ -13,7 +13,10 @@ from vlm_jax import build, job
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
-from vlm_jax.core.specs import EncoderSpec, RunSpec
+from vlm_jax.core.errors import Ended
+from vlm_jax.core.specs import BadStepSpec, EncoderSpec, RunSpec
+from vlm_jax.core.structs import Visual
+from vlm_jax.data import pipeline
 from vlm_jax.models.importers import big_vision
 from vlm_jax.models.vlm import Vlm
 
@@ -67,6 +70,12 @@ def summary(workdir) -> dict:
     return json.loads((workdir / "summary.json").read_text())
 
 
+def logged(workdir) -> list[dict]:
+    """The lines of metrics.jsonl, without the speeds."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "sec" not in k} for line in lines]
+
+
 def cut(whole, workdir, step: int):
     """What is left of the run if it dies right after the checkpoint of that step."""
     shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns("summary.json"))
@@ -107,6 +116,7 @@ def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: lis
     assert heard == logs
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
     assert summary(workdir)["loss"] == summary(whole)["loss"]
+    assert logged(workdir) == logged(whole)
 
 
 def test_a_run_that_is_done_is_not_trained_again(run, whole) -> None:
@@ -131,3 +141,70 @@ def test_a_run_that_fails_can_go_on(run, whole, tmp_path) -> None:
     assert not (workdir / "summary.json").exists()
     job.train(run, workdir, lambda log, values: None)
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
+
+
+def test_a_run_that_is_stopped_saves_and_goes_on(run, whole, tmp_path) -> None:
+    """Where no checkpoint is due, at the end of the first stage."""
+    workdir = tmp_path / "stopped"
+    rare = run._replace(network=run.network._replace(spec=dataclasses.replace(run.network.spec, save_every_steps=0)))
+    with pytest.raises(Ended, match="saved step 3 of 7; the same command goes on") as ended:
+        job.train(rare, workdir, lambda log, values: None, stop=lambda step: step == 3)
+    assert ended.value.code == 143
+    assert not (workdir / "summary.json").exists()
+    job.train(rare, workdir, lambda log, values: None)
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [3, 7]
+    assert logged(workdir) == logged(whole)
+    assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, tmp_path) -> None:
+    workdir, notices = cut(whole, tmp_path / "cut", 5), []
+    (data, *_) = (workdir / "checkpoints" / "5" / "state" / "d").iterdir()
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    job.train(run, workdir, lambda log, values: None, on_notice=notices.append)
+    (notice,) = notices
+    assert f"checkpoint 5 is damaged (state/d/{data.name} is not what was written)" in notice
+    assert "going on from step 4" in notice
+    assert (workdir / "damaged" / "5").is_dir()
+    assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
+
+
+def poisoned(run: build.Run, **fields: object) -> tuple[build.Run, str, list[int]]:
+    """A run of the second stage alone, with features that are not numbers for one example; its id, and its steps."""
+    spec = dataclasses.replace(run.network.spec, stages=run.network.spec.stages[1:], **fields)
+    drawn = {step: pipeline.drawn_ids(run.train, spec.data, spec.seed, step) for step in range(1, 5)}
+    name = next(name for name in drawn[2] if name not in drawn[1])
+    index, read = run.train.ids.index(name), run.train_features
+
+    def features(indices: np.ndarray) -> Visual:
+        visual = read(indices)
+        return visual._replace(tokens=np.where((indices == index)[:, None, None], np.float16(np.nan), visual.tokens))
+
+    bad = run._replace(network=run.network._replace(spec=spec), train_features=features)
+    return bad, name, [step for step, ids in drawn.items() if name in ids]
+
+
+def test_a_bad_step_stops_the_run(run, tmp_path) -> None:
+    """With the ids of its batch and the state; no checkpoint holds what it spoilt."""
+    bad, name, hit = poisoned(run)
+    with pytest.raises(Ended, match=f"step {hit[0]}: loss nan, gradient norm nan") as ended:
+        job.train(bad, tmp_path, lambda log, values: None)
+    assert ended.value.code == 4
+    report = json.loads((tmp_path / "bad_step" / "report.json").read_text())
+    assert report["step"] == hit[0]
+    assert name in report["examples"]
+    assert (tmp_path / "bad_step" / "state").is_dir()
+    assert all(int(path.name) < hit[0] for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_bad_step_is_left_out(run, tmp_path) -> None:
+    """Counted, with the ids of its batch, and the run reaches its end with finite numbers."""
+    bad, name, hit = poisoned(run, bad_step=BadStepSpec("skip_update", 0.0, 4))
+    params = job.train(bad, tmp_path, lambda log, values: None)
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == hit
+    assert all(name in line["examples"] for line in lines)
+    assert logged(tmp_path)[-1]["skipped"] == len(hit)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))

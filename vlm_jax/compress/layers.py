@@ -11,21 +11,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.core.axes import HEAD_DIM, NORM, VISION, VISION_HEADS, VISION_MLP
+from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, VISION, VISION_HEADS, VISION_MLP
 from vlm_jax.ops import weights as w
 from vlm_jax.ops.attention import attend
+from vlm_jax.ops.placement import Names, working
 
 Weights = dict[str, Any]  # nested, arrays at the leaves
+
+# Axis names of kernels.
+INWARDS: Names = (VISION, VISION_MLP)
+OUTWARDS: Names = (VISION_MLP, VISION)
+TO_HEADS: Names = (VISION, VISION_HEADS, HEAD_DIM)
+FROM_HEADS: Names = (VISION_HEADS, HEAD_DIM, VISION)
+OF_TEXT: Names = (EMBED, MLP)  # from the decoder's width to the encoder's
 
 _NORM_EPS = 1e-6
 
 
-def init_linear(key: jax.Array, inputs: int, outputs: int, names: tuple[str, str] = (VISION, VISION_MLP)) -> Weights:
+def init_linear(key: jax.Array, inputs: int, outputs: int, names: Names = INWARDS) -> Weights:
     return {"kernel": w.dense(key, (inputs, outputs), names), "bias": w.zeros((outputs,), (NORM,))}
 
 
-def linear(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B *rows outputs"]:
-    return x @ weights["kernel"].astype(x.dtype) + weights["bias"].astype(x.dtype)
+def linear(
+    weights: Weights, x: Float[Array, "B *rows inputs"], names: Names = INWARDS
+) -> Float[Array, "B *rows outputs"]:
+    return x @ working(weights["kernel"], names, x.dtype) + weights["bias"].astype(x.dtype)
 
 
 def linear_flops(rows: int, inputs: int, outputs: int) -> float:
@@ -47,14 +57,14 @@ def layer_norm(weights: Weights, x: Float[Array, "B *rows width"]) -> Float[Arra
 def init_mlp(key: jax.Array, inputs: int, hidden: int, outputs: int) -> Weights:
     up, down = jax.random.split(key)
     return {
-        "up": init_linear(up, inputs, hidden, (VISION, VISION_MLP)),
-        "down": init_linear(down, hidden, outputs, (VISION_MLP, VISION)),
+        "up": init_linear(up, inputs, hidden),
+        "down": init_linear(down, hidden, outputs, OUTWARDS),
     }
 
 
 def mlp(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B *rows outputs"]:
     """Linear, GELU (exact), Linear."""
-    return linear(weights["down"], jax.nn.gelu(linear(weights["up"], x), approximate=False))
+    return linear(weights["down"], jax.nn.gelu(linear(weights["up"], x), approximate=False), OUTWARDS)
 
 
 def mlp_flops(rows: int, inputs: int, hidden: int, outputs: int) -> float:
@@ -68,8 +78,8 @@ def init_attention(key: jax.Array, width: int, heads: int, outputs: int) -> Weig
 
     def project_in(key: jax.Array) -> Weights:
         return {
-            "kernel": w.dense(key, (width, heads, channels), (VISION, VISION_HEADS, HEAD_DIM)),
-            "bias": w.zeros((heads, channels), (VISION_HEADS, HEAD_DIM)),
+            "kernel": w.dense(key, (width, heads, channels), TO_HEADS),
+            "bias": w.zeros((heads, channels), TO_HEADS[1:]),
         }
 
     return {
@@ -77,7 +87,7 @@ def init_attention(key: jax.Array, width: int, heads: int, outputs: int) -> Weig
         "key": project_in(keys[1]),
         "value": project_in(keys[2]),
         "out": {
-            "kernel": w.dense(keys[3], (heads, channels, outputs), (VISION_HEADS, HEAD_DIM, VISION), inputs=2),
+            "kernel": w.dense(keys[3], (heads, channels, outputs), FROM_HEADS, inputs=2),
             "bias": w.zeros((outputs,), (NORM,)),
         },
     }
@@ -102,8 +112,8 @@ def attention(
     if bias is not None:
         bias = jnp.swapaxes(bias, 0, 1)[None].astype(queries.dtype)
     mixed = attend(q, k, v, mask, bias=bias)
-    kernel, bias = (weights["out"][name].astype(mixed.dtype) for name in ("kernel", "bias"))
-    return jnp.einsum("btnc,nce->bte", mixed, kernel) + bias
+    out = jnp.einsum("btnc,nce->bte", mixed, working(weights["out"]["kernel"], FROM_HEADS, mixed.dtype))
+    return out + weights["out"]["bias"].astype(mixed.dtype)
 
 
 def attention_flops(queries: int, keys: int, pairs: int, width: int, outputs: int) -> float:
@@ -113,4 +123,5 @@ def attention_flops(queries: int, keys: int, pairs: int, width: int, outputs: in
 
 
 def _heads(weights: Weights, x: Float[Array, "B S width"]) -> Float[Array, "B S N C"]:
-    return jnp.einsum("bse,enc->bsnc", x, weights["kernel"].astype(x.dtype)) + weights["bias"].astype(x.dtype)
+    kernel = working(weights["kernel"], TO_HEADS, x.dtype)
+    return jnp.einsum("bse,enc->bsnc", x, kernel) + weights["bias"].astype(x.dtype)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.compress import layers
 from vlm_jax.compress.layers import Weights
-from vlm_jax.core.axes import EMBED, NORM, POSITION, VISION
+from vlm_jax.core.axes import NORM, POSITION, VISION
 from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
@@ -62,7 +62,7 @@ def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
     shared, text, query, down = jax.random.split(key, 4)
     cell = spec.grid[0] * spec.grid[1] // spec.tokens
     return {
-        "text": layers.init_linear(text, spec.text_width, spec.encoder_width, (EMBED, VISION)),
+        "text": layers.init_linear(text, spec.text_width, spec.encoder_width, layers.OF_TEXT),
         "text_norm": layers.init_norm(spec.encoder_width),
         "query": layers.init_mlp(query, spec.encoder_width, spec.width, spec.width),
         "query_norm": layers.init_norm(spec.width),
@@ -76,7 +76,9 @@ def quecc(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, sp
     if text is None:
         raise ValueError("quecc reads the question: text is None")
     tokens = visual.tokens
-    question = layers.layer_norm(weights["text_norm"], layers.linear(weights["text"], text.astype(tokens.dtype)))
+    question = layers.layer_norm(
+        weights["text_norm"], layers.linear(weights["text"], text.astype(tokens.dtype), layers.OF_TEXT)
+    )
     fine = layers.layer_norm(weights["query_norm"], layers.mlp(weights["query"], tokens + question[:, None]))
     if visual.mask is not None:
         fine = jnp.where(visual.mask[..., None], fine, 0)

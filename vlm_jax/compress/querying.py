@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.compress import layers
 from vlm_jax.compress.layers import Weights
-from vlm_jax.core.axes import PATCH, POSITION, VISION, VISION_HEADS
+from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
 from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
@@ -37,7 +37,7 @@ def init_resampler(key: jax.Array, spec: CompressorSpec) -> Weights:
     return {
         "project_in": layers.init_linear(inside, spec.encoder_width, spec.width),
         "queries": table(queries, (spec.tokens, spec.width), (POSITION, VISION), stddev=1.0),
-        "place": boxed(jnp.asarray(first_places(spec)), (POSITION, VISION_HEADS, PATCH)),
+        "place": boxed(jnp.asarray(first_places(spec)), (QUERIES, VISION_HEADS, PATCH)),
         **{f"layer{i}": _init_layer(key, spec) for i, key in enumerate(deep)},
         "norm": layers.init_norm(spec.width),
         "project_out": layers.init_linear(outside, spec.width, spec.encoder_width),

@@ -17,16 +17,19 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ModelSpec, RunSpec
 from vlm_jax.sizing import zoo
 
-_MODEL_KEYS = ("encoder", "taps", "compressor", "projector", "llm", "vocab", "mask")
+_MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
 _CHOICES = {
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("none", "dots", "block"),
-    "compute.attention": ("xla", "cudnn"),
+    "compute.attention": ("xla", "cudnn", "splash"),
+    "compute.moments": ("float32", "bfloat16"),
+    "bad_step.policy": ("stop", "skip_update"),
 }
 _LEAST = {
     "compute.microbatches": 1,
+    "compute.slices": 1,
     "data.batch_examples": 1,
     "data.questions_per_example": 1,
     "evaluation.batch_examples": 1,
@@ -34,6 +37,8 @@ _LEAST = {
     "log_every_steps": 1,
     "save_every_steps": 0,
     "keep_checkpoints": 1,
+    "keep_every_steps": 0,
+    "bad_step.skip_limit": 1,
 }
 PARTS = ("encoder", "connector", "decoder")
 
@@ -68,7 +73,13 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     taps = tuple(values["taps"])
     if any(not 1 <= tap <= encoder.depth for tap in taps):
         raise UserError(f"config field model.taps={list(taps)}: {encoder.name} has blocks 1 to {encoder.depth}")
-    encoder = dataclasses.replace(encoder, taps=taps)
+    layer = values["feature_layer"]
+    if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
+        raise UserError(
+            f"config field model.feature_layer={layer!r}: 0 (behind the last norm), or a block of {encoder.name}, 1 to "
+            f"{encoder.depth}"
+        )
+    encoder = dataclasses.replace(encoder, taps=taps, feature_layer=layer)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
     compressor = CompressorSpec(
@@ -89,6 +100,8 @@ def _check(spec: RunSpec) -> None:
         value = operator.attrgetter(field)(spec)
         if value < least:
             raise UserError(f"config field {field}={value}: at least {least} is wanted")
+    if spec.bad_step.spike_factor and not spec.bad_step.spike_factor > 1:
+        raise UserError(f"config field bad_step.spike_factor={spec.bad_step.spike_factor}: above 1, or 0 for none")
     packed = spec.data.questions_per_example > 1
     if packed and catalog.row(spec.model.compressor.name).query_dependent:
         raise UserError(
@@ -97,6 +110,11 @@ def _check(spec: RunSpec) -> None:
         )
     if packed and spec.model.mask == "prefix":
         raise UserError("model.mask=prefix lets the image see the question: set data.questions_per_example=1")
+    if spec.compute.attention == "splash" and (packed or spec.model.mask == "prefix"):
+        raise UserError(
+            "compute.attention=splash reads each row as one sequence in order: set data.questions_per_example=1 and "
+            "model.mask=causal, or compute.attention=xla"
+        )
     for stage in spec.stages:
         for part in stage.train:
             if part not in PARTS:

@@ -9,13 +9,14 @@ Letters, used alike in einsum, annotations and docstrings:
 
 Logical names say what an axis *is*; `partitioning.py` alone says which mesh axis it lives on. `KERNEL_AXES` and
 `ACTIVATION_AXES` are the complete vocabularies: a rule table must cover all of both, and a test holds every model to
-it.
+it. A kernel rests in one placement and works in another (`at_work`): split storage is gathered where it is multiplied.
 """
 
 # Axes of parameters.
 LAYERS = "layers"  # the stacked axis of a scan over blocks
 PATCH = "patch"  # pixels of one patch
 POSITION = "position"  # a learned position table, learned queries
+QUERIES = "queries"  # V, of a table with an entry for every query and patch
 VISION = "vision"  # E, the residual stream of the encoder and compressor
 VISION_HEADS = "vision_heads"
 VISION_MLP = "vision_mlp"
@@ -27,7 +28,7 @@ MLP = "mlp"
 VOCAB = "vocab"
 NORM = "norm"  # scales and biases of one vector: small
 KERNEL_AXES = (
-    LAYERS, PATCH, POSITION, VISION, VISION_HEADS, VISION_MLP,
+    LAYERS, PATCH, POSITION, QUERIES, VISION, VISION_HEADS, VISION_MLP,
     EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, NORM,
 )  # fmt: skip
 
@@ -37,4 +38,14 @@ LENGTH = "length"
 ACT_EMBED = "act_embed"
 ACT_VISION = "act_vision"
 ACT_VOCAB = "act_vocab"
-ACTIVATION_AXES = (BATCH, LENGTH, ACT_EMBED, ACT_VISION, ACT_VOCAB)
+ACT_HEADS = "act_heads"
+LOOKUP = "lookup"  # B, where token ids meet the embedding table
+ACTIVATION_AXES = (BATCH, LENGTH, ACT_EMBED, ACT_VISION, ACT_VOCAB, ACT_HEADS, LOOKUP)
+
+
+def at_work(name: str | None) -> str | None:
+    """The logical name of a kernel's axis while the kernel is being multiplied."""
+    return name and f"{name}_at_work"
+
+
+WORKING_AXES = tuple(f"{name}_at_work" for name in KERNEL_AXES)

@@ -1,7 +1,7 @@
-"""A user's mistake, told in one line.
+"""A user's mistake, and a run that ends early in good order, told in one line.
 
 Library code raises `UserError` where the *input* is wrong (a name, a file, a field); the doors turn it into one line
-on stderr and exit code 2. Any other exception is a defect of ours and keeps its traceback.
+on stderr and exit code 2. `Ended` brings its own code. Any other exception is a defect of ours and keeps its traceback.
 """
 
 import argparse
@@ -11,9 +11,28 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+# Exit codes of a run that did not finish. Where one says so, the same command goes on.
+LOST = 3  # another process of the run is gone; goes on
+BAD_STEP = 4  # a loss or a gradient was not finite, or too many updates were skipped
+STOPPED = 143  # SIGTERM: saved, or nothing to save; goes on. As a shell reports SIGTERM
+CODES = f"""exit codes:
+  0    done
+  2    bad input, a disk that is full or read-only, no sound checkpoint: one line says which
+  {LOST}    another process was lost; the same command, in all processes, goes on
+  {BAD_STEP}    stopped at a bad step (bad_step.policy): see WORKDIR/bad_step
+  {STOPPED}  stopped by SIGTERM and saved; the same command goes on"""
+
 
 class UserError(Exception):
     """Bad input. The message names the file, field or row, and the fix."""
+
+
+class Ended(Exception):
+    """A run that ends before its time, in good order. The message says why, `code` is what the door exits with."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def unknown(kind: str, name: object, valid: Iterable[object]) -> UserError:
@@ -34,6 +53,9 @@ def door(main: Callable[[list[str]], int | None]) -> Callable[[], None]:
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             code = 2
+        except Ended as ended:
+            print(f"stopped: {' '.join(str(ended).split())}", file=sys.stderr)
+            code = ended.code
         except KeyboardInterrupt:
             code = 130
         sys.exit(code or 0)

@@ -11,6 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+# What CLIP's pixels were normalised with, for red, green and blue.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -31,6 +34,8 @@ class EncoderSpec:
     norm_eps: float = 1e-6
     taps: tuple[int, ...] = ()  # blocks whose output is kept, counted from 1
     feature_layer: int = 0  # the tokens are this block's output, without the last norm (LLaVA); 0: behind the norm
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue from 0 to 1: what was subtracted ...
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # ... and divided by, when the encoder was trained
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -40,6 +45,11 @@ class EncoderSpec:
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that run: those behind the last one that is looked at are neither held nor computed."""
+        return max(self.feature_layer or self.depth, *self.taps, 0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,17 @@ class CompressorSpec:
     heads: int
     depth: int  # layers, where the method has several
     mlp_width: int
+
+
+@dataclass(frozen=True)
+class RopeBands:
+    """Which rotary frequencies `rope_factor` slows down: all of them without this; with it those whose wavelength is
+    long against the context of the first training (Llama 3.1, section 3.4.2 of arXiv 2407.21783).
+    """
+
+    low: float  # wavelengths above original_context / low are stretched by the whole factor
+    high: float  # those below original_context / high are left; between the two the stretch goes over smoothly
+    original_context: int  # positions
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,8 @@ class DecoderSpec:
     attention_softcap: float | None = None  # Gemma 2
     logit_softcap: float | None = None  # Gemma 2
     rope_theta: float = 10_000.0
-    rope_factor: float = 1.0  # linear position scaling of the global layers (Gemma 3)
+    rope_factor: float = 1.0  # stretch of the positions of the global layers (Gemma 3, Llama 3.1)
+    rope_bands: RopeBands | None = None  # the frequencies that it concerns (Llama 3.1); None: all
     window: int | None = None  # keys that a local layer sees; None: every layer is global
     window_pattern: int = 0  # with a window, every n-th layer is global; 0: none is (Mistral)
     local_rope_theta: float | None = None  # base of the local layers (Gemma 3)
@@ -93,10 +115,10 @@ class DecoderSpec:
 class ModelSpec:
     """Encoder -> compressor -> projector -> decoder."""
 
-    encoder: EncoderSpec
-    compressor: CompressorSpec
-    projector: str  # "linear", or "mlp" (LLaVA's two layers with GELU)
-    decoder: DecoderSpec
+    encoder: EncoderSpec | None  # None: text alone; then there is no compressor and no projector
+    compressor: CompressorSpec | None
+    projector: str | None  # "linear", or "mlp" (LLaVA's two layers with GELU)
+    decoder: DecoderSpec | None  # None: an image tower alone, to be exported
     mask: str  # "causal", or "prefix": image and question see each other both ways
 
 
@@ -106,10 +128,12 @@ class ComputeSpec:
 
     dtype: str  # of activations: float32 or bfloat16; parameters and optimiser state are float32
     remat: str  # "none", "dots" or "block"
-    attention: str  # "xla" or "cudnn"
+    attention: str  # "xla", "cudnn" or "splash"; "merged" where a loaded model answers on a CPU
     microbatches: int  # gradient accumulation: equal parts of a batch
-    strategy: str  # a table of partitioning.TABLES
+    strategy: str  # a table of partitioning.TABLES, or "auto": by the kind of device
     mesh: tuple[int, int, int]  # (data, fsdp, tensor); one -1 takes the devices that are left
+    slices: int = 1  # TPU slices joined by the data-centre network; the mesh is that of one slice
+    moments: str = "float32"  # of Adam's first moment: float32 or bfloat16
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,7 @@ class DataSpec:
     questions_per_example: int  # questions packed behind one image in training
     text_tokens: int  # T, static; a packed row that is longer is an error
     frozen_features: bool  # read stored encoder features instead of pixels
+    tokenizer: str = ""  # folder of the language model's tokenizer; "": the project's own words
 
 
 @dataclass(frozen=True)
@@ -158,11 +183,20 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
+class BadStepSpec:
+    """What happens when a step's loss or gradient is not finite, or its loss is a spike."""
+
+    policy: str = "stop"  # or "skip_update": the step leaves parameters and optimiser as they were
+    spike_factor: float = 0.0  # a loss above this many times its running mean is bad too; 0: no loss is
+    skip_limit: int = 10  # skipped updates of a stage, beyond which the run stops
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """Everything that decides a result. Two runs with the same `spec_hash` are the same experiment."""
 
     model: ModelSpec
-    encoder_checkpoint: str  # .npz in big_vision's format; "" starts from random weights
+    encoder_checkpoint: str  # big_vision's .npz, or a Hugging Face folder; "" starts from random weights
     data: DataSpec
     stages: tuple[StageSpec, ...]
     optim: OptimSpec
@@ -172,17 +206,31 @@ class RunSpec:
     log_every_steps: int
     save_every_steps: int  # 0: only at the end
     keep_checkpoints: int
+    keep_every_steps: int = 0  # checkpoints of these steps are kept for good; 0: none
+    bad_step: BadStepSpec = BadStepSpec()
+    decoder_checkpoint: str = ""  # likewise
 
 
 # How often a run logs or saves does not change what it computes, so it is not part of the experiment's identity.
-NOT_IDENTITY = ("log_every_steps", "save_every_steps", "keep_checkpoints")
+NOT_IDENTITY = ("log_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps")
 # A run that goes on elsewhere may also be laid out anew.
 MAY_CHANGE = (*NOT_IDENTITY, "compute.mesh", "compute.strategy")
 
 
 # Fields that came after rows had been committed, with the value that says what was done before: at that value they are
 # no part of the identity, so that a new field leaves the names of old experiments as they are.
-_ADDED = {"model.encoder.feature_layer": 0, "model.decoder.context": 0}
+_ADDED = {
+    "model.encoder.feature_layer": 0,
+    "model.encoder.pixel_mean": [0.5, 0.5, 0.5],
+    "model.encoder.pixel_std": [0.5, 0.5, 0.5],
+    "model.decoder.context": 0,
+    "model.decoder.rope_bands": None,
+    "bad_step": dataclasses.asdict(BadStepSpec()),
+    "data.tokenizer": "",
+    "decoder_checkpoint": "",
+    "compute.slices": 1,
+    "compute.moments": "float32",
+}
 
 
 def to_dict(spec: Any) -> dict[str, Any]:
@@ -199,6 +247,19 @@ def spec_hash(spec: RunSpec) -> str:
         if group[name] == before:
             del group[name]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored `to_dict(spec)`, with the fields that came after it was written at what they then meant."""
+    values = json.loads(json.dumps(values))
+    for field, before in _ADDED.items():
+        *groups, name = field.split(".")
+        group: Any = values
+        for key in groups:
+            group = group.get(key, {}) if isinstance(group, dict) else {}
+        if isinstance(group, dict):
+            group.setdefault(name, before)
+    return values
 
 
 def total_steps(spec: RunSpec) -> int:

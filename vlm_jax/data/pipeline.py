@@ -1,8 +1,8 @@
 """From a `Split` to batches: Grain orders the examples, one vectorised function packs them.
 
 Promises:
-  * every epoch is a permutation of the examples, the same for any number of processes; in every global batch, the
-    processes hold disjoint rows (process p of P holds rows p, p + P, ...);
+  * every epoch is a permutation of the examples, the same for any number of processes: each of them draws the whole
+    order, which is numbers only, and packs the rows of the global batch that its devices hold;
   * which questions are asked depends on the seed and the number of the batch alone;
   * the cursor that comes with a batch resumes with the next one, however far the threads have read ahead.
 """
@@ -21,6 +21,7 @@ from vlm_jax.data.sources import Split
 
 Cursor = dict[str, Any]  # Grain's iterator state; JSON can hold it
 Features = Callable[[Int[np.ndarray, " B"]], Visual]
+Rows = Int[np.ndarray, " b"] | None  # of the global batch; None: all of them
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 
@@ -81,21 +82,23 @@ def _batch(split: Split, example: np.ndarray, chosen: np.ndarray, text_tokens: i
     return Batch(**arrays, image=split.images(shown)) if features is None else Batch(**arrays, features=features(shown))
 
 
-def check(split: Split, questions: int, batch_examples: int, process_count: int = 1) -> None:
-    """Raises `UserError` where batches of that many rows and questions cannot be made of the split."""
+def _chosen_rows(rows: Rows) -> Any:
+    return slice(None) if rows is None else rows
+
+
+def check(split: Split, questions: int) -> None:
+    """Raises `UserError` where batches of that many questions cannot be made of the split."""
     if not 1 <= questions <= split.questions_per_example:
         raise UserError(
             f"questions_per_example is {questions}, but {split.name} stores {split.questions_per_example} "
             f"questions an image: choose 1 to {split.questions_per_example}"
         )
-    if batch_examples < 1 or batch_examples % process_count:
-        raise UserError(f"batch_examples is {batch_examples}: it must be a multiple of the {process_count} processes")
 
 
-def check_training(split: Split, spec: DataSpec, process_count: int = 1) -> None:
+def check_training(split: Split, spec: DataSpec) -> None:
     """Raises `UserError` where training batches cannot be made, or their packed rows would not fit in T."""
     questions = spec.questions_per_example
-    check(split, questions, spec.batch_examples, process_count)
+    check(split, questions)
     if (needed := longest_row(split, questions)) > spec.text_tokens:
         raise UserError(
             f"data.text_tokens is {spec.text_tokens}, but {questions} questions of {split.name} take up to {needed}: "
@@ -109,36 +112,37 @@ def train_batches(
     seed: int,
     cursor: Cursor | None = None,
     features: Features | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Rows = None,
 ) -> Iterator[tuple[Batch, Cursor]]:
-    """Batches without end, each with the cursor that resumes after it.
+    """Batches without end, each with the cursor that resumes after it, whatever the number of processes.
 
-    `spec.batch_examples` counts the rows of all processes. `features(indices)` gives stored encoder features; without
-    it the batch carries pixels. Raises `UserError` where the spec asks for what the split cannot give.
+    `features(indices)` gives stored encoder features; without it the batch carries pixels. `rows` are those of the
+    global batch that are wanted. Raises `UserError` where the spec asks for what the split cannot give.
     """
-    questions = spec.questions_per_example
-    check_training(split, spec, process_count)
+    questions, mine = spec.questions_per_example, _chosen_rows(rows)
+    check_training(split, spec)
 
     def make(step: int, example: np.ndarray) -> Batch:
         rng = np.random.default_rng([seed, step])
         order = np.argsort(rng.random((spec.batch_examples, split.questions_per_example)), axis=1)
-        chosen = order[process_index::process_count, :questions]
-        return _batch(split, example.astype(np.int32), chosen, spec.text_tokens, features)
+        return _batch(split, example[mine].astype(np.int32), order[mine, :questions], spec.text_tokens, features)
 
-    batches = (
-        grain.MapDataset.range(split.examples)
-        .shuffle(seed=seed)
-        .repeat()
-        .slice(slice(process_index, None, process_count))
-        .batch(spec.batch_examples // process_count, drop_remainder=True)
-        .map_with_index(make)
-    )
-    iterator = iter(batches.to_iter_dataset(_READ_AHEAD))
+    iterator = iter(_drawn(split, spec, seed).map_with_index(make).to_iter_dataset(_READ_AHEAD))
     if cursor is not None:
         iterator.set_state(dict(cursor))
     for batch in iterator:
         yield batch, iterator.get_state()
+
+
+def _drawn(split: Split, spec: DataSpec, seed: int) -> grain.MapDataset:
+    """The examples of every global batch."""
+    examples = grain.MapDataset.range(split.examples).shuffle(seed=seed).repeat()
+    return examples.batch(spec.batch_examples, drop_remainder=True)
+
+
+def drawn_ids(split: Split, spec: DataSpec, seed: int, step: int) -> tuple[str, ...]:
+    """Ids of the examples in the batch of a training step, counted from 1."""
+    return tuple(split.ids[i] for i in _drawn(split, spec, seed)[step - 1])
 
 
 def evaluation_batches(
@@ -146,16 +150,16 @@ def evaluation_batches(
     spec: DataSpec,
     evaluation: EvaluationSpec,
     features: Features | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Rows = None,
 ) -> Iterator[Batch]:
     """One question a row, in a fixed order; T = `split.pair_tokens`. Rows that only fill the last batch: example -1.
 
     The first `evaluation.examples` images (0: all) are asked `questions_per_example` questions each; image i is asked
-    numbers i q, i q + 1, ... modulo K, so that over the images all K stored questions are asked equally often.
+    numbers i q, i q + 1, ... modulo K, so that over the images all K stored questions are asked equally often. `rows`
+    are those of the global batch that are wanted.
     """
-    questions = evaluation.questions_per_example
-    check(split, questions, evaluation.batch_examples, process_count)
+    questions, mine = evaluation.questions_per_example, _chosen_rows(rows)
+    check(split, questions)
     count = min(evaluation.examples or split.examples, split.examples)
     pairs = np.arange(count * questions)
     fill = (0, -len(pairs) % evaluation.batch_examples)
@@ -163,9 +167,8 @@ def evaluation_batches(
     chosen = np.pad(pairs % split.questions_per_example, fill)
 
     def make(step: int) -> Batch:
-        first = step * evaluation.batch_examples
-        mine = slice(first + process_index, first + evaluation.batch_examples, process_count)
-        return _batch(split, example[mine], chosen[mine, None], split.pair_tokens, features)
+        batch = slice(step * evaluation.batch_examples, (step + 1) * evaluation.batch_examples)
+        return _batch(split, example[batch][mine], chosen[batch, None][mine], split.pair_tokens, features)
 
     steps = len(example) // evaluation.batch_examples
     yield from grain.MapDataset.range(steps).map(make).to_iter_dataset(_READ_AHEAD)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.data import tokenizer
+from vlm_jax.data.text import Text, word_tokenizer
 
 DATASETS = ("glyph_ocr", "glyph_facts", "glyph_scene")
 
@@ -32,7 +33,7 @@ class Split(NamedTuple):
     sha256: str  # of what the split's content follows from; not of its bytes
     ids: tuple[str, ...]
     pngs: tuple[bytes, ...]
-    question_tokens: Int[np.ndarray, "n K Q"]  # int16, padded with 0
+    question_tokens: Int[np.ndarray, "n K Q"]  # int32, padded with 0
     question_lengths: Int[np.ndarray, "n K"]
     answer_tokens: Int[np.ndarray, "n K A"]
     answer_lengths: Int[np.ndarray, "n K"]
@@ -135,8 +136,11 @@ def build(dataset: str, config: str, data_dir: str | Path) -> Path:
     return folder
 
 
-def load(dataset: str, config: str, split: str, data_dir: str | Path) -> Split:
+def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Text | None = None) -> Split:
     """Reads a split ("train", "test", or a part of it in TFDS's notation, "train[:4096]").
+
+    `words` is a language model's tokenizer, None the project's own. A question is followed by a line break (which the
+    project's words do not know), an answer by the tokenizer's first end token.
 
     Raises:
       UserError: unknown names; a data set that was not built, or a folder that cannot be read.
@@ -158,8 +162,10 @@ def load(dataset: str, config: str, split: str, data_dir: str | Path) -> Split:
         raise _unreadable(folder, error) from error
     shape = len(records), len(records[0]["questions"])
     texts = {name: [text.decode() for r in records for text in r[name]] for name in ("questions", "answers")}
-    questions, question_lengths = tokenizer.encode_table(texts["questions"])
-    answers, answer_lengths = tokenizer.encode_table(texts["answers"], end=(tokenizer.END_ID,))
+    words = words or word_tokenizer()
+    asked = [f"{text}\n" for text in texts["questions"]]
+    questions, question_lengths = tokenizer.encode_table(asked, encode=words.encode)
+    answers, answer_lengths = tokenizer.encode_table(texts["answers"], words.ends[:1], words.plain)
     return Split(
         name=f"{dataset}/{config}:{split}",
         family=records[0]["family"].decode(),

@@ -4,7 +4,7 @@ Promises: `PAD_ID` is 0; the numbers of words never depend on the data set, so o
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -47,12 +47,14 @@ def decode(ids: Sequence[int]) -> str:
     return " ".join(vocabulary.WORDS[i] for i in ids if PAD_ID < i < VOCAB_SIZE)
 
 
-def encode_table(texts: Sequence[str], end: Sequence[int] = ()) -> tuple[Int[np.ndarray, "n L"], Int[np.ndarray, " n"]]:
-    """Many texts at once, each followed by `end`, padded to the longest: (numbers as int16, lengths)."""
+def encode_table(
+    texts: Sequence[str], end: Sequence[int] = (), encode: Callable[[str], Sequence[int]] = encode
+) -> tuple[Int[np.ndarray, "n L"], Int[np.ndarray, " n"]]:
+    """Many texts at once, each followed by `end`, padded to the longest: (numbers as int32, lengths)."""
     unique, where = np.unique(np.asarray(texts), return_inverse=True)
     rows = [[*encode(text), *end] for text in unique.tolist()]
     lengths = np.array([len(row) for row in rows], np.int32)
-    table = np.zeros((len(rows), lengths.max(initial=0)), np.int16)
+    table = np.zeros((len(rows), lengths.max(initial=0)), np.int32)
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
     return table[where], lengths[where]

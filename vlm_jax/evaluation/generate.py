@@ -1,12 +1,22 @@
-"""Greedy decoding with a static cache: one prefill, then one token a step, all in one program."""
+"""Decoding with a static cache, in one program: one pass over the prompt, then one token a step until every row has
+ended.
+
+A row follows from its own prompt alone: neither the rows beside it nor padding change what it sees, and each row
+draws from a key of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.core.structs import Batch
-from vlm_jax.models.vlm import Params, Vlm, last_question
+from vlm_jax.models.vlm import Params, Prompt, Vlm, last_question, last_token
 from vlm_jax.ops import masks
+
+Pick = Callable[[Float[Array, "B W"], Any], Int[Array, " B"]]  # (logits, how many tokens were said) -> the next token
 
 
 def greedy(model: Vlm, params: Params, batch: Batch, max_new_tokens: int, end: int) -> Int[Array, "B new"]:
@@ -20,16 +30,73 @@ def greedy(model: Vlm, params: Params, batch: Batch, max_new_tokens: int, end: i
     )
     visual_tokens = model.spec.compressor.tokens
     logits, cache = model.prefill(params, question, visual_tokens + batch.text.shape[1] + max_new_tokens)
-    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     position = visual_tokens + last_question(batch) + 1
 
-    def next_token(carry: tuple, offset: Array) -> tuple[tuple, Array]:
-        token, done, cache = carry
-        done = done | (token == end)
-        logits, cache = model.extend(params, token, position + offset, cache)
-        following = jnp.where(done, end, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-        return (following, done, cache), following
+    def extend(token: Array, said: Array, cache: Any) -> tuple[Array, Any]:
+        return model.extend(params, token, position + said - 1, cache)
 
-    start = (first, jnp.zeros(first.shape, bool), cache)
-    _, rest = jax.lax.scan(next_token, start, jnp.arange(max_new_tokens - 1, dtype=position.dtype))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    return decode(extend, likeliest, logits, cache, (end,), max_new_tokens, max_new_tokens)
+
+
+def answer(
+    model: Vlm, params: Params, prompt: Prompt, pick: Pick, ends: tuple[int, ...], limit: Int[Array, ""], room: int
+) -> Int[Array, "B room"]:
+    """Each row's continuation, of `limit` tokens at most; `room` is the static size of what is returned.
+
+    The first token of `ends` ends a row and fills what is left of it. Parameters as `Vlm.read` takes them.
+    """
+    states, cache = model.read(params, prompt, prompt.tokens.shape[1] + room)
+    last = jnp.take_along_axis(states, last_token(prompt)[:, None, None], axis=1)
+    position = jnp.sum(prompt.kind != 0, axis=1)
+
+    def extend(token: Array, said: Array, cache: Any) -> tuple[Array, Any]:
+        return model.say(params, token, position + said - 1, cache)
+
+    return decode(extend, pick, model.logits(params, last)[:, 0], cache, ends, limit, room)
+
+
+def decode(
+    extend: Callable[[Array, Array, Any], tuple[Array, Any]],
+    pick: Pick,
+    logits: Float[Array, "B W"],
+    cache: Any,
+    ends: tuple[int, ...],
+    limit: int | Int[Array, ""],
+    room: int,
+) -> Int[Array, "B room"]:
+    """The loop: `extend(the last token, how many were said, cache)` gives the logits of the next, `pick` chooses it."""
+    fill = ends[0] if ends else 0
+
+    def going(carry: tuple) -> Bool[Array, ""]:
+        said, _, done, _, _ = carry
+        return (said < limit) & ~jnp.all(done)
+
+    def step(carry: tuple) -> tuple:
+        said, token, done, cache, out = carry
+        logits, cache = extend(token, said, cache)
+        token = jnp.where(done, fill, pick(logits, said)).astype(jnp.int32)
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], said, axis=1)
+        return said + 1, token, done | _ended(token, ends), cache, out
+
+    token = pick(logits, jnp.int32(0)).astype(jnp.int32)
+    out = jnp.full((token.shape[0], room), fill, jnp.int32).at[:, 0].set(token)
+    return jax.lax.while_loop(going, step, (jnp.int32(1), token, _ended(token, ends), cache, out))[-1]
+
+
+def likeliest(logits: Float[Array, "B W"], said: Any) -> Int[Array, " B"]:
+    """Greedy decoding."""
+    return jnp.argmax(logits, axis=-1)
+
+
+def sampler(key: Array, temperature: float | Array) -> Pick:
+    """Tokens drawn from softmax(logits / temperature); row b and the number of tokens said give each draw its key."""
+
+    def pick(logits: Float[Array, "B W"], said: Any) -> Int[Array, " B"]:
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), said))(jnp.arange(logits.shape[0]))
+        return jax.vmap(jax.random.categorical)(keys, logits / temperature)
+
+    return pick
+
+
+def _ended(token: Int[Array, " B"], ends: tuple[int, ...]) -> Bool[Array, " B"]:
+    return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)

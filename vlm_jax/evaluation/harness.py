@@ -40,16 +40,20 @@ def run(
     params: Any,
     batches: Iterable[Batch],
     on_batch: Callable[[int], None] = lambda rows: None,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Result:
-    """`batches` hold one question a row, on the host; `on_batch` hears how many rows were handed to the device."""
-    scores, examples, question_tokens = [], [], []
+    """`batches` hold one question a row, on the host; `on_batch` hears how many rows were handed to the device.
+
+    Of several processes each puts rows of its own, and `fetch` brings those of all of them back in one order.
+    """
+    scores, asked = [], []
     for batch in batches:
         scores.append(evaluate(params, put(batch)))
-        examples.append(batch.example)
-        question_tokens.append(np.sum(batch.question, axis=1))
+        asked.append(put((batch.example, np.sum(batch.question, axis=1))))
         on_batch(len(batch.example))
-    rows = scoring.Score(*(np.concatenate(parts) for parts in zip(*jax.device_get(scores), strict=True)))
-    example = np.concatenate(examples)
+    columns = jax.tree.map(fetch, list(zip(scores, asked, strict=True)))
+    rows = scoring.Score(*(np.concatenate(parts) for parts in zip(*(score for score, _ in columns), strict=True)))
+    example, question_tokens = (np.concatenate(parts) for parts in zip(*(own for _, own in columns), strict=True))
     valid = example >= 0
     return Result(
         error=scoring.ratio(rows.wrong, rows.tokens, example),
@@ -58,6 +62,6 @@ def run(
         forced_nll=scoring.ratio(rows.nll, rows.tokens, example)[0],
         images=len(np.unique(example[valid])),
         questions=int(valid.sum()),
-        question_tokens=float(np.concatenate(question_tokens)[valid].mean()),
+        question_tokens=float(question_tokens[valid].mean()),
         answer_tokens=float(rows.tokens[valid].mean()),
     )

@@ -2,18 +2,19 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
 from vlm_jax.compress import catalog
-from vlm_jax.core.axes import ACT_EMBED, BATCH, EMBED, LENGTH, MLP, VISION
+from vlm_jax.core.axes import ACT_EMBED, BATCH, EMBED, LENGTH, MLP, VISION, VISION_MLP
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import weights as w
+from vlm_jax.ops.placement import constrain, working
 
 PROJECTORS = ("linear", "mlp")
+_IN, _OUT = (VISION, VISION_MLP), (MLP, EMBED)  # of the projector's kernels
 
 
 def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
@@ -23,11 +24,10 @@ def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
         raise unknown("projector", spec.projector, PROJECTORS)
     compress_key, first, second = jax.random.split(key, 3)
     encoder_width, width = spec.encoder.width, spec.decoder.width
-    inner = EMBED if spec.projector == "linear" else MLP
-    projector = {"kernel": w.dense(first, (encoder_width, width), (VISION, inner)), "bias": w.zeros((width,), (inner,))}
+    projector = {"kernel": w.dense(first, (encoder_width, width), _IN), "bias": w.zeros((width,), _IN[1:])}
     if spec.projector == "mlp":
-        projector["out_kernel"] = w.dense(second, (width, width), (MLP, EMBED))
-        projector["out_bias"] = w.zeros((width,), (EMBED,))
+        projector["out_kernel"] = w.dense(second, (width, width), _OUT)
+        projector["out_bias"] = w.zeros((width,), _OUT[1:])
     return {
         "compressor": catalog.row(spec.compressor.name).init_weights(compress_key, spec.compressor),
         "projector": projector,
@@ -39,8 +39,9 @@ def compress(
 ) -> Float[Array, "B V D"]:
     """P patches -> V tokens of the decoder's width."""
     out = catalog.row(spec.compressor.name).apply(weights["compressor"], visual, text_vector, spec.compressor).tokens
-    projector = jax.tree.map(lambda leaf: leaf.astype(out.dtype), weights["projector"])
-    out = out @ projector["kernel"] + projector["bias"]
+    projector = weights["projector"]
+    out = out @ working(projector["kernel"], _IN, out.dtype) + projector["bias"].astype(out.dtype)
     if spec.projector == "mlp":
-        out = jax.nn.gelu(out, approximate=True) @ projector["out_kernel"] + projector["out_bias"]
-    return nn.with_logical_constraint(out, (BATCH, LENGTH, ACT_EMBED))
+        inner = jax.nn.gelu(out, approximate=False)
+        out = inner @ working(projector["out_kernel"], _OUT, out.dtype) + projector["out_bias"].astype(out.dtype)
+    return constrain(out, (BATCH, LENGTH, ACT_EMBED))

@@ -16,17 +16,25 @@ from vlm_jax.core import axes
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec
 from vlm_jax.core.structs import Cache, Slots
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
-from vlm_jax.ops import masks, rotary
+from vlm_jax.ops import masks, merged, rotary, splash
 from vlm_jax.ops.attention import attend
+from vlm_jax.ops.placement import constrain, parts, working
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
+
+
+class Head(NamedTuple):
+    """What turns states into logits: a row for every word, and the cap of the logits."""
+
+    table: Float[Array, "W D"]
+    softcap: float | None
 
 
 class Sight(NamedTuple):
     """What layers of one kind share: rotary angles of the queries, who sees whom, where in the cache to write."""
 
     angle: Float[Array, "B L half"]
-    mask: Array
+    mask: Any  # an array, or `splash.Causal`
     start: Int[Array, ""]
 
 
@@ -48,13 +56,19 @@ class Attention(nn.Module):
             q = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="query_norm")(q)
             k = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="key_norm")(k)
         q, k = rotary.rotate(q, sight.angle), rotary.rotate(k, sight.angle)
+        by_head = self.implementation == "merged"
+        if by_head:
+            k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), sight.start, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), sight.start, axis=2 if by_head else 1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = (k, v)
-        x = attend(q, k, v, sight.mask, spec.query_scale, spec.attention_softcap, self.implementation)
+        if by_head:
+            x = merged.attend(q, k, v, sight.mask, spec.query_scale, spec.attention_softcap)
+        else:
+            x = attend(q, k, v, sight.mask, spec.query_scale, spec.attention_softcap, self.implementation)
         return Linear(heads, width, name="out")(x), cache
 
 
@@ -77,7 +91,7 @@ class Block(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, sights: tuple[Sight, ...], is_local: Array, cache: Any) -> tuple[Array, Any]:
+    def __call__(self, x: Array, sights: tuple[Sight, ...], is_local: Any, cache: Any) -> tuple[Array, Any]:
         def norm(name: str, y: Array) -> Array:
             return RMSNorm(self.spec.norm_eps, self.spec.norm_plus_one, name=name)(y)
 
@@ -88,7 +102,7 @@ class Block(nn.Module):
         x = x + (norm("attention_post_norm", y) if self.spec.sandwich_norm else y)
         y = Mlp(self.spec, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("mlp_post_norm", y) if self.spec.sandwich_norm else y)
-        return nn.with_logical_constraint(x, _ACT), cache
+        return constrain(x, _ACT), cache
 
 
 class Decoder(nn.Module):
@@ -119,30 +133,27 @@ class Decoder(nn.Module):
 
     def embed(self, text: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings, scaled where the family scales them."""
-        x = jnp.take(self.embedding, text, axis=0).astype(self.compute.dtype)
+        # Where the table is cut along D, every device looks up its columns of all tokens, and the tokens' vectors are
+        # then exchanged: they are few beside the table.
+        split = parts(axes.EMBED) > 1
+        columns = (axes.LOOKUP, axes.LENGTH, axes.EMBED) if split else _ACT
+        x = jnp.take(self.embedding, constrain(text, columns[:2]), axis=0)
+        x = constrain(constrain(x, columns).astype(self.compute.dtype), columns)
+        x = constrain(x, _ACT)
         return x * jnp.asarray(self.spec.width**0.5, x.dtype) if self.spec.scale_embedding else x
 
     def hidden(
         self, x: Float[Array, "B L D"], slots: Slots, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """All blocks and the final norm. With a cache, the L tokens are written behind those it holds, and see them."""
-        x = nn.with_logical_constraint(x, _ACT)
-        spec, keys, start = self.spec, slots, jnp.zeros((), jnp.int32)
-        if cache is not None:
-            start = cache.used
-            keys = Slots(
-                *(jax.lax.dynamic_update_slice_in_dim(a, b, start, 1) for a, b in zip(cache.slots, slots, strict=True))
-            )
-        whole = rotary.angles(slots.position, spec.head_dim, spec.rope_theta, spec.rope_factor)
-        sights = (Sight(whole, masks.sees(slots, keys), start),)
-        if spec.window is not None:
-            near = (
-                rotary.angles(slots.position, spec.head_dim, spec.local_rope_theta) if spec.local_rope_theta else whole
-            )
-            sights += (Sight(near, masks.sees(slots, keys, spec.window), start),)
-        layer = jnp.arange(1, spec.depth + 1)
-        is_local = layer % spec.window_pattern != 0 if spec.window_pattern else jnp.ones_like(layer, bool)
-        x, layers = self.blocks(x, sights, is_local, None if cache is None else (cache.key, cache.value))
+        x = constrain(x, _ACT)
+        keys, start = behind(cache, slots)
+        views = sights(self.spec, slots, keys, start)
+        if self.compute.attention == "splash" and cache is None and (self.spec.window or x.shape[1]) >= x.shape[1]:
+            # `config.resolve` lets splash through only where rows are single sequences, read in order.
+            views = tuple(view._replace(mask=splash.Causal(slots.segment != masks.PADDING)) for view in views)
+        is_local = jnp.array(local_layers(self.spec))
+        x, layers = self.blocks(x, views, is_local, None if cache is None else (cache.key, cache.value))
         if cache is not None:
             cache = Cache(*layers, keys, start + x.shape[1])
         return self.norm(x), cache
@@ -150,12 +161,42 @@ class Decoder(nn.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Hidden states -> float32 logits."""
         if self.spec.tied_head:
-            out = jnp.einsum("btd,wd->btw", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)
+            table = working(self.embedding, (axes.VOCAB, axes.EMBED), x.dtype)
+            out = jnp.einsum("btd,wd->btw", x, table, preferred_element_type=jnp.float32)
         else:
             out = self.head(x).astype(jnp.float32)
         if self.spec.logit_softcap is not None:
             out = self.spec.logit_softcap * jnp.tanh(out / self.spec.logit_softcap)
-        return nn.with_logical_constraint(out, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
+        return constrain(out, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
+
+
+def head(params: Any, spec: DecoderSpec) -> Head:
+    """The vocabulary's table of a decoder's parameters."""
+    table = params["embedding"] if spec.tied_head else params["head"]["kernel"].T
+    return Head(table, spec.logit_softcap)
+
+
+def behind(cache: Cache | None, slots: Slots) -> tuple[Slots, Array]:
+    """Slots of every key that new tokens at `slots` may see (those of the cache and their own), and where they go."""
+    if cache is None:
+        return slots, jnp.zeros((), jnp.int32)
+    update = jax.lax.dynamic_update_slice_in_dim
+    return Slots(*(update(old, new, cache.used, 1) for old, new in zip(cache.slots, slots, strict=True))), cache.used
+
+
+def sights(spec: DecoderSpec, slots: Slots, keys: Slots, start: Array) -> tuple[Sight, ...]:
+    """The view of the global layers and, with a window, behind it that of the local layers."""
+    whole = rotary.angles(slots.position, spec.head_dim, spec.rope_theta, spec.rope_factor, spec.rope_bands)
+    views = (Sight(whole, masks.sees(slots, keys), start),)
+    if spec.window is not None:
+        near = rotary.angles(slots.position, spec.head_dim, spec.local_rope_theta) if spec.local_rope_theta else whole
+        views += (Sight(near, masks.sees(slots, keys, spec.window), start),)
+    return views
+
+
+def local_layers(spec: DecoderSpec) -> tuple[bool, ...]:
+    """Which layers are local, where any is."""
+    return tuple(not spec.window_pattern or layer % spec.window_pattern != 0 for layer in range(1, spec.depth + 1))
 
 
 def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: str) -> Cache:

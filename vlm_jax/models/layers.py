@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.core.axes import NORM
+from vlm_jax.ops.placement import working
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
@@ -43,7 +45,9 @@ class Linear(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=range(count), out_axis=range(count, len(sizes)))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, tuple(names)), tuple(sizes))
         x = jax.lax.dot_general(
-            x, kernel.astype(x.dtype), ((tuple(range(x.ndim - count, x.ndim)), tuple(range(count))), ((), ()))
+            x,
+            working(kernel, tuple(names), x.dtype),
+            ((tuple(range(x.ndim - count, x.ndim)), tuple(range(count))), ((), ())),
         )
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(names[count:]))

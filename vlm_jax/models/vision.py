@@ -1,22 +1,27 @@
 """The vision transformer: SigLIP (arXiv 2303.15343), and CLIP through the fields of `EncoderSpec`.
 
-Pixels in [-1, 1] -> patches -> learned positions -> pre-norm blocks (scanned) -> final norm. Returns the final tokens
-and the outputs of the tapped blocks. The attention-pool head is a method of its own: compressors that rank tokens want
-it, most do not. `models.importers.big_vision` maps every parameter here to big_vision's names.
+Normalised pixels -> patches -> learned positions -> pre-norm blocks (scanned) -> final norm. Returns the final tokens,
+or with `feature_layer` those of an inner block, and the outputs of the tapped blocks. The attention-pool head is a
+method of its own: compressors that rank tokens want it, most do not. `models.importers` maps every parameter here to
+the names of public checkpoints; `resize_positions` fits a position table to another resolution.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vlm_jax.core import axes
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
+from vlm_jax.ops.placement import constrain
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_VISION)
 
@@ -62,7 +67,7 @@ class Block(nn.Module):
         y = LayerNorm(self.spec.norm_eps, name="attention_norm")(x)
         x = x + Attention(self.spec, self.implementation, name="attention")(y, y)
         x = x + Mlp(self.spec, name="mlp")(LayerNorm(self.spec.norm_eps, name="mlp_norm")(x))
-        x = nn.with_logical_constraint(x, _ACT)
+        x = constrain(x, _ACT)
         return (x, jax.lax.dynamic_update_index_in_dim(taps, x, slot, axis=1)), None
 
 
@@ -103,10 +108,11 @@ class Encoder(nn.Module):
             remat(Block, self.compute.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=spec.depth,
+            length=spec.blocks,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
         )(spec, self.compute.attention)
-        self.norm = LayerNorm(spec.norm_eps)
+        if not spec.feature_layer:
+            self.norm = LayerNorm(spec.norm_eps)
         if spec.pooling_head:
             self.pooling = Pool(spec, self.compute.attention)
 
@@ -116,8 +122,8 @@ class Encoder(nn.Module):
         return visual, self.pool(visual) if self.spec.pooling_head else None
 
     def encode(self, image: Float[Array, "B H H 3"]) -> Visual:
-        """Pixels in [-1, 1] -> `Visual(tokens[B,P,E], taps[B,A,P,E])`; a class token takes part, and is left out of
-        both.
+        """Normalised pixels ([-1, 1] for SigLIP) -> `Visual(tokens[B,P,E], taps[B,A,P,E])`; a class token takes part,
+        and is left out of both.
         """
         spec, dtype = self.spec, jnp.dtype(self.compute.dtype)
         (rows, columns), size = spec.grid, spec.patch_size
@@ -131,15 +137,74 @@ class Encoder(nn.Module):
         x = x + self.position.astype(dtype)
         if spec.pre_norm:
             x = self.pre_norm(x)
-        x = nn.with_logical_constraint(x, _ACT)
-        # Layers that are not tapped write to one spare slot, so memory grows with the taps and not with the depth.
-        spare = len(spec.taps)
-        slots = jnp.array([spec.taps.index(i) if i in spec.taps else spare for i in range(1, spec.depth + 1)])
-        taps = jnp.zeros((batch, spare + 1, *x.shape[1:]), dtype)
-        (x, taps), _ = self.blocks((x, taps), slots)
-        start = int(spec.class_token)
-        return Visual(self.norm(x)[:, start:], taps[:, :spare, start:] if spare else None)
+        x = constrain(x, _ACT)
+        # Layers that are not kept write to one spare slot, so memory grows with the taps and not with the depth.
+        kept = tuple(dict.fromkeys((*spec.taps, *([spec.feature_layer] if spec.feature_layer else []))))
+        slots = jnp.array([kept.index(i) if i in kept else len(kept) for i in range(1, spec.blocks + 1)])
+        layers = jnp.zeros((batch, len(kept) + 1, *x.shape[1:]), dtype)
+        (x, layers), _ = self.blocks((x, layers), slots)
+        layers = layers[:, :, int(spec.class_token) :]
+        tokens = layers[:, kept.index(spec.feature_layer)] if spec.feature_layer else self.norm(x)[:, -spec.patches :]
+        return Visual(tokens, layers[:, : len(spec.taps)] if spec.taps else None)
 
     def pool(self, visual: Visual) -> Float[Array, "B E"]:
         """The image as one vector."""
         return self.pooling(visual.tokens)
+
+
+RESIZING = ("bicubic", "bilinear")
+
+
+def at_size(spec: EncoderSpec, image_size: int | None) -> EncoderSpec:
+    """The same encoder for images of another size; None leaves it. Raises `UserError` where that holds no patch."""
+    if image_size is None:
+        return spec
+    if image_size < spec.patch_size:
+        raise UserError(f"image_size={image_size}: encoder {spec.name} has patches of {spec.patch_size}")
+    return dataclasses.replace(spec, image_size=image_size)
+
+
+def params_at_size(params: Any, spec: EncoderSpec, image_size: int, method: str) -> Any:
+    """Parameters of `spec` for images of another size: the position table is resized as `method` says (see
+    `resize_positions`), everything else stays.
+    """
+    old, grid = params["position"], at_size(spec, image_size).grid
+    if grid == spec.grid:
+        return params
+    table = resize_positions(np.asarray(old, np.float32), spec.grid, grid, method).astype(old.dtype)
+    return {**params, "position": jax.device_put(table, getattr(old, "sharding", None))}
+
+
+def resize_positions(
+    table: Float[np.ndarray, "N E"], grid: tuple[int, int], new_grid: tuple[int, int], method: str
+) -> Float[np.ndarray, "M E"]:
+    """A learned position table on another patch grid; rows before the grid's (a class token's) stay as they are.
+
+    method: "bicubic" as `interpolate_pos_encoding` of Hugging Face (cubic convolution with a = -3/4, Keys 1981; pixel
+        centres, borders repeated), or "bilinear" as `resample_posemb` of big_vision (corners fall on corners).
+    """
+    if method not in RESIZING:
+        raise unknown("way to resize positions", method, RESIZING)
+    if grid == new_grid:
+        return table
+    before = len(table) - grid[0] * grid[1]
+    weights = {"bicubic": _cubic, "bilinear": _corners}[method]
+    rows, columns = (weights(old, new) for old, new in zip(grid, new_grid, strict=True))
+    patches = np.einsum("ri,cj,ije->rce", rows, columns, table[before:].reshape(*grid, -1), optimize=True)
+    return np.concatenate([table[:before], patches.reshape(-1, table.shape[1])]).astype(table.dtype)
+
+
+def _cubic(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
+    point = (np.arange(parts) + 0.5) * size / parts - 0.5
+    out, a = np.zeros((parts, size)), -0.75
+    for tap in range(-1, 3):
+        place = np.floor(point).astype(int) + tap
+        d = np.abs(point - place)
+        near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        np.add.at(out, (np.arange(parts), np.clip(place, 0, size - 1)), np.where(d <= 1, near, far))
+    return out
+
+
+def _corners(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
+    point = np.arange(parts) * (size - 1) / max(parts - 1, 1)
+    return np.maximum(0.0, 1.0 - np.abs(point[:, None] - np.arange(size)))

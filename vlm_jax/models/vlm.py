@@ -2,8 +2,12 @@
 the encoder's are absent where its features come from the store.
 
     pixels --encode--> Visual[B,P,E] --visual_prefix--> [B,V,D] --hidden--> [B,T,D] --logits--> [B,T,W]
+
+Training reads a `Batch`: the image first, packed questions behind it. Answering reads a `Prompt`: the image wherever
+its placeholders stand, through `read` and `say`, on a decoder whose layers are apart (`models.layerwise`).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +17,28 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.core.structs import Batch, Cache, Visual
-from vlm_jax.models import connector
-from vlm_jax.models.decoder import Decoder, empty_cache
+from vlm_jax.models import connector, layerwise
+from vlm_jax.models.decoder import Decoder, Head, empty_cache, head
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import masks
 
 Params = Any
+TEXT, IMAGE, ANSWER = 1, 2, 3  # kinds of tokens of a `Prompt`
+
+
+class Prompt(NamedTuple):
+    """Rows of tokens as a reference's processor writes them: V placeholders stand where the image's tokens go.
+
+        tokens   pad pad bos user  I I I  what is this  a cat pad
+        kind      0   0   1   1    2 2 2    1   1   1   3  3   0
+
+    Under a prefix mask text and image see each other both ways, and the answer is causal; under a causal mask the two
+    are alike. Padding may stand on either side.
+    """
+
+    tokens: Int[Array, "B T"]
+    kind: Int[Array, "B T"]  # 0 padding, TEXT, IMAGE, ANSWER
+    image: Any = None  # [B, H, H, 3], as `Vlm.encode` takes it
 
 
 class Vlm(NamedTuple):
@@ -51,9 +71,13 @@ class Vlm(NamedTuple):
         }
 
     def encode(self, params: Params, image: Array) -> Visual:
-        """uint8[B,H,H,3] or float in [-1, 1] -> tokens and taps."""
+        """Pixels -> tokens and taps: uint8[B,h,w,3] of any size, or float[B,H,H,3] as the encoder was trained on."""
+        spec = self.spec.encoder
         if image.dtype == jnp.uint8:
-            image = image.astype(jnp.float32) / 127.5 - 1
+            mean, std = jnp.array(spec.pixel_mean), jnp.array(spec.pixel_std)
+            image = image.astype(jnp.float32) / (255 * std) - mean / std
+            if image.shape[1:3] != (spec.image_size, spec.image_size):
+                image = jax.image.resize(image, (image.shape[0], spec.image_size, spec.image_size, 3), "linear")
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
 
     def question_vector(self, params: Params, batch: Batch) -> Float[Array, "B D"]:
@@ -95,9 +119,17 @@ class Vlm(NamedTuple):
         """States -> float32 logits."""
         return self.decoder.apply({"params": params["decoder"]}, hidden, method="logits")
 
+    def states(self, params: Params, batch: Batch) -> Float[Array, "B T D"]:
+        """Image and text -> the last states of every text position: what `logits` and the loss read."""
+        return self.hidden(params, self.visual_prefix(params, batch), batch)[0]
+
     def forward(self, params: Params, batch: Batch) -> Float[Array, "B T W"]:
         """Image and text -> the logits of every text position."""
-        return self.logits(params, self.hidden(params, self.visual_prefix(params, batch), batch)[0])
+        return self.logits(params, self.states(params, batch))
+
+    def head(self, params: Params) -> Head:
+        """The table behind `logits`, for a loss that reads it in blocks."""
+        return head(params["decoder"], self.spec.decoder)
 
     def prefill(self, params: Params, batch: Batch, slots: int) -> tuple[Float[Array, "B W"], Cache]:
         """Image and questions (one a row, right-padded) -> logits behind each row's last question token, and the cache.
@@ -118,6 +150,64 @@ class Vlm(NamedTuple):
         x = decoder.apply(variables, token[:, None], method="embed")
         x, cache = decoder.apply(variables, x, place, cache, method="hidden")
         return self.logits(params, x)[:, 0], cache
+
+    def read(self, params: Params, prompt: Prompt, slots: int = 0) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """A prompt through the model -> states of all its tokens, and the cache where it is to have any `slots`: at
+        least T and the tokens to come. The decoder's parameters are those of `layerwise.split`.
+        """
+        spec, decoder = self.spec.decoder, params["decoder"]
+        x, cache = self._embed(decoder, prompt.tokens), None
+        if prompt.image is not None:
+            x = placed(self._image_tokens(params, prompt), x, prompt.kind)
+        if slots:
+            batch, length = prompt.tokens.shape
+            cache = layerwise.empty_cache(spec, self.compute, batch, length)
+        x, cache = layerwise.hidden(spec, self.compute, decoder, x, prompt_slots(prompt, self.spec.mask), cache)
+        return x, None if cache is None else layerwise.grown(cache, self.compute, slots)
+
+    def say(
+        self, params: Params, token: Int[Array, " B"], position: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B W"], Cache]:
+        """`extend` behind `read`: one more token a row, at that position of the row -> logits of the next."""
+        place = masks.Slots(position[:, None], position[:, None], jnp.ones_like(position)[:, None])
+        x = self._embed(params["decoder"], token[:, None])
+        x, cache = layerwise.hidden(self.spec.decoder, self.compute, params["decoder"], x, place, cache)
+        return self.logits(params, x)[:, 0], cache
+
+    def _embed(self, decoder: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        # A placeholder may lie outside the table: what stands there is replaced.
+        known = jnp.where(tokens < self.spec.decoder.vocab, tokens, 0)
+        return self.decoder.apply({"params": decoder}, known, method="embed")
+
+    def _image_tokens(self, params: Params, prompt: Prompt) -> Float[Array, "B V D"]:
+        vector = None
+        if catalog.row(self.spec.compressor.name).query_dependent:
+            text = prompt._replace(kind=jnp.where(prompt.kind == TEXT, TEXT, masks.PADDING), image=None)
+            states = Vlm(dataclasses.replace(self.spec, mask="causal"), self.compute).read(params, text)[0]
+            vector = jnp.take_along_axis(states, last_token(text)[:, None, None], axis=1)[:, 0]
+        return connector.compress(params["connector"], self.encode(params, prompt.image), vector, self.spec)
+
+
+def placed(image: Float[Array, "B V D"], text: Float[Array, "B T D"], kind: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The embeddings with each row's image tokens, in order, where its placeholders stand."""
+    if not image.shape[1]:
+        return text
+    here = kind == IMAGE
+    nth = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, image.shape[1] - 1)
+    return jnp.where(here[..., None], jnp.take_along_axis(image.astype(text.dtype), nth[..., None], axis=1), text)
+
+
+def prompt_slots(prompt: Prompt, mask: str) -> masks.Slots:
+    """Where each token of a prompt stands: padding counts for nothing, on either side."""
+    real = (prompt.kind != 0).astype(jnp.int32)
+    position = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    order = jnp.where(prompt.kind == ANSWER, position, 0) if mask == "prefix" else position
+    return masks.Slots(position, order, real)  # padding is segment 0
+
+
+def last_token(prompt: Prompt) -> Int[Array, " B"]:
+    """Index of each row's last token that is no padding."""
+    return prompt.kind.shape[1] - 1 - jnp.argmax(prompt.kind[:, ::-1] != 0, axis=1)
 
 
 def last_question(batch: Batch) -> Int[Array, " B"]:

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from vlm_jax.ops import splash
+
 
 def attend(
     q: Float[Array, "B T N C"],
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
-    mask: Bool[Array, "#B #N T S"] | None,
+    mask: Bool[Array, "#B #N T S"] | splash.Causal | None,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str = "xla",
@@ -24,16 +26,27 @@ def attend(
 ) -> Float[Array, "B T N C"]:
     """Attention of T queries to S keys; N query heads share K key heads in groups of N / K.
 
-    mask: True where query t may see key s; None lets every query see every key.
+    mask: True where query t may see key s; None lets every query see every key. `splash.Causal` rows may take the
+        fused kernel.
     scale: factor of the scores; None is C ** -0.5.
     softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2). No
         fused kernel knows it, so it takes our own path and `implementation` does not matter.
-    implementation: "xla" or "cudnn" (fused, NVIDIA GPUs, 16-bit inputs).
+    implementation: "xla", "cudnn" (fused, NVIDIA GPUs, 16-bit inputs) or "splash" (fused, TPUs, for a `Causal` mask;
+        the plain path for every other). "merged" is a decoder's choice (`ops.merged`), and "xla" here.
     bias: added to the scaled scores; not together with a softcap.
     """
     if bias is not None and softcap is not None:
         raise ValueError("attend: a bias and a softcap together are not supported")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(mask, splash.Causal):
+
+        def plain(q: Array, k: Array, v: Array, mask: splash.Causal) -> Array:
+            return attend(q, k, v, mask.dense(), scale, softcap, "xla", bias)
+
+        if implementation == "splash" and bias is None and splash.applies(q.shape[1], q.shape[2], k.shape[2]):
+            return splash.attend(q, k, v, mask, scale, softcap, plain)
+        return plain(q, k, v, mask)
+    implementation = "xla" if implementation in ("splash", "merged") else implementation
     if softcap is None:
         out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
     else:

@@ -28,12 +28,15 @@ IMAGE, PADDING = -1, 0
 
 
 def sees(query: Slots, key: Slots, window: int | None = None) -> Bool[Array, "B 1 L S"]:
-    """The attention mask between two runs of slots; `window` also hides keys that many positions back, or more."""
+    """The attention mask between two runs of slots; `window` also hides keys that many positions back, or more, but not
+    within a two-way prefix (PaliGemma 2 has prefixes longer than Gemma 2's window).
+    """
     i, j = query.segment[:, :, None], key.segment[:, None, :]
     visible = (j != PADDING) & (i != PADDING) & ((i == j) | (i == IMAGE) | (j == IMAGE))
     visible &= key.order[:, None, :] <= query.order[:, :, None]
     if window is not None:
-        visible &= query.position[:, :, None] - key.position[:, None, :] < window
+        near = query.position[:, :, None] - key.position[:, None, :] < window
+        visible &= near | (key.order[:, None, :] == query.order[:, :, None])
     return visible[:, None]
 
 

@@ -3,9 +3,10 @@
 A part takes max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency)): compute and memory traffic overlap,
 parts do not (the roofline model, doi:10.1145/1498765.1498785). Peaks are the vendors' figures for dense bfloat16.
 Several chips are an ideal division of work and bytes: traffic between chips is left out, so figures for more than one
-chip are lower bounds.
+chip are lower bounds (`sizing.roofline` has the traffic of compiled programs).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,30 +21,37 @@ class Chip:
     peak_flops: float  # bfloat16 FLOP/s
     bandwidth: float  # bytes/s of its memory
     memory_bytes: float
+    interconnect: float = 0.0  # bytes/s that it can send to its neighbours over all its links together
+    torus: int = 0  # dimensions of the network of one pod or slice; 0: a switch, every pair at full speed
+    devices: int = 1  # that JAX sees of one chip
+    usable_bytes: float = 0.0  # of the memory of one such device, that XLA gives to programs
+    clock: float = 0.0  # Hz; what XLA:TPU counts its estimates in. The peak over twice the multipliers
 
 
 @dataclass(frozen=True)
 class Efficiency:
     """Shares of the published peaks that a real program reaches. The defaults are an assumption, typical of large
-    dense products and of streaming reads; `scaling.latency.calibrate` replaces them by a measurement."""
+    dense products, of streaming reads and of ring collectives; `scaling.latency.calibrate` replaces the first two by a
+    measurement."""
 
     compute: int | float = 0.6
     bandwidth: int | float = 0.8
+    interconnect: int | float = 0.8
 
 
-ASSUMED, IDEAL = Efficiency(), Efficiency(1.0, 1.0)
+ASSUMED, IDEAL = Efficiency(), Efficiency(1.0, 1.0, 1.0)
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 2.75e14, 1.2e12, 32e9),
-        Chip("v5e", 1.97e14, 8.1e11, 16e9),
-        Chip("v5p", 4.59e14, 2.8e12, 96e9),
-        Chip("v6e", 9.2e14, 1.6e12, 32e9),
-        Chip("v7x", 2.307e15, 7.4e12, 192e9),
-        Chip("a100", 3.12e14, 2.04e12, 80e9),
-        Chip("h100", 9.89e14, 3.35e12, 80e9),
-        Chip("h200", 9.89e14, 4.8e12, 141e9),
+        Chip("v4", 2.75e14, 1.2e12, 32e9, 3.0e11, 3, 2, 15.25 * 2**30, 1.05e9),
+        Chip("v5e", 1.97e14, 8.1e11, 16e9, 2.0e11, 2, 1, 15.75 * 2**30, 1.503e9),
+        Chip("v5p", 4.59e14, 2.8e12, 96e9, 6.0e11, 3, 1, 95.74 * 2**30, 1.751e9),
+        Chip("v6e", 9.2e14, 1.6e12, 32e9, 4.48e11, 2, 1, 31.25 * 2**30),
+        Chip("v7x", 2.307e15, 7.4e12, 192e9, 1.2e12, 3, 2, 94.75 * 2**30),
+        Chip("a100", 3.12e14, 2.04e12, 80e9, 3.0e11),
+        Chip("h100", 9.89e14, 3.35e12, 80e9, 4.5e11),
+        Chip("h200", 9.89e14, 4.8e12, 141e9, 4.5e11),
     )
 }
 
@@ -60,6 +68,14 @@ def chip(name: str) -> Chip:
     if name.lower() not in CHIPS:
         raise unknown("chip", name, CHIPS)
     return CHIPS[name.lower()]
+
+
+def device(name: str) -> Chip:
+    """What JAX calls a device of that chip: the chip, or a half of it."""
+    whole = chip(name)
+    fields = ("peak_flops", "bandwidth", "memory_bytes", "interconnect")
+    halved = {field: getattr(whole, field) / whole.devices for field in fields}
+    return dataclasses.replace(whole, devices=1, usable_bytes=whole.usable_bytes or halved["memory_bytes"], **halved)
 
 
 def part_time(

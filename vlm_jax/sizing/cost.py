@@ -63,8 +63,8 @@ class ModelFlops(NamedTuple):
 
 
 def encoder_params(spec: EncoderSpec) -> int:
-    """Scalars of the encoder: patch kernel, position table, [class token], [pre-norm], blocks, final norm, [pooling
-    head].
+    """Scalars of the encoder: patch kernel, position table, [class token], [pre-norm], blocks, [final norm],
+    [pooling head].
 
     A block has two layer norms (2E each), four projections (E^2 + E) and an MLP (2EF + F + E). The pooling head has a
     probe (E), four projections, one norm and one MLP. CLIP's projection to the shared text space is not part of it.
@@ -75,7 +75,7 @@ def encoder_params(spec: EncoderSpec) -> int:
     table = (spec.patches + spec.class_token) * width
     stem = patch + table + width * spec.class_token + norm * spec.pre_norm
     pool = (width + attention + norm + mlp) * spec.pooling_head
-    return stem + spec.depth * (2 * norm + attention + mlp) + norm + pool
+    return stem + spec.blocks * (2 * norm + attention + mlp) + norm * (not spec.feature_layer) + pool
 
 
 def _projection_params(spec: DecoderSpec) -> int:
@@ -103,14 +103,14 @@ def projector_params(kind: str, encoder_width: Any, width: Any) -> Any:
 
 
 def encoder_flops(spec: EncoderSpec) -> float:
-    """Forward FLOPs of one image up to the final tokens, with all blocks; the pooling head is not on the way to the
-    decoder.
+    """Forward FLOPs of one image up to the final tokens, with the blocks that run; the pooling head is not on the
+    way to the decoder.
 
     With S = patches (+ 1 for a class token): patches 2 P p^2 3 E, then per block 2 S (4 E^2 + 2 E F) + 4 S^2 E.
     """
     tokens, width = spec.patches + spec.class_token, spec.width
     block = 2 * tokens * (4 * width**2 + 2 * width * spec.mlp_width) + 4 * tokens**2 * width
-    return float(2 * spec.patches * spec.patch_size**2 * CHANNELS * width + spec.depth * block)
+    return float(2 * spec.patches * spec.patch_size**2 * CHANNELS * width + spec.blocks * block)
 
 
 def pass_flops(spec: DecoderSpec, tokens: Number, keys: Number, logits: Number) -> Pass:
@@ -264,14 +264,14 @@ def train_flops(
     return total
 
 
-def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0) -> float:
+def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
     """Model FLOPs of one step of a stage: `train_flops` of every example of the batch."""
     features = "stored" if spec.data.frozen_features else "pixels"
     example = train_flops(spec.model, spec.data.text_tokens, stage.train, features, question_tokens)
     return spec.data.batch_examples * example
 
 
-def run_flops(spec: RunSpec, question_tokens: float = 0) -> float:
+def run_flops(spec: RunSpec, question_tokens: float = 0.0) -> float:
     """Model FLOPs of all steps of all stages. `question_tokens` matters to compressors that read the question."""
     return sum(stage.total_steps * step_flops(spec, stage, question_tokens) for stage in spec.stages)
 
@@ -310,4 +310,4 @@ def decoder_activation_bytes(spec: DecoderSpec, tokens: Number, dtype: str = "bf
 def encoder_activation_bytes(spec: EncoderSpec, dtype: str = "bfloat16") -> Number:
     """The same for one image through the encoder: 6 E + 8 E + 2 F a token and layer (its MLP has no gate)."""
     tokens = spec.patches + spec.class_token
-    return spec.depth * (14 * spec.width + 2 * spec.mlp_width) * tokens * dtype_bytes(dtype)
+    return spec.blocks * (14 * spec.width + 2 * spec.mlp_width) * tokens * dtype_bytes(dtype)

@@ -1,13 +1,11 @@
 """The models that exist, by name: dimensions only, as published. Weights are loaded elsewhere.
 
 Names are lower case, `family-size`; encoders end in their resolution. Sources are the configuration files of the
-published checkpoints. Llama 3.1 and later stretch their rotary frequencies for long contexts; `DecoderSpec` has no
-field for that, so those rows have the right sizes and costs but are exact only for text shorter than the original
-context.
+published checkpoints.
 """
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.core.specs import DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, DecoderSpec, EncoderSpec, RopeBands
 
 
 def _siglip(
@@ -22,6 +20,7 @@ def _clip(
     return EncoderSpec(
         name, image_size, patch_size, width, depth, heads, mlp_width,
         activation="quick_gelu", class_token=True, patch_bias=False, pre_norm=True, pooling_head=False, norm_eps=1e-5,
+        pixel_mean=CLIP_MEAN, pixel_std=CLIP_STD,
     )  # fmt: skip
 
 
@@ -43,8 +42,13 @@ def _qwen3(*sizes: int | str, tied: bool) -> DecoderSpec:
     return DecoderSpec(*sizes, tied_head=tied, qk_norm=True, rope_theta=1e6)  # type: ignore[arg-type]
 
 
-def _llama(*sizes: int | str, tied: bool, theta: float) -> DecoderSpec:
-    return DecoderSpec(*sizes, tied_head=tied, rope_theta=theta, norm_eps=1e-5)  # type: ignore[arg-type]
+def _llama(*sizes: int | str, tied: bool, theta: float, **fields: object) -> DecoderSpec:
+    return DecoderSpec(*sizes, tied_head=tied, rope_theta=theta, norm_eps=1e-5, **fields)  # type: ignore[arg-type]
+
+
+def _llama3(*sizes: int | str, tied: bool, factor: float) -> DecoderSpec:
+    """Llama 3.1 and 3.2: first trained on 8192 positions, then stretched."""
+    return _llama(*sizes, tied=tied, theta=5e5, rope_factor=factor, rope_bands=RopeBands(1.0, 4.0, 8192))
 
 
 def _gemma(*sizes: int | str, **fields: object) -> DecoderSpec:
@@ -73,6 +77,14 @@ _ENCODERS = (
     _siglip("siglip-l16-384", 384, 16, 1024, 24, 16, 4096),
     _siglip("siglip-so400m14-224", 224, 14, 1152, 27, 16, 4304),
     _siglip("siglip-so400m14-384", 384, 14, 1152, 27, 16, 4304),
+    _siglip("siglip2-b16-224", 224, 16, 768, 12, 12, 3072),
+    _siglip("siglip2-b16-384", 384, 16, 768, 12, 12, 3072),
+    _siglip("siglip2-l16-384", 384, 16, 1024, 24, 16, 4096),
+    _siglip("siglip2-so400m14-224", 224, 14, 1152, 27, 16, 4304),
+    _siglip("siglip2-so400m14-384", 384, 14, 1152, 27, 16, 4304),
+    _siglip("siglip2-so400m16-384", 384, 16, 1152, 27, 16, 4304),
+    _siglip("siglip2-g16-384", 384, 16, 1536, 40, 16, 6144),
+    _clip("clip-l14-224", 224, 14, 1024, 24, 16, 4096),
     _clip("clip-l14-336", 336, 14, 1024, 24, 16, 4096),
 )
 
@@ -100,10 +112,10 @@ _DECODERS = (
     _qwen3("qwen3-32b", 5120, 64, 64, 8, 128, 25600, 151936, tied=False),
     _llama("llama2-7b", 4096, 32, 32, 32, 128, 11008, 32000, tied=False, theta=1e4),
     _llama("llama2-13b", 5120, 40, 40, 40, 128, 13824, 32000, tied=False, theta=1e4),
-    _llama("llama3.2-1b", 2048, 16, 32, 8, 64, 8192, 128256, tied=True, theta=5e5),
-    _llama("llama3.2-3b", 3072, 28, 24, 8, 128, 8192, 128256, tied=True, theta=5e5),
-    _llama("llama3.1-8b", 4096, 32, 32, 8, 128, 14336, 128256, tied=False, theta=5e5),
-    _llama("llama3.1-70b", 8192, 80, 64, 8, 128, 28672, 128256, tied=False, theta=5e5),
+    _llama3("llama3.2-1b", 2048, 16, 32, 8, 64, 8192, 128256, tied=True, factor=32.0),
+    _llama3("llama3.2-3b", 3072, 28, 24, 8, 128, 8192, 128256, tied=True, factor=32.0),
+    _llama3("llama3.1-8b", 4096, 32, 32, 8, 128, 14336, 128256, tied=False, factor=8.0),
+    _llama3("llama3.1-70b", 8192, 80, 64, 8, 128, 28672, 128256, tied=False, factor=8.0),
     _gemma("gemma-2b", 2048, 18, 8, 1, 256, 16384, 256000),
     _gemma("gemma-7b", 3072, 28, 16, 16, 256, 24576, 256000),
     _gemma2("gemma2-2b", 2304, 26, 8, 4, 256, 9216, 256000, query_channels=256),

@@ -1,69 +1,228 @@
-"""Orbax checkpoints of (state, data cursor, spec): written in the background, complete or not there at all."""
+"""Orbax checkpoints of (state, data cursor, progress): written in the background, complete or not there at all.
 
+A checkpoint holds the SHA-256 of each of its files (`integrity`), so that a byte that changed on disk is told before it
+is used. Of several processes each writes what its devices hold into the one folder that all of them share; process 0
+writes and compares the digests.
+"""
+
+import contextlib
+import errno
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from vlm_jax.core.errors import UserError
+from vlm_jax.core import specs
+from vlm_jax.core.errors import Ended, UserError
+from vlm_jax.store import integrity
+from vlm_jax.store.files import write_json
+
+_DISK = ("No space left", "Read-only file system", "Permission denied", "Disk quota exceeded", "File too large")
+_DISK_CODES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
+
+
+class Restored(NamedTuple):
+    """A state in its shardings, and what was saved with it."""
+
+    state: Any
+    cursor: Any
+    progress: dict[str, Any]  # numbers; empty in checkpoints of earlier versions
 
 
 class Checkpoints:
     """The checkpoints of one workdir. `save` returns at once; `close` waits until what was saved is on disk."""
 
-    def __init__(self, workdir: Path, keep: int = 1):
+    def __init__(self, workdir: Path, keep: int = 1, keep_every_steps: int = 0):
         self.directory = workdir.absolute() / "checkpoints"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with told(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    keep_period=keep_every_steps or None,
+                    enable_async_checkpointing=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
+                ),
+            )
+        self._saving = 0
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint, sound or not."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, cursor: Any, spec: dict[str, Any]) -> None:
-        """Raises nothing here; an error of the background write surfaces at the next call."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(cursor), spec=ocp.args.JsonSave(spec)
-        )
-        self._manager.save(step, args=args)
+    def newest_sound(self, on_damage: Callable[[int, str], None]) -> int | None:
+        """Step of the newest checkpoint whose files are as they were written; None where there is none at all.
 
-    def restore(self, step: int, abstract_state: Any, shardings: Any) -> tuple[Any, Any]:
-        """State in the given shardings, and the data cursor."""
+        Damaged ones on the way are told to `on_damage(step, what)`. Raises `UserError` where all are damaged.
+        """
+        return _newest_sound(self.directory, on_damage)
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint to `damaged/`, so that its step can be saved again."""
+        aside = self.directory.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            with told(aside):
+                aside.parent.mkdir(exist_ok=True)
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}.again")
+                (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+        return aside
+
+    def save(self, step: int, state: Any, cursor: Any, progress: dict[str, Any]) -> None:
+        """Raises `UserError` if the disk does not take it, or did not take the one before."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            cursor=ocp.args.JsonSave(cursor),
+            progress=ocp.args.JsonSave(progress),
+        )
+        with told(self.directory):
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=args)
+
+    def _sign(self) -> None:
+        """In the background, on process 0, when all files are written and before the checkpoint gets its name."""
+        for folder in self.directory.glob(f"{self._saving}.*"):
+            integrity.sign(folder)
+
+    def restore(self, step: int, abstract_state: Any, shardings: Any) -> Restored:
+        """A state in the given shardings. Raises `UserError` where it cannot be read."""
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state, shardings
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), cursor=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["cursor"]
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(target), "cursor": ocp.args.JsonRestore()}
+        if (self.directory / str(step) / "progress").exists():
+            items["progress"] = ocp.args.JsonRestore()
+        with _reading(self.directory / str(step)):
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Restored(found["state"], found["cursor"], found["progress"] if "progress" in items else {})
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises `UserError` if the disk did not take it."""
+        with told(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits too, then ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def restore_params(workdir: Path, abstract_params: Any, shardings: Any, on_damage: Callable[[int, str], None]) -> Any:
+    """Parameters of the newest sound checkpoint; neither moments nor anything else is read, and nothing is written.
+
+    Raises `UserError` where there is none, or where it cannot be read.
+    """
+    directory = workdir.absolute() / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"{workdir}: no checkpoint here; train this run first, or name its --workdir")
+    target = {
+        "params": jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_params, shardings
+        )
+    }
+    step = _newest_sound(directory, on_damage)
+    if step is None:
+        raise UserError(f"{directory}: no complete checkpoint; train this run first")
+    args = ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    with _reading(directory / str(step)), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(directory / str(step) / "state", args=args)["params"]
+
+
+def _newest_sound(directory: Path, on_damage: Callable[[int, str], None]) -> int | None:
+    """See `Checkpoints.newest_sound`. Process 0 looks, all processes get its answer."""
+    steps = sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+    sound, damage = 0, [""] * len(steps)
+    if jax.process_index() == 0:
+        while sound < len(steps) and (what := integrity.damage(directory / str(steps[sound]))):
+            damage[sound] = what
+            sound += 1
+    if jax.process_count() > 1:
+        sound = int(multihost_utils.broadcast_one_to_all(np.int32(sound)))
+    if steps and sound == len(steps):
+        raise UserError(
+            f"{directory}: no checkpoint is sound (step {steps[0]}: {damage[0] or 'as process 0 says'}): restore the "
+            "folder from a copy, or delete it to train from the start"
+        )
+    for step, what in zip(steps[:sound], damage, strict=False):
+        on_damage(step, what)
+    return steps[sound] if steps else None
+
+
+def save_state(folder: Path, state: Any) -> None:
+    """A state alone, for a later look; replaces what is there."""
+    with told(folder), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), state, force=True)
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses (full, read-only, forbidden) into one line."""
+    try:
+        yield
+    except (UserError, Ended):
+        raise
+    except Exception as error:
+        text = str(error)
+        said = next((words for words in _DISK if words.lower() in text.lower()), None)
+        if said is None and isinstance(error, OSError) and error.errno in _DISK_CODES:
+            said = error.strerror
+        if said is None:
+            raise
+        raise UserError(
+            f"{path}: cannot write here ({said}): the checkpoints that are there are whole; make room or name another "
+            "--workdir, and run again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{folder}: cannot be read ({_line(error)}): move the folder away to go on from the checkpoint before it"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error))[:200] or type(error).__name__
 
 
 def claim(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -> None:
     """Writes `spec.json` into a new workdir, or checks that it is this spec's, but for the fields that may change.
 
-    Raises `UserError` where the workdir belongs to another spec, and names the fields that differ.
+    A field that came after the file was written counts as what it then meant. Only process 0 writes. Raises `UserError`
+    where the workdir belongs to another spec, and names the fields that differ.
     """
     path = workdir / "spec.json"
     if path.exists():
-        there, asked = _flat(read_spec(workdir)), _flat(spec)
+        there, asked = (_flat(specs.complete(values)) for values in (read_spec(workdir), spec))
         differing = [name for name in sorted({*there, *asked}) if there.get(name) != asked.get(name)]
         differing = [name for name in differing if not name.startswith(tuple(may_change) or "\0")]
         if differing:
             changes = ", ".join(f"{n}: {there.get(n)!r} there, {asked.get(n)!r} asked" for n in differing[:6])
             raise UserError(f"{workdir} holds a run of another spec ({changes}): choose another --workdir")
         return
+    if jax.process_index():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(spec, indent=1, sort_keys=True) + "\n")
-        temporary.replace(path)
+        write_json(path, spec)
     except OSError as error:
         raise UserError(f"{workdir}: cannot write here ({error.strerror}): choose another --workdir") from error
 
@@ -71,11 +230,18 @@ def claim(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -
 def read_spec(workdir: Path) -> dict[str, Any]:
     """The spec stored in a workdir. Raises `UserError` if there is none."""
     try:
-        return json.loads((workdir / "spec.json").read_text())
+        values = json.loads((workdir / "spec.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{workdir}: no spec.json, so no run was started here") from None
+    except OSError as error:
+        raise UserError(f"{workdir}/spec.json: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{workdir}/spec.json: not valid JSON ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{workdir}/spec.json, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{workdir}/spec.json: an object of fields is wanted, not {type(values).__name__}")
+    return values
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -101,5 +101,5 @@ def _check(
         if a is None:
             continue
         difference = float(np.max(np.abs(np.asarray(a, np.float32) - b.astype(np.float32))))
-        if difference > 4e-3 * max(float(np.max(np.abs(b))), 1.0):
+        if not difference <= 4e-3 * max(float(np.max(np.abs(b))), 1.0):  # not a number is no agreement
             raise UserError(f"{folder}: stored features differ from the encoder by {difference:.3g}: delete the folder")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
@@ -15,19 +16,19 @@ class MetricWriter:
     """`write(step, make)` calls `make()` on the writer's own thread; `close()` waits for what is outstanding.
 
     A run that resumes at `step` writes the steps behind it anew, so their old lines are dropped. `last` holds the
-    newest numbers, once `close()` has returned.
+    newest numbers, of an earlier process too, once `close()` has returned.
     """
 
     def __init__(self, workdir: Path, step: int | None = None):
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        if step is not None and path.exists():
-            _keep_until(path, step)
+        kept = [] if step is None else keep_until(path, step)
         self._lines = open(path, "a")  # noqa: SIM115 - closed by close()
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=None if step is None else step + 1)
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._outstanding: list[Future[None]] = []
-        self.last: dict[str, float] = {}
+        before = kept[-1] if kept else {}
+        self.last = {k: math.nan if v is None else float(v) for k, v in before.items() if k != "step"}
 
     def write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
         """`make` turns device arrays into numbers; not-a-number is written as null, which JSON can hold."""
@@ -42,6 +43,11 @@ class MetricWriter:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def wait(self) -> None:
+        """Until all that was handed over is written: what a checkpoint has behind it must not be logged again."""
+        for future in self._outstanding:
+            future.result()
+
     def close(self) -> None:
         """Raises what `make` raised, if nothing has told it yet; the files are closed all the same."""
         self._thread.shutdown(wait=True)
@@ -51,16 +57,19 @@ class MetricWriter:
             future.result()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a line that was cut off."""
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of later steps, and a line that was cut off. Returns what stays."""
+    if not path.exists():
+        return []
     kept = []
     for line in path.read_text().splitlines():
         try:
-            written = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError):
+            values = json.loads(line)
+        except json.JSONDecodeError:
             continue
-        if written <= step:
-            kept.append(line + "\n")
+        if isinstance(values, dict) and values.get("step", math.inf) <= step:
+            kept.append(values)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
     temporary.replace(path)
+    return kept

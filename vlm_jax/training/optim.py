@@ -22,8 +22,12 @@ def schedule(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
     )
 
 
-def make_optimiser(spec: OptimSpec, stage: StageSpec) -> optax.GradientTransformation:
-    """The update of the stage's trainable parts. Rates are multiplied by the first match of `spec.lr_scale`."""
+def make_optimiser(spec: OptimSpec, stage: StageSpec, moments: str = "float32") -> optax.GradientTransformation:
+    """The update of the stage's trainable parts. Rates are multiplied by the first match of `spec.lr_scale`.
+
+    moments: dtype of Adam's first moment. The second stays float32: it moves by (1 - b2) of itself a step, which
+        sixteen bits round away.
+    """
 
     def scale(updates: Any, params: Any) -> Any:
         del params
@@ -31,7 +35,7 @@ def make_optimiser(spec: OptimSpec, stage: StageSpec) -> optax.GradientTransform
 
     steps = [
         optax.clip_by_global_norm(spec.clip_norm),
-        optax.scale_by_adam(spec.b1, spec.b2),
+        optax.scale_by_adam(spec.b1, spec.b2, mu_dtype=moments),
         optax.add_decayed_weights(spec.weight_decay, mask=_matrices),
         optax.scale_by_learning_rate(schedule(spec, stage)),
     ]

@@ -8,19 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm_jax.core.structs import LossSums, TrainState
+from vlm_jax.training.guard import GuardState
 
 Forward = Callable[[Any, Any], LossSums]
 Step = Callable[[TrainState, Any], tuple[TrainState, LossSums, "Norms"]]
 
 
 class Norms(NamedTuple):
-    """Global norms, for the log."""
+    """Global norms, for the log, and how many steps of the stage a guarded optimiser has left out."""
 
     grad: Float[Array, ""]
     update: Float[Array, ""]
+    skipped: Int[Array, ""] | None = None
 
 
 def init_state(
@@ -55,8 +57,16 @@ def make_step(
             zeros = (LossSums(*(jnp.zeros(()),) * 3), jax.tree.map(jnp.zeros_like, trained))
             (sums, grads), _ = jax.lax.scan(add, zeros, parts)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), grads)
-        updates, opt_state = optimiser.update(grads, state.opt_state, trained)
-        norms = Norms(optax.tree.norm(grads), optax.tree.norm(updates))
+        if isinstance(state.opt_state, GuardState):
+            mean = sums.nll / jnp.maximum(sums.count, 1)
+            updates, opt_state = optimiser.update(grads, state.opt_state, trained, loss=mean)
+            good = opt_state.skipped == state.opt_state.skipped
+            sums = LossSums(*(jnp.where(good, total, 0) for total in sums))
+            skipped = opt_state.skipped
+        else:
+            updates, opt_state = optimiser.update(grads, state.opt_state, trained)
+            skipped = None
+        norms = Norms(optax.tree.norm(grads), optax.tree.norm(updates), skipped)
         params = {**frozen, **optax.apply_updates(trained, updates)}
         return TrainState(state.step + 1, params, opt_state), sums, norms
 

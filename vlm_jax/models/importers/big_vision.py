@@ -1,123 +1,261 @@
-"""big_vision's `.npz` checkpoints: flat arrays under slash-joined names. Reads and writes the image tower of SigLIP.
+"""big_vision's `.npz` checkpoints: flat arrays under slash-joined names. The image tower of SigLIP, alone or beside its
+text tower, and PaliGemma (image tower, linear head, Gemma).
 
-Our name on the left, big_vision's on the right; `i` counts blocks, which we keep stacked on a leading axis and
-big_vision keeps apart (or stacks too, under `encoderblock`, when it was trained with scan).
+big_vision keeps blocks apart (`encoderblock_3/...`) or, when it was trained with scan, stacked as we do
+(`encoderblock/...`); both are read. There is no configuration beside the file: sizes follow from the shapes, and what
+has no shape (softcaps, the base of the rotary angles) from the family.
 """
 
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import ComputeSpec, EncoderSpec
+from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
+from vlm_jax.models.importers.parts import Found
+from vlm_jax.models.importers.weights import Leaf, Table, Weights, load_params, open_weights, same, tensors
 from vlm_jax.models.vision import Encoder
+from vlm_jax.sizing import zoo
 
+# Optimiser state, counters, the text tower with its temperature and bias.
+IGNORED = (r"opt/.*", r"(?:.*/)?(?:chrono|states)/.*", r"(?:.*/)?txt/.*", r"(?:params/)?[tb]")
+APART, STACKED = "encoderblock_{i}", "encoderblock"
+_FIRST = "embedding/kernel"
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_LEAVES = {
-    **{
-        f"attention/{name}/{leaf}": f"{_ATTENTION}/{name}/{leaf}"
-        for name in ("query", "key", "value", "out")
-        for leaf in ("kernel", "bias")
-    },
-    **{f"mlp/up/{leaf}": f"MlpBlock_0/Dense_0/{leaf}" for leaf in ("kernel", "bias")},
-    **{f"mlp/down/{leaf}": f"MlpBlock_0/Dense_1/{leaf}" for leaf in ("kernel", "bias")},
-}  # fmt: skip
-_BLOCK = _LEAVES | {
-    f"{ours}/{leaf}": f"{theirs}/{leaf}"
-    for ours, theirs in (("attention_norm", "LayerNorm_0"), ("mlp_norm", "LayerNorm_1"))
-    for leaf in ("scale", "bias")
-}
-_POOL = _LEAVES | {"probe": "probe", "norm/scale": "LayerNorm_0/scale", "norm/bias": "LayerNorm_0/bias"}
-_STEM = {
-    "patch/kernel": "embedding/kernel",
-    "patch/bias": "embedding/bias",
-    "position": "pos_embedding",
-    "norm/scale": "Transformer/encoder_norm/scale",
-    "norm/bias": "Transformer/encoder_norm/bias",
-}
 
 
 def load_encoder(path: str | Path, spec: EncoderSpec) -> dict[str, Any]:
-    """Parameters of `models.vision.Encoder` (float32) from a `.npz` of a ViT or of both towers.
+    """Parameters of `models.vision.Encoder` (float32, numpy) from a `.npz` of a ViT or of both towers.
 
-    Raises `UserError` for a missing or corrupt file, or a missing or misshapen tensor.
+    Raises `UserError` for a missing or corrupt file, or tensors that do not fit the spec.
     """
-    path = Path(path)
-    try:
-        if not zipfile.is_zipfile(path) and path.exists():
-            raise ValueError("it is no zip archive")
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"no encoder checkpoint {path}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz ({error})") from error
-    stems = [
-        name.removesuffix("embedding/kernel")
-        for name in arrays
-        if name.endswith("/embedding/kernel") and "txt" not in name
-    ]
-    prefix = min(stems, key=len) if stems else ""
-
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if prefix + name not in arrays:
-            raise UserError(f"{path}: tensor {prefix + name!r} is missing for encoder {spec.name}")
-        found = arrays[prefix + name]
-        if found.shape != shape:
-            raise UserError(f"{path}: {prefix + name!r} has shape {found.shape}, encoder {spec.name} wants {shape}")
-        return np.asarray(found, np.float32)
-
-    wanted = _shapes(spec)
-    theirs_only = {
-        "patch/kernel": (spec.patch_size, spec.patch_size, 3, spec.width),
-        "position": (1, *wanted["position"]),
-    }
-    flat = {
-        ours: take(theirs, theirs_only.get(ours, wanted[ours])).reshape(wanted[ours]) for ours, theirs in _STEM.items()
-    }
-    stacked = f"{prefix}Transformer/encoderblock/LayerNorm_0/scale" in arrays
-    if f"{prefix}Transformer/encoderblock_{spec.depth}/LayerNorm_0/scale" in arrays:
-        raise UserError(f"{path}: has more blocks than the {spec.depth} of encoder {spec.name}")
-    for ours, theirs in _BLOCK.items():
-        shape = wanted[f"blocks/{ours}"]
-        flat[f"blocks/{ours}"] = (
-            take(f"Transformer/encoderblock/{theirs}", shape)
-            if stacked
-            else np.stack([take(f"Transformer/encoderblock_{i}/{theirs}", shape[1:]) for i in range(spec.depth)])
-        )
-    if spec.pooling_head:
-        flat |= {
-            f"pooling/{ours}": take(f"MAPHead_0/{theirs}", wanted[f"pooling/{ours}"]) for ours, theirs in _POOL.items()
-        }
-    return tree.unflatten(flat)
+    weights = open_weights(path)
+    root, block = tower(weights)
+    encoder = Encoder(spec, ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)))
+    image = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
+    boxed = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
+    ignore = (*IGNORED, f"{root}head/.*", f"{root}pre_logits/.*", *_no_pool(spec, root))
+    return jax.device_get(load_params(weights, encoder_table(spec, root, block), boxed, None, "float32", ignore))
 
 
 def save_encoder(path: str | Path, params: Mapping[str, Any], spec: EncoderSpec) -> None:
     """Writes the encoder as the image side (`params/img/...`) of a big_vision checkpoint."""
-    flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
-    out = {theirs: flat[ours] for ours, theirs in _STEM.items()}
-    out["embedding/kernel"] = out["embedding/kernel"].reshape(spec.patch_size, spec.patch_size, 3, spec.width)
-    out["pos_embedding"] = out["pos_embedding"][None]
-    for ours, theirs in _BLOCK.items():
-        for i in range(spec.depth):
-            out[f"Transformer/encoderblock_{i}/{theirs}"] = flat[f"blocks/{ours}"][i]
-    if spec.pooling_head:
-        out |= {f"MAPHead_0/{theirs}": flat[f"pooling/{ours}"] for ours, theirs in _POOL.items()}
-    temporary = Path(path).with_suffix(".partial.npz")
-    np.savez(temporary, **{f"params/img/{name}": leaf for name, leaf in out.items()})
+    write_npz(Path(path), tensors(params, encoder_table(spec, "params/img/", APART)))
+
+
+def save_model(path: str | Path, params: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Writes SigLIP, linear projector and Gemma as a checkpoint of big_vision's PaliGemma, which computes the same
+    logits (but for Gemma 2's cap on them, which it does not apply).
+
+    Raises `UserError` for a model that is no PaliGemma.
+    """
+    tables = model_tables(spec)
+    write_npz(Path(path), (pair for part, table in tables.items() for pair in tensors(params[part], table)))
+
+
+def model_tables(spec: ModelSpec) -> dict[str, Table]:
+    """Part -> table of a checkpoint of big_vision's PaliGemma."""
+    decoder, encoder = spec.decoder, spec.encoder
+    gemma = decoder.norm_plus_one and decoder.tied_head and not (decoder.qk_norm or decoder.qkv_bias)
+    problems = {
+        f"compressor {spec.compressor.name}": spec.compressor.name != "none",
+        f"projector {spec.projector}": spec.projector != "linear",
+        f"mask {spec.mask}": spec.mask != "prefix",
+        f"language model {decoder.name}": not gemma or decoder.rope_theta != 1e4 or decoder.rope_factor != 1,
+        f"feature layer {encoder.feature_layer}": encoder.feature_layer != 0,
+        f"activation {encoder.activation}": encoder.activation != "gelu_tanh",
+    }
+    wrong = [name for name, here in problems.items() if here]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: big_vision's PaliGemma is SigLIP, a linear projector and Gemma 1 or 2")
+    return {
+        "encoder": encoder_table(encoder, "params/img/", STACKED),
+        "connector": projector_table(encoder, decoder, "params/img/"),
+        "decoder": decoder_table(decoder, "params/llm/"),
+    }
+
+
+def write_npz(path: Path, named: Iterable[tuple[str, np.ndarray]]) -> None:
+    """numpy's archive, one array in memory at a time; nothing stands at `path` before all of it does."""
+    temporary = path.with_name(path.name + ".partial")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in named:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
     temporary.replace(path)
 
 
-def _shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the encoder, under our names."""
-    encoder = Encoder(spec, ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)))
-    image = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), np.float32)
-    params = nn.meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), image))["params"]
-    return {name: leaf.shape for name, leaf in tree.flatten(params).items()}
+def find_npz(weights: Weights) -> Found:
+    """What a big_vision checkpoint holds: PaliGemma where there is an `llm`, else the image tower."""
+    root, block = tower(weights)
+    encoder = _encoder_spec(weights, root, block)
+    tables = {"encoder": encoder_table(encoder, root, block)}
+    body = f"{root.removesuffix('img/')}llm/"
+    if f"{body}embedder/input_embedding" not in weights.shapes:
+        ignore = (*IGNORED, f"{root}head/.*", f"{root}pre_logits/.*")
+        return Found("big_vision ViT", encoder, None, None, "causal", None, tables, weights, {}, ignore)
+    decoder = _decoder_spec(weights, body)
+    tables |= {
+        "connector": projector_table(encoder, decoder, root),
+        "decoder": decoder_table(decoder, body),
+    }
+    # big_vision's prompts have no placeholder; Hugging Face gives it the first id behind this vocabulary.
+    kind, token = "big_vision PaliGemma", decoder.vocab
+    return Found(kind, encoder, "linear", decoder, "prefix", token, tables, weights, {}, IGNORED)
+
+
+def tower(weights: Weights) -> tuple[str, str]:
+    """What stands before the image tower's names, and how it names its blocks."""
+    roots = [name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(_FIRST) and "txt/" not in name]
+    if not roots:
+        raise UserError(f"{weights.path}: no image tower of big_vision: no tensor ends in {_FIRST}")
+    root = min(roots, key=len)
+    stacked = f"{root}Transformer/{STACKED}/LayerNorm_0/scale" in weights.shapes
+    return root, STACKED if stacked else APART
+
+
+def encoder_table(spec: EncoderSpec, root: str, block: str) -> Table:
+    """Every parameter of `models.vision.Encoder` under big_vision's names; `block` is `APART` or `STACKED`."""
+    width, patch = spec.width, spec.patch_size
+    if spec.class_token or spec.pre_norm:
+        raise UserError(f"encoder {spec.name}: big_vision's files hold SigLIP, not CLIP")
+    table = {
+        "patch/kernel": same(f"{root}{_FIRST}", (patch, patch, 3, width)),
+        "position": same(f"{root}pos_embedding", (1, spec.patches, width)),
+    }
+    if spec.patch_bias:
+        table["patch/bias"] = same(f"{root}embedding/bias", (width,))
+    norm = {"scale": (width,), "bias": (width,)}
+    if not spec.feature_layer:
+        table |= _leaves("norm", f"{root}Transformer/encoder_norm", norm)
+    mixing = [("attention", _ATTENTION, _attention_shapes(spec)), *_mlp_shapes(spec)]
+    theirs = f"{root}Transformer/{block}/"
+    for ours, name, shapes in (
+        ("attention_norm", "LayerNorm_0", norm), ("mlp_norm", "LayerNorm_1", norm), *mixing,
+    ):  # fmt: skip
+        table |= _leaves(f"blocks/{ours}", theirs + name, shapes, spec.blocks)
+    if spec.pooling_head:
+        pool = f"{root}MAPHead_0/"
+        for ours, name, shapes in (("norm", "LayerNorm_0", norm), *mixing):
+            table |= _leaves(f"pooling/{ours}", pool + name, shapes)
+        table["pooling/probe"] = same(f"{pool}probe", (1, 1, width))
+    return table
+
+
+def _attention_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
+    heads, width = (spec.heads, spec.width // spec.heads), spec.width
+    inner = {f"{name}/{leaf}": shape for name in ("query", "key", "value")
+             for leaf, shape in (("kernel", (width, *heads)), ("bias", heads))}  # fmt: skip
+    return {**inner, "out/kernel": (*heads, width), "out/bias": (width,)}
+
+
+def _mlp_shapes(spec: EncoderSpec) -> list[tuple[str, str, dict[str, tuple[int, ...]]]]:
+    up = {"kernel": (spec.width, spec.mlp_width), "bias": (spec.mlp_width,)}
+    down = {"kernel": (spec.mlp_width, spec.width), "bias": (spec.width,)}
+    return [("mlp/up", "MlpBlock_0/Dense_0", up), ("mlp/down", "MlpBlock_0/Dense_1", down)]
+
+
+def _leaves(ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]], blocks: int = 0) -> Table:
+    """Arrays that are the same on both sides; one tensor a block where `theirs` counts blocks, else stacked."""
+    apart = blocks and "{i}" in theirs
+    full = {name: (blocks, *shape) if blocks and not apart else shape for name, shape in shapes.items()}
+    return {f"{ours}/{name}": same(f"{theirs}/{name}", shape, blocks if apart else 0) for name, shape in full.items()}
+
+
+def projector_table(encoder: EncoderSpec, decoder: DecoderSpec, root: str) -> Table:
+    """PaliGemma's linear projector is the tower's head."""
+    return {
+        "projector/kernel": same(f"{root}head/kernel", (encoder.width, decoder.width)),
+        "projector/bias": same(f"{root}head/bias", (decoder.width,)),
+    }
+
+
+def decoder_table(spec: DecoderSpec, root: str) -> Table:
+    """Every parameter of `models.decoder.Decoder` under Gemma's names, blocks stacked."""
+    layers, width, inner, n = f"{root}layers/", spec.width, spec.mlp_width, spec.depth
+    q, kv = (n, spec.heads, width, spec.head_dim), (n, spec.kv_heads, width, spec.head_dim)
+
+    def heads(theirs: str, shape: tuple[int, ...], k: int, of: int) -> Leaf:
+        """[layers, (of,) heads, D, C] -> [layers, D, heads, C]."""
+        stacked = (n, of, *shape[1:]) if of > 1 else shape
+        return Leaf(f"{layers}attn/{theirs}/w", stacked, shape, (0, 2, 1, 3), part=(1, k, of) if of > 1 else None)
+
+    if spec.heads == spec.kv_heads:
+        query, key, value = (heads("qkv_einsum", q, k, 3) for k in range(3))
+    else:
+        query, key, value = heads("q_einsum", q, 0, 1), heads("kv_einsum", kv, 0, 2), heads("kv_einsum", kv, 1, 2)
+    gating = Leaf(f"{layers}mlp/gating_einsum", (n, 2, width, inner), (n, width, inner), (0, 1, 2))
+    norms = {"attention_norm": "pre_attention_norm", "mlp_norm": "pre_ffw_norm"}
+    if spec.sandwich_norm:
+        norms |= {"attention_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
+    return {
+        "embedding": same(f"{root}embedder/input_embedding", (spec.vocab, width)),
+        "norm/scale": same(f"{root}final_norm/scale", (width,)),
+        "blocks/attention/query/kernel": query,
+        "blocks/attention/key/kernel": key,
+        "blocks/attention/value/kernel": value,
+        "blocks/attention/out/kernel": same(
+            f"{layers}attn/attn_vec_einsum/w", (n, spec.heads, spec.head_dim, width)
+        ),
+        "blocks/mlp/gate/kernel": gating._replace(part=(1, 0, 2)),
+        "blocks/mlp/up/kernel": gating._replace(part=(1, 1, 2)),
+        "blocks/mlp/down/kernel": same(f"{layers}mlp/linear", (n, inner, width)),
+        **{f"blocks/{ours}/scale": same(f"{layers}{theirs}/scale", (n, width)) for ours, theirs in norms.items()},
+    }  # fmt: skip
+
+
+def _no_pool(spec: EncoderSpec, root: str) -> tuple[str, ...]:
+    return () if spec.pooling_head else (f"{root}MAPHead_0/.*",)
+
+
+def _shape(weights: Weights, name: str, axes: int) -> tuple[int, ...]:
+    shape = weights.shapes.get(name, ((), None))[0]
+    if len(shape) != axes:
+        told = f"has shape {list(shape)}" if name in weights.shapes else "is missing"
+        raise UserError(f"{weights.path}: {name} {told}; an array of {axes} axes is wanted")
+    return shape
+
+
+def _encoder_spec(weights: Weights, root: str, block: str) -> EncoderSpec:
+    patch, _, _, width = _shape(weights, f"{root}{_FIRST}", 4)
+    side = round(_shape(weights, f"{root}pos_embedding", 3)[1] ** 0.5)
+    first = f"{root}Transformer/{block}/".replace("{i}", "0")
+    extra = int(block == STACKED)
+    heads = _shape(weights, f"{first}{_ATTENTION}/query/kernel", 3 + extra)[1 + extra]
+    inner = _shape(weights, f"{first}MlpBlock_0/Dense_0/kernel", 2 + extra)[1 + extra]
+    scale = "LayerNorm_0/scale"
+    depth = weights.shapes[first + scale][0][0] if extra else sum(
+        name.startswith(f"{root}Transformer/") and name.endswith(scale) for name in weights.shapes
+    )  # fmt: skip
+    pool = f"{root}MAPHead_0/probe" in weights.shapes
+    name = f"siglip-{width}x{depth}-{patch}-{side * patch}"
+    return EncoderSpec(name, side * patch, patch, width, depth, heads, inner, pooling_head=pool)
+
+
+def _decoder_spec(weights: Weights, root: str) -> DecoderSpec:
+    """Gemma's sizes from the shapes. What big_vision leaves out of Gemma 2 is left out: sliding windows, and the cap on
+    the logits, which its PaliGemma does not apply (order and greedy answers are the same with it).
+    """
+    vocab, width = _shape(weights, f"{root}embedder/input_embedding", 2)
+    depth, heads, head_dim, _ = _shape(weights, f"{root}layers/attn/attn_vec_einsum/w", 4)
+    inner = _shape(weights, f"{root}layers/mlp/linear", 3)[1]
+    grouped = f"{root}layers/attn/kv_einsum/w"
+    kv_heads = _shape(weights, grouped, 5)[2] if grouped in weights.shapes else heads
+    second = f"{root}layers/post_attention_norm/scale" in weights.shapes
+    sizes = (width, depth, heads, kv_heads, head_dim, inner)
+    known = [s for s in zoo.DECODERS.values() if s.name.startswith("gemma") and sizes == _sizes(s)]
+    return DecoderSpec(
+        known[0].name if known else f"gemma{2 if second else ''}-{width}x{depth}", *sizes, vocab,
+        sandwich_norm=second, norm_plus_one=True, activation="gelu_tanh", scale_embedding=True,
+        query_scale=known[0].query_scale if known else None,  # Gemma 2 27B divides by the square root of D / N
+        attention_softcap=50.0 if second else None, context=8192,
+    )  # fmt: skip
+
+
+def _sizes(spec: DecoderSpec) -> tuple[int, ...]:
+    return spec.width, spec.depth, spec.heads, spec.kv_heads, spec.head_dim, spec.mlp_width

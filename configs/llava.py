@@ -1,0 +1,87 @@
+"""LLaVA-1.5's recipe (arXiv 2310.03744, table 9) for any encoder, language model and number of visual tokens.
+
+    python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
+    python -m vlm_jax.train --config configs/llava.py:llm=qwen1.5-7b,tokens=16,sequence=256 --workdir DIR \\
+        --config.encoder_checkpoint=so400m-folder --config.decoder_checkpoint=qwen-folder \\
+        --config.data.tokenizer=qwen-folder
+
+Two stages: the projector and compressor alone, then with the language model; the encoder stays frozen. What differs
+from the paper: the compressor between encoder and projector (LLaVA-1.5 keeps every patch), one batch size for both
+stages (the paper's first takes 256 examples and its second 128), and the data. This repository has no images of
+LLaVA's mixture: the data fields name its own drawn pages, whose questions are short (sequence=256 holds them), until a
+data set of your own stands here. Without checkpoints everything starts from random weights: for compiling and sizing.
+"""
+
+from ml_collections import ConfigDict
+
+from vlm_jax.config.arguments import parse_arg
+from vlm_jax.sizing import zoo
+
+SEQUENCE = 2048  # image and text together, as in LLaVA
+EXAMPLES = {1: 558_000, 2: 665_000}  # of LLaVA's two mixtures, each seen once
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    arg = parse_arg(
+        arg,
+        llm="qwen1.5-7b",
+        encoder="siglip-so400m14-384",
+        tokens=144,
+        compressor="resampler",  # gives any number of tokens
+        batch=256,
+        tensor=16,  # devices of the mesh's second direction: a side of the pod's torus is best
+        stage=0,  # 1 or 2: only that stage
+        sequence=SEQUENCE,
+        seed=0,
+    )
+    encoder = zoo.encoder(arg.encoder)
+    c = ConfigDict()
+    c.model = dict(
+        encoder=arg.encoder,
+        taps=(),
+        feature_layer=encoder.depth - 1 if encoder.class_token else 0,  # of CLIP, LLaVA reads the last block but one
+        compressor=dict(name=arg.compressor, tokens=arg.tokens, width=1024, heads=16, depth=1, mlp_width=4096),
+        projector="mlp",
+        llm=arg.llm,
+        vocab=0,  # 0: as in the zoo
+        mask="causal",
+    )
+    c.encoder_checkpoint = c.decoder_checkpoint = ""
+    c.data = dict(
+        dataset="glyph_ocr",
+        config="rows6",
+        train_split="train",
+        test_split="test",
+        batch_examples=arg.batch,
+        questions_per_example=1,
+        text_tokens=arg.sequence - arg.tokens,
+        frozen_features=False,
+        tokenizer="",
+    )
+    steps = {stage: -(-examples // arg.batch) for stage, examples in EXAMPLES.items()}
+    warmup = {stage: round(0.03 * count) for stage, count in steps.items()}
+    # Rates of 1e-3 and 2e-5, as factors of the second.
+    align = dict(name="align", total_steps=steps[1], train=("connector",), lr_factor=50.0, warmup_steps=warmup[1])
+    tune = dict(
+        name="tune", total_steps=steps[2], train=("connector", "decoder"), lr_factor=1.0, warmup_steps=warmup[2]
+    )
+    c.stages = {0: (align, tune), 1: (align,), 2: (tune,)}[arg.stage]
+    c.optim = dict(
+        peak_lr=2e-5, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, final_lr_share=0.0, lr_scale=()
+    )  # fmt: skip
+    c.compute = dict(
+        dtype="bfloat16",
+        remat="block",
+        attention="splash",
+        microbatches=1,
+        strategy="fsdp",
+        mesh=(1, -1, arg.tensor),
+        slices=1,
+        moments="float32",
+    )
+    c.evaluation = dict(examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32)
+    c.seed = arg.seed
+    c.log_every_steps = 10
+    c.save_every_steps = 500
+    c.keep_checkpoints = 2
+    return c

@@ -1,0 +1,1 @@
+"""What happens to a run when things go wrong, tried for real: `python -m experiments.faults.run`."""

@@ -1,0 +1,1 @@
+"""How fast loaded models read prompts and answer, beside transformers."""

@@ -1,0 +1,120 @@
+"""Cells by their number in the grid: what a task of Slurm runs, and every host of a TPU slice.
+
+One cell runs in this process. Several run one after the other, each in a process of its own, so that a cell that breaks
+its process, or its connection to the other hosts, leaves the next alone.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments.launching import states
+from experiments.launching.attempt import attempt, with_checkpoints
+from experiments.launching.cells import Cell, rows_of
+from vlm_jax import processes
+from vlm_jax.core.errors import STOPPED, Ended, UserError
+
+_NONE = -1  # in place of an index
+_PATIENCE_SECS = 120  # a file server keeps the lock of a machine that died for a while
+
+
+def parse(text: str, cells: list[Cell]) -> list[Cell]:
+    """`"3"`, `"3,7"` or `"all"`. Raises `UserError` for what the grid does not have."""
+    if text == "all":
+        return cells
+    chosen = []
+    for word in text.split(","):
+        if not word.isdecimal() or int(word) >= len(cells):
+            raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1}; several: 3,7 or all")
+        chosen.append(cells[int(word)])
+    return chosen
+
+
+def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console: Console) -> int:
+    """Runs those of the chosen cells that have no row; returns 1 if one is still without."""
+    rows = rows_of(chosen, args.workdir)
+    for cell in chosen:
+        if cell.spec_hash in rows:
+            console.print(f"cell {cell.index} is done: {cell.name}", soft_wrap=True)
+    left = [cell for cell in chosen if cell.spec_hash not in rows]
+    if len(chosen) > 1:
+        return _run_several(left, args, console)
+    if not left:
+        return 0
+    with processes.joined(args):
+        if processes.is_first():
+            return _run_one(left[0], args.workdir, console)
+        # Hosts whose last cell ended differently may be out of step: the first one's cell counts.
+        said = processes.first_says(_NONE)
+        if said != _NONE:
+            attempt(_saving(cells[said]), lambda doing, share: None, processes.watch_sigterm())
+        return 0
+
+
+def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -> int:
+    failed = 0
+    words = ["--grid", args.grid, "--workdir", str(args.workdir), "--processes", args.processes]
+    words += [] if args.process is None else ["--process", str(args.process), "--coordinator", args.coordinator]
+    for number, cell in enumerate(left, start=1):
+        console.print(f"cell {cell.index}, {number} of {len(left)}: {cell.name}", soft_wrap=True)
+        command = [sys.executable, "-m", "experiments.launch", *words, "--index", str(cell.index)]
+        code = subprocess.run(command, check=False).returncode
+        if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+            return STOPPED
+        failed += code != 0
+    console.print(f"{len(left) - failed} of {len(left)} cells done" if left else "nothing to do")
+    return 1 if failed else 0
+
+
+def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
+    # Slurm's warning before the time limit is for submitit, which puts the task back in the queue; then comes SIGTERM.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    with states.taken(cell, _PATIENCE_SECS) as mine:
+        to_do = mine and cell.spec_hash not in rows_of([cell], workdir)
+        processes.first_says(cell.index if to_do else _NONE)
+        if not to_do:
+            console.print(f"cell {cell.index}: {states.state_of(cell).text}", soft_wrap=True)
+            return 0 if mine else 1
+        try:
+            _attempt_with_bar(cell, console)
+        except Ended:
+            raise
+        except Exception:
+            if jax.process_count() > 1:
+                raise  # the others wait for this process
+            console.print(f"[red]failed[/] {cell.name}", soft_wrap=True)
+            print("\n".join(states.error_of(cell)), file=sys.stderr)
+            return 1
+    console.print(states.state_of(cell).text, cell.name, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _attempt_with_bar(cell: Cell, console: Console) -> None:
+    """In a log, a line for each tenth instead of a bar."""
+    write, started, said = states.teller(cell), time.monotonic(), ""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=1.0)
+
+        def tell(doing: str, share: float) -> None:
+            nonlocal said
+            write(doing, share)
+            progress.update(bar, description=doing, completed=share)
+            if not console.is_terminal and said != (said := f"{doing}, {int(10 * share) * 10} %"):
+                console.print(f"{time.monotonic() - started:7.0f} s  {said}")
+
+        attempt(_saving(cell), tell, processes.watch_sigterm())
+
+
+def _saving(cell: Cell) -> Cell:
+    return cell._replace(spec=with_checkpoints(cell.spec))

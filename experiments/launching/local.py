@@ -1,0 +1,131 @@
+"""Cells on this machine, several at a time: one process a GPU, one on a TPU host, one a core elsewhere."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from experiments.launching import states
+from experiments.launching.cells import Cell
+from experiments.launching.follow import follow
+from vlm_jax.core.errors import STOPPED, UserError
+
+_LOOK_EVERY_SECS = 0.3
+_SAVING_SECS = 60
+
+
+class Devices(NamedTuple):
+    """What may be divided between processes; asking JAX would take it."""
+
+    gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES names them
+    tpu: bool
+    cores: tuple[int, ...]
+
+
+def devices(environment: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> Devices:
+    """The accelerators and cores that this process may use."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    platforms = environment.get("JAX_PLATFORMS", "")
+    gpus = tuple(sorted((path.name.removeprefix("nvidia") for path in dev.glob("nvidia[0-9]*")), key=int))
+    if "CUDA_VISIBLE_DEVICES" in environment and gpus:
+        gpus = tuple(name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1"))
+    tpu = any(dev.glob("accel[0-9]*")) or (not gpus and any(dev.glob("vfio/[0-9]*")))
+    if platforms == "cpu":
+        gpus, tpu = (), False
+    return Devices(gpus, tpu, tuple(sorted(cores)))
+
+
+def default_workers() -> int:
+    """One process a GPU; one for a TPU, which belongs to one; one a core of a CPU."""
+    here = devices()
+    return len(here.gpus) or (1 if here.tpu else len(here.cores))
+
+
+def share_of(index: int, workers: int, here: Devices) -> tuple[dict[str, str], list[str]]:
+    """The environment of worker `index` of `workers`, and the words that its command begins with."""
+    if here.gpus:
+        mine = here.gpus[index::workers] or (here.gpus[index % len(here.gpus)],)
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if workers > len(here.gpus) else {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(mine), **shared}, []
+    if here.tpu:
+        return {}, []
+    # Small cells spend more time compiling than a better program would win back; and two single-threaded programs
+    # finish before one two-threaded one.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+    pinned = shutil.which("taskset") and workers <= len(here.cores)
+    words = ["taskset", "-c", ",".join(map(str, here.cores[index::workers]))] if pinned else []
+    return {"XLA_FLAGS": flags}, words
+
+
+def run(left: list[Cell], grid: str, workdir: Path, workers: int, console: Console) -> None:
+    """Runs the cells.
+
+    Raises `UserError` for a number of workers that cannot be, and where a worker cannot even start.
+    """
+    here = devices()
+    if workers < 1 or (here.tpu and workers > 1):
+        raise UserError(f"--workers {workers}: " + ("at least 1" if workers < 1 else "a TPU belongs to one process"))
+    for cell in left:
+        if not states.held(cell):  # tried again
+            (cell.folder / "error.txt").unlink(missing_ok=True)
+    workers = min(workers, len(left))
+    log = workdir / "workers.log"
+    command = [sys.executable, "-m", "experiments.launching.worker", "--grid", grid, "--workdir", str(workdir)]
+
+    def start(index: int) -> subprocess.Popen[bytes]:
+        environment, words = share_of(index, workers, here)
+        with open(log, "ab") as output:
+            return subprocess.Popen([*words, *command], stdout=output, stderr=output, env=os.environ | environment)
+
+    running = {index: start(index) for index in range(workers)}
+    try:
+        follow(left, workdir, _tender(running, left, start, log), console, _LOOK_EVERY_SECS)
+    finally:
+        _stop(list(running.values()), console)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]], console: Console) -> None:
+    """Asks the workers to save and end, and waits until they have."""
+    if processes:
+        console.print("stopping: each worker ends its step and saves")
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_SAVING_SECS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _tender(
+    running: dict[int, subprocess.Popen[bytes]],
+    left: list[Cell],
+    start: Callable[[int], subprocess.Popen[bytes]],
+    log: Path,
+) -> Callable[[], bool]:
+    """Looks after the workers: one that dies at a cell is replaced, and the cell is left alone."""
+
+    def going() -> bool:
+        for index, process in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del running[index]
+            if code in (0, STOPPED):  # somebody asked it to stop, and it has saved
+                continue
+            me = (socket.gethostname(), process.pid)
+            dead = [cell for cell in left if (sign := states.sign_of(cell)) and (sign["host"], sign["pid"]) == me]
+            if not dead:
+                raise UserError(f"worker {index} ended outside a cell: see {log}")
+            said = (dead[0].folder / "log.txt").read_text(errors="replace").splitlines()[-5:]
+            states.fail(dead[0], "\n".join([*said, f"its process ended with {code}"]))
+            running[index] = start(index)
+        return bool(running)
+
+    return going

@@ -1,0 +1,1 @@
+"""What loading a published checkpoint costs in memory and time."""

@@ -1,0 +1,94 @@
+"""Compiles every cell of the study with XLA:TPU, one row each: `python -m experiments.pod_fit.sweep`.
+
+A row that exists is not compiled again. `--part 0/2` and `--part 1/2` share the cells between two processes. A cell
+takes one to three minutes on one core.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from vlm_jax.aot import ENVIRONMENT
+from vlm_jax.core.errors import Flags, door
+
+HERE = Path(__file__).parent
+LLMS = ("qwen1.5-7b", "qwen1.5-0.5b", "qwen1.5-14b", "qwen1.5-1.8b", "qwen1.5-4b")
+TOKENS = (16, 144, 1, 576)
+# Devices of the mesh's second direction: one side of a plane, or what stands upright on a plane, because most bytes
+# travel along the first direction, and a plane has more links than a line.
+PODS = {"v5e:16x16": 16, "v5p:4x4x8": 8}
+
+
+class Cell(NamedTuple):
+    """One program: a config's argument, a topology and a mode."""
+
+    arg: str
+    topology: str
+    mode: str = "train"
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.mode, self.topology, self.arg, *(f"{k}={v}" for k, v in self.overrides)))
+
+
+def train_cell(llm: str, tokens: int, pod: str) -> Cell:
+    """A cell of the study's grid."""
+    return Cell(f"llm={llm},tokens={tokens},tensor={PODS[pod]}".replace(",tensor=16", ""), pod)
+
+
+def cells() -> list[Cell]:
+    """The study, the cells that most depends on first."""
+    train = [train_cell(llm, tokens, pod) for tokens in TOKENS for pod in PODS for llm in LLMS]
+    serving = (("compute.strategy", "fsdp_tensor"), ("compute.mesh", "(16, 1, 16)"))
+    answer = [
+        Cell(f"llm=qwen1.5-7b,tokens={tokens}", "v5e:16x16", mode, serving)
+        for tokens in (16, 576) for mode in ("prefill", "decode")
+    ]  # fmt: skip
+    large = Cell("llm=gemma2-27b,tokens=144,batch=512,tensor=8", "v5p:8x8x8")
+    # What the splash kernel, and the placement of the study, are worth.
+    plain = Cell("llm=qwen1.5-7b,tokens=16", "v5e:16x16", "train", (("compute.attention", "xla"),))
+    narrow = Cell("llm=qwen1.5-7b,tokens=16,tensor=1", "v5e:16x16")
+    return [*train[:10], large, *train[10:20], *answer, plain, narrow, *train[20:]]
+
+
+def main(argv: list[str]) -> None:
+    """Compiles what is missing."""
+    os.environ.update(ENVIRONMENT)
+    flags = Flags(prog="python -m experiments.pod_fit.sweep", description=__doc__)
+    flags.add_argument("--part", default="0/1", help="i/n: every n-th cell, from the i-th")
+    flags.add_argument("--hlo", type=Path, help="keep the programs' texts in this folder")
+    args = flags.parse_args(argv)
+    index, parts = (int(number) for number in args.part.split("/"))
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from vlm_jax.aot import variants
+    from vlm_jax.config.arguments import load_config
+    from vlm_jax.config.resolve import resolve
+
+    mine = [cell for i, cell in enumerate(cells()) if i % parts == index]
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(mine))
+        for cell in mine:
+            progress.update(bar, description=cell.name)
+            if cell.name not in {row["cell"] for row in read()}:
+                spec = resolve(load_config(f"configs/llava.py:{cell.arg}", dict(cell.overrides)))
+                row, text = variants.compile_row(spec, spec.stages[-1], cell.topology, cell.mode)
+                with (HERE / "rows.jsonl").open("a") as out:
+                    out.write(json.dumps({"cell": cell.name, **row}) + "\n")
+                if args.hlo:
+                    (args.hlo / f"{cell.name.replace('/', '_')}.txt").write_text(text)
+            progress.advance(bar)
+
+
+def read() -> list[dict]:
+    """The rows so far."""
+    path = HERE / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    door(main)()

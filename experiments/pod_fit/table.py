@@ -1,0 +1,202 @@
+"""Page, figure and checks of the study from its rows: `python -m experiments.pod_fit.table`. Exits 1 if one fails."""
+
+import importlib.metadata
+import os
+from typing import Any
+
+from experiments.pod_fit.sweep import HERE, LLMS, PODS, TOKENS, cells, read, train_cell
+from vlm_jax.aot import ENVIRONMENT
+from vlm_jax.core.errors import Flags, door
+
+GIB = 2**30
+CHIPS = (16, 32, 64, 128, 256)
+TOLERANCE = 0.05
+_SIZES = sorted(LLMS, key=lambda name: float(name.removeprefix("qwen1.5-").removesuffix("b")))
+
+Row = dict[str, Any]
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """The first line is the head."""
+    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
+
+
+def figures_of(row: Row | None) -> str:
+    """Peak, time and MFU of one cell."""
+    if row is None:
+        return "not compiled"
+    if not row["fits"]:
+        return f"{row['peak_bytes'] / GIB:.1f}, does not fit"
+    return f"{row['peak_bytes'] / GIB:.1f} · {1e3 * row['step_secs']:.0f} · {row['mfu']:.0%}"
+
+
+def training(rows: dict[str, Row]) -> str:
+    """A table a pod, and the large model."""
+    parts = []
+    for pod in PODS:
+        lines = [[f"{pod}", *(f"V = {tokens}" for tokens in sorted(TOKENS))]]
+        for llm in _SIZES:
+            names = [train_cell(llm, tokens, pod).name for tokens in sorted(TOKENS)]
+            lines.append([llm, *(figures_of(rows.get(name)) for name in names)])
+        parts.append(markdown(lines))
+    large = [cell for cell in cells() if "gemma" in cell.arg]
+    parts.append(markdown([["the largest", "", ""], *(
+        [cell.topology, cell.arg.replace(",", ", "), figures_of(rows.get(cell.name))] for cell in large
+    )]))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def state_bytes(llm: str, chips: int) -> float:
+    """Parameters and optimiser state that one of that many chips holds in the last stage of training."""
+    import flax.linen as nn
+    import jax
+    import numpy as np
+    from jax.sharding import AbstractMesh
+
+    from vlm_jax import build, partitioning
+    from vlm_jax.config.arguments import load_config
+    from vlm_jax.config.resolve import resolve
+
+    spec = resolve(load_config(f"configs/llava.py:llm={llm},tokens=144"))
+    table = tuple(partitioning.TABLES[spec.compute.strategy].items())
+    shape = partitioning.mesh_shape(spec.compute.mesh, chips)
+    plan = partitioning.Plan(AbstractMesh((1, *shape), partitioning.MESH_AXES), table)
+    boxed = build.abstract_state(build.lay_out(spec, plan), spec.stages[-1])
+    leaves, shards = jax.tree.leaves(nn.meta.unbox(boxed)), jax.tree.leaves(plan.shardings(boxed))
+    return float(sum(
+        np.prod(shard.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, shard in zip(leaves, shards, strict=True)
+    ))  # fmt: skip
+
+
+def scaling() -> dict[str, list[float]]:
+    """LLM -> total bytes over all chips, for each of CHIPS, as shares of those over the fewest."""
+    totals = {llm: [count * state_bytes(llm, count) for count in CHIPS] for llm in _SIZES}
+    return {llm: [total / mine[0] for total in mine] for llm, mine in totals.items()}
+
+
+def checks(rows: dict[str, Row], scaled: dict[str, list[float]]) -> list[tuple[str, bool]]:
+    """(what is claimed with its figure, whether it holds)."""
+    from vlm_jax.config.arguments import load_config
+    from vlm_jax.config.resolve import resolve
+    from vlm_jax.sizing import cost
+
+    wanted = {cell.name: cell for cell in cells() if not cell.overrides and "tensor=1" not in cell.arg}
+    study = [row for name, row in rows.items() if name in wanted]
+    held = []
+    for row in study:
+        sizes = cost.params(resolve(load_config(f"configs/llava.py:{wanted[row['cell']].arg}")).model)
+        held.append(row["optimiser_bytes"] * row["chips"] / (8 * (sizes.total - sizes.encoder)))
+    widest = max(row["checks"]["gathered_table"] for row in study)
+    exchanged = max(row["checks"]["exchanges"] for row in study)
+    drift = max((abs(share - 1) for mine in scaled.values() for share in mine), default=0.0)
+    missing = len(wanted) - len(study)
+    return [
+        (f"of {len(study)} training programs {sum(row['fits'] for row in study)} fit ({missing} not compiled)",
+         all(row["fits"] for row in study)),
+        (f"no program gathers the whole embedding or head, or sums logits of all words: the widest array that a gather "
+         f"or a sum makes is {widest:.0%} of a table", widest < 1),
+        (f"no optimiser state is replicated: two float32 moments of what learns, over all chips, weigh at most "
+         f"{max(held):.3f} times their size", max(held) < 1 + TOLERANCE),
+        (f"all-to-all carries what looking up words takes and nothing else: at most {exchanged:.3f} times it",
+         exchanged < 1 + TOLERANCE),
+        (f"state a chip falls as one over chips within {TOLERANCE:.0%} from {CHIPS[0]} to {CHIPS[-1]} chips: "
+         f"{drift:.2%} at most", drift < TOLERANCE),
+    ]  # fmt: skip
+
+
+def variants(rows: dict[str, Row]) -> str:
+    """The same step in other ways."""
+    base = cells()[0]
+    ways = {base.name: "as configured: fused attention, both directions of the torus"}
+    for cell in cells():
+        if cell.arg.startswith(base.arg) and cell.name != base.name and cell.topology == base.topology:
+            if "tensor=1" in cell.arg:
+                ways[cell.name] = "one mesh axis over the whole pod (`tensor=1`)"
+            elif cell.mode == "train":
+                ways[cell.name] = "plain attention (`compute.attention=xla`)"
+    head = [base.arg.replace(",", ", "), "GiB · ms · MFU", "sent by a chip, GB", "of it in sums that are not scattered"]
+    lines = [head]
+    for name, what in ways.items():
+        if row := rows.get(name):
+            summed = sum(each["wire_bytes"] for each in row["collectives"] if each["kind"] == "all-reduce")
+            lines.append([what, figures_of(row), f"{row['wire_bytes'] / 1e9:.1f}", f"{summed / 1e9:.1f}"])
+    return markdown(lines)
+
+
+def answering(rows: dict[str, Row]) -> str:
+    """Prefill and one decoded word."""
+    lines = [["program", "GiB", "ms a call", "bound by"]]
+    for cell in cells():
+        row = rows.get(cell.name)
+        if cell.mode != "train" and row:
+            what = (
+                f"{row['mode']}, {row['llm']}, V = {row['tokens']}, {row['batch_examples']} rows on {row['topology']}"
+            )
+            lines.append([what, f"{row['peak_bytes'] / GIB:.2f}", f"{1e3 * row['step_secs']:.1f}", row["binds"]])
+    return markdown(lines) if len(lines) > 1 else "Not compiled yet."
+
+
+def figure(rows: dict[str, Row]) -> None:
+    """Parts of a step on each pod, at vendor peaks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    parts = {"products": "compute_secs", "memory": "memory_secs", "network beside products": "hidden_secs",
+             "network alone": "exposed_secs"}  # fmt: skip
+    drawn, axes = plt.subplots(1, len(PODS), figsize=(10, 3.6), layout="constrained")
+    for pod, ax in zip(PODS, axes, strict=True):
+        mine = [row for llm in _SIZES if (row := rows.get(train_cell(llm, TOKENS[0], pod).name))]
+        for shift, (label, field) in enumerate(parts.items()):
+            ax.bar(
+                [i + 0.2 * shift - 0.3 for i in range(len(mine))], [row[field] * 1e3 for row in mine], 0.2, label=label
+            )
+        ax.set_xticks(range(len(mine)), [row["llm"].removeprefix("qwen1.5-") for row in mine])
+        ax.set(title=f"{pod}, V = {TOKENS[0]}", ylabel="ms at vendor peaks", xlabel="Qwen 1.5")
+    axes[0].legend(frameon=False)
+    (HERE / "figures").mkdir(exist_ok=True)
+    drawn.savefig(HERE / "figures" / "step_parts.png", dpi=120, metadata={"Software": None})
+    plt.close(drawn)
+
+
+def main(argv: list[str]) -> int:
+    """Writes the page; prints the checks."""
+    os.environ.update(ENVIRONMENT)
+    Flags(prog="python -m experiments.pod_fit.table", description=__doc__).parse_args(argv)
+    from vlm_jax.config.arguments import load_config
+    from vlm_jax.config.resolve import resolve
+    from vlm_jax.sizing.chips import ASSUMED
+
+    names = {cell.name for cell in cells()}
+    rows = {row["cell"]: row for row in read() if row["cell"] in names}
+    scaled = scaling()
+    judged = checks(rows, scaled)
+    spec = resolve(load_config("configs/llava.py"))
+    large = resolve(load_config(f"configs/llava.py:{next(cell.arg for cell in cells() if 'gemma' in cell.arg)}"))
+    pins = [
+        text.split(";")[0].strip() for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")
+    ]
+    page = (HERE / "README.template.md").read_text().format(
+        libtpu=pins[0].removeprefix("libtpu==") if pins else "",
+        length=spec.data.text_tokens + spec.model.compressor.tokens,
+        batch=spec.data.batch_examples, large_batch=large.data.batch_examples,
+        measured=len(rows), wanted=len(names), training=training(rows),
+        compute_share=ASSUMED.compute, memory_share=ASSUMED.bandwidth, network_share=ASSUMED.interconnect,
+        fewest=CHIPS[0],
+        scaling=markdown([["chips", *map(str, CHIPS)], *(
+            [llm, *(f"{share:.4f}" for share in shares)] for llm, shares in scaled.items()
+        )]),
+        checks=markdown([["claim", "holds"], *([text, "yes" if holds else "**no**"] for text, holds in judged)]),
+        variants=variants(rows), answering=answering(rows),
+    )  # fmt: skip
+    (HERE / "README.md").write_text(page)
+    figure(rows)
+    for text, holds in judged:
+        print(f"{'ok  ' if holds else 'FAIL'}  {text}")
+    return 0 if all(holds for _, holds in judged) else 1
+
+
+if __name__ == "__main__":
+    door(main)()

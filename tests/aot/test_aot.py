@@ -1,0 +1,141 @@
+"""Compiling for a pod that is not there. What needs XLA:TPU is left out where it is not installed."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm_jax import aot, partitioning
+from vlm_jax.aot import __main__ as door
+from vlm_jax.aot import programs, report, variants
+from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import resolve
+from vlm_jax.core import axes
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import RunSpec
+from vlm_jax.sizing import cost
+
+with_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="XLA:TPU (libtpu) is not installed"
+)
+FLAGS = ["--config", "configs/vlm.py:smoke,llm=d24,tokens=4", "--topology", "v5e:2x2"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the door sets, taken back behind each test."""
+    for name, value in aot.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def spec() -> RunSpec:
+    spec = resolve(load_config("configs/vlm.py:smoke,llm=d24,tokens=4"))
+    return dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, strategy="fsdp", mesh=(1, 2, 2)))
+
+
+def test_without_the_compiler_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'libtpu==[\d.*]+'"):
+        programs.devices("v5e:2x2")
+
+
+def test_wrong_words_are_told() -> None:
+    with pytest.raises(UserError, match=r"unknown stage 'bth': did you mean 'both'\?"):
+        door.main([*FLAGS, "--stage", "bth"])
+    with pytest.raises(UserError, match=r"--mesh 4,4: three numbers are wanted"):
+        door.main([*FLAGS, "--mesh", "4,4"])
+
+
+@with_compiler
+def test_an_unknown_topology_or_mode_is_told(spec: RunSpec) -> None:
+    with pytest.raises(UserError, match=r"unknown topology 'v5e:16x1': did you mean 'v5e:16x16'\?"):
+        programs.devices("v5e:16x1")
+    with pytest.raises(UserError, match=r"unknown mode 'training': did you mean 'train'\?"):
+        variants.compile_row(spec, spec.stages[0], "v5e:2x2", "training")
+
+
+@with_compiler
+def test_a_train_step_for_four_chips(spec: RunSpec) -> None:
+    """Everything that learns is cut into four, but for vectors and a table; gradients are summed, kernels gathered."""
+    row, text = variants.compile_row(spec, spec.stages[0], "v5e:2x2", "train")
+    assert text.startswith("HloModule")
+    assert row["fits"]
+    assert row["chips"] == 4
+    sizes = cost.params(spec.model)
+    learned = 4 * (sizes.total - sizes.encoder)  # the study's encoder is not in the step
+    assert learned / 4 <= row["params_bytes"] < 0.6 * learned
+    assert 2 * learned / 4 <= row["optimiser_bytes"] < 1.1 * learned
+    assert row["peak_bytes"] == pytest.approx(
+        row["params_bytes"] + row["optimiser_bytes"] + row["inputs_bytes"] + row["temporaries_bytes"]
+    )
+    assert row["model_flops"] == cost.step_flops(spec, spec.stages[0])
+    assert {"all-gather", "all-reduce"} <= {each["kind"] for each in row["collectives"]}
+    assert json.loads(json.dumps(row)) == row
+    assert "fits" in "\n".join(report.lines(row))
+
+
+@with_compiler
+@pytest.mark.parametrize(("topology", "gathers"), [("v5e:16x16", 1), ("v5p:4x4x8", 2)])
+def test_a_kernel_is_gathered_at_once_in_a_plane_and_by_axes_in_space(topology: str, gathers: int) -> None:
+    compute = resolve(load_config("configs/llava.py")).compute
+    plan = partitioning.make_plan(compute, programs.devices(topology))
+    assert plan.mesh.size == programs.mesh_axes(plan)["fsdp"] * 16
+    assert len(plan.to_work((axes.EMBED, axes.MLP), (4096, 11008))) == 1 + gathers
+    chip = report.chip_of(topology)
+    assert report.link_share(plan, chip, ("fsdp", "tensor")) == 1
+    assert report.link_share(plan, chip, ("fsdp",)) == pytest.approx({1: 1 / 2, 2: 1 / 3}[gathers])
+
+
+@with_compiler
+def test_what_does_not_fit_is_said_with_advice(spec: RunSpec, tmp_path: Path) -> None:
+    """A batch of pixels that no chip holds: exit code 3, and rows on disk."""
+    overrides = ["data.batch_examples=262144", "data.frozen_features=False", "evaluation.batch_examples=262144"]
+    flags = [*FLAGS, *(f"--config.{field}" for field in overrides), "--json", str(tmp_path / "rows.json")]
+    assert door.main(flags) == 3
+    row = json.loads((tmp_path / "rows.json").read_text())
+    assert not row["fits"]
+    assert row["peak_bytes"] > row["usable_bytes"]
+    assert "compute.microbatches=2" in report.advice(row)
+
+
+@with_compiler
+def test_answering_holds_the_cache(spec: RunSpec) -> None:
+    """One decoded word: parameters in the dtype of the activations, and every row's keys and values."""
+    row, _ = variants.compile_row(spec, spec.stages[0], "v5e:2x2", "decode")
+    slots = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
+    rows = spec.evaluation.batch_examples / 4
+    cache = rows * cost.cache_bytes(spec.model.decoder, slots, spec.compute.dtype)
+    assert row["optimiser_bytes"] == 0
+    assert cache < row["inputs_bytes"] < 1.2 * cache
+
+
+def test_the_cheapest_that_fits_stands_first() -> None:
+    """By chip-seconds; what does not fit comes last, however small it is."""
+    base = {"strategy": "fsdp", "mesh": [1, 4, 4], "peak_bytes": 2.0**30, "mfu": 0.5}
+    rows = [
+        {**base, "topology": "v5e:16x16", "chips": 256, "step_secs": 1.0, "fits": True},
+        {**base, "topology": "v5e:4x4", "chips": 16, "step_secs": 14.0, "fits": True},
+        {**base, "topology": "v5e:2x2", "chips": 4, "fits": False},
+    ]
+    lines = variants.ranking(rows).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["v5e:4x4", "v5e:16x16", "v5e:2x2"]
+    assert lines[4] == "cheapest that fits: v5e:4x4, fsdp, mesh (1, 4, 4)"
+
+
+def test_every_program_of_the_recipe_has_shapes() -> None:
+    """Without a compiler too: the whole config resolves and lays out on a pod of 256."""
+    from jax.sharding import AbstractMesh
+
+    from vlm_jax import build
+
+    spec = resolve(load_config("configs/llava.py:llm=qwen1.5-14b,tokens=576"))
+    assert spec.data.text_tokens + spec.model.compressor.tokens == 2048
+    table = tuple(partitioning.TABLES[spec.compute.strategy].items())
+    plan = partitioning.Plan(AbstractMesh((1, 1, 16, 16), partitioning.MESH_AXES), table)
+    assert [stage.train for stage in build.lay_out(spec, plan).spec.stages] == [
+        ("connector",),
+        ("connector", "decoder"),
+    ]

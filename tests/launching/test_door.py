@@ -1,0 +1,101 @@
+"""The command itself: what it prints before anything runs, and what it says to bad input."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import launch
+from experiments.launching import index, states
+from experiments.launching.cells import Cell, write_row
+from tests.launching.conftest import row
+from vlm_jax.core.errors import UserError, door
+
+
+def test_a_dry_run_predicts_minutes_from_the_rows_that_are_there(
+    grid: str, cells: list[Cell], workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row at one gigaflop a second: the other cells take their FLOPs in nanoseconds."""
+    words = ["--grid", grid, "--workdir", str(workdir), "--dry-run", "--workers", "2"]
+    assert launch.main(words) == 0
+    assert "minutes are shown once" in capsys.readouterr().out
+    write_row(cells[0], row(cells[0], 6e10, 60.0))
+    assert launch.main(words) == 0
+    said = capsys.readouterr().out
+    left = sum(cell.flops for cell in cells[1:])
+    assert "3 cells, 2 to do" in said
+    assert f"about {left / 1e9 / 60 / 2:.1f} min of training with 2 at a time" in said
+    assert not (workdir / "rows.jsonl").exists()
+
+
+def test_status_gathers_and_shows_each_cell(
+    grid: str, cells: list[Cell], workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_row(cells[0], row(cells[0]))
+    states.fail(cells[1], "Traceback\nValueError: [no] such thing")
+    assert launch.main(["--grid", grid, "--workdir", str(workdir), "--status"]) == 0
+    said = capsys.readouterr().out
+    assert "error 0.250 ± 0.250" in said
+    assert "ValueError: [no] such thing" in said
+    assert "1 done, 1 failed, 0 running, 1 waiting" in said
+    assert len((workdir / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_index_that_is_done_does_nothing(
+    grid: str, cells: list[Cell], workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cell in cells:
+        write_row(cell, row(cell))
+    for words in ("2", "0,1", "all"):
+        assert launch.main(["--grid", grid, "--workdir", str(workdir), "--index", words]) == 0
+    assert "cell 2 is done" in capsys.readouterr().out
+    assert [cell.index for cell in index.parse("2,0", cells)] == [2, 0]
+    with pytest.raises(UserError, match="cells 0 to 2"):
+        index.parse("-1", cells)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    grid: str, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, in_the_way = tmp_path / "broken.py", tmp_path / "file"
+    broken.write_text("from vlm_jax.config.sweep import Grid\ndef get_grid(arg): return Grid('no.py', ({'llm': 1},))\n")
+    in_the_way.touch()
+    here = ["--grid", grid, "--workdir", str(workdir)]
+    cases = {
+        (*here, "--backend", "slrum"): "did you mean 'slurm'",
+        (*here, "--index", "3"): "cells 0 to 2",
+        (*here, "--index", "one"): "cells 0 to 2",
+        (*here, "--workers", "0"): "at least 1",
+        (*here, "--partition", "gpu"): "--backend slurm",
+        (*here, "--backend", "slurm", "--zone", "us-east5-b"): "--backend tpu",
+        (*here, "--backend", "slurm", "--slurm", "account"): "NAME=VALUE",
+        (*here, "--backend", "tpu"): "v6e-16",
+        (*here, "--processes", "2"): "--index",
+        ("--grid", str(broken), "--workdir", str(workdir)): "cell llm=1",
+        ("--grid", str(tmp_path / "none.py"), "--workdir", str(workdir)): "none.py",
+        ("--grid", grid, "--workdir", str(tmp_path / "none"), "--status"): "no such folder",
+        ("--grid", grid, "--workdir", str(in_the_way / "below")): "cannot be made",
+    }
+    for argv, expected in cases.items():
+        monkeypatch.setattr(sys, "argv", ["launch", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            door(launch.main)()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2, (argv, said)
+        assert expected in said, (argv, said)
+        assert len(said.strip().splitlines()) == 1, said
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.parametrize(("said", "attempted"), [(2, ["llm=d96,data=rows4_tiny,steps=4"]), (-1, [])])
+def test_a_process_that_is_not_the_first_helps_with_the_cell_of_the_first(
+    grid: str, cells: list[Cell], workdir: Path, monkeypatch: pytest.MonkeyPatch, said: int, attempted: list[str]
+) -> None:
+    """Whatever its own index says: the hosts of a slice may be out of step."""
+    helped: list[str] = []
+    monkeypatch.setattr(index.processes, "is_first", lambda: False)
+    monkeypatch.setattr(index.processes, "first_says", lambda value: said)
+    monkeypatch.setattr(index.processes, "watch_sigterm", lambda: lambda step: False)
+    monkeypatch.setattr(index, "attempt", lambda cell, tell, stop: helped.append(cell.name))
+    assert launch.main(["--grid", grid, "--workdir", str(workdir), "--index", "0"]) == 0
+    assert helped == attempted

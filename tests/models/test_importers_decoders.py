@@ -1,0 +1,162 @@
+"""Decoders of Hugging Face folders: what transformers computes with the same weights, and every field accounted for."""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests import builders
+from tests.golden import peers_decoders as peers
+from tests.golden.peers_vision import weights
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import DecoderSpec
+from vlm_jax.core.structs import Slots
+from vlm_jax.models.decoder import Decoder, empty_cache
+from vlm_jax.models.importers import found, hf_decoder
+from vlm_jax.sizing import zoo
+
+CASES = peers.read()
+
+
+def folder(path, case: peers.Case):
+    """A checkpoint as transformers writes it."""
+    path.mkdir()
+    save_file(weights(case.shapes), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(case.config))
+    return path
+
+
+def slots(real) -> Slots:
+    """Rows of text, padded anywhere."""
+    position = jnp.maximum(jnp.cumsum(real, 1) - 1, 0)
+    return Slots(position, position, jnp.asarray(real))
+
+
+@functools.cache
+def program(spec):
+    """(logits of every position, greedy text behind left-padded prompts), with our decoder."""
+    module = Decoder(spec, builders.COMPUTE)
+    (tokens, real), (left, left_real) = (map(jnp.asarray, rows) for rows in (peers.prompts(), peers.left_padded()))
+    length = left.shape[1]
+
+    def step(params, token, place, cache):
+        x = module.apply(params, token, method="embed")
+        x, cache = module.apply(params, x, place, cache, method="hidden")
+        return jnp.argmax(module.apply(params, x[:, -1:], method="logits"), -1), cache
+
+    def run(params):
+        logits = module.apply(params, tokens, slots(real))
+        cache = empty_cache(spec, left.shape[0], length + peers.NEW_TOKENS, "float32")
+        token, cache = step(params, left, slots(left_real), cache)
+        first = left_real.sum(1)
+
+        def extend(carry, offset):
+            token, cache = carry
+            at = (first + offset)[:, None]
+            following, cache = step(params, token, Slots(at, at, jnp.ones_like(at)), cache)
+            return (following, cache), following[:, 0]
+
+        _, rest = jax.lax.scan(extend, (token, cache), jnp.arange(peers.NEW_TOKENS - 1))
+        return logits, jnp.concatenate([token, rest.T], axis=1)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_text_are_those_of_transformers(name: str, tmp_path) -> None:
+    """Grouped heads, head_dim apart from width, rows longer than a window, padding on either side."""
+    case = CASES[name]
+    loaded = found.find(folder(tmp_path / name, case))
+    params = {"params": found.found_params(loaded)["decoder"]}
+    logits, greedy = program(loaded.decoder)(params)
+    miss = np.abs(np.asarray(logits) * peers.prompts()[1][..., None] - case.logits).max()
+    assert miss <= 1e-4 * case.logits.std()
+    np.testing.assert_array_equal(greedy, case.greedy)
+
+
+PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_the_models_of_the_zoo(name: str) -> None:
+    """As the files stand, in the styles of transformers 4 and 5; the zoo was written from the reports."""
+    spec = hf_decoder.decoder_spec(PUBLISHED[name], "there/config.json")
+    assert spec.context == PUBLISHED[name].get("max_position_embeddings", 131072)
+    known = name.partition("/")[0]
+    if known.startswith("mistral"):
+        wanted = DecoderSpec(
+            known, 4096, 32, 32, 8, 128, 14336, spec.vocab, tied_head=False, norm_eps=1e-5,
+            rope_theta=1e4 if known.endswith("1") else 1e6, window=4096 if known.endswith("1") else None,
+        )  # fmt: skip
+    else:
+        wanted = zoo.decoder(known)
+    assert dataclasses.replace(spec, name="", context=0) == dataclasses.replace(wanted, name="", context=0)
+
+
+REFUSED = {
+    "attention_bias": ("llama3.1-8b", {"attention_bias": True}),
+    "mlp_bias": ("llama3.1-8b", {"mlp_bias": True}),
+    "hidden_act": ("llama3.1-8b", {"hidden_act": "relu"}),
+    "rope_type='yarn'": ("qwen2.5-7b", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "rope_type='dynamic'": ("vicuna-7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "low_freq_factor is missing": ("llama3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    "mrope_section": ("qwen2.5-7b", {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}),
+    "partial_rotary_factor": ("llama3.1-8b", {"partial_rotary_factor": 0.5}),
+    "rope_interleaved": ("smollm2-135m", {"rope_interleaved": True}),
+    "max_window_layers": ("qwen2.5-7b", {"use_sliding_window": True, "max_window_layers": 14}),
+    "layer_types": ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"]}),
+    "use_bidirectional_attention": ("gemma3-1b", {"use_bidirectional_attention": True}),
+    "attn_logit_softcapping": ("gemma3-1b", {"attn_logit_softcapping": 50.0}),
+    "quantization_config": ("vicuna-7b", {"quantization_config": {"bits": 4}}),
+    "residual_multiplier": ("llama3.1-8b", {"residual_multiplier": 0.2}),
+    "num_key_value_heads=5": ("llama3.1-8b", {"num_key_value_heads": 5}),
+    "hidden_size='4096'": ("llama3.1-8b", {"hidden_size": "4096"}),
+    "tie_word_embeddings='false'": ("llama3.1-8b", {"tie_word_embeddings": "false"}),
+    "rope_theta stands beside": ("gemma3-1b", {"rope_parameters": {"rope_theta": 1e6}}),
+    "only the plain kind": (
+        "gemma3-1b",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+    ),
+    "high_freq_factor must be larger": (
+        "llama3.1-8b",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},
+    ),
+    "max_position_embeddings=0": ("llama3.1-8b", {"max_position_embeddings": 0}),
+    "model_type": ("llama3.1-8b", {"model_type": "qwen3_moe"}),
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_a_field_that_changes_the_mathematics_is_refused_by_name(told: str) -> None:
+    name, change = REFUSED[told]
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        hf_decoder.decoder_spec({**PUBLISHED[name], **change}, "there/config.json")
+    assert str(error.value).startswith("there/config.json")
+
+
+def test_fields_that_nobody_computes_with_are_passed_over() -> None:
+    config = {**PUBLISHED["vicuna-7b"], "mm_vision_tower": "clip", "max_length": 20, "unsloth_fixed": True}
+    assert hf_decoder.decoder_spec(config, "x") == hf_decoder.decoder_spec(PUBLISHED["vicuna-7b"], "x")
+
+
+@pytest.mark.parametrize("name", list(zoo.DECODERS))
+def test_every_decoder_of_the_zoo_can_be_written_as_a_configuration(name: str) -> None:
+    spec = zoo.decoder(name)
+    config = json.loads(json.dumps(hf_decoder.hf_config(spec)))
+    again = hf_decoder.decoder_spec(config, "x")
+    assert again.query_scale == pytest.approx(spec.query_scale or again.query_scale)
+    same = {"name": "", "context": 0, "query_scale": None}
+    assert dataclasses.replace(again, **same) == dataclasses.replace(spec, **same)
+
+
+def test_what_no_architecture_has_is_named() -> None:
+    spec = dataclasses.replace(zoo.decoder("llama2-7b"), logit_softcap=30.0)
+    with pytest.raises(UserError, match=r"logit_softcap=30\.0"):
+        hf_decoder.hf_config(spec)

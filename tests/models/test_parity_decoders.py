@@ -1,0 +1,78 @@
+"""Beside transformers itself, where it is installed: `pytest -m parity`. Elsewhere the golden file stands for it."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from tests.golden import peers_decoders as peers
+from tests.golden.peers_vision import weights
+from vlm_jax import export
+from vlm_jax.models.importers import hf_config
+from vlm_jax.models.importers.weights import open_weights
+
+missing = any(importlib.util.find_spec(name) is None for name in ("torch", "transformers"))
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(missing, reason="torch and transformers are not installed"),
+    pytest.mark.filterwarnings("ignore"),  # the peers' own
+]
+CASES = peers.read()
+
+
+@pytest.mark.parametrize("name", peers.MODELS)
+def test_the_golden_file_is_what_transformers_computes(name: str) -> None:
+    case = peers.run(peers.build(name))
+    assert case.shapes == CASES[name].shapes
+    np.testing.assert_allclose(case.logits, CASES[name].logits, atol=1e-5)
+    np.testing.assert_array_equal(case.greedy, CASES[name].greedy)
+
+
+@pytest.mark.parametrize("name", peers.MODELS)
+def test_transformers_computes_the_same_from_what_we_export(name: str, tmp_path) -> None:
+    """From our config.json and our shards, bit for bit."""
+    import torch
+    from safetensors.numpy import save_file
+    from transformers import AutoModelForCausalLM
+
+    case, source = CASES[name], tmp_path / "in"
+    source.mkdir()
+    save_file(weights(case.shapes), source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(case.config))
+    export.main(["--model", str(source), "--out", str(tmp_path / "out"), "--max-shard-gb", "2e-5"])
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+        for path in (source, tmp_path / "out")
+    ]
+    theirs, ours = (peers.run(model.eval()) for model in models)
+    np.testing.assert_array_equal(ours.logits, theirs.logits)
+    np.testing.assert_array_equal(ours.greedy, theirs.greedy)
+
+
+@pytest.mark.parametrize("kind", hf_config.FAMILIES)
+def test_every_field_of_the_configuration_class_is_accounted_for(kind: str) -> None:
+    """Read, fixed to one value, or known to be harmless; and its default is the one that we take."""
+    from transformers import CONFIG_MAPPING
+
+    fields = CONFIG_MAPPING[kind]().to_dict()
+    known = {*hf_config.FAMILIES[kind].defaults, *hf_config.READ, *hf_config.FIXED, *hf_config.HARMLESS}
+    assert set(fields) <= known
+    for name, value in hf_config.FAMILIES[kind].defaults.items():
+        # Qwen's class empties its window when that is switched off; Gemma 2 and 3 have a field of their own.
+        if value is not None and name != "sliding_window" and name in fields:
+            assert fields[name] == value, name
+
+
+def test_torch_files_hold_the_same_tensors(tmp_path) -> None:
+    """Half of them in bfloat16, which numpy does not know of itself."""
+    import torch
+
+    arrays = weights(CASES["qwen2"].shapes)
+    kinds = [torch.float32, torch.bfloat16]
+    state = {name: torch.from_numpy(array).to(kinds[i % 2]) for i, (name, array) in enumerate(arrays.items())}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    there = open_weights(tmp_path)
+    assert {name: list(shape) for name, (shape, _) in there.shapes.items()} == CASES["qwen2"].shapes
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(there.read(name).astype(np.float32), tensor.float().numpy())

@@ -1,0 +1,147 @@
+"""Loaded folders answer as transformers does (peers_text, peers_decoders), and alone as in any batch."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import vlm_jax
+from tests.golden import peers_decoders, peers_text
+from tests.golden.peers_vision import weights
+from vlm_jax.core.errors import UserError
+from vlm_jax.evaluation import generate
+from vlm_jax.pretrained import answering
+
+CASES = peers_text.read()
+DECODERS = peers_decoders.read()
+SEEING = ("llava", "paligemma")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, vlm_jax.Model]:
+    place, out = tmp_path_factory.mktemp("models"), {}
+    for name in SEEING:
+        folder = peers_text.write(CASES[name]["files"], place / name)
+        save_file(weights(CASES[name]["shapes"]), folder / "model.safetensors")
+        out[name] = vlm_jax.load(folder)
+    return out
+
+
+def as_floats(name: str, model: vlm_jax.Model) -> np.ndarray:
+    """The pictures as the reference's processor leaves them, channels last."""
+    spec = model.spec.encoder
+    return ((peers_text.pictures() / 255 - np.array(spec.pixel_mean)) / np.array(spec.pixel_std)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_answers_are_the_references(models: dict[str, vlm_jax.Model], name: str) -> None:
+    """64 tokens, greedy, prompts of different lengths in one batch: from the bare question and from the whole text."""
+    case, model, pictures = CASES[name], models[name], list(peers_text.pictures())
+    wanted = case["answers"]
+    assert len(set(wanted)) == 3  # three times the same text would prove little
+    assert vlm_jax.generate(model, pictures, peers_text.QUESTIONS, peers_text.NEW_TOKENS) == wanted
+    (alone,) = vlm_jax.generate(model, pictures[1:2], case["asked"][1:2], peers_text.NEW_TOKENS)
+    assert alone == wanted[1]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_logits_are_the_references(models: dict[str, vlm_jax.Model], name: str) -> None:
+    """Of the last token of left-padded rows; padding is found by the pad id, or told by a mask."""
+    case, model = CASES[name], models[name]
+    tokens, mask = np.array(case["input_ids"]), np.array(case["mask"])
+    pixels = as_floats(name, model)
+    for given in (None, mask):
+        found = vlm_jax.forward(model, pixels, tokens, given)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found[:, -1], case["logits"], atol=3e-5)
+    width = tokens.shape[1]
+    right = np.array([[*row[:0], *row[pad:], *row[:pad]] for row, pad in zip(tokens, width - mask.sum(1), strict=True)])
+    found = vlm_jax.forward(model, pixels, right)
+    np.testing.assert_allclose(found[np.arange(3), mask.sum(1) - 1], case["logits"], atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2_window"])
+def test_a_language_model_alone(name: str, tmp_path: Path) -> None:
+    """Windows, softcaps and padding on the left, over 64 tokens; a folder without a tokenizer takes ids."""
+    case = DECODERS[name]
+    save_file(weights(case.shapes), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(case.config))
+    model = vlm_jax.load(tmp_path)
+    tokens, real = peers_decoders.left_padded()
+    found = vlm_jax.generate_tokens(model, None, tokens, peers_decoders.NEW_TOKENS, mask=real)
+    np.testing.assert_array_equal(found, case.greedy)
+    with pytest.raises(UserError, match="without a tokenizer"):
+        vlm_jax.generate(model, None, ["hello"])
+
+
+def test_drawn_answers_follow_the_seed(models: dict[str, vlm_jax.Model]) -> None:
+    model, pictures = models["llava"], list(peers_text.pictures())
+    one, again, other = (
+        vlm_jax.generate(model, pictures, peers_text.QUESTIONS, peers_text.NEW_TOKENS, temperature=1.0, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert one == again != other
+
+
+def test_draws_have_the_probabilities_of_the_softmax() -> None:
+    logits = jnp.tile(jnp.log(jnp.array([0.5, 0.3, 0.2])) * 2, (20_000, 1))
+    drawn = generate.sampler(jax.random.key(0), 2.0)(logits, jnp.int32(4))
+    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.5, 0.3, 0.2], atol=0.015)
+
+
+def test_decoding_stops_when_every_row_has_ended() -> None:
+    """Token n + 1 follows n; rows end at 7 or 9: the loop runs until the later one, and fills with the first end."""
+    calls = []
+
+    def extend(token: jax.Array, said: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+        jax.debug.callback(lambda n: calls.append(int(n)), said)
+        return jax.nn.one_hot(token + 1, 100), cache
+
+    def run(limit: jax.Array) -> jax.Array:
+        first = jax.nn.one_hot(jnp.array([5, 3]), 100)
+        return generate.decode(extend, generate.likeliest, first, jnp.zeros(()), (9, 7), limit, 12)
+
+    program = jax.jit(run)
+    np.testing.assert_array_equal(program(12), [[5, 6, 7] + [9] * 9, [3, 4, 5, 6, 7] + [9] * 7])
+    jax.effects_barrier()
+    assert sorted(calls) == [1, 2, 3, 4]
+    np.testing.assert_array_equal(program(2)[:, :2], [[5, 6], [3, 4]])
+
+
+def test_buckets_are_few_and_close() -> None:
+    lengths = np.arange(1, 3000)
+    sizes = np.array([answering.bucket(int(n)) for n in lengths])
+    assert np.all(sizes >= lengths)
+    assert np.all(sizes[lengths > 16] < 1.5 * lengths[lengths > 16])
+    assert len(set(sizes)) < 20
+
+
+def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_jax.Model]) -> None:
+    model, case = models["llava"], CASES["llava"]
+    tokens, pixels = np.array(case["input_ids"]), as_floats("llava", models["llava"])
+    one_less = np.where(np.cumsum(tokens == model.image_token, axis=1) == 1, 5, tokens)
+    long = np.full((1, 300), 5)
+    for told, images, rows in (
+        ("row 0 has 8 image placeholders", pixels, one_less),
+        ("row 0 has image placeholders", None, tokens),
+        ("images have shape", pixels[:2], tokens),
+        ("row 1: a token lies outside", pixels, np.where(np.arange(3)[:, None] == 1, 400, tokens)),
+        ("row 2 is nothing but padding", None, np.where(np.arange(3)[:, None] == 2, model.pad, 5) + tokens * 0),
+        ("integers of shape", pixels, tokens[0]),
+        ("300 tokens is longer than the 256", None, long),
+    ):
+        with pytest.raises(UserError, match=told):
+            vlm_jax.generate_tokens(model, images, rows)
+    for told, images, prompts in (
+        ("2 images for 3 prompts", list(peers_text.pictures()[:2]), peers_text.QUESTIONS),
+        ("give a list", None, "What?"),
+        ("is no image", [np.zeros((3, 3))], ["What?"]),
+    ):
+        with pytest.raises(UserError, match=told):
+            vlm_jax.generate(model, images, prompts)
+    with pytest.raises(UserError, match="temperature"):
+        vlm_jax.generate_tokens(model, None, [[5]], temperature=-1.0)

@@ -1,0 +1,96 @@
+"""The door that writes a model as a folder for others. What transformers makes of it: tests/models/test_parity_*."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests import builders
+from tests.golden import peers_decoders as peers
+from tests.golden.peers_vision import weights
+from vlm_jax import build, export, job
+from vlm_jax.core.errors import UserError
+from vlm_jax.models.importers import found
+from vlm_jax.models.importers.weights import open_weights
+from vlm_jax.models.vlm import Vlm
+from vlm_jax.store import checkpoint
+
+CASE = peers.read()["qwen2"]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    path = tmp_path / "in"
+    path.mkdir()
+    save_file(weights(CASE.shapes), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(CASE.config))
+    (path / "tokenizer.json").write_text('{"words": 1}')
+    (path / "notes.txt").write_text("mine")
+    return path
+
+
+def test_the_same_tensors_and_words_come_out(tmp_path, published: Path) -> None:
+    out = tmp_path / "out"
+    export.main(["--model", str(published), "--out", str(out)])
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    there = load_file(out / "model.safetensors")
+    for name, array in weights(CASE.shapes).items():
+        np.testing.assert_array_equal(there.pop(name), array)
+    assert not there
+    assert (out / "tokenizer.json").read_text() == '{"words": 1}'
+    config = json.loads((out / "config.json").read_text())
+    assert {name: config[name] for name in ("bos_token_id", "torch_dtype")} == {
+        "bos_token_id": 1,
+        "torch_dtype": "float32",
+    }
+    ours, theirs = found.find(out).decoder, found.find(published).decoder
+    assert dataclasses.replace(ours, name="") == dataclasses.replace(theirs, name="")
+
+
+def test_large_models_are_split_and_cast(tmp_path, published: Path) -> None:
+    out = tmp_path / "out"
+    export.main(["--model", str(published), "--out", str(out), "--dtype", "bfloat16", "--max-shard-gb", "2e-5"])
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
+    assert {str(kind) for _, kind in open_weights(out).shapes.values()} == {"bfloat16"}
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path, published: Path) -> None:
+    for told, words in {
+        "there is something already": ["--out", str(published)],
+        "the model has no encoder": ["--out", str(tmp_path / "a"), "--part", "encoder"],
+        "holds an image tower": ["--out", str(tmp_path / "a.npz")],
+        "cannot be written": ["--out", str(published / "config.json" / "a")],
+        "must be positive": ["--out", str(tmp_path / "a"), "--max-shard-gb", "0"],
+    }.items():
+        with pytest.raises(UserError, match=told):
+            export.main(["--model", str(published), *words])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
+    """Its whole has a compressor, which no public class has."""
+    model = builders.model()
+    params = builders.params(Vlm(model, builders.COMPUTE))
+    network = SimpleNamespace(spec=SimpleNamespace(model=model), encoder=params.pop("encoder"))
+    monkeypatch.setattr(checkpoint, "read_spec", lambda workdir: {})
+    monkeypatch.setattr("vlm_jax.config.resolve.spec_from_dict", lambda values: None)
+    monkeypatch.setattr(build, "open_network", lambda spec: network)
+    monkeypatch.setattr(job, "restore", lambda network, workdir: params)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "spec.json").write_text("{}")
+    with pytest.raises(UserError, match="compressor resampler"):
+        export.main(["--model", str(run), "--out", str(tmp_path / "whole")])
+    export.main(["--model", str(run), "--out", str(tmp_path / "text"), "--part", "decoder"])
+    there = found.find(tmp_path / "text")
+    assert there.kind == "LlamaForCausalLM"
+    up = found.found_params(there)["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(up, params["decoder"]["blocks"]["mlp"]["up"]["kernel"])
+    export.main(["--model", str(run), "--out", str(tmp_path / "eye"), "--part", "encoder"])
+    patch = found.found_params(found.find(tmp_path / "eye"))["encoder"]["patch"]["kernel"]
+    np.testing.assert_array_equal(patch, network.encoder["patch"]["kernel"])

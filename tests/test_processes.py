@@ -1,0 +1,158 @@
+"""Two processes with four devices each are one run: the losses of one process with eight, and one set of files."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.training.test_resume import tiny_spec
+from vlm_jax import build, job, processes
+from vlm_jax.core import tree
+from vlm_jax.core.errors import Flags, UserError
+from vlm_jax.core.specs import RunSpec
+from vlm_jax.models.importers import big_vision
+
+ROOT = Path(__file__).parents[1]
+# The same rows in the same order, but sums over devices are added in another order: some roundings of float32 (6e-8)
+# in each of four steps.
+ROUNDING = 5e-6
+
+
+def spec(cache: Path) -> RunSpec:
+    """One stage of four steps, with parameters split over all devices."""
+    whole = tiny_spec()
+    compute = dataclasses.replace(whole.compute, strategy="fsdp", mesh=(1, -1, 1))
+    return dataclasses.replace(
+        whole,
+        stages=whole.stages[1:],
+        compute=compute,
+        log_every_steps=1,
+        save_every_steps=2,
+        encoder_checkpoint=str(cache / "encoder.npz"),
+    )
+
+
+def train(words: list[str]) -> None:
+    """What each of the two processes does."""
+    parser = Flags()
+    processes.add_flags(parser)
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args(words)
+    with processes.joined(args):
+        run = build.open_run(spec(args.folder), args.folder)
+        params = job.train(run, args.folder / "two", lambda log, values: None)
+        again = job.restore(run.network, args.folder / "two")
+        assert tree.sha256(params, processes.fetch) == tree.sha256(again, processes.fetch)
+        row = job.evaluate(run, params, "cell", args.folder / "two")
+        if processes.is_first():
+            (args.folder / "row.json").write_text(json.dumps(dataclasses.asdict(row)))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[build.Run, Path]:
+    """The run in this process, trained, and the folder of both."""
+    from tests import builders
+    from vlm_jax.models.vlm import Vlm
+
+    folder = tmp_path_factory.mktemp("processes")
+    wanted = spec(folder)
+    encoder = builders.params(Vlm(wanted.model, wanted.compute))["encoder"]
+    big_vision.save_encoder(folder / "encoder.npz", encoder, wanted.model.encoder)
+    run = build.open_run(wanted, folder)
+    job.train(run, folder / "one", lambda log, values: None)
+    return run, folder
+
+
+@pytest.fixture(scope="module")
+def two(one: tuple[build.Run, Path]) -> Path:
+    """The folder, when two processes have trained too."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.test_processes", "--folder", str(one[1]), "--processes", "2"]
+    both = [
+        subprocess.Popen(
+            [*command, "--process", str(i), "--coordinator", f"localhost:{port}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    return one[1]
+
+
+def logged(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(workdir: Path) -> dict:
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_losses_are_those_of_one_process(two: Path) -> None:
+    """And only one of the two wrote: each step has one line, and one file for TensorBoard."""
+    assert [line["step"] for line in logged(two / "two")] == [1, 2, 3, 4]
+    for mine, theirs in zip(logged(two / "two"), logged(two / "one"), strict=True):
+        for name in ("loss", "grad_norm", "token_error", "learning_rate"):
+            assert mine[name] == pytest.approx(theirs[name], rel=ROUNDING), name
+    assert len(list((two / "two" / "tensorboard").iterdir())) == 1
+
+
+def test_what_two_saved_one_restores(one: tuple[build.Run, Path], two: Path, tmp_path: Path) -> None:
+    """Bit for bit on the devices of one process, in the hands of which the run goes on."""
+    params = job.restore(one[0].network, two / "two")
+    assert tree.sha256(jax.device_get(params)) == summary(two / "two")["params_sha256"]
+    workdir = tmp_path / "on"
+    shutil.copytree(two / "two", workdir, ignore=shutil.ignore_patterns("summary.json", "4"))
+    job.train(one[0], workdir, lambda log, values: None)
+    losses = [[line["loss"] for line in logged(folder)] for folder in (workdir, two / "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
+
+
+def test_every_question_is_asked_once(one: tuple[build.Run, Path], two: Path) -> None:
+    """The row that two processes make is the row of one, up to rounding of the parameters."""
+    mine = json.loads((two / "row.json").read_text())
+    theirs = dataclasses.asdict(job.evaluate(one[0], job.restore(one[0].network, two / "two"), "cell", two / "two"))
+    for name in ("images", "questions", "question_tokens", "answer_tokens", "train_secs", "params_sha256", "spec_hash"):
+        assert mine[name] == theirs[name], name
+    for name in ("error", "stderr", "forced_error", "forced_nll"):
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--processes", "two"], "a number or auto"),
+        (["--processes", "2"], "--process 0 to 1 and --coordinator HOST:PORT"),
+        (["--processes", "2", "--process", "2", "--coordinator", "a:1"], "--process 0 to 1"),
+        (["--process", "0"], "go with --processes N"),
+    ],
+)
+def test_flags_that_do_not_fit_are_told(words: list[str], told: str) -> None:
+    parser = Flags()
+    processes.add_flags(parser)
+    with pytest.raises(UserError, match=told), processes.joined(parser.parse_args(words)):
+        pass
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -1,0 +1,91 @@
+"""A run that starts from published weights and words: what it trains on, and what it starts from."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests import builders
+from vlm_jax import build
+from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import resolve
+from vlm_jax.core import tree
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import ModelSpec, RunSpec
+from vlm_jax.models.importers import exporting
+from vlm_jax.models.vlm import Vlm
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+END = len(BYTES)
+
+
+def words(folder: Path) -> None:
+    """A tokenizer of single bytes, and one token that ends an answer."""
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(BYTES)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[RunSpec, dict]:
+    """A tiny tower and a tiny language model as their users hold them, the run that names them, and their weights."""
+    root = tmp_path_factory.mktemp("published")
+    encoder = dataclasses.replace(builders.ENCODER, taps=())
+    decoder = dataclasses.replace(builders.DECODER, vocab=END + 1, qkv_bias=True, context=512)
+    compressor = dataclasses.replace(builders.model().compressor, taps=0)
+    spec = ModelSpec(encoder, compressor, "mlp", decoder, "causal")
+    params = builders.params(Vlm(spec, builders.COMPUTE))
+    for part in ("encoder", "decoder"):
+        exporting.save_folder(root / part, exporting.part_of(spec, part), params)
+    words(root / "decoder")
+    run = resolve(load_config("configs/vlm.py:smoke", {}))
+    data = dataclasses.replace(
+        run.data, config="rows4_tiny", tokenizer=str(root / "decoder"), text_tokens=256, frozen_features=False
+    )
+    run = dataclasses.replace(
+        run, model=spec, data=data, encoder_checkpoint=str(root / "encoder"), decoder_checkpoint=str(root / "decoder")
+    )
+    return run, params
+
+
+def test_training_starts_from_the_published_weights(published) -> None:
+    spec, params = published
+    start = build.first_params(build.open_network(spec))
+    for part in ("encoder", "decoder"):
+        ours, theirs = tree.flatten(start[part]), tree.flatten(params[part])
+        assert set(ours) == set(theirs)
+        for name, leaf in theirs.items():
+            np.testing.assert_array_equal(ours[name], leaf, err_msg=f"{part}/{name}")
+
+
+def test_questions_and_answers_are_in_the_models_own_words(published, tmp_path) -> None:
+    run = build.open_run(published[0], build.default_cache())
+    asked = run.train.question_tokens[0, 0, : run.train.question_lengths[0, 0]]
+    answer = run.train.answer_tokens[0, 0, : run.train.answer_lengths[0, 0]]
+    spelled = "".join(BYTES[i] for i in asked).replace("Ġ", " ").replace("Ċ", "\n")
+    assert spelled.startswith("read row ")
+    assert spelled.endswith("\n")
+    assert answer.tolist().index(END) == len(answer) - 1
+
+
+def test_pages_of_any_size_reach_an_encoder(published) -> None:
+    """A page of one colour is the same page at every size."""
+    spec, params = published
+    vlm = Vlm(spec.model, builders.COMPUTE)
+    small, large = (np.full((1, side, side, 3), 77, np.uint8) for side in (16, 64))
+    encode = jax.jit(lambda image: vlm.encode(params, image).tokens)
+    np.testing.assert_allclose(encode(small), encode(large), atol=1e-5)
+
+
+def test_weights_of_another_size_are_told(published) -> None:
+    spec, _ = published
+    other = dataclasses.replace(spec.model.decoder, mlp_width=32)
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, decoder=other))
+    with pytest.raises(UserError, match=r"mlp_width=24, test has 32"):
+        build.first_params(build.open_network(spec))

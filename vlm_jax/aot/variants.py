@@ -1,0 +1,52 @@
+"""One run on several topologies, tables and meshes."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from vlm_jax.aot import programs, report
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.partitioning import make_plan
+
+
+def variants(
+    spec: RunSpec, topologies: list[str], strategies: list[str], meshes: list[str]
+) -> list[tuple[str, RunSpec]]:
+    """(topology, spec) of every combination. Raises `UserError` for a mesh that is not three numbers."""
+    shapes = []
+    for text in meshes or [",".join(map(str, spec.compute.mesh))]:
+        try:
+            data, fsdp, tensor = (int(size) for size in text.split(","))
+        except ValueError as error:
+            raise UserError(f"--mesh {text}: three numbers are wanted, data,fsdp,tensor, such as 1,-1,16") from error
+        shapes.append((data, fsdp, tensor))
+    return [
+        (topology, dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, strategy=strategy, mesh=mesh)))
+        for topology, strategy, mesh in itertools.product(topologies, strategies or [spec.compute.strategy], shapes)
+    ]
+
+
+def compile_row(spec: RunSpec, stage: StageSpec, topology: str, mode: str) -> tuple[dict[str, Any], str]:
+    """A row of `report.row`, and the program's text."""
+    plan = make_plan(spec.compute, programs.devices(topology, spec.compute.slices))
+    program = programs.compile_program(spec, stage, plan, mode)
+    return report.row(spec, stage, plan, topology, mode, program), program.text
+
+
+def ranking(rows: list[dict[str, Any]]) -> str:
+    """All rows, the cheapest that fits first; a row that does not fit has no time."""
+
+    def price(row: dict[str, Any]) -> tuple[bool, float]:
+        return not row["fits"], row["chips"] * row.get("step_secs", 0.0)
+
+    lines = [f"{'topology':12s} {'strategy':12s} {'mesh':>16s} {'peak GiB':>9s} {'ms':>9s} {'MFU':>6s} {'chip-s':>9s}"]
+    for row in sorted(rows, key=price):
+        time = f"{1e3 * row['step_secs']:9.1f} {row['mfu']:6.1%}" if "step_secs" in row else f"{'-':>9s} {'-':>6s}"
+        cost = f"{row['chips'] * row['step_secs']:9.4g}" if row["fits"] else "does not fit"
+        lines.append(f"{row['topology']:12s} {row['strategy']:12s} {row['mesh']!s:>16s} "
+                     f"{row['peak_bytes'] / report.GIB:9.2f} {time} {cost}")  # fmt: skip
+    best = min(rows, key=price)
+    if best["fits"]:
+        lines.append(f"cheapest that fits: {best['topology']}, {best['strategy']}, mesh {tuple(best['mesh'])}")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""What a run does about bad steps: counts what was left out, and stops with the batch's ids and the state."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vlm_jax import processes
+from vlm_jax.core.errors import BAD_STEP, Ended
+from vlm_jax.core.specs import RunSpec
+from vlm_jax.core.structs import TrainState
+from vlm_jax.data import pipeline
+from vlm_jax.data.sources import Split
+from vlm_jax.store import checkpoint, metrics
+from vlm_jax.store.files import write_json
+from vlm_jax.training import guard
+
+_SKIPPED = "skipped.jsonl"
+
+
+def forget_after(workdir: Path, step: int) -> None:
+    """Drops what a run that resumes at `step` will meet again."""
+    if processes.is_first():
+        metrics.keep_until(workdir / _SKIPPED, step)
+
+
+def make_check(
+    workdir: Path, split: Split, spec: RunSpec, skipped: int
+) -> Callable[[Sequence[guard.Step], TrainState], None]:
+    """`check(steps, state)` for the loop. `skipped` counts what the stage has left out before.
+
+    Each step that was left out is a line of `skipped.jsonl`, with the ids of its examples. Raises `Ended` at the first
+    step that the spec's policy stops at; `bad_step/` then holds why, the ids, and the state where it was noticed.
+    """
+
+    def ids(step: int) -> list[str]:
+        return list(pipeline.drawn_ids(split, spec.data, spec.seed, step))
+
+    def check(steps: Sequence[guard.Step], state: TrainState) -> None:
+        nonlocal skipped
+        steps = jax.device_get(list(steps))
+        for step in steps:
+            if step.norms.skipped is not None and step.norms.skipped > skipped:
+                skipped = int(step.norms.skipped)
+                if processes.is_first():
+                    with open(workdir / _SKIPPED, "a") as file:
+                        file.write(json.dumps({"step": step.number, "examples": ids(step.number)}) + "\n")
+        if bad := guard.first_bad(steps, spec.bad_step):
+            _stop(workdir, bad, ids(bad[0]), split.name, state)
+
+    return check
+
+
+def _stop(workdir: Path, bad: tuple[int, str], ids: list[str], split: str, state: Any) -> None:
+    step, why = bad
+    folder = workdir / "bad_step"
+    checkpoint.save_state(folder / "state", state)
+    if processes.is_first():
+        noticed = int(jax.device_get(state.step))
+        write_json(
+            folder / "report.json",
+            {"step": step, "why": why, "noticed_at_step": noticed, "split": split, "examples": ids},
+        )
+    raise Ended(
+        f"step {step}: {why}. The ids of its batch and the state are in {folder}; the checkpoints are of steps before "
+        "it. A run with bad_step.policy=skip_update, in a workdir of its own, leaves such steps out",
+        BAD_STEP,
+    )

@@ -1,0 +1,167 @@
+"""From a question to the ids that a model reads: chat templates, and the place of the image.
+
+    layout = layout_of("LlavaForConditionalGeneration", text, "<image>")
+    ids = prompt_ids(layout, text, "What is this?", image_token=32000, visual_tokens=576)
+
+A folder's own template is rendered as the reference does: sandboxed Jinja with `trim_blocks` and `lstrip_blocks`,
+`raise_exception`, `strftime_now`, `tojson` and the `generation` tag. Where a folder has none, its family's prompt
+stands in `FAMILIES`; a base model reads the prompt as it is.
+"""
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import ext, nodes, sandbox
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.data.text import Text
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
+
+# Our words for prompts that a family was trained with, for folders that hold no template.
+FAMILIES = {
+    "LlavaForConditionalGeneration": (
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}"
+        "ASSISTANT: {{ m.content }}{{ eos_token }}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+}
+# Families whose processor writes the prompt itself: image, begin token, prompt, new line.
+_PREFIX_FAMILIES = ("PaliGemmaForConditionalGeneration", "big_vision PaliGemma")
+
+
+class Layout(NamedTuple):
+    """How a question becomes a prompt."""
+
+    kind: str  # "template", "prefix" (PaliGemma), "image first" (this project's runs), or "plain"
+    template: str | None
+    image: str  # the text that stands for an image
+
+
+def layout_of(architecture: str, text: Text, image: str = "<image>") -> Layout:
+    """The layout of a published model, from its own template if it has one."""
+    if architecture in _PREFIX_FAMILIES:
+        return Layout("prefix", None, image)
+    template = text.template or FAMILIES.get(architecture)
+    return Layout("template" if template else "plain", template, image)
+
+
+def prompt_ids(
+    layout: Layout, text: Text, prompt: str | Sequence[Message], image_token: int | None, visual_tokens: int
+) -> list[int]:
+    """The ids of one prompt, with `visual_tokens` placeholders where its image stands.
+
+    A prompt that names the image itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is. A list of
+    messages goes through the template. `visual_tokens` 0 means that there is no image.
+
+    Raises `UserError` for a template that refuses the messages, or messages for a model without a template.
+    """
+    image = layout.image if image_token is not None and visual_tokens else ""
+    if layout.kind == "image first":
+        return [image_token or 0] * visual_tokens + text.encode(f"{_only_text(layout, prompt)}\n")  # as it was asked
+    if layout.kind == "prefix":
+        ids = text.plain(_prefix_prompt(layout, text, _only_text(layout, prompt), image))
+    elif isinstance(prompt, str) and (layout.kind == "plain" or (image and image in prompt)):
+        ids = text.encode(prompt if image in prompt else f"{image}\n{prompt}")
+    elif layout.template is None:
+        raise UserError("this model has no chat template: give the prompt as one text")
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        rendered = render(layout.template, with_image(messages, layout) if image else messages, text.special)
+        # A template writes its own begin token; a processor of images adds one where it did not.
+        begins = rendered.startswith(text.special.get("bos_token") or "\0")
+        ids = text.encode(rendered) if image and not begins else text.plain(rendered)
+    return expanded(ids, text.id(image), image_token, visual_tokens) if image else ids
+
+
+def expanded(ids: Sequence[int], written: int | None, image_token: int | None, visual_tokens: int) -> list[int]:
+    """Each image mark (the tokenizer's id of "<image>") as a run of `visual_tokens` placeholders."""
+    run = [image_token] * visual_tokens
+    return [one for token in ids for one in (run if token == written else [token])]  # type: ignore[misc]
+
+
+def _only_text(layout: Layout, prompt: str | Sequence[Message]) -> str:
+    if not isinstance(prompt, str):
+        raise UserError("this model reads one text, not a list of messages")
+    return prompt
+
+
+def _prefix_prompt(layout: Layout, text: Text, prompt: str, image: str) -> str:
+    bos = text.special.get("bos_token", "")
+    if image and image in prompt:
+        head, _, tail = prompt.rpartition(image)
+        return f"{head}{image}{bos}{tail}\n"
+    return f"{image}{bos}{prompt}\n"
+
+
+def with_image(messages: Sequence[Message], layout: Layout) -> list[Message]:
+    """The messages with the image in front of the first of the user's: as a part where the template knows parts, else
+    as the mark before the text. Messages that place it themselves stay as they are.
+    """
+    template = layout.template or ""
+    messages = [dict(message) for message in messages]
+    if layout.image in str(messages) or "'type': 'image'" in str(messages):
+        return messages
+    for message in messages:
+        if message.get("role") == "user":
+            content = message["content"]
+            if "'image'" in template or '"image"' in template:
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+                message["content"] = [{"type": "image"}, *parts]
+            else:
+                message["content"] = f"{layout.image}\n{content}"
+            return messages
+    raise UserError("no message of the role 'user': there is no place for the image")
+
+
+def render(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
+    """A chat template on messages, up to where the answer begins. Raises `UserError` with the template's complaint."""
+    try:
+        return _compiled(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template does not take these messages: {error}") from error
+
+
+class _Generation(ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what training learns; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
+    )
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

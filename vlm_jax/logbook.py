@@ -1,0 +1,73 @@
+"""What a run says of itself: the numbers of a log, and the summary at its end."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vlm_jax.core import specs
+from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.core.structs import LossSums
+from vlm_jax.partitioning import Plan
+from vlm_jax.sizing import chips, cost
+from vlm_jax.store.files import write_json
+from vlm_jax.training import loop, optim
+
+
+def numbers(spec: RunSpec, stage: StageSpec, first_step: int, log: loop.Log) -> dict[str, float]:
+    """A log as plain numbers, once the device has computed them. `first_step` is that of the stage."""
+    sums, norms = jax.device_get((log.sums, log.norms))
+    count = max(float(sums.count), 1.0)
+    values = {
+        "loss": float(sums.nll) / count,
+        "token_error": 1 - float(sums.hits) / count,
+        "grad_norm": float(norms.grad),
+        "update_norm": float(norms.update),
+        "learning_rate": float(optim.schedule(spec.optim, stage)(log.step - first_step - 1)),
+    }
+    return values if norms.skipped is None else {**values, "skipped": float(norms.skipped)}
+
+
+def unlogged_to_dict(unlogged: loop.Unlogged) -> dict[str, float]:
+    """What a checkpoint keeps of an unfinished log; float32 passes through JSON unchanged."""
+    if unlogged.sums is None:
+        return {}
+    return {name: float(total) for name, total in unlogged.sums._asdict().items()} | {"unlogged_steps": unlogged.steps}
+
+
+def unlogged_from_dict(values: dict[str, float]) -> loop.Unlogged:
+    """The inverse; nothing where nothing was kept."""
+    if "unlogged_steps" not in values:
+        return loop.Unlogged()
+    return loop.Unlogged(
+        LossSums(*(np.float32(values[name]) for name in LossSums._fields)), int(values["unlogged_steps"])
+    )
+
+
+def speed(spec: RunSpec, stage: StageSpec, plan: Plan, question_tokens: float, step_secs: float) -> dict[str, float]:
+    """Seconds a step, examples and model FLOPs a second, and their share of the chips' peak where that is known."""
+    flops = cost.step_flops(spec, stage, question_tokens)
+    values = {
+        "step_secs": step_secs,
+        "examples_per_sec": spec.data.batch_examples / step_secs,
+        "model_flops_per_sec": flops / step_secs,
+    }
+    chip = chips.of_device(jax.devices()[0].device_kind)
+    return values if chip is None else {**values, "mfu": flops / step_secs / (chip.peak_flops * plan.mesh.size)}
+
+
+def write_summary(
+    path: Path, spec: RunSpec, values: dict[str, float], params_sha256: str, secs: float, question_tokens: float
+) -> None:
+    """`summary.json`, complete or not at all. `values` are those of the last log; what is no number becomes null."""
+    summary = {
+        "step": specs.total_steps(spec),
+        **{name: value if math.isfinite(value) else None for name, value in values.items()},
+        "params_sha256": params_sha256,
+        "secs": secs,
+        "train_flops": cost.run_flops(spec, question_tokens),
+        "spec_hash": specs.spec_hash(spec),
+        "spec": specs.to_dict(spec),
+    }
+    write_json(path, summary)

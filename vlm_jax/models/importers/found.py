@@ -1,0 +1,169 @@
+"""What a folder or file of published weights is: our specs of its parts, and the tables that read and write them.
+
+`find` reads config.json's `architectures` and asks the row of that name in `architectures`; a row is a function of
+(weights, config) that returns a `Found`. Support for an architecture is a row.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
+from vlm_jax.models import connector
+from vlm_jax.models.decoder import Decoder
+from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.models.importers import weights as w
+from vlm_jax.models.importers.parts import Found
+from vlm_jax.models.importers.weights import Table, Weights
+from vlm_jax.models.vision import Encoder
+from vlm_jax.ops import masks
+
+PARTS = ("encoder", "connector", "decoder")
+
+
+def find(path: str | Path) -> Found:
+    """Reads what a folder (or a `.npz`) holds, and checks every name and shape. No tensor is read.
+
+    Raises `UserError` for an architecture that is not supported, a configuration field that our modules cannot
+    express, or tensors that do not fit the configuration.
+    """
+    weights = w.open_weights(path)
+    if weights.path.suffix == ".npz":
+        found = big_vision.find_npz(weights)
+    else:
+        config = read_config(Path(path))
+        kind = architecture(config, Path(path))
+        rows = architectures()
+        if kind not in rows:
+            raise UserError(f"{config_path(Path(path))}: {unknown('architecture', kind, rows)}")
+        found = rows[kind](weights, config)
+    w.check(weights, found.tables.values(), found.ignore)
+    return found
+
+
+def architectures() -> dict[str, Callable[[Weights, dict[str, Any]], Found]]:
+    """Architecture -> the function that reads it."""
+    decoders = dict.fromkeys(hf_decoder.ARCHITECTURES, _decoder_only)
+    return {**decoders, "Gemma3ForConditionalGeneration": _text_of_gemma3, **hf_vlm.ROWS}
+
+
+def config_path(path: Path) -> Path:
+    """Where the configuration of a folder, or of a file in one, stands."""
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises `UserError` where there is none, or where it is not JSON."""
+    path = config_path(folder)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; it says which model the weights are") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: an object is wanted, not {type(config).__name__}")
+    return config
+
+
+def architecture(config: Mapping[str, Any], where: Path) -> str:
+    """The one architecture that a config.json names."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise UserError(f"{config_path(where)}: architectures={names!r}: one name in a list is wanted")
+    return str(names[0])
+
+
+def _decoder_only(weights: Weights, config: dict[str, Any], text: dict[str, Any] | None = None) -> Found:
+    spec = hf_decoder.decoder_spec(config if text is None else text, str(config_path(weights.path)))
+    tables = {"decoder": hf_decoder.decoder_table(spec, *hf_decoder.prefixes(weights))}
+    kind = architecture(config, weights.path)
+    return Found(kind, None, None, spec, "causal", None, tables, weights, config, hf_decoder.ignore(spec))
+
+
+def _text_of_gemma3(weights: Weights, config: dict[str, Any]) -> Found:
+    """The language model alone: Gemma 3's way with images is not ours."""
+    found = _decoder_only(weights, config, config.get("text_config", {}))
+    return found._replace(ignore=(*found.ignore, r".*vision_tower\..*", r".*multi_modal_projector\..*"))
+
+
+def seen_as(found: Found, encoder: EncoderSpec) -> Found:
+    """The same files, of whose image tower other layers are looked at (taps, feature layer, pooling head): which
+    tensors are read follows from `encoder`.
+    """
+    if found.weights.path.suffix == ".npz":
+        table = big_vision.encoder_table(encoder, *big_vision.tower(found.weights))
+    else:
+        table = hf_encoder.encoder_table(encoder, hf_encoder.prefix_of(found.weights))
+    return found._replace(encoder=encoder, tables={**found.tables, "encoder": table})
+
+
+def found_params(
+    found: Found,
+    parts: Iterable[str] = PARTS,
+    plan: Any | None = None,
+    dtype: str | None = "float32",
+    on_tensor: Callable[[int], None] | None = None,
+    layers: str = "stacked",
+) -> dict[str, Any]:
+    """{"encoder": ..., "connector": ..., "decoder": ...}, as far as asked for and there; see `weights.load_params`.
+
+    layers: "stacked" gives the decoder that training scans over; "apart" the one of `models.layerwise`, without the
+        layers ever being stacked.
+    """
+    read = {}
+    for part in parts:
+        if part in found.tables:
+            table, shapes = found.tables[part], boxed(found, part)
+            if part == "decoder" and layers == "apart":
+                table, shapes = layers_apart(table, shapes, found.decoder.depth)
+            read[part] = w.load_params(found.weights, table, shapes, plan, dtype, (".*",), on_tensor)
+    return read
+
+
+def size_bytes(found: Found, parts: Iterable[str] = PARTS) -> int:
+    """Bytes of the tensors that those parts are read from."""
+    names = w.expected(found.tables[part] for part in parts if part in found.tables)
+    return sum(math.prod(shape) * found.weights.shapes[name][1].itemsize for name, shape in names.items())
+
+
+def layers_apart(table: Table, boxed: Any, depth: int) -> tuple[Table, Any]:
+    """The table and the boxed shapes of a decoder with `layers`, as `models.layerwise.split` makes them of `blocks`."""
+
+    def row(leaf: nn.LogicallyPartitioned) -> nn.LogicallyPartitioned:
+        return leaf.replace(value=jax.ShapeDtypeStruct(leaf.value.shape[1:], leaf.value.dtype), names=leaf.names[1:])
+
+    blocks = {path.removeprefix("blocks/"): leaf for path, leaf in table.items() if path.startswith("blocks/")}
+    rest = {path: leaf for path, leaf in table.items() if not path.startswith("blocks/")}
+    apart = {f"layers/{i}/{name}": leaf.block(i) for i in range(depth) for name, leaf in blocks.items()}
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    one = jax.tree.map(row, boxed["blocks"], is_leaf=is_box)
+    shapes = {name: leaf for name, leaf in boxed.items() if name != "blocks"}
+    return {**rest, **apart}, {**shapes, "layers": (one,) * depth}
+
+
+def boxed(found: Found, part: str) -> Any:
+    """Boxed shapes of one part of a found model."""
+    compute, key = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)), jax.random.key(0)
+    if part == "encoder":
+        image = jax.ShapeDtypeStruct((1, found.encoder.image_size, found.encoder.image_size, 3), "float32")
+        return jax.eval_shape(Encoder(found.encoder, compute).init, key, image)["params"]
+    if part == "connector":
+        return jax.eval_shape(lambda key: connector.init_weights(key, model_spec(found)), key)
+    text = jax.ShapeDtypeStruct((1, 2), "int32")
+    return jax.eval_shape(Decoder(found.decoder, compute).init, key, text, masks.Slots(text, text, text))["params"]
+
+
+def model_spec(found: Found) -> ModelSpec:
+    """A whole model, in which every patch reaches the decoder. Raises `UserError` where a part is missing."""
+    encoder, decoder = found.encoder, found.decoder
+    if encoder is None or decoder is None or found.projector is None:
+        raise UserError(f"{found.weights.path}: {found.kind} is no whole model: it has {', '.join(found.tables)}")
+    compressor = CompressorSpec("none", encoder.patches, encoder.grid, encoder.width, 0, decoder.width, 1, 1, 1, 0)
+    return ModelSpec(encoder, compressor, found.projector, decoder, found.mask)

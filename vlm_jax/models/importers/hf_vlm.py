@@ -1,0 +1,189 @@
+"""Whole vision-language models in Hugging Face folders: LLaVA-1.5 and PaliGemma 1 and 2, both ways.
+
+`transformers` has renamed their tensors more than once (`vision_tower.vision_model.encoder...` or without the middle
+word; `language_model.model.layers...` or `model.language_model.layers...`): the prefixes are read off the file.
+
+PaliGemma's reference divides image features by sqrt(D) and then multiplies all embeddings by it, or does neither: ours
+does neither.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.specs import EncoderSpec, ModelSpec
+from vlm_jax.models.importers import hf_decoder, hf_encoder
+from vlm_jax.models.importers.parts import Found
+from vlm_jax.models.importers.weights import Table, Weights, linear, same
+
+_PROJECTOR = "multi_modal_projector."
+LLAVA, PALIGEMMA = "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"
+_SELECT = {"default": True, "full": False}  # whether the first token of the tower is dropped
+
+
+def _where(weights: Weights) -> str:
+    """The configuration's file, as errors name it."""
+    return str((weights.path if weights.path.suffix != ".safetensors" else weights.path.parent) / "config.json")
+
+
+def encoder_only(weights: Weights, config: dict[str, Any]) -> Found:
+    """A row of `found.architectures`: SigLIP or CLIP."""
+    where, prefix = _where(weights), hf_encoder.prefix_of(weights)
+    spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
+    tables = {"encoder": hf_encoder.encoder_table(spec, prefix)}
+    ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(spec, prefix))
+    return Found(config["architectures"][0], spec, None, None, "causal", None, tables, weights, config, ignore)
+
+
+def llava(weights: Weights, config: dict[str, Any]) -> Found:
+    """A row of `found.architectures`: LLaVA-1.5 (arXiv 2310.03744). An inner layer's patches go through two layers with
+    the exact GELU and stand where the prompt has placeholders; every token sees those before it.
+    """
+    where = _where(weights)
+    _only(config, where, projector_hidden_act="gelu", multimodal_projector_bias=True)
+    spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise UserError(f"{where}: vision_feature_layer={layer!r}: one layer is supported, not several joined")
+    layer += spec.depth + 1 if layer < 0 else 0  # theirs counts the embeddings as layer 0
+    if not 1 <= layer <= spec.depth:
+        raise UserError(f"{where}: vision_feature_layer={config['vision_feature_layer']}: the tower has {spec.depth}")
+    select = config.get("vision_feature_select_strategy", "default")
+    if str(select) not in _SELECT:
+        raise unknown(f"{where}: vision_feature_select_strategy", select, _SELECT)
+    if _SELECT[select] != spec.class_token:
+        told = "keeps the class token" if spec.class_token else "drops a patch of a tower that has no class token"
+        raise UserError(f"{where}: vision_feature_select_strategy={select!r} {told}, which is not supported")
+    spec = dataclasses.replace(spec, feature_layer=layer, pooling_head=False)
+    return _whole(weights, config, LLAVA, spec, "mlp", "causal", 32000)
+
+
+def paligemma(weights: Weights, config: dict[str, Any]) -> Found:
+    """A row of `found.architectures`: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555). All patches
+    through one layer, then the prompt; image and prompt see each other both ways.
+    """
+    where = _where(weights)
+    spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
+    spec = dataclasses.replace(spec, pooling_head=False)
+    return _whole(weights, config, PALIGEMMA, spec, "linear", "prefix", 256000)
+
+
+def _only(config: Mapping[str, Any], where: str, **values: Any) -> None:
+    for name, value in values.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{where}: {name}={config[name]!r} is not supported: {value!r} is")
+
+
+def _whole(
+    weights: Weights,
+    config: dict[str, Any],
+    kind: str,
+    encoder: EncoderSpec,
+    projector: str,
+    mask: str,
+    image_token: int,
+) -> Found:
+    where = _where(weights)
+    image_token, text = (
+        config.get("image_token_index", config.get("image_token_id", image_token)),
+        config.get("text_config"),
+    )
+    if not isinstance(image_token, int) or image_token < 0:
+        raise UserError(f"{where}: image_token_index={image_token!r}: the id of a token is wanted")
+    if not isinstance(text, Mapping):
+        raise UserError(f"{where}: text_config is missing")
+    defaults = {"model_type": "llama" if kind == LLAVA else "gemma"}
+    # The mask is the whole model's business, and so is whether the head is tied.
+    text = {**defaults, **{name: value for name, value in text.items() if name != "use_bidirectional_attention"}}
+    if "tie_word_embeddings" in config:
+        text["tie_word_embeddings"] = bool(config["tie_word_embeddings"] or text.get("tie_word_embeddings"))
+    decoder = hf_decoder.decoder_spec(text, where)
+    projected = config.get("projection_dim", decoder.width) if kind == PALIGEMMA else decoder.width
+    if projected != decoder.width:
+        raise UserError(f"{where}: projection_dim={projected}, but the language model is {decoder.width} wide")
+    roots = {name.partition(_PROJECTOR)[0] for name in weights.shapes if _PROJECTOR in name}
+    prefix = hf_encoder.prefix_of(weights)
+    tables = {
+        "encoder": hf_encoder.encoder_table(encoder, prefix),
+        "connector": projector_table(projector, encoder.width, decoder.width, min(roots, default="") + _PROJECTOR),
+        "decoder": hf_decoder.decoder_table(decoder, *hf_decoder.prefixes(weights)),
+    }
+    ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(encoder, prefix), *hf_decoder.ignore(decoder))
+    return Found(kind, encoder, projector, decoder, mask, image_token, tables, weights, config, ignore)
+
+
+ROWS = {
+    **dict.fromkeys((*hf_encoder.ALONE, *hf_encoder.BESIDE_TEXT), encoder_only),
+    LLAVA: llava,
+    PALIGEMMA: paligemma,
+}
+
+
+def projector_table(projector: str, encoder_width: int, width: int, prefix: str) -> Table:
+    """The projector of `models.connector` under Hugging Face's names; the connector has no other weights."""
+    layers = {"linear": {"": "linear"}, "mlp": {"": "linear_1", "out_": "linear_2"}}[projector]
+    table = {}
+    for ours, theirs in layers.items():
+        inputs = width if ours else encoder_width
+        table[f"projector/{ours}kernel"] = linear(f"{prefix}{theirs}.weight", (inputs,), (width,))
+        table[f"projector/{ours}bias"] = same(f"{prefix}{theirs}.bias", (width,))
+    return table
+
+
+def export_kind(spec: ModelSpec) -> str:
+    """The architecture of `transformers` that computes what this model does.
+
+    Raises `UserError` where none does: a compressor, or a combination that no public class has.
+    """
+    if spec.compressor.name != "none":
+        raise UserError(
+            f"compressor {spec.compressor.name}: no public class has it; export the decoder or encoder alone"
+        )
+    if spec.projector == "mlp" and spec.mask == "causal" and spec.encoder.feature_layer:
+        return LLAVA
+    gemma = spec.decoder.norm_plus_one and spec.decoder.tied_head and not spec.decoder.qk_norm
+    if spec.projector == "linear" and spec.mask == "prefix" and gemma and not spec.encoder.class_token:
+        return PALIGEMMA
+    raise UserError(
+        f"projector {spec.projector}, mask {spec.mask}, feature_layer {spec.encoder.feature_layer}: neither LLaVA "
+        "(mlp, causal, an inner layer) nor PaliGemma (linear, prefix, Gemma); no public class computes this"
+    )
+
+
+def export_config(spec: ModelSpec, image_token: int) -> dict[str, Any]:
+    """config.json of a whole model. A tower cut at an inner layer is written as deep as it is held."""
+    kind, vision = export_kind(spec), hf_encoder.encoder_config(spec.encoder)
+    shared = {
+        "architectures": [kind],
+        "vision_config": vision,
+        "text_config": hf_decoder.hf_config(spec.decoder),
+        "image_token_index": image_token,
+        "tie_word_embeddings": spec.decoder.tied_head,
+        "torch_dtype": "float32",
+    }
+    if kind == LLAVA:
+        return {
+            **shared, "model_type": "llava", "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+            "vision_feature_layer": spec.encoder.feature_layer - spec.encoder.blocks - 1,
+            "vision_feature_select_strategy": "default" if spec.encoder.class_token else "full",
+            "image_seq_length": spec.encoder.patches,
+        }  # fmt: skip
+    vision["projection_dim"] = spec.decoder.width
+    return {
+        **shared,
+        "model_type": "paligemma",
+        "projection_dim": spec.decoder.width,
+        "hidden_size": spec.decoder.width,
+    }
+
+
+def export_tables(spec: ModelSpec) -> dict[str, Table]:
+    """Part -> table under the names that every version of `transformers` reads."""
+    export_kind(spec)
+    body = "language_model."
+    return {
+        "encoder": hf_encoder.encoder_table(spec.encoder, "vision_tower.vision_model."),
+        "connector": projector_table(spec.projector, spec.encoder.width, spec.decoder.width, _PROJECTOR),
+        "decoder": hf_decoder.decoder_table(spec.decoder, f"{body}model.", f"{body}lm_head.weight"),
+    }

@@ -1,0 +1,94 @@
+"""Causal attention that never writes a score to memory: JAX's Pallas kernel for TPUs ("splash" attention).
+
+Applies to rows of one sequence each, read in order: token i sees the real tokens up to i. That is training and scoring
+with one question behind each image under a causal mask; packed questions (which all see the image, but not each other)
+and two-way prefixes are not of that form. Elsewhere than on a TPU the same mathematics runs as plain products: which of
+the two is decided when a program is lowered, so that a program compiled ahead of time for a TPU has the kernel.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.core.axes import ACT_HEADS, BATCH
+from vlm_jax.ops import placement
+
+LANES = 128  # a TPU's tile: lengths and channels come in these
+_BLOCK = 512  # queries and keys of one tile of work
+
+
+class Causal(NamedTuple):
+    """The mask of rows of one sequence each."""
+
+    real: Bool[Array, "B L"]
+
+    def dense(self) -> Bool[Array, "B 1 L L"]:
+        """As `ops.attention` takes it."""
+        length = self.real.shape[1]
+        order = jnp.arange(length)
+        seen = (order[None, :] <= order[:, None])[None] & self.real[:, None, :] & self.real[:, :, None]
+        return seen[:, None]
+
+
+def applies(length: int, heads: int, kv_heads: int) -> bool:
+    """Whether the kernel can take rows of that length, with heads divided over devices as the plan in force says."""
+    shards = placement.parts(ACT_HEADS)
+    return length % LANES == 0 and heads % shards == 0 and kv_heads % shards == 0
+
+
+def attend(
+    q: Float[Array, "B L N C"],
+    k: Float[Array, "B L K C"],
+    v: Float[Array, "B L K C"],
+    mask: Causal,
+    scale: float,
+    softcap: float | None,
+    plain: Any,
+) -> Float[Array, "B L N C"]:
+    """As `ops.attention.attend`; `plain(q, k, v, mask)` is what runs elsewhere than on a TPU."""
+    heads, row = (BATCH, None, ACT_HEADS, None), (BATCH, None)
+    kernel = functools.partial(_on_tpu, scale=scale, softcap=softcap)
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        mask.real,
+        tpu=placement.on_each_device(kernel, (heads, heads, heads, row), heads),
+        default=lambda q, k, v, real: plain(q, k, v, Causal(real)),
+    )
+
+
+def _on_tpu(
+    q: Float[Array, "B L N C"],
+    k: Float[Array, "B L K C"],
+    v: Float[Array, "B L K C"],
+    real: Bool[Array, "B L"],
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: Any = False,
+) -> Float[Array, "B L N C"]:
+    """One device's rows and heads. Padding sees padding here, and reads zeros in the end."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads, channels = q.shape[1:]
+    block = next(size for size in (_BLOCK, 256, LANES) if length % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads), block_sizes=sizes, head_shards=1,
+        q_seq_shards=1, attn_logits_soft_cap=softcap, interpret=interpret,
+    )  # fmt: skip
+
+    def one(q: Array, k: Array, v: Array, segment: Int[Array, " L"]) -> Array:
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(segment, segment))
+
+    pad = ((0, 0), (0, 0), (0, 0), (0, -channels % LANES))
+    by_head = [jnp.pad(x, pad).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]
+    out = jax.vmap(one)(*by_head, real.astype(jnp.int32)).swapaxes(1, 2)[..., :channels]
+    return jnp.where(real[:, :, None, None], out, 0)

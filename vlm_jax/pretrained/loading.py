@@ -1,0 +1,234 @@
+"""Public models, and this project's runs, from the files that users hold.
+
+    model = load("llava-folder")                    # a Hugging Face folder, a big_vision .npz, or a run's workdir
+    model = load("so400m-folder", llm="qwen-folder", compressor="tokenpacker", tokens=16)      # two, joined
+
+Weights stream from the file into the placements of a plan, one tensor at a time. `pretrained.answering` is what
+models are for.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from vlm_jax import build, partitioning
+from vlm_jax.compress import catalog
+from vlm_jax.config.resolve import spec_from_dict
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
+from vlm_jax.data import chat, text
+from vlm_jax.data import images as pictures
+from vlm_jax.models import connector, layerwise, vision
+from vlm_jax.models.importers import weights
+from vlm_jax.models.importers.found import Found, find, found_params
+from vlm_jax.partitioning import Plan
+from vlm_jax.store import checkpoint
+
+MARK = "<image>"  # stands for the image in a prompt, where a folder names no other text
+
+
+class Model(NamedTuple):
+    """A model that answers. In `params` the decoder's layers are apart; `layerwise.stack` gives what training reads."""
+
+    spec: ModelSpec  # encoder, compressor and projector are None for text alone
+    compute: ComputeSpec
+    params: Any  # {"encoder", "connector", "decoder"}, as far as there are
+    plan: Plan
+    tokenizer: text.Text | None = None  # None where the folder has none: `forward` and `generate_tokens` need none
+    layout: chat.Layout | None = None  # how a question becomes a prompt
+    image: pictures.ImageSpec | None = None  # how pixels are prepared
+    image_token: int | None = None  # the placeholder in `tokens`, once for each visual token
+    pad: int | None = None
+    ends: tuple[int, ...] = ()
+    answer_tokens: int = 64  # of the longest answer, where the caller does not say
+
+    @property
+    def visual_tokens(self) -> int:
+        """V; 0 for text alone."""
+        return 0 if self.spec.compressor is None else self.spec.compressor.tokens
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    plan: Plan | None = None,
+    llm: str | Path | None = None,
+    compressor: str | None = None,
+    tokens: int | None = None,
+    tokenizer: str | Path | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    on_read: Callable[[int, int], None] | None = None,
+) -> Model:
+    """A model from a Hugging Face folder, a big_vision `.npz`, or the workdir of a run.
+
+    Args:
+        dtype: "float32" or "bfloat16", of weights and activations; None: bfloat16 on TPU and GPU, float32 on CPU. A run
+            keeps its own, with float32 weights.
+        plan: where the parameters live; None is one device.
+        llm: another folder, whose language model takes the place of the one in `path`, if that has any. The projector
+            is then fresh, and so is the compressor.
+        compressor, tokens: a row of `compress.catalog` and its V, in the place of what `path` has. A method without
+            weights ("pool") works on a trained model at once; others are fresh and want training.
+        tokenizer: a `tokenizer.json`, a SentencePiece `*.model`, or a folder with one; None looks beside the weights.
+        image_size: pixels a side, if not those of the files: learned positions are resized as their library does it.
+        seed: of fresh weights.
+        on_read: called after each tensor with (bytes read so far, bytes to be read).
+
+    Raises `UserError` for files that are missing, not understood or inconsistent with each other.
+    """
+    path = Path(path)
+    if (path / "spec.json").is_file():
+        if llm or compressor or tokens is not None or image_size is not None:
+            raise UserError(f"{path}: a run has its own llm, compressor, tokens and image_size; leave them out")
+        return _load_run(path, dtype, plan)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    compute = ComputeSpec(dtype, "none", _attention(), 1, "replicated", (1, 1, 1))
+    plan = plan or partitioning.make_plan(compute, jax.local_devices()[:1])
+    seeing = find(path)
+    speaking = find(llm) if llm else seeing
+    if speaking.decoder is None:
+        raise UserError(f"{llm or path}: holds no language model; name one with llm=FOLDER")
+    if llm and seeing.encoder is None:
+        raise UserError(f"{path}: holds no image encoder to join with {llm}")
+    if image_size is not None and seeing.encoder is None:
+        raise UserError(f"{path}: a language model alone has no images: leave image_size out")
+    own = seeing.encoder
+    resized = seeing if own is None else seeing._replace(encoder=vision.at_size(own, image_size))
+    spec = _joined_spec(resized, speaking if llm else resized, compressor, tokens)
+    if own is not None:
+        # Taps may have come with the compressor; the tensors are still those of the files' own resolution.
+        seeing = seeing._replace(encoder=dataclasses.replace(spec.encoder, image_size=own.image_size))
+    parts = () if spec.encoder is None else ("encoder",) if llm else ("encoder", "connector")
+    count = _counter(((speaking, ("decoder",)), (seeing, parts)), on_read)
+    params = found_params(speaking, ("decoder",), plan, dtype, count, layers="apart")
+    if spec.encoder is not None:
+        read = found_params(seeing, parts, plan, dtype, count)
+        fresh = plan.init(lambda key: connector.init_weights(key, spec), jax.random.key(seed))
+        fresh = jax.tree.map(lambda leaf: leaf.astype(dtype), fresh)
+        how = "bilinear" if path.suffix == ".npz" else "bicubic"
+        encoder = vision.params_at_size(read["encoder"], seeing.encoder, spec.encoder.image_size, how)
+        params |= {"encoder": encoder, "connector": {**fresh, **_projector(read)}}
+    return _with_words(Model(spec, compute, params, plan), path, speaking, tokenizer)
+
+
+def _attention() -> str:
+    """The quickest way to attend, where a cache is read."""
+    return "merged" if jax.default_backend() == "cpu" else "xla"
+
+
+def _counter(
+    wanted: Sequence[tuple[Found, Sequence[str]]], on_read: Callable[[int, int], None] | None
+) -> Callable[[int], None] | None:
+    """Sums up the bytes of single tensors, against those of all parts that are wanted."""
+    if on_read is None:
+        return None
+    names = [(found.weights, weights.expected([found.tables[p] for p in parts])) for found, parts in wanted]
+    total = sum(
+        math.prod(shape) * files.shapes[name][1].itemsize for files, some in names for name, shape in some.items()
+    )
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        on_read(done, total)
+
+    return count
+
+
+def _projector(read: Mapping[str, Any]) -> dict[str, Any]:
+    return {"projector": read["connector"]["projector"]} if "connector" in read else {}
+
+
+def _joined_spec(seeing: Found, speaking: Found, name: str | None, tokens: int | None) -> ModelSpec:
+    """Raises `UserError` for a compressor that does not exist, or cannot give that many tokens."""
+    encoder, decoder = seeing.encoder, speaking.decoder
+    if encoder is None:
+        if name or tokens is not None:
+            raise UserError("a language model alone has no visual tokens: leave compressor and tokens out")
+        return ModelSpec(None, None, None, decoder, speaking.mask)
+    if name is None and tokens is not None and tokens != encoder.patches:
+        raise UserError(f"tokens={tokens}: name the compressor that makes them of {encoder.patches} patches")
+    compressor = compressor_spec(name or "none", encoder, decoder, tokens)
+    encoder = dataclasses.replace(encoder, taps=encoder.taps if not compressor.taps else _taps(encoder))
+    own = seeing is speaking
+    return ModelSpec(encoder, compressor, seeing.projector if own else "mlp", decoder, seeing.mask if own else "causal")
+
+
+def compressor_spec(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int | None) -> CompressorSpec:
+    """A compressor between two given parts, its inner sizes those of the encoder. `tokens` None takes the only V that
+    the method has. Raises `UserError` for what it cannot give.
+    """
+    possible = catalog.row(name).tokens_out(encoder.grid)
+    if tokens is None and len(possible) > 1:
+        raise UserError(f"compressor {name!r} gives several numbers of tokens: set tokens=V")
+    taps = len(_taps(encoder)) if name in ("tokenpacker", "quecc") else 0
+    spec = CompressorSpec(
+        name, possible[0] if tokens is None else tokens, encoder.grid, encoder.width, taps, decoder.width,
+        encoder.width, encoder.heads, 1, encoder.mlp_width,
+    )  # fmt: skip
+    catalog.check(spec)
+    return spec
+
+
+def _taps(encoder: EncoderSpec) -> tuple[int, ...]:
+    """Four layers, evenly spaced up to the last that runs, for methods that read several."""
+    last = encoder.feature_layer or encoder.depth
+    return tuple(sorted({max(1, last * k // 4) for k in (1, 2, 3, 4)}))
+
+
+def _with_words(model: Model, path: Path, speaking: Found, tokenizer: str | Path | None) -> Model:
+    """The model with its tokenizer, prompt layout and image preparation."""
+    spec, config = model.spec, speaking.config
+    folder = Path(tokenizer) if tokenizer else Path(speaking.weights.path)
+    sees = spec.encoder is not None
+    image_token = None
+    if sees:
+        image_token = spec.decoder.vocab if speaking.image_token is None else speaking.image_token
+        picture = pictures.image_spec(path if path.is_dir() else path.parent, spec.encoder)
+        model = model._replace(image=picture, image_token=image_token)
+    if tokenizer is None and not text.has_tokenizer(folder):
+        return model._replace(pad=config.get("pad_token_id"), ends=tuple(text.ends(folder, config) or ()))
+    words = text.read_tokenizer(folder, config, (MARK,) if sees else ())
+    if words.size > spec.decoder.vocab:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {words.size - 1}, the language model only {spec.decoder.vocab} "
+            "embeddings: they do not belong together"
+        )
+    layout = chat.layout_of(speaking.kind, words, words.special.get("image_token", MARK))
+    return model._replace(tokenizer=words, layout=layout, pad=words.pad, ends=words.ends)
+
+
+def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
+    """What `vlm_jax.train` made, with the words it was trained on."""
+    run = spec_from_dict(checkpoint.read_spec(workdir))
+    compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype, attention=_attention())
+    if plan is None:
+        compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))
+        plan = partitioning.make_plan(compute, jax.local_devices()[:1])
+    network = build.open_network(dataclasses.replace(run, compute=compute), plan)
+    abstract = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
+    unboxed, shardings = nn.meta.unbox(abstract), plan.shardings(abstract)
+    params = checkpoint.restore_params(workdir, unboxed, shardings, _tell)
+    params = {"encoder": jax.device_put(network.encoder, plan.replicated), **params}
+    params["decoder"] = layerwise.split(params.pop("decoder"), run.model.decoder.depth)
+    words = build.words_of(run.data.tokenizer)
+    picture = pictures.run_spec(run.model.encoder)
+    layout = chat.Layout("image first", None, MARK)
+    token = run.model.decoder.vocab
+    return Model(
+        run.model, compute, params, plan, words, layout, picture, token, words.pad, words.ends,
+        run.evaluation.max_new_tokens,
+    )  # fmt: skip
+
+
+def _tell(step: int, what: str) -> None:
+    print(f"note: checkpoint {step} is damaged ({what}): the one before is used", file=sys.stderr)

@@ -1,0 +1,153 @@
+"""How long a compiled program takes at least, and about how long it takes: compute, memory and network of one chip.
+
+Work is analytic (`sizing.cost`), the network is read from the program (`sizing.hlo`). Assumptions, in order of weight:
+
+1. Products reach `Efficiency.compute` of the peak, memory and network their shares of their bandwidths.
+2. Products, memory traffic and the exchanges that XLA runs beside products overlap perfectly; exchanges that it does
+   not run beside products add their whole time. step = max(compute, memory, hidden) + exposed.
+3. A kernel that rests split is written once and read once for every gather; scores of attention go through memory in
+   float32 unless attention is fused; other activations as in `cost.decoder_activation_bytes`.
+4. A ring over a mesh axis uses the links of the torus dimensions along which the axis extends: both directions where
+   the dimension closes on itself, one where it does not. Between slices every chip has `_BETWEEN_SLICES`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.sizing import cost
+from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
+from vlm_jax.sizing.hlo import SLICE, Collective
+
+_BETWEEN_SLICES = 3.1e9  # bytes/s of one chip: a share of its host's network card, an assumption
+_RESIDENT = 4  # bytes of a parameter or moment at rest
+
+
+class Work(NamedTuple):
+    """What the whole program does, over all chips."""
+
+    model_flops: float  # progress; what MFU counts
+    flops: float  # with what is computed again in the backward pass
+    chip_bytes: float  # through the memory of one chip
+
+
+class Prediction(NamedTuple):
+    """Seconds of one call. The first four are at vendor peaks; `step_secs` is at the assumed efficiencies."""
+
+    compute_secs: float
+    memory_secs: float
+    hidden_secs: float  # of the network, beside products
+    exposed_secs: float  # of the network, with nothing beside it
+    step_secs: float
+    mfu: float
+    binds: str
+    compiler_secs: float  # what XLA:TPU itself expects of products and memory, the network not counted; 0: not known
+
+
+def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1) -> Work:
+    """One step of a stage. `kept_apart` is into how many parts a kernel stays cut while it is multiplied."""
+    model, remat = spec.model, spec.compute.remat
+    decoder, text = model.decoder, spec.data.text_tokens
+    examples, length = spec.data.batch_examples, spec.data.text_tokens + model.compressor.tokens
+    useful = cost.step_flops(spec, stage)
+    again = cost.pass_flops(decoder, length, length, text)
+    repeated = {"none": again.head, "dots": again.head + again.attention, "block": again.total}[remat]
+    sizes = cost.params(model)
+    passes = {"none": 2, "dots": 2, "block": 3}[remat]
+    learned = sum({"encoder": sizes.encoder, "connector": sizes.compressor + sizes.projector,
+                   "decoder": sizes.decoder + sizes.embedding}[part] for part in stage.train)  # fmt: skip
+    dtype = cost.dtype_bytes(spec.compute.dtype)
+    kernels = (
+        _kernel_bytes(sizes.total / kept_apart, dtype, passes, chips > kept_apart)
+        + 2 * dtype * learned
+        + 7 * _RESIDENT * learned / chips
+    )
+    activations = (passes + 2) * _pass_bytes(spec, length, length)
+    if not spec.data.frozen_features:
+        activations += cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
+    logits = 9 * 4 * decoder.vocab * text
+    return Work(useful, useful + examples * repeated, kernels + (activations + logits) * examples / chips)
+
+
+def prefill_work(spec: RunSpec, chips: int, kept_apart: int = 1) -> Work:
+    """Image and text of every row of a batch, and one word's logits each."""
+    model, rows = spec.model, spec.evaluation.batch_examples
+    length = spec.data.text_tokens + model.compressor.tokens
+    flops = rows * cost.flops(model, spec.data.text_tokens, 1).total
+    held = cost.params(model).total / kept_apart
+    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, spec.compute.mesh[1] != 1)
+    activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
+    return Work(flops, flops, kernels + activations * rows / chips)
+
+
+def decode_work(spec: RunSpec, chips: int, kept_apart: int = 1) -> Work:
+    """One more word for every row of a batch, behind a full context."""
+    decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
+    keys = spec.data.text_tokens + spec.model.compressor.tokens + spec.evaluation.max_new_tokens
+    flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
+    held = cost.decoder_params(decoder) / kept_apart
+    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, spec.compute.mesh[1] != 1)
+    cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)
+    return Work(flops, flops, kernels + cache * rows / chips)
+
+
+def _kernel_bytes(params: float, dtype_bytes: int, passes: int, gathered: int) -> float:
+    """Each pass reads a kernel; one that rests split (`gathered` is not 0) it also writes."""
+    return params * dtype_bytes * passes * (2 if gathered else 1)
+
+
+def _pass_bytes(spec: RunSpec, tokens: int, keys: int) -> cost.Number:
+    decoder = spec.model.decoder
+    moved = cost.decoder_activation_bytes(decoder, tokens, spec.compute.dtype)
+    fused = spec.compute.attention != "xla"
+    return moved + (0 if fused else 4 * 4 * decoder.depth * decoder.heads * tokens * keys)
+
+
+def predict(
+    work: Work,
+    collectives: Sequence[Collective],
+    chip: Chip,
+    chips: int,
+    link_share: Callable[[tuple[str, ...]], float],
+    cycles: float = 0.0,
+    efficiency: Efficiency = ASSUMED,
+) -> Prediction:
+    """Seconds of a program on that many chips; `link_share` says what part of a chip's links a group can use, `cycles`
+    what the compiler expects.
+    """
+    network = {True: 0.0, False: 0.0}
+    for found in collectives:
+        speed = _BETWEEN_SLICES if SLICE in found.axes else chip.interconnect * link_share(found.axes)
+        network[found.beside_products] += found.wire_bytes / speed
+    compute, memory = work.flops / chips / chip.peak_flops, work.chip_bytes / chip.bandwidth
+    hidden, exposed = network[True], network[False]
+    overlapped = {
+        "compute": compute / efficiency.compute,
+        "memory": memory / efficiency.bandwidth,
+        "network": hidden / efficiency.interconnect,
+    }
+    binds = max(overlapped, key=lambda name: overlapped[name])
+    step = overlapped[binds] + exposed / efficiency.interconnect
+    mfu = work.model_flops / (step * chips * chip.peak_flops)
+    own = cycles / chip.clock if chip.clock else 0.0
+    return Prediction(compute, memory, hidden, exposed, step, mfu, binds, own)
+
+
+def ring_share(places: Sequence[tuple[int, ...]], extent: tuple[int, ...], chip: Chip) -> float:
+    """Part of a chip's links that a ring over these places of a torus uses; `extent` is the whole torus.
+
+    A v5e or v6e dimension closes on itself at 16 chips, a three-dimensional one at every multiple of 4.
+    """
+    if not chip.torus:
+        return 1.0
+    links = 0
+    for dimension, size in enumerate(extent):
+        along = len({place[dimension] for place in places})
+        closes = size == 16 if chip.torus == 2 else size % 4 == 0
+        links += 0 if along == 1 else 2 if along == size and closes else 1
+    return max(links, 1) / (2 * chip.torus)
+
+
+def torus_extent(places: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Sides of the torus that these places fill."""
+    return tuple(max(side) + 1 for side in zip(*places, strict=True))
