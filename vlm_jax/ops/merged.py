@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from vlm_jax.core.axes import BATCH
+from vlm_jax.ops.placement import parts
+
 
 def attend(
     q: Float[Array, "B T N C"],
@@ -18,7 +21,20 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T N C"]:
-    """See `ops.attention.attend`; a query that may see no key reads zeros here too."""
+    """See `ops.attention.attend`; a query that may see no key reads zeros here too.
+
+    A long text goes row by row where rows are not split over devices: the scores of one row stay in the cache.
+    """
+    if q.shape[1] == 1 or parts(BATCH) > 1:
+        return _attend(q, k, v, mask, scale, softcap)
+
+    def one(row: tuple[Array, ...]) -> Array:
+        return _attend(*(x[None] for x in row), scale, softcap)[0]
+
+    return jax.lax.map(one, (q, k, v, mask))
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float | None, softcap: float | None) -> Array:
     batch, length, heads, channels = q.shape
     groups = k.shape[1]
     shared = heads // groups
@@ -32,6 +48,7 @@ def attend(
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min / 2)
     weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    out = jax.lax.dot_general((weights / total).astype(v.dtype), v, (((3,), (2,)), pairs))
+    out = jax.lax.dot_general(weights.astype(v.dtype), v, (((3,), (2,)), pairs), preferred_element_type=jnp.float32)
+    out = out / total
     out = out.reshape(batch, groups, length, shared, channels)
     return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
