@@ -84,4 +84,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every_steps = 10
     c.save_every_steps = 500
     c.keep_checkpoints = 2
+    c.keep_every_steps = 0
+    c.bad_step = dict(policy="stop", spike_factor=0.0, skip_limit=10)
     return c

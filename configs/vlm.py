@@ -66,6 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
         mask="causal",
     )
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
+    c.decoder_checkpoint = ""
     c.data = dict(
         dataset=f"glyph_{arg.family}",
         config=arg.data or data,
@@ -75,6 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
         questions_per_example=questions,
         text_tokens=questions * pair_tokens,
         frozen_features=True,
+        tokenizer="",
     )
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)
     align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)
@@ -91,7 +93,14 @@ def get_config(arg: str = "") -> ConfigDict:
         lr_scale=(("^decoder/", scale),),
     )
     c.compute = dict(
-        dtype="float32", remat="none", attention="xla", microbatches=1, strategy="replicated", mesh=(-1, 1, 1)
+        dtype="float32",
+        remat="none",
+        attention="xla",
+        microbatches=1,
+        strategy="replicated",
+        mesh=(-1, 1, 1),
+        slices=1,
+        moments="float32",
     )
     c.evaluation = dict(examples=0, questions_per_example=2, batch_examples=256, max_new_tokens=family["answer_tokens"])
     c.seed = arg.seed

@@ -10,6 +10,7 @@ gs://NAME/study. experiments/launching/README.md shows each.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.workers = {"local": local.default_workers(), "slurm": 64, "tpu": 1}[args.backend]
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
+    if args.backend == "tpu" and not args.accelerator and args.index is None and not args.status:
+        raise UserError("--backend tpu: give --accelerator TYPE, such as v6e-16, and --bucket gs://NAME/study")
+    there = next(path for path in (args.workdir, *args.workdir.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"--workdir {args.workdir}: cannot be made ({there} is not a folder); choose another")
     return args
 
 
@@ -106,6 +112,7 @@ def starter(left: list[Cell], args: argparse.Namespace, console: Console) -> Cal
     """What runs the cells on the backend. What that lacks or cannot do is said here, before anything is written."""
     if args.backend == "slurm":
         executor = slurm.make_executor(args.workdir / "slurm", slurm_wishes(args))
+        slurm.queue()
         return lambda: slurm.run(left, args.grid, args.workdir, executor, console)
     if args.backend == "tpu":
         wishes = tpu_wishes(args)

@@ -98,9 +98,11 @@ install() {
     packed=$(mktemp -d)
     say "sending the repository to all hosts, preparing them"
     local -r skip=(--exclude ./.git --exclude ./.venv --exclude ./.cache --exclude ./workdirs --exclude __pycache__)
-    tar --create --gzip --file "$packed/vlm_jax.tgz" "${skip[@]}" . || return
-    gcloud compute tpus tpu-vm scp "$packed/vlm_jax.tgz" "$POD:" "${WHERE[@]}" --worker=all --quiet || return
+    local code=0
+    tar --create --gzip --file "$packed/vlm_jax.tgz" "${skip[@]}" . &&
+        gcloud compute tpus tpu-vm scp "$packed/vlm_jax.tgz" "$POD:" "${WHERE[@]}" --worker=all --quiet || code=$?
     rm -r "$packed"
+    [ "$code" = 0 ] || return "$code"
     on_all_hosts "mkdir -p vlm_jax && tar xzf vlm_jax.tgz -C vlm_jax && cd vlm_jax && \
 bash experiments/launching/host_setup.sh $(printf %q "$BUCKET_NAME")"
 }
@@ -136,18 +138,23 @@ delete() {
 }
 
 up() {
-    local tries=0 code=1
-    # Begun anew as often as the slice is taken away; three times where it is there and the grid still does not end well.
-    while [ "$tries" -lt 3 ]; do
+    local tries=0 code=1 since=$SECONDS
+    local -r patience=${PATIENCE_SECS:-$((10 * ${POLL_SECS:-30}))}
+    # Begun anew as often as the slice is taken away. Where it is there and the grid still does not end well: three times
+    # at least and for minutes, because gcloud may call a slice ACTIVE that is gone already.
+    while [ "$tries" -lt 3 ] || [ $((SECONDS - since)) -lt "$patience" ]; do
         create
         if install && run; then
             code=0
             break
         fi
+        sleep "${POLL_SECS:-30}"
         if [ "$(state)" = ACTIVE ]; then
+            [ "$tries" -gt 0 ] || since=$SECONDS
             tries=$((tries + 1))
-            say "a cell failed, or the connection broke; attempt $tries of 3"
+            say "a cell failed, or the connection broke: $tries times"
         else
+            tries=0
             say "the slice was taken away; a new one goes on from the checkpoints"
         fi
     done

@@ -6,6 +6,7 @@ Everything runs as a user runs it, on the tiny data sets; what is meant to fail 
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from vlm_jax.store import results
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--config.data.config=rows4_tiny", "--config.stages.0.total_steps=6", "--config.stages.0.warmup_steps=1")
+TWO_SAVED = ("--config.save_every_steps=3", "--config.keep_checkpoints=2")
 GRID = """
 from vlm_jax.config.sweep import Grid, param, product
 
@@ -49,8 +51,8 @@ def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def trained(home: Path) -> Path:
-    workdir = home / "run"
-    done = run(home, "vlm_jax.train", "--config", "configs/vlm.py:llm=d24,tokens=2", *TINY, "--workdir", str(workdir))
+    workdir, config = home / "run", "configs/vlm.py:llm=d24,tokens=2"
+    done = run(home, "vlm_jax.train", "--config", config, *TINY, *TWO_SAVED, "--workdir", str(workdir))
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -85,7 +87,7 @@ def test_evaluate_writes_one_row(home: Path, trained: Path) -> None:
 def test_predict_answers(home: Path, trained: Path) -> None:
     image = home / "page.png"
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(image)
-    done = run(home, "vlm_jax.predict", "--workdir", str(trained), "--image", str(image), "--prompt", "read row two")
+    done = run(home, "vlm_jax.predict", "--model", str(trained), "--image", str(image), "--prompt", "read row two")
     assert done.returncode == 0, done.stderr
     bad = run(home, "vlm_jax.predict", "--model", str(trained), "--image", str(image), "--prompt", "read row twoo")
     assert bad.returncode == 2
@@ -124,15 +126,21 @@ def test_bad_input_is_one_line_and_exit_code_2(
     half.mkdir()
     (half / "rows.jsonl").write_text('{"cell": "a", "spec_ha')
     (home / "text.png").write_text("text")
+    shutil.copytree(trained, home / "lost")
+    shutil.rmtree(home / "lost" / "checkpoints" / "6" / "cursor")
+    (home / "lost" / "rows.jsonl").unlink(missing_ok=True)
     cases = {
         ("vlm_jax.train", "--config", "configs/vlm.py:llm=d25", "--workdir", workdir): "d24",
         ("vlm_jax.train", "--config", config, "--workdir", str(trained)): "another spec",
         ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
         ("vlm_jax.train", "--config", config, "--config.encoder_checkpoint=no.npz", "--workdir", workdir): "no.npz",
         ("vlm_jax.train", "--config", tiny, "--config.data.text_tokens=5", "--workdir", workdir): "set it to 32",
+        ("vlm_jax.train", "--config", tiny, "--config.compute.attention=cudnn", "--workdir", workdir): "NVIDIA",
         ("vlm_jax.train", "--workdir", workdir): "--config",
         ("vlm_jax.evaluate", "--workdir", workdir): "spec.json",
-        ("vlm_jax.predict", "--workdir", str(trained), "--image", f"{home}/text.png", "--prompt", "x"): "text.png",
+        ("vlm_jax.evaluate", "--workdir", str(trained), "--rows", f"{home}/text.png/r"): "r: cannot write rows here",
+        ("vlm_jax.evaluate", "--workdir", f"{home}/lost"): "is of step 3, that of step 6 is wanted",
+        ("vlm_jax.predict", "--model", str(trained), "--image", f"{home}/text.png", "--prompt", "x"): "text.png",
         ("experiments.launch", "--grid", "configs/grids/demo.py", "--workdir", str(half), "--dry-run"): "rows.jsonl:1",
         ("experiments.report", "--workdir", workdir): "rows.jsonl",
     }  # fmt: skip
@@ -142,12 +150,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
         monkeypatch.setattr(sys, "argv", [module, *argv])
         with pytest.raises(SystemExit) as stopped:
             door(importlib.import_module(module).main)()
-        said = capsys.readouterr().err
+        shown, said = capsys.readouterr()
+        assert "compiling" not in shown
         assert stopped.value.code == 2, (argv, said)
         assert expected in said
         assert len(said.strip().splitlines()) == 1, said
     assert (half / "rows.jsonl").read_text() == '{"cell": "a", "spec_ha'
     assert not Path(workdir).exists()
+    assert not (home / "lost" / "rows.jsonl").exists()
     assert (trained / "spec.json").read_text() == run_spec
 
 

@@ -66,6 +66,8 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path, published:
         "holds an image tower": ["--out", str(tmp_path / "a.npz")],
         "cannot be written": ["--out", str(published / "config.json" / "a")],
         "must be positive": ["--out", str(tmp_path / "a"), "--max-shard-gb", "0"],
+        "-gb nan must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "nan"],
+        "-gb inf must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "inf"],
     }.items():
         with pytest.raises(UserError, match=told):
             export.main(["--model", str(published), *words])
@@ -94,3 +96,20 @@ def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
     export.main(["--model", str(run), "--out", str(tmp_path / "eye"), "--part", "encoder"])
     patch = found.found_params(found.find(tmp_path / "eye"))["encoder"]["patch"]["kernel"]
     np.testing.assert_array_equal(patch, network.encoder["patch"]["kernel"])
+    named = ["--model", str(run), "--part", "encoder", "--out"]
+    export.main([*named, str(tmp_path / "new" / "eye.npz")])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["eye.npz"]
+    with pytest.raises(UserError, match=r"x\.npz: cannot be written"):
+        export.main([*named, str(run / "spec.json" / "x.npz")])
+
+
+def test_a_source_with_an_empty_text_config_gives_its_tokens(tmp_path, published: Path) -> None:
+    (published / "config.json").write_text(json.dumps({**CASE.config, "text_config": None}))
+    export.main(["--model", str(published), "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 1
+
+
+def test_help_keeps_its_lines(capsys) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    assert export.__doc__ in capsys.readouterr().out

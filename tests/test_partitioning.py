@@ -207,6 +207,8 @@ def test_a_batch_that_does_not_divide_is_told() -> None:
         partitioning.check_batch(where, "batch", 32, microbatches=3)
     with pytest.raises(UserError, match="use 12"):
         partitioning.check_batch(where, "batch", 8, microbatches=3)
+    with pytest.raises(UserError, match="into groups of devices = 4 parts: use 28"):
+        partitioning.check_batch(where, "batch", 30)
 
 
 def test_a_table_that_splits_nothing_is_refused() -> None:

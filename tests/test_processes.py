@@ -144,6 +144,9 @@ def test_every_question_is_asked_once(one: tuple[build.Run, Path], two: Path) ->
         (["--processes", "two"], "a number or auto"),
         (["--processes", "2"], "--process 0 to 1 and --coordinator HOST:PORT"),
         (["--processes", "2", "--process", "2", "--coordinator", "a:1"], "--process 0 to 1"),
+        (["--processes", "2", "--process", "0", "--coordinator", "localhost:abc"], "--coordinator HOST:PORT"),
+        (["--processes", "2", "--process", "0", "--coordinator", "localhost:65536"], "--coordinator HOST:PORT"),
+        (["--processes", "2", "--process", "0", "--coordinator", ":99"], "--coordinator HOST:PORT"),
         (["--process", "0"], "go with --processes N"),
     ],
 )

@@ -19,7 +19,7 @@ import vlm_jax
 from vlm_jax import partitioning, processes
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import DecoderSpec, EncoderSpec, RunSpec, StageSpec
+from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
 from vlm_jax.data import pipeline, sources, text
 from vlm_jax.models.importers import big_vision, found
@@ -86,13 +86,23 @@ def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Networ
 def lay_out(spec: RunSpec, plan: partitioning.Plan) -> Network:
     """The model of a spec on that plan, without any weights: enough to compile its programs.
 
-    Raises `UserError` where batch, model and mesh do not fit together.
+    Raises `UserError` where batch, model, mesh and the kind of its devices do not fit together.
     """
+    if spec.compute.attention == "cudnn":  # "splash" runs everywhere
+        _check_cudnn(spec.compute, plan)
     partitioning.check_batch(plan, "data.batch_examples", spec.data.batch_examples, spec.compute.microbatches)
     partitioning.check_batch(plan, "evaluation.batch_examples", spec.evaluation.batch_examples)
     model = Vlm(spec.model, spec.compute)
     partitioning.check_sharded(plan, jax.eval_shape(model.init, jax.random.key(0)))
     return Network(spec, plan, model, None, "")
+
+
+def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
+    platform = plan.mesh.devices.flat[0].platform
+    if platform not in ("gpu", "cuda"):
+        raise UserError(f"compute.attention=cudnn runs on NVIDIA GPUs, not on {platform}: set it to xla")
+    if compute.dtype == "float32":
+        raise UserError("compute.attention=cudnn takes 16-bit numbers: set compute.dtype=bfloat16, or attention=xla")
 
 
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:

@@ -31,15 +31,18 @@ def _evaluate(workdir: Path, rows: Path) -> None:
 
     from vlm_jax import build, job, processes
     from vlm_jax.config.resolve import spec_from_dict
+    from vlm_jax.core.specs import spec_hash, total_steps
     from vlm_jax.store import results
     from vlm_jax.store.checkpoint import read_spec
 
     spec = spec_from_dict(read_spec(workdir))
     done = results.done(rows)
+    if processes.is_first() and spec_hash(spec) not in done:
+        results.check_writable(rows)
     cache = build.default_cache()
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
-    params = job.restore(run.network, workdir)
+    params = job.restore(run.network, workdir, least_step=total_steps(spec))
     batches = range(job.evaluation_batches(run))
     shown = iter(track(batches, description="evaluating", transient=True, disable=not processes.is_first()))
     row = job.evaluate(run, params, workdir.name, workdir, lambda rows: next(shown, None))

@@ -5,23 +5,31 @@ A model is a Hugging Face folder, a big_vision .npz or the workdir of a run. Wit
 (`--part encoder`) or the whole PaliGemma goes into a big_vision checkpoint instead.
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.core.errors import Flags, UserError, door
 
+_MOST_GB = 1e9  # the bytes of which are still a number
+
 
 def main(argv: list[str]) -> None:
-    parser = Flags(prog="python -m vlm_jax.export", description=__doc__, allow_abbrev=False)
+    parser = Flags(
+        prog="python -m vlm_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", required=True, type=Path, help="a Hugging Face folder, a .npz, or a run's workdir")
     parser.add_argument("--out", required=True, type=Path, help="a new folder, or a name ending in .npz")
     parser.add_argument("--part", default="whole", choices=("whole", "decoder", "encoder"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as it is held, if not given")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size at which a file of weights is split")
     args = parser.parse_args(argv)
-    if args.max_shard_gb <= 0:
-        raise UserError(f"--max-shard-gb {args.max_shard_gb} must be positive")
+    if not 0 < args.max_shard_gb < _MOST_GB:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb} must be positive, and finite")
 
     from rich.progress import Progress
 

@@ -50,11 +50,12 @@ def train(
     on_log: OnLog,
     stop: Callable[[int], bool] = lambda step: False,
     on_notice: Callable[[str], None] = lambda line: print(f"note: {line}", file=sys.stderr),
+    on_start: Callable[[], object] = lambda: None,
 ) -> Any:
     """Trains to the end, from the newest sound checkpoint of `workdir` if there is one. Returns the parameters.
 
     Writes `summary.json`. `on_log` is called from the metrics thread of the first process with each log and its
-    numbers, `on_notice` where a checkpoint is skipped.
+    numbers, `on_notice` where a checkpoint is skipped, `on_start` once the workdir has been found to be in order.
 
     Raises:
         UserError: `workdir` belongs to another spec or cannot be written, or no checkpoint of it can be used.
@@ -70,6 +71,7 @@ def train(
         if processes.is_first():
             metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
         bad_steps.forget_after(workdir, restored)
+        on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     # A run may have died behind its last checkpoint, but before this.
     if processes.first_says(end.step > restored or not (workdir / "summary.json").exists()):
@@ -195,8 +197,12 @@ def restore(
     network: Network,
     workdir: Path,
     on_notice: Callable[[str], None] = lambda line: print(f"note: {line}", file=sys.stderr),
+    least_step: int = 0,
 ) -> Any:
-    """Parameters of the newest sound checkpoint. Raises `UserError` if the workdir has none or is another spec's."""
+    """Parameters of the newest sound checkpoint.
+
+    Raises `UserError` if the workdir has none of `least_step` or a later one, or is another spec's.
+    """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: no checkpoint here; train this run first, or name its --workdir")
     claim(workdir, specs.to_dict(network.spec), specs.MAY_CHANGE)
@@ -206,6 +212,7 @@ def restore(
         nn.meta.unbox(boxed).params,
         network.plan.shardings(boxed).params,
         lambda step, what: on_notice(f"checkpoint {step} is damaged ({what}): the one before is used"),
+        least_step,
     )
 
 

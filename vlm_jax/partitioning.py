@@ -256,8 +256,9 @@ def check_batch(plan: Plan, field: str, batch_examples: int, microbatches: int =
     """Raises `UserError` unless the batch that `field` sets splits evenly over the mesh and the microbatches."""
     parts = plan.parts(axes.BATCH) * microbatches
     if batch_examples % parts:
+        groups = "groups of devices" + " x microbatches" * (microbatches > 1)
         raise UserError(
-            f"{field}={batch_examples} does not divide into groups of devices x microbatches = {parts} parts: "
+            f"{field}={batch_examples} does not divide into {groups} = {parts} parts: "
             f"use {max(1, batch_examples // parts) * parts}"
         )
 

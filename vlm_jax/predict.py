@@ -17,6 +17,7 @@ from typing import Any
 
 from vlm_jax.core.errors import Flags, UserError, door
 
+_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 _PATIENCE_SECS = 5.0  # loading that takes longer says how far it is
 
 
@@ -27,9 +28,9 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="a Hugging Face folder, a big_vision .npz, or a run's workdir")
-    which.add_argument("--workdir", type=Path, dest="model", help="the same as --model, for a folder of vlm_jax.train")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a Hugging Face folder, a big_vision .npz, or a run's workdir"
+    )
     parser.add_argument("--image", type=Path, help="an image file; without it the model reads text alone")
     parser.add_argument("--prompt", help="the question; for a run, in the words of its data set")
     parser.add_argument("--llm", type=Path, help="join the encoder of --model with this language model")
@@ -46,10 +47,13 @@ def main(argv: list[str]) -> None:
         raise UserError("nothing to do: give --prompt TEXT, --show-tokens PNG, or both")
     if args.show_tokens is not None and args.image is None:
         raise UserError("--show-tokens draws over an image: give --image FILE")
+    if args.show_tokens is not None and args.show_tokens.suffix.lower() not in _PICTURES:
+        raise UserError(f"--show-tokens {args.show_tokens}: a name that ends in {', '.join(_PICTURES)} is wanted")
 
     from vlm_jax import build, pretrained
+    from vlm_jax.compress import catalog
     from vlm_jax.data.images import prepare, read_image
-    from vlm_jax.pretrained import sight
+    from vlm_jax.pretrained import answering, sight
 
     build.use_compilation_cache(build.default_cache())
     image = None if args.image is None else read_image(args.image)
@@ -63,7 +67,10 @@ def main(argv: list[str]) -> None:
     if args.show_tokens is not None:
         with _status("looking at what each visual token reads"):
             pixels = prepare([image], model.image)
-            sight.draw(model, pixels, sight.patch_shares(model, pixels), args.show_tokens)
+            method = model.spec.compressor and catalog.row(model.spec.compressor.name)
+            asks = args.prompt is not None and method is not None and method.query_dependent
+            vector = answering.question_vector(model, args.prompt) if asks else None
+            sight.draw(model, pixels, sight.patch_shares(model, pixels, vector), args.show_tokens)
     if args.prompt is not None:
         with _status("answering (the first prompt of its length compiles a program)"):
             (answer,) = pretrained.generate(

@@ -71,7 +71,7 @@ def _meet(args: argparse.Namespace) -> None:
     if automatic or int(args.processes) == 1:
         if flags != (None, None):
             raise UserError("--process and --coordinator go with --processes N: name their number too")
-    elif None in flags or not 0 <= args.process < int(args.processes) or ":" not in args.coordinator:
+    elif None in flags or not 0 <= args.process < int(args.processes) or not _is_address(args.coordinator):
         raise UserError(
             f"--processes {args.processes} wants --process 0 to {int(args.processes) - 1} and --coordinator HOST:PORT"
         )
@@ -89,6 +89,12 @@ def _meet(args: argparse.Namespace) -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--processes {args.processes}: the processes did not meet ({_line(error)})") from error
     _end_well_on_abort()
+
+
+def _is_address(text: str) -> bool:
+    """HOST:PORT. JAX's coordinator takes what is not for a number, and crashes."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
 
 
 def _end_well_on_abort() -> None:

@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
 
 
 def _train(spec: Any, workdir: Path) -> None:
+    import contextlib
+
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from vlm_jax import build, job, processes
@@ -46,8 +48,9 @@ def _train(spec: Any, workdir: Path) -> None:
     run = build.open_run(spec, cache)
     text = TextColumn("step {task.completed}/{task.total}  {task.fields[note]}")
     columns = (BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not processes.is_first()) as progress:
-        bar = progress.add_task("", total=total_steps(spec), note="compiling")
+    progress = Progress(*columns, disable=not processes.is_first())
+    bar = progress.add_task("", total=total_steps(spec), note="compiling")
+    with contextlib.ExitStack() as stack:
 
         def on_log(log: object, values: dict[str, float]) -> None:
             speed = f", {values['examples_per_sec']:.0f} examples/s" if "examples_per_sec" in values else ""
@@ -55,7 +58,10 @@ def _train(spec: Any, workdir: Path) -> None:
             note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
             progress.update(bar, completed=log.step, note=note)
 
-        job.train(run, workdir, on_log, processes.watch_sigterm())
+        def on_start() -> None:
+            stack.enter_context(progress)
+
+        job.train(run, workdir, on_log, processes.watch_sigterm(), on_start=on_start)
     if processes.is_first():
         print(f"{workdir / 'summary.json'}")
 

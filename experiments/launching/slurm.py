@@ -54,7 +54,7 @@ def run(left: list[Cell], grid: str, workdir: Path, executor: Any, console: Cons
     """
     with open(workdir / "submit.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        queued = _queue()
+        queued = queue()
         new = [cell for cell in left if states.task_of(cell) not in queued and not states.held(cell)]
         submit(executor, new, grid, workdir)
     if new:
@@ -115,7 +115,7 @@ def submit(executor: Any, cells: Sequence[Cell], grid: str, workdir: Path) -> li
     return jobs
 
 
-def _queue() -> set[str]:
+def queue() -> set[str]:
     """The tasks of this user that wait or run. Raises `UserError` where Slurm does not answer."""
     asked = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
@@ -140,7 +140,7 @@ def _watcher(left: list[Cell], workdir: Path) -> Callable[[], bool]:
             return bool(open_cells)
         asked = time.monotonic()
         try:
-            queued = _queue()
+            queued = queue()
         except UserError:
             return True  # a controller that is busy or restarts
         for cell in list(open_cells.values()):

@@ -71,7 +71,8 @@ def show_plan(
     elif count:
         secs = flops / speed.flops_per_sec / min(at_once, count)
         console.print(
-            f"about {_minutes(secs)} min of training with {at_once} at a time, {speed.source}", soft_wrap=True
+            f"about {_minutes(secs)} min of training with {at_once} at a time, {speed.source}; compiling comes on top",
+            soft_wrap=True,
         )
     console.print()
 

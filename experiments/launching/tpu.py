@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from experiments.launching.cells import Cell
 from experiments.launching.follow import follow
+from vlm_jax import partitioning
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.sizing import chips
 
@@ -54,6 +56,24 @@ def parts(accelerator: str) -> tuple[chips.Chip, int, str]:
     if not count.isdecimal() or int(count) < cores:
         raise UserError(f"--accelerator {accelerator}: its size is missing, as in {kind}-16")
     return chips.chip(chip), int(count) // cores, image
+
+
+def check_batches(left: list[Cell], accelerator: str) -> None:
+    """Raises `UserError` for a cell that training would refuse on that slice, before the slice is paid for."""
+    _, devices, _ = parts(accelerator)  # the two cores of a v4 or v5p are one device to a program that runs
+    for cell in left:
+        compute, data = cell.spec.compute, cell.spec.data
+        strategy, shape = compute.strategy, compute.mesh
+        if strategy == "auto":
+            strategy, best = partitioning.by_kind("tpu", devices)
+            shape = best if shape == (-1, 1, 1) else shape
+        try:
+            mesh = AbstractMesh((1, *partitioning.mesh_shape(shape, devices)), partitioning.MESH_AXES)
+            plan = partitioning.Plan(mesh, tuple(partitioning.TABLES[strategy].items()))
+            partitioning.check_batch(plan, "data.batch_examples", data.batch_examples, compute.microbatches)
+            partitioning.check_batch(plan, "evaluation.batch_examples", cell.spec.evaluation.batch_examples)
+        except UserError as error:
+            raise UserError(f"--accelerator {accelerator} ({devices} chips), cell {cell.name}: {error}") from error
 
 
 def shares(left: list[Cell], slices: int) -> list[list[Cell]]:
@@ -107,14 +127,15 @@ def show(tasks: list[dict[str, Any]], console: Console) -> None:
     try:
         sky = load_sky()
     except UserError as error:
-        console.print(f"not checked by SkyPilot: {error}", soft_wrap=True)
+        console.print(f"not checked by SkyPilot: {error}", soft_wrap=True, markup=False, highlight=False)
         return
     parsed = [_parsed(sky, config) for config in tasks]
     console.print(f"SkyPilot {sky.__version__} takes {len(parsed)} tasks: {parsed[0].resources}", soft_wrap=True)
 
 
 def tasks_of(left: list[Cell], grid: str, wishes: Wishes) -> list[dict[str, Any]]:
-    """One task a slice. Raises `UserError` as `task` does."""
+    """One task a slice. Raises `UserError` as `task` does, and for batches that a slice does not divide."""
+    check_batches(left, wishes.accelerator)
     return [task(share, number, grid, wishes) for number, share in enumerate(shares(left, wishes.slices))]
 
 

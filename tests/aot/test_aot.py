@@ -98,7 +98,22 @@ def test_what_does_not_fit_is_said_with_advice(spec: RunSpec, tmp_path: Path) ->
     row = json.loads((tmp_path / "rows.json").read_text())
     assert not row["fits"]
     assert row["peak_bytes"] > row["usable_bytes"]
-    assert "compute.microbatches=2" in report.advice(row)
+    assert row["temporaries_bytes"] / 2 > row["usable_bytes"]
+    assert report.advice(row).startswith(
+        "by estimate it would fit with: compute.microbatches=4; or data.batch_examples="
+    )
+
+
+@with_compiler
+def test_two_devices_may_be_one_chip(spec: RunSpec) -> None:
+    spec = dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, mesh=(1, -1, 2)))
+    row, _ = variants.compile_row(spec, spec.stages[0], "tpu7x:2x2x1", "decode")
+    assert (row["devices"], row["chips"]) == (8, 4)
+    text = "\n".join(report.lines(row))
+    assert "over 4 chips of 2 devices each" in text
+    assert "per device, GiB" in text
+    assert "remat" not in text
+    assert row["binds"] == "network"
 
 
 @with_compiler
@@ -110,6 +125,68 @@ def test_answering_holds_the_cache(spec: RunSpec) -> None:
     cache = rows * cost.cache_bytes(spec.model.decoder, slots, spec.compute.dtype)
     assert row["optimiser_bytes"] == 0
     assert cache < row["inputs_bytes"] < 1.2 * cache
+
+
+def _asked(**given: object) -> dict:
+    """A row as far as advice reads it: sixteen GiB usable on four chips."""
+    gib = 2.0**30
+    row = {
+        "mode": "decode", "strategy": "replicated", "topology": "v5e:2x2", "slices": 1, "devices": 4, "mesh": [4, 1, 1],
+        "microbatches": 1, "moments": "float32", "remat": "none", "batch_examples": 8192, "params_bytes": gib / 2,
+        "optimiser_bytes": 0.0, "inputs_bytes": 128 * gib, "temporaries_bytes": 128 * gib, "usable_bytes": 16 * gib,
+    }  # fmt: skip
+    row |= {key: value * gib if key.endswith("_bytes") else value for key, value in given.items()}
+    row["peak_bytes"] = sum(row[f"{name}_bytes"] for name in ("params", "optimiser", "inputs", "temporaries"))
+    return row
+
+
+def test_advice_names_only_what_would_be_enough() -> None:
+    """By hand: of 256 GiB for 8192 rows, 15.5 hold 496. Splitting half a GiB of parameters is no help there."""
+    assert report.advice(_asked()) == "by estimate it would fit with: evaluation.batch_examples=496"
+    state = _asked(params_bytes=17, inputs_bytes=1, temporaries_bytes=1)
+    assert report.advice(state) == "by estimate it would fit with: strategy=fsdp"
+    # 40 GiB of parameters a chip that are split already: sixteen chips hold ten each, and the rest.
+    split = _asked(strategy="fsdp", mesh=[1, 4, 1], params_bytes=40, inputs_bytes=4, temporaries_bytes=4)
+    assert report.advice(split) == "by estimate it would fit with: --topology v5e:4x4"
+    far = _asked(strategy="fsdp", mesh=[1, 4, 1], params_bytes=1e6, inputs_bytes=4, temporaries_bytes=4)
+    assert report.advice(far).startswith("no single change is enough; may help: ")
+    moments = _asked(mode="train", params_bytes=5, optimiser_bytes=10, inputs_bytes=0, temporaries_bytes=2.5)
+    assert "compute.moments=bfloat16" in report.advice(moments)
+    assert "moments" not in report.advice(moments | {"moments": "bfloat16"})
+
+
+def test_what_cannot_be_written_is_told_before_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "compile_row", lambda *_: pytest.fail("compiled"))
+    for flag in ("--json", "--hlo"):
+        with pytest.raises(UserError, match=rf"{flag} .*: there is no .*none"):
+            door.main([*FLAGS, flag, str(tmp_path / "none" / "x")])
+        with pytest.raises(UserError, match="is a folder"):
+            door.main([*FLAGS, flag, str(tmp_path)])
+
+
+def test_a_variant_that_cannot_be_is_listed_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Meshes that begin with a minus are taken; rows and programs of what was compiled are on disk."""
+
+    def compiled(spec: RunSpec, stage: object, topology: str, mode: str) -> tuple[dict, str]:
+        if spec.compute.mesh == (4, 1, 1):
+            raise UserError("the batch does not divide")
+        row = {"topology": topology, "strategy": spec.compute.strategy, "mesh": spec.compute.mesh, "fits": True}
+        return row | {"peak_bytes": 1.0, "chips": 4, "step_secs": 1.0, "mfu": 0.5}, f"HloModule {spec.compute.mesh}"
+
+    monkeypatch.setattr(variants, "compile_row", compiled)
+    monkeypatch.setattr(report, "lines", lambda row: [])
+    written = ["--json", str(tmp_path / "rows.json"), "--hlo", str(tmp_path / "x.txt")]
+    meshes = ["--strategy", "fsdp", "--mesh", "-1,1,1", "4,1,1", "1,-1,2"]
+    assert door.main([*FLAGS, *meshes, *written]) == 0
+    said = capsys.readouterr().out
+    assert "refused: v5e:2x2 fsdp 4,1,1: the batch does not divide" in said
+    assert [row["mesh"] for row in json.loads((tmp_path / "rows.json").read_text())] == [[-1, 1, 1], [1, -1, 2]]
+    names = sorted(path.name for path in tmp_path.glob("x*"))
+    assert names == ["x.v5e-2x2.fsdp.-1,1,1.txt", "x.v5e-2x2.fsdp.1,-1,2.txt"]
+    with pytest.raises(UserError, match="does not divide"):
+        door.main([*FLAGS, "--mesh", "4,1,1"])
 
 
 def test_the_cheapest_that_fits_stands_first() -> None:

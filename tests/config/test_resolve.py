@@ -1,5 +1,6 @@
 """A config is strict both ways, its errors name the fix, and what it resolves to is written down."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vlm_jax.core.specs import spec_hash, to_dict
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+GROUPS = ("data", "optim", "compute", "evaluation", "bad_step")
 VLM = str(ROOT / "configs" / "vlm.py")
 
 
@@ -89,6 +91,28 @@ def test_bad_input_names_the_fix(location: str, overrides: dict[str, str], words
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_missing_file_suggests_configs_alone(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").write_text("from setuptools import setup\n")
+    with pytest.raises(UserError, match=r"^no config file .*vml\.py$"):
+        load_config(str(tmp_path / "vml.py"))
+    (tmp_path / "vlm.py").write_text("def get_config(arg=''):\n    pass\n")
+    with pytest.raises(UserError) as told:
+        load_config(str(tmp_path / "vml.py"))
+    assert str(told.value) == (
+        f"unknown config file '{tmp_path}/vml.py': did you mean '{tmp_path}/vlm.py'? valid: {tmp_path}/vlm.py"
+    )
+
+
+@pytest.mark.parametrize("name", ["vlm", "llava"])
+def test_every_field_can_be_set_from_the_command_line(name: str) -> None:
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    spec = resolve(config)
+    for values, there in ((spec, config), *((getattr(spec, group), config[group]) for group in GROUPS)):
+        assert {field.name for field in dataclasses.fields(values)} <= set(there)
+    changed = resolve(load_config(str(ROOT / "configs" / f"{name}.py"), {"compute.moments": "bfloat16"}))
+    assert changed.compute.moments == "bfloat16"
 
 
 def test_missing_and_unknown_fields() -> None:

@@ -71,6 +71,7 @@ def test_another_resolution_keeps_the_way_of_cutting() -> None:
         ("rescale_factor", None, "rescale_factor=None"),
         ("resample", 9, "resample"),
         ("image_mean", [0.5], "image_mean"),
+        ("image_std", [0, 0, 0], "image_std"),
     ],
 )
 def test_what_a_processor_asks_and_we_do_not_do_is_named(field: str, value: object, told: str) -> None:
@@ -87,9 +88,10 @@ def test_an_image_that_is_too_thin_to_be_scaled_is_told() -> None:
 
 
 def test_a_processor_file_that_is_no_json_is_told(tmp_path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"preprocessor_config\.json: not valid JSON"):
-        images.image_spec(tmp_path, encoder("siglip"))
+    for content, told in (("{", "not valid JSON"), ("[1]", "an object is wanted")):
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(UserError, match=rf"preprocessor_config\.json: {told}"):
+            images.image_spec(tmp_path, encoder("siglip"))
 
 
 def test_any_mode_becomes_rgb(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,80 @@ def test_bad_files_are_named(tmp_path: Path, make: object, told: str) -> None:
         text.read_tokenizer(tmp_path, {})
 
 
+SETTINGS = "tokenizer_config.json"
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [SETTINGS, *(f"{n}.json" for n in ["special_tokens_map", "generation_config", "added_tokens", "chat_template"])],
+)
+@pytest.mark.parametrize("content", ["[1]", "3", "null", DEEP])
+def test_files_that_hold_no_object_are_named(folders: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = shutil.copytree(folders / "llama3", tmp_path / "one")
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: (an object is wanted|not valid JSON)"):
+        text.read_tokenizer(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        (SETTINGS, {"added_tokens_decoder": [1]}, "added_tokens_decoder: an object"),
+        (SETTINGS, {"added_tokens_decoder": {"x": {"content": "a"}}}, "'x' is no id"),
+        (SETTINGS, {"added_tokens_decoder": {"7": {}}}, "is no token"),
+        (SETTINGS, {"added_tokens_decoder": {"7": {"content": "a", "special": 3}}}, "true or false"),
+        (SETTINGS, {"additional_special_tokens": [3]}, "additional_special_tokens: 3 is no token"),
+        (SETTINGS, {"extra_special_tokens": 3}, "a list or an object"),
+        (SETTINGS, {"chat_template": 3}, "chat_template is no text"),
+        (SETTINGS, {"chat_template": [3]}, "chat_template is no text"),
+        ("added_tokens.json", {"a": "x"}, "'x' is no id"),
+        *(
+            ("generation_config.json", {"eos_token_id": end}, "eos_token_id: .* is no id")
+            for end in ("x", {}, [[1]], 10**12)
+        ),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_named(
+    folders: Path, tmp_path: Path, name: str, change: dict[str, object], told: str
+) -> None:
+    folder = shutil.copytree(folders / "llama3", tmp_path / "one")
+    there = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**there, **change}))
+    with pytest.raises(UserError, match=told):
+        text.read_tokenizer(folder, {})
+
+
+def test_text_that_is_not_utf_8_is_told(folders: Path, tmp_path: Path) -> None:
+    """As a command line brings it, and as a template's file holds it."""
+    for name in ("llama3", "pieces"):
+        with pytest.raises(UserError, match="not valid UTF-8"):
+            opened(folders / name).encode("caf\udce9")
+    folder = shutil.copytree(folders / "llama3", tmp_path / "one")
+    (folder / "chat_template.jinja").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not readable"):
+        opened(folder)
+
+
+def test_an_added_special_token_may_have_no_embedding(folders: Path, tmp_path: Path) -> None:
+    """Gemma 3 of one billion: its tokenizer knows a token for images, one beyond the embeddings."""
+    for name in ("llama3", "pieces"):
+        folder = shutil.copytree(folders / name, tmp_path / name)
+        size = opened(folder).size
+        added = {str(size): {"content": "<image_soft_token>", "special": True}}
+        there = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else {}
+        decoder = {**there.get("added_tokens_decoder", {}), **added}
+        (folder / SETTINGS).write_text(json.dumps({**there, "added_tokens_decoder": decoder}))
+        assert opened(folder).id("<image_soft_token>") >= size
+        assert opened(folder).size == size
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [
+        ("{{ 1 // (messages | length - 1) }}", "zero"),
+        ("{{ messages + 3 }}", "not take"),
+        ("{{ none.x.y }}", "not take"),
         ("{{ raise_exception('only users') }}", "only users"),
         ("{% for %}", "not valid Jinja"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),

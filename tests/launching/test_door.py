@@ -25,6 +25,7 @@ def test_a_dry_run_predicts_minutes_from_the_rows_that_are_there(
     left = sum(cell.flops for cell in cells[1:])
     assert "3 cells, 2 to do" in said
     assert f"about {left / 1e9 / 60 / 2:.1f} min of training with 2 at a time" in said
+    assert "compiling comes on top" in said
     assert not (workdir / "rows.jsonl").exists()
 
 
@@ -69,7 +70,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (*here, "--partition", "gpu"): "--backend slurm",
         (*here, "--backend", "slurm", "--zone", "us-east5-b"): "--backend tpu",
         (*here, "--backend", "slurm", "--slurm", "account"): "NAME=VALUE",
-        (*here, "--backend", "tpu"): "v6e-16",
+        (*here, "--backend", "tpu"): "give --accelerator TYPE, such as v6e-16, and --bucket gs://NAME/study",
+        ("--grid", grid, "--workdir", str(in_the_way), "--dry-run"): "is not a folder",
         (*here, "--processes", "2"): "--index",
         ("--grid", str(broken), "--workdir", str(workdir)): "cell llm=1",
         ("--grid", str(tmp_path / "none.py"), "--workdir", str(workdir)): "none.py",

@@ -93,6 +93,34 @@ def test_a_grid_that_fails_is_tried_three_times_and_the_slice_given_back(
     assert pod.steps().count("create") == 1
 
 
+def test_a_slice_that_is_gone_but_still_called_active_is_waited_for(pod: Pod, program: Callable[..., Path]) -> None:
+    """Five failures under ACTIVE, then gcloud knows: nothing is given up, and the slice is made anew."""
+    late = (
+        f"*scp*) [ -e {pod.home}/again ] && exit; echo >>{pod.home}/failed; "
+        f"[ $(wc -l <{pod.home}/failed) -lt 6 ] || {{ touch {pod.home}/again; echo SUSPENDED >{pod.home}/state; }}; "
+        "echo preempted >&2; exit 1 ;;\n"
+    )
+    program("gcloud", GCLOUD.format(home=pod.home).replace("*ssh*", f"{late}*ssh*", 1))
+    done = pod("up", PATIENCE_SECS="3600")
+    assert done.returncode == 0, done.stderr
+    assert pod.steps() == ["create", *["send"] * 6, "delete", "create", "send", "prepare", "run", "fetch", "delete"]
+
+
+def test_failures_before_a_slice_is_taken_away_do_not_count_after_it(pod: Pod, program: Callable[..., Path]) -> None:
+    """Two failures, taken away, two failures: never three in a row, so the grid ends well."""
+    said = ["FAIL", "FAIL", "SUSPENDED", "FAIL", "FAIL"]
+    (pod.home / "fates").write_text("\n".join(said) + "\n")
+    fates = (
+        f"*ssh*experiments.launch*) fate=$(head -n 1 {pod.home}/fates); sed -i 1d {pod.home}/fates; "
+        f"case $fate in '') exit ;; FAIL) exit 1 ;; *) echo $fate >{pod.home}/state; exit 1 ;; esac ;;\n"
+    )
+    program("gcloud", GCLOUD.format(home=pod.home).replace("*ssh*", f"{fates}*ssh*", 1))
+    done = pod("up")
+    assert done.returncode == 0, done.stderr
+    assert pod.steps().count("run") == 6
+    assert pod.steps().count("create") == 2
+
+
 def test_a_slice_that_cannot_be_made_is_not_asked_for_for_ever(pod: Pod) -> None:
     (pod.home / "made").write_text("FAILED")
     done = pod("create", CAPACITY="on-demand")

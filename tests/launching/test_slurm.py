@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from experiments import launch
 from experiments.launching import slurm, states
 from experiments.launching.cells import Cell, write_row
 from tests.launching.conftest import ROOT, row
@@ -103,3 +104,14 @@ def test_what_slurm_refuses_is_said(
     program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
     with pytest.raises(UserError, match="Unable to contact"):
         slurm.run(cells, grid, workdir, executor(workdir), console())
+
+
+def test_without_a_controller_nothing_is_written(
+    grid: str, workdir: Path, program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("sbatch")
+    program("srun")
+    program("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    with pytest.raises(UserError, match="Unable to contact"):
+        launch.main(["--grid", grid, "--workdir", str(workdir), "--backend", "slurm"])
+    assert list(workdir.iterdir()) == []

@@ -1,5 +1,6 @@
 """Tasks for SkyPilot: what they say, that its own parser takes them where it is installed, and who starts them."""
 
+import dataclasses
 import io
 import sys
 import types
@@ -53,6 +54,30 @@ def test_a_task_runs_its_cells_on_every_host(cells: list[Cell]) -> None:
             tpu.task(cells, 0, GRID, WISHES._replace(bucket=bucket))
     with pytest.raises(UserError, match="has to lie in"):
         tpu.task(cells, 0, "/elsewhere/grid.py", WISHES)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mesh", "microbatches", "accelerator", "said"),
+    [
+        ("replicated", (-1, 1, 1), 1, "v6e-16", None),
+        ("replicated", (-1, 1, 1), 4, "v6e-16", "= 64 parts: use 64"),
+        ("replicated", (-1, 1, 1), 1, "v5p-1024", "= 512 parts: use 512"),
+        ("fsdp_tensor", (1, -1, 16), 1, "v5p-1024", None),  # 32 groups
+        ("auto", (-1, 1, 1), 1, "v5p-1024", "= 512 parts: use 512"),
+        ("replicated", (4, 1, 1), 1, "v6e-16", "does not divide 16 device"),
+    ],
+)
+def test_a_batch_that_a_slice_does_not_divide_is_refused_before_it_is_paid_for(
+    cells: list[Cell], strategy: str, mesh: tuple, microbatches: int, accelerator: str, said: str | None
+) -> None:
+    assert (cells[0].spec.data.batch_examples, cells[0].spec.evaluation.batch_examples) == (32, 256)
+    compute = dataclasses.replace(cells[0].spec.compute, strategy=strategy, mesh=mesh, microbatches=microbatches)
+    cell = cells[0]._replace(spec=dataclasses.replace(cells[0].spec, compute=compute))
+    if said is None:
+        assert tpu.tasks_of([cell], GRID, WISHES._replace(accelerator=accelerator))
+        return
+    with pytest.raises(UserError, match=f"--accelerator {accelerator} .*{cell.name}: .*{said}"):
+        tpu.tasks_of([cell], GRID, WISHES._replace(accelerator=accelerator))
 
 
 @pytest.mark.parametrize("accelerator", ["v4-16", "v5litepod-16", "v5p-16", "v6e-16"])
@@ -117,6 +142,7 @@ def test_what_is_missing_on_the_machine_is_said(
     tpu.show([tpu.task(cells, 0, GRID, WISHES)], Console(file=said, width=200))
     assert "use_spot: true" in said.getvalue()
     assert "not checked by SkyPilot" in said.getvalue()
+    assert "vlm_jax[tpu-launch]" in said.getvalue()
     monkeypatch.setattr(tpu.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs gcloud"):
         tpu.fetch(WISHES.bucket, workdir)

@@ -129,6 +129,13 @@ REFUSED = {
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},
     ),
     "max_position_embeddings=0": ("llama3.1-8b", {"max_position_embeddings": 0}),
+    "clip_qkv=8": ("llama3.1-8b", {"clip_qkv": 8}),
+    "alibi=True": ("llama3.1-8b", {"alibi": True}),
+    "position_embedding_type='alibi'": ("llama3.1-8b", {"position_embedding_type": "alibi"}),
+    "is_causal=False": ("llama3.1-8b", {"is_causal": False}),
+    "use_qk_norm=False": ("qwen3-8b", {"use_qk_norm": False}),
+    "output_multiplier=0.5": ("llama3.1-8b", {"output_multiplier": 0.5}),
+    "a_new_scale=0": ("llama3.1-8b", {"a_new_scale": 0}),
     "model_type": ("llama3.1-8b", {"model_type": "qwen3_moe"}),
 }
 
@@ -141,8 +148,32 @@ def test_a_field_that_changes_the_mathematics_is_refused_by_name(told: str) -> N
     assert str(error.value).startswith("there/config.json")
 
 
+@pytest.mark.parametrize(
+    ("told", "change"),
+    {
+        "quantization_config": {"quantization_config": {"bits": 4}},
+        "mm_norm=True": {"mm_norm": True},
+        "tie_word_embeddings=False": {"tie_word_embeddings": False},
+        "text_config=[1]": {"text_config": [1]},
+        "text_config=None": {"text_config": None},
+        "only 93 tensors": {"text_config": {"num_hidden_layers": 10**7}},
+    }.items(),
+)
+def test_the_whole_around_a_language_model_is_looked_at_too(told: str, change: dict, tmp_path) -> None:
+    case = CASES["gemma3"]
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": case.config}
+    config |= {"boi_token_index": 1, "mm_tokens_per_image": 4, "initializer_range": 0.02, "vision_config": {}}
+    path = folder(tmp_path / "model", case._replace(config=config))
+    assert found.find(path).decoder.depth == case.config["num_hidden_layers"]
+    (path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=re.escape(told)):
+        found.find(path)
+
+
 def test_fields_that_nobody_computes_with_are_passed_over() -> None:
     config = {**PUBLISHED["vicuna-7b"], "mm_vision_tower": "clip", "max_length": 20, "unsloth_fixed": True}
+    config |= {"auto_map": {"a": "b"}, "cls_token_id": 3, "resid_pdrop": 0.1, "is_causal": True, "unheard_of": False}
+    config |= {"position_embedding_type": None, "another": {}, "mrope": "", "output_router_logits": True}
     assert hf_decoder.decoder_spec(config, "x") == hf_decoder.decoder_spec(PUBLISHED["vicuna-7b"], "x")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zipfile
 
 import flax.linen as nn
 import jax
@@ -178,7 +179,31 @@ def _torch_alone(path) -> None:
     (path / "pytorch_model.bin").write_bytes(b"no")
 
 
+def _config(path, text: str) -> None:
+    (path / "config.json").write_text(text)
+
+
+def _index(path, text: str) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(text)
+
+
+def _whole_numbers(path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**drawn(), name: drawn()[name].astype(np.int8)}, path / "model.safetensors")
+
+
+NESTED = "[" * 10**5
 BROKEN = {
+    "q_proj.weight holds int8": _whole_numbers,
+    "config.json: not valid JSON (maximum recursion": lambda path: _config(path, NESTED),
+    "index.json: not an index of weights (maximum": lambda path: _index(path, NESTED),
+    "names 1, which is no file": lambda path: _index(path, '{"weight_map": {"x": 1}}'),
+    "names None, which is no file": lambda path: _index(path, '{"weight_map": {"x": null}}'),
+    "num_hidden_layers=10000000, but": lambda path: _config(path, json.dumps({**CONFIG, "num_hidden_layers": 10**7})),
+    "unknown architecture 'GPT2LMHeadModel': valid": lambda path: _config(
+        path, json.dumps({**CONFIG, "architectures": ["GPT2LMHeadModel"]})
+    ),
     "not a complete safetensors file": _truncated,
     "model.safetensors: not a complete": _of_noise,
     "names model-00001-of-00002.safetensors, which is not there": _shard_gone,
@@ -211,6 +236,14 @@ def test_a_cut_npz_is_told(tmp_path) -> None:
         (tmp_path / "a.npz").write_bytes(data[:size])
         with pytest.raises(UserError, match=r"a\.npz: not a readable \.npz"):
             weights.open_weights(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("header", ["{'descr': (", "{'descr': [[]], 'shape': 1}", "(" * 9000, "{" + "1:" * 50])
+def test_an_npz_with_a_strange_header_is_told(tmp_path, header: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(UserError, match=r"a\.npz: not a readable \.npz"):
+        weights.open_weights(tmp_path / "a.npz")
 
 
 def test_no_tensor_is_read_before_it_is_wanted(tmp_path, monkeypatch) -> None:

@@ -64,6 +64,15 @@ def test_logits_are_the_references(models: dict[str, vlm_jax.Model], name: str) 
     np.testing.assert_allclose(found[np.arange(3), mask.sum(1) - 1], case["logits"], atol=3e-5)
 
 
+def test_a_pad_id_that_ends_answers_is_no_padding(models: dict[str, vlm_jax.Model]) -> None:
+    """Without a mask, the end token behind a row is read, as under a mask of ones."""
+    model = models["llava"]._replace(pad=2, ends=(2,))
+    rows = np.array([[5, 6, 7, 2]])
+    found, wanted = vlm_jax.forward(model, None, rows), vlm_jax.forward(model, None, rows, np.ones_like(rows))
+    np.testing.assert_array_equal(found, wanted)
+    assert np.abs(found - vlm_jax.forward(model, None, rows, [[1, 1, 1, 0]]))[0, 3].max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["gemma2", "qwen2_window"])
 def test_a_language_model_alone(name: str, tmp_path: Path) -> None:
     """Windows, softcaps and padding on the left, over 64 tokens; a folder without a tokenizer takes ids."""
@@ -143,5 +152,23 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, images, prompts)
+    for told, prompts in (("a prompt is a text", [3]), ("a prompt is a text", [[3]]), ("no list", 3)):
+        with pytest.raises(UserError, match=told):
+            vlm_jax.generate(model, None, prompts)
+    with pytest.raises(UserError, match="300 tokens is longer than the 256"):
+        vlm_jax.forward(model, None, long)
+    for told, images, rows in (
+        ("images: not an array", [pixels[0], 3], tokens),
+        ("images have shape", [pixels[0]], tokens),
+        ("tokens: not an array", None, [[1], [2, 3]]),
+    ):
+        with pytest.raises(UserError, match=told):
+            vlm_jax.forward(model, images, rows)
+    for many in (0, 256, 10**9, 10**10):
+        with pytest.raises(UserError, match="behind a prompt of 1 tokens, 1 to 255 fit"):
+            vlm_jax.generate_tokens(model, None, [[5]], many)
+    for seed in (2**70, -1):
+        with pytest.raises(UserError, match="seed="):
+            vlm_jax.generate_tokens(model, None, [[5]], seed=seed)
     with pytest.raises(UserError, match="temperature"):
         vlm_jax.generate_tokens(model, None, [[5]], temperature=-1.0)

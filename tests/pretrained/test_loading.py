@@ -15,12 +15,12 @@ import vlm_jax
 from tests import builders
 from tests.golden import peers_text
 from tests.golden.peers_vision import weights
-from vlm_jax import partitioning
+from vlm_jax import partitioning, predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Batch
 from vlm_jax.models import layerwise
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.pretrained import sight
+from vlm_jax.pretrained import answering, sight
 
 CASES = peers_text.read()
 
@@ -128,6 +128,8 @@ def test_bad_combinations_are_one_line(folders: dict[str, Path], tmp_path: Path)
     said = json.loads((words / "tokenizer.json").read_text())
     said["model"]["vocab"]["far"] = 400
     (words / "tokenizer.json").write_text(json.dumps(said))
+    far = shutil.copytree(llava, tmp_path / "far")
+    (far / "generation_config.json").write_text('{"eos_token_id": 5000}')
     for told, path, how in (
         ("no such file", tmp_path / "nothing", {}),
         ("did you mean 'pool'", llava, dict(compressor="pol", tokens=1)),
@@ -135,7 +137,26 @@ def test_bad_combinations_are_one_line(folders: dict[str, Path], tmp_path: Path)
         ("name the compressor", llava, dict(tokens=4)),
         ("set tokens=V", llava, dict(compressor="pool")),
         ("do not belong together", words, {}),
+        ("outside the vocabulary", far, {}),
+        ("unknown dtype", llava, dict(dtype=np.float16)),
+        ("seed=", llava, dict(seed=2**70)),
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.load(path, **how)
-    assert vlm_jax.load(small).tokenizer is None
+    assert vlm_jax.load(small, dtype=np.float32).tokenizer is None
+
+
+def test_shares_follow_the_question(folders: dict[str, Path]) -> None:
+    """A compressor that reads the question wants one, and two questions give two figures."""
+    model = vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="quecc", tokens=1)
+    image = peers_text.pictures()[:1].astype(np.float32) / 255
+    with pytest.raises(UserError, match="--prompt"):
+        sight.patch_shares(model, image)
+    vectors = [answering.question_vector(model, said) for said in peers_text.QUESTIONS[:2]]
+    one, other = (sight.patch_shares(model, image, vector) for vector in vectors)
+    assert np.abs(one - other).max() > 1e-6
+
+
+def test_the_name_of_a_figure_is_checked_first(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        predict.main(["--model", str(folders["llava"]), "--image", "none.png", "--show-tokens", "stx"])

@@ -1,5 +1,7 @@
 """Predicted times, worked out by hand."""
 
+from collections.abc import Callable
+
 import pytest
 
 from vlm_jax.config.arguments import load_config
@@ -15,7 +17,7 @@ def sent(axes: tuple[str, ...], wire_bytes: float, beside: bool) -> Collective:
 
 
 def test_a_step_by_hand() -> None:
-    """Compute hides memory and the gathers beside it; what is alone is added."""
+    """Compute hides memory and the gathers beside it; what is alone is added, and binds where it is the most."""
     work = roofline.Work(model_flops=3e15, flops=4e15, chip_bytes=8.1e10)
     found = [sent(("fsdp",), 1e9, True), sent(("tensor",), 3e9, False), sent(("slice",), 6.2e9, False)]
     share = {("fsdp",): 1.0, ("tensor",): 0.5}
@@ -28,7 +30,9 @@ def test_a_step_by_hand() -> None:
     assert got.exposed_secs == pytest.approx(3e9 / 1e11 + 2.0)
     assert got.step_secs == pytest.approx(2 * (compute + 0.03 + 2.0))
     assert got.mfu == pytest.approx(3e15 / (got.step_secs * 16 * 1.97e14))
-    assert (got.binds, got.compiler_secs) == ("compute", pytest.approx(1.0))
+    assert (got.binds, got.compiler_secs) == ("network", pytest.approx(1.0))
+    without = roofline.predict(work, found[:2], V5E, 16, share.__getitem__, efficiency=half)
+    assert (without.binds, without.compiler_secs) == ("compute", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +75,25 @@ def test_a_decoded_word_reads_kernels_and_cache_once() -> None:
     keys = 2048 + spec.evaluation.max_new_tokens
     by_hand = 2 * cost.decoder_params(spec.model.decoder) / 16 + cost.cache_bytes(spec.model.decoder, keys)
     assert work.chip_bytes == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("work", [roofline.prefill_work, roofline.decode_work])
+def test_a_kernel_that_rests_in_more_parts_is_written_too(work: Callable[..., roofline.Work]) -> None:
+    """By how the plan places it, whatever the spec's mesh says: read once where it rests as it works, else written
+    once more, two bytes a number."""
+    spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16"))
+    assert spec.compute.mesh[1] != 1
+    sizes = cost.params(spec.model).total if work is roofline.prefill_work else cost.decoder_params(spec.model.decoder)
+    whole, split, kept = (work(spec, 16, *parts).chip_bytes for parts in ((1, 1), (1, 16), (16, 16)))
+    assert split - whole == pytest.approx(2 * sizes)
+    assert whole - kept == pytest.approx(2 * sizes * 15 / 16)
+
+
+def test_replicated_state_is_updated_whole_on_every_device() -> None:
+    """Seven passes of four bytes over what learns, and no kernel written for a gather."""
+    spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16", {"compute.remat": "none"}))
+    stage, sizes = spec.stages[-1], cost.params(spec.model)
+    assert stage.train == ("connector", "decoder")
+    whole, split = (roofline.train_work(spec, stage, 16, 1, rests).chip_bytes for rests in (1, 16))
+    learned = sizes.total - sizes.encoder
+    assert whole - split == pytest.approx(28 * learned * 15 / 16 - 2 * 2 * sizes.total)

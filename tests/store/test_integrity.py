@@ -73,13 +73,16 @@ def test_where_none_is_sound_it_is_told(saved: Path) -> None:
     assert newest(saved.parent / "empty")[0] is None
 
 
-def test_one_from_before_there_were_digests_is_used_if_it_is_whole(saved: Path) -> None:
-    for step in (2, 3):
-        (saved / "checkpoints" / str(step) / "sha256.json").unlink()
+def test_a_half_written_one_is_skipped(saved: Path) -> None:
+    """Without digests, whether or not data is gone too; or without a whole part."""
+    (saved / "checkpoints" / "2" / "sha256.json").unlink()
     for path in sorted((saved / "checkpoints" / "3" / "cursor").rglob("*"), reverse=True):
         path.unlink()
     (saved / "checkpoints" / "3" / "cursor").rmdir()
-    assert newest(saved) == (2, {3: "half-written: cursor is missing"})
+    told = {3: "half-written: cursor is missing", 2: "half-written: sha256.json is missing"}
+    assert newest(saved) == (1, told)
+    (saved / "checkpoints" / "2" / "state" / "manifest.ocdbt").unlink()
+    assert newest(saved) == (1, told)
 
 
 def params_of(seed: int) -> dict:
@@ -90,16 +93,18 @@ def test_parameters_come_back_alone(saved: Path) -> None:
     """In the shardings asked for, of the newest sound checkpoint; shapes of the rest are not even known."""
     where, told = plan("fsdp_tensor", 2, 2, 2), {}
 
-    def restored() -> dict:
+    def restored(least_step: int = 0) -> dict:
         shardings = where.shardings(jax.eval_shape(lambda: boxed().params))
-        return restore_params(saved, jax.eval_shape(lambda: params_of(0)), shardings, told.__setitem__)
+        return restore_params(saved, jax.eval_shape(lambda: params_of(0)), shardings, told.__setitem__, least_step)
 
-    got = restored()
+    got = restored(least_step=3)
     assert tree.sha256(got) == tree.sha256(params_of(3))
     assert got["decoder"]["kernel"].sharding.mesh == where.mesh
     (saved / "checkpoints" / "3" / "progress" / "metadata").unlink()
     assert tree.sha256(restored()) == tree.sha256(params_of(2))
     assert list(told) == [3]
+    with pytest.raises(UserError, match="of step 2, that of step 3 is wanted; step 3 is damaged: progress/metadata"):
+        restored(least_step=3)
 
 
 def test_some_are_kept_for_good(tmp_path: Path) -> None:

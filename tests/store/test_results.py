@@ -71,6 +71,19 @@ def test_a_row_that_is_not_finite_is_not_written(tmp_path):
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["file/rows.jsonl", "folder"])
+def test_where_no_row_can_be_written_it_is_told(tmp_path, name):
+    """Beforehand too, and then without a trace."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for attempt in (results.check_writable, lambda path: results.append(path, row())):
+        with pytest.raises(UserError, match=rf"{name}: cannot write rows here \(.+\)"):
+            attempt(tmp_path / name)
+    results.check_writable(tmp_path / "new" / "rows.jsonl")
+    results.check_writable(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         results.read(tmp_path / "none.jsonl")

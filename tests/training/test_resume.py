@@ -163,8 +163,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, tmp_path) -> None
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    job.train(run, workdir, lambda log, values: None, on_notice=notices.append)
-    (notice,) = notices
+    job.train(run, workdir, lambda log, values: None, on_notice=notices.append, on_start=lambda: notices.append("go"))
+    (notice, start) = notices
+    assert start == "go"
     assert f"checkpoint 5 is damaged (state/d/{data.name} is not what was written)" in notice
     assert "going on from step 4" in notice
     assert (workdir / "damaged" / "5").is_dir()

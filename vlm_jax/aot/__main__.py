@@ -2,16 +2,23 @@
 
     python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
 
-With several topologies or strategies, all are compiled and the cheapest that fits (chip-seconds a call) is named. The
-exit code is 3 where nothing fits. Needs libtpu (`pip install 'vlm_jax[tpu]'` brings it).
+With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds a call) is
+named; one that cannot be is listed as refused. The exit code is 3 where nothing fits. Needs libtpu (`pip install
+'vlm_jax[tpu]'` brings it).
 """
 
+import argparse
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.aot import ENVIRONMENT
-from vlm_jax.core.errors import Flags, door, unknown
+from vlm_jax.core.errors import Flags, UserError, door, unknown
+from vlm_jax.core.specs import RunSpec, StageSpec
+
+_MESH = re.compile(r"-\d+(,-?\d+)+")
 
 
 def parser() -> Flags:
@@ -23,10 +30,10 @@ def parser() -> Flags:
     flags.add_argument("--topology", required=True, nargs="+", help="v5e:16x16, v5p:4x4x8, v4:4x4x4, v6e:8x8, ...")
     flags.add_argument("--mode", default="train", help="train, prefill or decode")
     flags.add_argument("--strategy", nargs="+", default=[], help="instead of compute.strategy: tables to compare")
-    flags.add_argument("--mesh", nargs="+", default=[], help="instead of compute.mesh: data,fsdp,tensor (-1: the rest)")
+    flags.add_argument("--mesh", nargs="+", default=[], help="instead of compute.mesh: data,fsdp,tensor; -1: the rest")
     flags.add_argument("--stage", help="a stage's name; without it the last")
-    flags.add_argument("--json", type=Path, help="write the rows here too")
-    flags.add_argument("--hlo", type=Path, help="write the compiled program's text here")
+    flags.add_argument("--json", type=Path, help="write the rows here too, each when it is there")
+    flags.add_argument("--hlo", type=Path, help="write the program's text here; of several, one file each")
     return flags
 
 
@@ -38,35 +45,64 @@ def main(argv: list[str]) -> int:
     from vlm_jax.config.resolve import resolve
 
     argv, overrides = split_overrides(argv)
-    flags = parser().parse_args(argv)
+    # argparse takes a word that begins with "-" for a flag; with a space in front it does not.
+    flags = parser().parse_args([f" {word}" if _MESH.fullmatch(word) else word for word in argv])
+    for name, path in (("--json", flags.json), ("--hlo", flags.hlo)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"{name} {path}: " + ("is a folder" if path.is_dir() else f"there is no {path.parent}"))
     spec = resolve(load_config(flags.config, overrides))
     stages = {stage.name: stage for stage in spec.stages}
     if flags.stage and flags.stage not in stages:
         raise unknown("stage", flags.stage, stages)
 
+    from vlm_jax.aot import variants
+
+    cells = variants.variants(spec, flags.topology, flags.strategy, flags.mesh)
+    rows, refused = _compile(cells, flags, stages.get(flags.stage, spec.stages[-1]))
+    if len(cells) > 1:
+        print("\n".join([variants.ranking(rows), *refused]))
+    return 0 if any(row["fits"] for row in rows) else 3
+
+
+def _compile(
+    cells: list[tuple[str, RunSpec]], flags: argparse.Namespace, stage: StageSpec
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and a line for each variant that cannot be. Raises `UserError` where none can be."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from vlm_jax.aot import report, variants
 
-    rows, cells = [], variants.variants(spec, flags.topology, flags.strategy, flags.mesh)
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as progress:
         bar = progress.add_task("", total=len(cells))
         for topology, cell in cells:
             progress.update(bar, description=f"compiling for {topology} (a minute or two)")
-            row, text = variants.compile_row(cell, stages.get(flags.stage, cell.stages[-1]), topology, flags.mode)
+            try:
+                row, program = variants.compile_row(cell, stage, topology, flags.mode)
+            except UserError as error:
+                refused.append(f"refused: {variants.name(topology, cell)}: {error}")
+                if len(refused) == len(cells):
+                    raise
+                progress.advance(bar)
+                continue
             rows.append(row)
+            if flags.json:
+                _write(flags.json, json.dumps(rows if len(cells) > 1 else row, indent=1) + "\n")
             if flags.hlo:
-                flags.hlo.write_text(text)
+                more = "." + variants.name(topology, cell).replace(" ", ".").replace(":", "-") if len(cells) > 1 else ""
+                _write(flags.hlo.with_name(f"{flags.hlo.stem}{more}{flags.hlo.suffix}"), program)
             progress.advance(bar)
             text = "\n".join([*report.lines(row), *([] if row["fits"] else [report.advice(row)])])
             progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
-    if flags.json:
-        rest = flags.json.with_suffix(".part")
-        rest.write_text(json.dumps(rows if len(rows) > 1 else rows[0], indent=1) + "\n")
-        os.replace(rest, flags.json)
-    if len(rows) > 1:
-        print(variants.ranking(rows))
-    return 0 if any(row["fits"] for row in rows) else 3
+    return rows, refused
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

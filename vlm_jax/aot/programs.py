@@ -23,8 +23,8 @@ from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
 
 MODES = ("train", "prefill", "decode")
-# Examples, for the message about a name that the compiler does not know.
-_TOPOLOGIES = (
+# Examples, for the message about a name that the compiler does not know, and for advice.
+TOPOLOGIES = (
     "v4:2x2x1", "v4:4x4x4", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v5p:4x4x8",
     "v5p:8x8x8", "v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16", "tpu7x:2x2x2", "tpu7x:4x4x4",
 )  # fmt: skip
@@ -63,7 +63,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
         more = {"num_slices": slices} if slices > 1 else {}
         return list(topologies.get_topology_desc(topology, platform="tpu", **more).devices)
     except Exception as error:
-        raise unknown("topology", topology, _TOPOLOGIES) from error
+        raise unknown("topology", topology, TOPOLOGIES) from error
 
 
 def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> Program:

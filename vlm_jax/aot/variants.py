@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 from vlm_jax.aot import programs, report
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.partitioning import make_plan
 
@@ -15,7 +15,7 @@ def variants(
 ) -> list[tuple[str, RunSpec]]:
     """(topology, spec) of every combination. Raises `UserError` for a mesh that is not three numbers."""
     shapes = []
-    for text in meshes or [",".join(map(str, spec.compute.mesh))]:
+    for text in map(str.strip, meshes) if meshes else [",".join(map(str, spec.compute.mesh))]:
         try:
             data, fsdp, tensor = (int(size) for size in text.split(","))
         except ValueError as error:
@@ -27,8 +27,15 @@ def variants(
     ]
 
 
+def name(topology: str, spec: RunSpec) -> str:
+    """What tells a variant from the others."""
+    return f"{topology} {spec.compute.strategy} {','.join(map(str, spec.compute.mesh))}"
+
+
 def compile_row(spec: RunSpec, stage: StageSpec, topology: str, mode: str) -> tuple[dict[str, Any], str]:
     """A row of `report.row`, and the program's text."""
+    if mode not in programs.MODES:
+        raise unknown("mode", mode, programs.MODES)
     plan = make_plan(spec.compute, programs.devices(topology, spec.compute.slices))
     program = programs.compile_program(spec, stage, plan, mode)
     return report.row(spec, stage, plan, topology, mode, program), program.text

@@ -7,6 +7,7 @@ argument.
 
 import ast
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UserError, unknown
+
+_DEFINES = re.compile(rb"^def get_(config|grid)\(", re.MULTILINE)
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
@@ -53,8 +56,9 @@ def load_file(path: str | Path) -> ModuleType:
     """Runs a config or grid file. Raises `UserError` if there is none."""
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise unknown("config file", path, near) if near else UserError(f"no config file {path}")
+        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        near = [str(p) for p in beside if p.is_file() and _DEFINES.search(p.read_bytes())]
+        raise unknown("config file", str(path), near) if near else UserError(f"no config file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -35,10 +35,12 @@ class Ended(Exception):
         self.code = code
 
 
-def unknown(kind: str, name: object, valid: Iterable[object]) -> UserError:
-    """`unknown("decoder", "d47", names)` -> the error that suggests the nearest valid names."""
+def unknown(kind: str, name: object, valid: Iterable[object], cutoff: float = 0.5) -> UserError:
+    """`unknown("decoder", "d47", names)` -> the error that suggests the nearest valid name, if one is as similar as
+    `cutoff` (difflib's ratio, 0 to 1).
+    """
     valid = sorted(map(str, valid))
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=cutoff)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}valid: {', '.join(valid)}")
 

@@ -50,9 +50,7 @@ def layout_of(architecture: str, text: Text, image: str = "<image>") -> Layout:
     return Layout("template" if template else "plain", template, image)
 
 
-def prompt_ids(
-    layout: Layout, text: Text, prompt: str | Sequence[Message], image_token: int | None, visual_tokens: int
-) -> list[int]:
+def prompt_ids(layout: Layout, text: Text, prompt: Any, image_token: int | None, visual_tokens: int) -> list[int]:
     """The ids of one prompt, with `visual_tokens` placeholders where its image stands.
 
     A prompt that names the image itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is. A list of
@@ -60,6 +58,8 @@ def prompt_ids(
 
     Raises `UserError` for a template that refuses the messages, or messages for a model without a template.
     """
+    if not isinstance(prompt, str) and not _are_messages(prompt):
+        raise UserError("a prompt is a text, or a list of messages: objects with `role` and `content`")
     image = layout.image if image_token is not None and visual_tokens else ""
     if layout.kind == "image first":
         return [image_token or 0] * visual_tokens + text.encode(f"{_only_text(layout, prompt)}\n")  # as it was asked
@@ -76,6 +76,15 @@ def prompt_ids(
         begins = rendered.startswith(text.special.get("bos_token") or "\0")
         ids = text.encode(rendered) if image and not begins else text.plain(rendered)
     return expanded(ids, text.id(image), image_token, visual_tokens) if image else ids
+
+
+def _are_messages(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and all(
+        isinstance(one, Mapping)
+        and "role" in one
+        and (one["role"] != "user" or isinstance(one.get("content"), str | list | tuple))
+        for one in prompt
+    )
 
 
 def expanded(ids: Sequence[int], written: int | None, image_token: int | None, visual_tokens: int) -> list[int]:
@@ -124,8 +133,10 @@ def render(template: str, messages: Sequence[Message], special: Mapping[str, str
         return _compiled(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template does not take these messages: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program of the folder's: whatever it raises is its own
+        raise UserError(f"the chat template does not take these messages: {error or type(error).__name__}") from error
 
 
 class _Generation(ext.Extension):
@@ -151,6 +162,8 @@ def _compiled(template: str) -> jinja2.Template:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+    except (RecursionError, SyntaxError, UnicodeEncodeError) as error:
+        raise UserError(f"the chat template cannot be compiled: {type(error).__name__}") from error
 
 
 def _refuse(message: str) -> None:

@@ -28,6 +28,7 @@ INTERPOLATION = {
 }  # fmt: skip
 MAX_PIXELS = 2**27  # of one image file; more is refused unread
 _MAX_SIDE = 2**14  # that a processor's file may ask for
+_HUGE = 1e30  # no mean, no deviation and no scale of pixels comes near
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ def image_spec(folder: Path, encoder: EncoderSpec) -> ImageSpec:
         if not path.is_file():
             continue
         try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from error
-        if name == "processor_config.json":
-            config = config.get("image_processor") if isinstance(config, dict) else None
-        if isinstance(config, dict):
-            return spec_from_processor(config, str(path), default_spec(encoder))
+        if name == "processor_config.json" and isinstance(config, dict):
+            config = config.get("image_processor")
+            if config is None:
+                continue
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: an object is wanted, not {type(config).__name__}")
+        return spec_from_processor(config, str(path), default_spec(encoder))
     return default_spec(encoder)
 
 
@@ -107,25 +111,32 @@ def spec_from_processor(config: Mapping[str, Any], where: str, base: ImageSpec) 
     if sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
         raise UserError(f"{where}: size {sides}: a square of whole pixels is wanted")
     rescale = config.get("rescale_factor", base.rescale)
-    if not isinstance(rescale, int | float) or not rescale > 0:
+    if not _is_number(rescale) or not rescale > 0:
         raise UserError(f"{where}: rescale_factor={rescale!r}: a positive number is wanted")
     kind = config.get("resample", INTERPOLATION[base.interpolation])
     if kind not in list(INTERPOLATION.values()):
         raise UserError(f"{where}: resample={kind!r}: a number of Pillow's from 0 to 5 is wanted")
+    std = _three(config.get("image_std", base.std), "image_std", where)
+    if not min(std) > 0:
+        raise UserError(f"{where}: image_std={list(std)}: pixels are divided by it; positive numbers are wanted")
     return ImageSpec(
         size=size,
         resize=resize,
         interpolation=next(name for name, value in INTERPOLATION.items() if value == kind),
         mean=_three(config.get("image_mean", base.mean), "image_mean", where),
-        std=_three(config.get("image_std", base.std), "image_std", where),
+        std=std,
         rescale=rescale,
         shortest=round(shortest * size / sides[0]) if shortest != sides[0] else 0,
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < _HUGE
+
+
 def _three(value: Any, name: str, where: str) -> tuple[float, float, float]:
     value = [value] * 3 if isinstance(value, int | float) else value
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
         raise UserError(f"{where}: {name}={value!r}: three numbers are wanted")
     return tuple(map(float, value))  # type: ignore[return-value]
 

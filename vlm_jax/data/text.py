@@ -26,6 +26,8 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.data import tokenizer as words
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+_IDS = 2**31  # ids are below
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -35,7 +37,7 @@ class Text(NamedTuple):
     encode: Callable[[str], list[int]]
     plain: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
-    size: int  # one more than the highest id, but for marks that the caller adds
+    size: int  # one more than the highest id; marks that the caller adds and unnamed special tokens do not count
     pad: int | None
     ends: tuple[int, ...]  # any of these ends an answer
     special: dict[str, str]
@@ -72,18 +74,20 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], more: Sequence[str] 
     """
     file = _tokenizer_file(folder)
     folder = file.parent
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = _settings(folder / "tokenizer_config.json")
     special = _special_tokens(folder, settings)
     added = _added_tokens(folder, settings, (*special.values(), *more))
     make = _from_json if file.suffix == ".json" else _from_sentencepiece
-    encode, plain, decode, ids = make(file, settings, special, added)
-    size = max((number for token, number in ids.items() if token not in more), default=-1) + 1
+    encode, plain, decode, ids, spare = make(file, settings, special, added)
+    # A special token that the tokenizer's files do not use themselves may have no embedding: it is refused in use.
+    aside = (spare | set(more)) - {special[name] for name in _NAMED if name in special}
+    size = max((number for token, number in ids.items() if token not in aside), default=-1) + 1
     found = ends(folder, config)
     if found is None:
         found = [ids[special["eos_token"]]] if special.get("eos_token") in ids else []
     return Text(
-        encode,
-        plain,
+        lambda said: encode(_written(said)),
+        lambda said: plain(_written(said)),
         decode,
         size,
         ids.get(special.get("pad_token")),
@@ -114,46 +118,100 @@ def _tokenizer_file(folder: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: an object is wanted, not {type(found).__name__}")
+    return found
 
 
-def _content(token: Any) -> str | None:
+def _written(text: str) -> str:
+    """The text, if UTF-8 can write it: bytes of a command line that are none arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid UTF-8 (character {error.start}): {text[:40]!a}") from error
+    return text
+
+
+def _content(token: Any, where: str) -> str:
     """A token is written as its text, or as an object with its text in `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {str(token)[:80]} is no token: its text is wanted, or an object with `content`")
+    return _written(text)
+
+
+def _id(number: Any, where: str) -> int:
+    if type(number) is not int or not 0 <= number < _IDS:
+        raise UserError(f"{where}: {str(number)[:80]!r} is no id of a token: a whole number from 0 on is wanted")
+    return number
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json; its `added_tokens_decoder`, if any, with whole numbers for keys and checked entries."""
+    settings = _read_json(path)
+    decoder, where = settings.get("added_tokens_decoder"), f"{path}: added_tokens_decoder"
+    if decoder is None:
+        return {name: value for name, value in settings.items() if name != "added_tokens_decoder"}
+    if not isinstance(decoder, dict) or not all(isinstance(token, dict) for token in decoder.values()):
+        raise UserError(f"{where}: an object of id -> {{content, ...}} is wanted")
+    checked = {}
+    for key, token in decoder.items():
+        number = _id(int(key) if key.isdecimal() and len(key) < 20 else key, where)
+        flags = {name: token[name] for name in _FLAGS if name in token}
+        if not all(isinstance(flag, bool) for flag in flags.values()):
+            raise UserError(f"{where}.{number}: {', '.join(flags)} are true or false")
+        checked[number] = {"content": _content(token, f"{where}.{number}"), **flags}
+    return {**settings, "added_tokens_decoder": checked}
+
+
+def _extra(both: dict[str, Any], name: str, where: Path) -> dict[Any, str]:
+    """Tokens besides the usual ones, by their names or, of a list, their places."""
+    extra = both.get(name) or {}
+    if not isinstance(extra, dict | list):
+        raise UserError(f"{where}: {name}={str(extra)[:80]!r}: a list or an object of tokens is wanted")
+    pairs = extra.items() if isinstance(extra, dict) else enumerate(extra)
+    return {key: _content(token, f"{where}: {name}") for key, token in pairs}
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Name -> text; tokenizer_config.json has the last word."""
     both = {**_read_json(folder / "special_tokens_map.json"), **settings}
-    found = {name: _content(both[name]) for name in (*_NAMED, "image_token") if isinstance(both.get(name), str | dict)}
-    extra = both.get("extra_special_tokens")
-    named = {name: _content(token) for name, token in extra.items()} if isinstance(extra, dict) else {}
+    given = {name: both[name] for name in (*_NAMED, "image_token") if both.get(name) is not None}
+    found = {name: _content(token, f"{folder}: {name}") for name, token in given.items()}
+    extra = _extra(both, "extra_special_tokens", folder)
+    named = {name: token for name, token in extra.items() if isinstance(name, str)}
     return {name: token for name, token in {**named, **found}.items() if token}
 
 
 def _added_tokens(folder: Path, settings: dict[str, Any], special: Sequence[str]) -> dict[str, int | None]:
     """Text -> id (None: the next free one) of the tokens that are recognised before the text is cut up."""
-    added: dict[str, int | None] = dict(_read_json(folder / "added_tokens.json"))
+    path = folder / "added_tokens.json"
+    added: dict[str, int | None] = {_written(token): _id(n, str(path)) for token, n in _read_json(path).items()}
     for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[_content(token)] = int(number)
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-    extra = extra.values() if isinstance(extra, dict) else extra
-    for token in (*special, *map(_content, extra)):
+        added[token["content"]] = number
+    extra = _extra(settings, "extra_special_tokens", folder) or _extra(settings, "additional_special_tokens", folder)
+    for token in (*special, *extra.values()):
         added.setdefault(token, None)
-    return added
+    return {token: number for token, number in added.items() if token}
 
 
 def ends(folder: Path, config: Mapping[str, Any]) -> list[int] | None:
-    """Ids that end an answer, where a file says so; several are a list."""
+    """Ids that end an answer, where a file says so; several are a list. Raises `UserError` for what is no id."""
     folder = folder if folder.is_dir() else folder.parent
-    for source in (_read_json(folder / "generation_config.json"), config, config.get("text_config") or {}):
+    inner = config.get("text_config")
+    for name, source in (
+        ("generation_config.json", _read_json(folder / "generation_config.json")),
+        ("config.json", config),
+        ("config.json: text_config", inner if isinstance(inner, Mapping) else {}),
+    ):
         end = source.get("eos_token_id")
         if end is not None:
-            return list(end) if isinstance(end, list) else [end]
+            return [_id(one, f"{folder / name}: eos_token_id") for one in (end if isinstance(end, list) else [end])]
     return None
 
 
@@ -161,14 +219,22 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     """chat_template.jinja, chat_template.json, or the entry of tokenizer_config.json (its default, of several)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not readable as UTF-8 ({error})") from error
     own = _read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(own, list):
-        own = {one["name"]: one["template"] for one in own}.get("default")
+    if isinstance(own, list) and all(isinstance(one, dict) for one in own):
+        own = next((one.get("template") for one in own if one.get("name") == "default"), None)
+    if not isinstance(own, str | None):
+        raise UserError(f"{folder}: chat_template is no text, and no list of objects with `name` and `template`")
     return own
 
 
-Parts = tuple[Callable[[str], list[int]], Callable[[str], list[int]], Callable[[Sequence[int]], str], Mapping[Any, int]]
+# encode, plain, decode, the ids of all tokens, and the special tokens that were added to the model's own
+Parts = tuple[
+    Callable[[str], list[int]], Callable[[str], list[int]], Callable[[Sequence[int]], str], Mapping[str, int], set[str]
+]
 
 
 def _from_json(file: Path, settings: dict[str, Any], special: dict[str, str], added: dict[str, int | None]) -> Parts:
@@ -200,7 +266,7 @@ def _from_json(file: Path, settings: dict[str, Any], special: dict[str, str], ad
         text = backend.decode([int(n) for n in numbers], skip_special_tokens=True)
         return _cleaned(text) if clean else text
 
-    return encode, plain, decode, ids
+    return encode, plain, decode, ids, {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
 
 
 def _around(settings: dict[str, Any], special: dict[str, str], ids: Mapping[str, int]) -> tuple[list[int], list[int]]:
@@ -271,7 +337,7 @@ def _from_sentencepiece(
         return out
 
     before, behind = _around({"add_bos_token": True, **settings}, special, ids)
-    loud = {_content(t) for t in settings.get("added_tokens_decoder", {}).values() if not t.get("special", True)}
+    loud = {t["content"] for t in settings.get("added_tokens_decoder", {}).values() if not t.get("special", True)}
     names = {number: token for token, number in whole.items()}
     quiet = {number for number, token in names.items() if token not in loud}
 
@@ -285,4 +351,4 @@ def _from_sentencepiece(
                 out += "".join(names[n] if n in names else model.id_to_piece(n).replace(_SPACE, " ") for n in run)
         return out.removeprefix(" ") if adds_space else out
 
-    return (lambda text: [*before, *plain(text), *behind]), plain, decode, ids
+    return (lambda text: [*before, *plain(text), *behind]), plain, decode, ids, set(whole) - loud

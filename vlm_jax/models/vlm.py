@@ -174,17 +174,20 @@ class Vlm(NamedTuple):
         x, cache = layerwise.hidden(self.spec.decoder, self.compute, params["decoder"], x, place, cache)
         return self.logits(params, x)[:, 0], cache
 
+    def prompt_vector(self, params: Params, prompt: Prompt) -> Float[Array, "B D"]:
+        """`question_vector` of a prompt: its text alone, without the image."""
+        text = prompt._replace(kind=jnp.where(prompt.kind == TEXT, TEXT, masks.PADDING), image=None)
+        states = Vlm(dataclasses.replace(self.spec, mask="causal"), self.compute).read(params, text)[0]
+        return jnp.take_along_axis(states, last_token(text)[:, None, None], axis=1)[:, 0]
+
     def _embed(self, decoder: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # A placeholder may lie outside the table: what stands there is replaced.
         known = jnp.where(tokens < self.spec.decoder.vocab, tokens, 0)
         return self.decoder.apply({"params": decoder}, known, method="embed")
 
     def _image_tokens(self, params: Params, prompt: Prompt) -> Float[Array, "B V D"]:
-        vector = None
-        if catalog.row(self.spec.compressor.name).query_dependent:
-            text = prompt._replace(kind=jnp.where(prompt.kind == TEXT, TEXT, masks.PADDING), image=None)
-            states = Vlm(dataclasses.replace(self.spec, mask="causal"), self.compute).read(params, text)[0]
-            vector = jnp.take_along_axis(states, last_token(text)[:, None, None], axis=1)[:, 0]
+        asks = catalog.row(self.spec.compressor.name).query_dependent
+        vector = self.prompt_vector(params, prompt) if asks else None
         return connector.compress(params["connector"], self.encode(params, prompt.image), vector, self.spec)
 
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlm_jax import build, partitioning
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.data import chat, text
 from vlm_jax.data import images as pictures
@@ -30,6 +31,7 @@ from vlm_jax.models.importers.found import Found, find, found_params
 from vlm_jax.partitioning import Plan
 from vlm_jax.store import checkpoint
 
+DTYPES = ("float32", "bfloat16")
 MARK = "<image>"  # stands for the image in a prompt, where a folder names no other text
 
 
@@ -57,7 +59,7 @@ class Model(NamedTuple):
 def load(
     path: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     plan: Plan | None = None,
     llm: str | Path | None = None,
     compressor: str | None = None,
@@ -70,8 +72,8 @@ def load(
     """A model from a Hugging Face folder, a big_vision `.npz`, or the workdir of a run.
 
     Args:
-        dtype: "float32" or "bfloat16", of weights and activations; None: bfloat16 on TPU and GPU, float32 on CPU. A run
-            keeps its own, with float32 weights.
+        dtype: "float32" or "bfloat16", or a type of that name, of weights and activations; None: bfloat16 on TPU and
+            GPU, float32 on CPU. A run keeps its own, with float32 weights.
         plan: where the parameters live; None is one device.
         llm: another folder, whose language model takes the place of the one in `path`, if that has any. The projector
             is then fresh, and so is the compressor.
@@ -84,7 +86,8 @@ def load(
 
     Raises `UserError` for files that are missing, not understood or inconsistent with each other.
     """
-    path = Path(path)
+    path, dtype = Path(path), _dtype(dtype)
+    checked_seed(seed)
     if (path / "spec.json").is_file():
         if llm or compressor or tokens is not None or image_size is not None:
             raise UserError(f"{path}: a run has its own llm, compressor, tokens and image_size; leave them out")
@@ -117,6 +120,23 @@ def load(
         encoder = vision.params_at_size(read["encoder"], seeing.encoder, spec.encoder.image_size, how)
         params |= {"encoder": encoder, "connector": {**fresh, **_projector(read)}}
     return _with_words(Model(spec, compute, params, plan), path, speaking, tokenizer)
+
+
+def _dtype(dtype: Any) -> str | None:
+    try:
+        name = dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in (None, *DTYPES):
+        raise unknown("dtype", name, DTYPES)
+    return name
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed, if a key can be made of it. Raises `UserError`."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is wanted")
+    return seed
 
 
 def _attention() -> str:
@@ -196,7 +216,10 @@ def _with_words(model: Model, path: Path, speaking: Found, tokenizer: str | Path
         picture = pictures.image_spec(path if path.is_dir() else path.parent, spec.encoder)
         model = model._replace(image=picture, image_token=image_token)
     if tokenizer is None and not text.has_tokenizer(folder):
-        return model._replace(pad=config.get("pad_token_id"), ends=tuple(text.ends(folder, config) or ()))
+        pad, ends = config.get("pad_token_id"), tuple(text.ends(folder, config) or ())
+        if pad is not None and type(pad) is not int:
+            raise UserError(f"{folder}: config.json: pad_token_id={str(pad)[:80]!r}: a whole number is wanted")
+        return model._replace(pad=pad, ends=_inside(ends, spec, folder))
     words = text.read_tokenizer(folder, config, (MARK,) if sees else ())
     if words.size > spec.decoder.vocab:
         raise UserError(
@@ -204,7 +227,14 @@ def _with_words(model: Model, path: Path, speaking: Found, tokenizer: str | Path
             "embeddings: they do not belong together"
         )
     layout = chat.layout_of(speaking.kind, words, words.special.get("image_token", MARK))
-    return model._replace(tokenizer=words, layout=layout, pad=words.pad, ends=words.ends)
+    return model._replace(tokenizer=words, layout=layout, pad=words.pad, ends=_inside(words.ends, spec, folder))
+
+
+def _inside(ends: tuple[int, ...], spec: ModelSpec, folder: Path) -> tuple[int, ...]:
+    far = [end for end in ends if end >= spec.decoder.vocab]
+    if far:
+        raise UserError(f"{folder}: eos_token_id {far[0]} lies outside the vocabulary of {spec.decoder.vocab}")
+    return ends
 
 
 def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:

@@ -29,7 +29,8 @@ SHOWN = 36  # panels of a figure
 def patch_shares(
     model: Model, pixels: Float[np.ndarray | Array, "1 H H 3"], vector: Float[Array, "1 D"] | None = None
 ) -> Float[np.ndarray, "V rows columns"]:
-    """One image's shares. `vector` is the question's, for a compressor that reads it; None takes zeros.
+    """One image's shares. `vector` is the question's (`answering.question_vector`), for a compressor that
+    reads it.
 
     |J|^2 = E |r J|^2 over random unit directions r, times the width (Hutchinson); each r J is one vector-Jacobian
     product. Raises `UserError` for a model without visual tokens.
@@ -39,7 +40,8 @@ def patch_shares(
         raise UserError("this model has no visual tokens to show")
     method = catalog.row(spec.name)
     if method.query_dependent and vector is None:
-        vector = jnp.zeros((1, spec.text_width))
+        raise UserError(f"compressor {spec.name!r} reads the question: give the prompt (--prompt) whose tokens to show")
+    vector = None if vector is None else jnp.asarray(vector, jnp.float32)
     key = jax.random.key(0)
     probes = jnp.linalg.qr(jax.random.normal(key, (spec.encoder_width, min(PROBES, spec.encoder_width))))[0].T
 

@@ -44,8 +44,10 @@ class Prediction(NamedTuple):
     compiler_secs: float  # what XLA:TPU itself expects of products and memory, the network not counted; 0: not known
 
 
-def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1) -> Work:
-    """One step of a stage. `kept_apart` is into how many parts a kernel stays cut while it is multiplied."""
+def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1, rests_apart: int = 1) -> Work:
+    """One step of a stage on that many devices. `kept_apart` is into how many parts a kernel stays cut while it is
+    multiplied, `rests_apart` into how many between its uses.
+    """
     model, remat = spec.model, spec.compute.remat
     decoder, text = model.decoder, spec.data.text_tokens
     examples, length = spec.data.batch_examples, spec.data.text_tokens + model.compressor.tokens
@@ -58,9 +60,9 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1)
                    "decoder": sizes.decoder + sizes.embedding}[part] for part in stage.train)  # fmt: skip
     dtype = cost.dtype_bytes(spec.compute.dtype)
     kernels = (
-        _kernel_bytes(sizes.total / kept_apart, dtype, passes, chips > kept_apart)
+        _kernel_bytes(sizes.total / kept_apart, dtype, passes, rests_apart > kept_apart)
         + 2 * dtype * learned
-        + 7 * _RESIDENT * learned / chips
+        + 7 * _RESIDENT * learned / rests_apart
     )
     activations = (passes + 2) * _pass_bytes(spec, length, length)
     if not spec.data.frozen_features:
@@ -69,30 +71,30 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1)
     return Work(useful, useful + examples * repeated, kernels + (activations + logits) * examples / chips)
 
 
-def prefill_work(spec: RunSpec, chips: int, kept_apart: int = 1) -> Work:
-    """Image and text of every row of a batch, and one word's logits each."""
+def prefill_work(spec: RunSpec, chips: int, kept_apart: int = 1, rests_apart: int = 1) -> Work:
+    """Image and text of every row of a batch, and one word's logits each; arguments as above."""
     model, rows = spec.model, spec.evaluation.batch_examples
     length = spec.data.text_tokens + model.compressor.tokens
     flops = rows * cost.flops(model, spec.data.text_tokens, 1).total
     held = cost.params(model).total / kept_apart
-    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, spec.compute.mesh[1] != 1)
+    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, rests_apart > kept_apart)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     return Work(flops, flops, kernels + activations * rows / chips)
 
 
-def decode_work(spec: RunSpec, chips: int, kept_apart: int = 1) -> Work:
-    """One more word for every row of a batch, behind a full context."""
+def decode_work(spec: RunSpec, chips: int, kept_apart: int = 1, rests_apart: int = 1) -> Work:
+    """One more word for every row of a batch, behind a full context; arguments as above."""
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
     keys = spec.data.text_tokens + spec.model.compressor.tokens + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
     held = cost.decoder_params(decoder) / kept_apart
-    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, spec.compute.mesh[1] != 1)
+    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, rests_apart > kept_apart)
     cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)
     return Work(flops, flops, kernels + cache * rows / chips)
 
 
-def _kernel_bytes(params: float, dtype_bytes: int, passes: int, gathered: int) -> float:
-    """Each pass reads a kernel; one that rests split (`gathered` is not 0) it also writes."""
+def _kernel_bytes(params: float, dtype_bytes: int, passes: int, gathered: bool) -> float:
+    """Each pass reads a kernel; one that rests in more parts (`gathered`) it also writes."""
     return params * dtype_bytes * passes * (2 if gathered else 1)
 
 
@@ -113,7 +115,8 @@ def predict(
     efficiency: Efficiency = ASSUMED,
 ) -> Prediction:
     """Seconds of a program on that many chips; `link_share` says what part of a chip's links a group can use, `cycles`
-    what the compiler expects.
+    what the compiler expects. The part that takes the most of the step binds; exchanges with nothing beside them, which
+    nothing hides, count as network.
     """
     network = {True: 0.0, False: 0.0}
     for found in collectives:
@@ -127,7 +130,10 @@ def predict(
         "network": hidden / efficiency.interconnect,
     }
     binds = max(overlapped, key=lambda name: overlapped[name])
-    step = overlapped[binds] + exposed / efficiency.interconnect
+    alone = exposed / efficiency.interconnect
+    step = overlapped[binds] + alone
+    if alone > overlapped[binds]:
+        binds = "network"
     mfu = work.model_flops / (step * chips * chip.peak_flops)
     own = cycles / chip.clock if chip.clock else 0.0
     return Prediction(compute, memory, hidden, exposed, step, mfu, binds, own)

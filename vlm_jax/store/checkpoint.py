@@ -32,7 +32,7 @@ class Restored(NamedTuple):
 
     state: Any
     cursor: Any
-    progress: dict[str, Any]  # numbers; empty in checkpoints of earlier versions
+    progress: dict[str, Any]  # numbers
 
 
 class Checkpoints:
@@ -100,12 +100,12 @@ class Checkpoints:
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_state, shardings
         )
-        items: dict[str, Any] = {"state": ocp.args.StandardRestore(target), "cursor": ocp.args.JsonRestore()}
-        if (self.directory / str(step) / "progress").exists():
-            items["progress"] = ocp.args.JsonRestore()
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), cursor=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
+        )
         with _reading(self.directory / str(step)):
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return Restored(found["state"], found["cursor"], found["progress"] if "progress" in items else {})
+            found = self._manager.restore(step, args=args)
+        return Restored(found["state"], found["cursor"], found["progress"])
 
     def wait(self) -> None:
         """Until what was saved is on disk. Raises `UserError` if the disk did not take it."""
@@ -120,10 +120,12 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_params(workdir: Path, abstract_params: Any, shardings: Any, on_damage: Callable[[int, str], None]) -> Any:
+def restore_params(
+    workdir: Path, abstract_params: Any, shardings: Any, on_damage: Callable[[int, str], None], least_step: int = 0
+) -> Any:
     """Parameters of the newest sound checkpoint; neither moments nor anything else is read, and nothing is written.
 
-    Raises `UserError` where there is none, or where it cannot be read.
+    Raises `UserError` where there is none, where it is of a step before `least_step`, or where it cannot be read.
     """
     directory = workdir.absolute() / "checkpoints"
     if not directory.is_dir():
@@ -133,9 +135,18 @@ def restore_params(workdir: Path, abstract_params: Any, shardings: Any, on_damag
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_params, shardings
         )
     }
-    step = _newest_sound(directory, on_damage)
+    damaged: dict[int, str] = {}
+    step = _newest_sound(directory, damaged.__setitem__)
     if step is None:
         raise UserError(f"{directory}: no complete checkpoint; train this run first")
+    if step < least_step:
+        why = "".join(f"; step {other} is damaged: {what}" for other, what in damaged.items())
+        raise UserError(
+            f"{directory}: the newest sound checkpoint is of step {step}, that of step {least_step} is wanted{why}: "
+            "run vlm_jax.train again"
+        )
+    for other, what in damaged.items():
+        on_damage(other, what)
     args = ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )

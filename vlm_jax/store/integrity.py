@@ -1,7 +1,7 @@
 """Whether the files of a checkpoint are those that were written: a SHA-256 of each, kept beside them.
 
-`sign` runs before a checkpoint gets its final name, so one without digests was not written by this code; it is then
-only asked whether it is complete.
+`sign` runs before a checkpoint gets its final name, so one without digests is damaged: on a bucket, where a folder is
+renamed file by file, a run may have died in between.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def damage(folder: Path) -> str:
         sizes = {name: int(written[name]["bytes"]) for name in names}
         digests = {name: written[name]["sha256"] for name in names}
     except FileNotFoundError:
-        return ""
+        return f"half-written: {_DIGESTS} is missing"
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
     for name in names:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,39 @@ def append(path: str | Path, row: ResultRow) -> None:
     """Adds the row at the end. A half-written last line (a crash) gets its own line first, so that it cannot swallow
     this one.
 
-    Raises `UserError` if a number of the row is not finite: JSON has no word for it, and a law cannot use it.
+    Raises `UserError` if a number of the row is not finite (JSON has no word for it, and a law cannot use it), or if
+    the disk does not take the row.
     """
     values = dataclasses.asdict(row)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: row {row.cell!r} has {name}={value}; fix the run that made it")
     line = json.dumps(values, allow_nan=False).encode() + b"\n"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _append(path, line)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises `UserError` where `append` would not get a row onto the disk. Leaves no trace."""
+    path = Path(path)
+    try:
+        if path.exists():
+            os.close(os.open(path, os.O_RDWR | os.O_APPEND))
+        else:
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot write rows here ({error.strerror or error}): make room or name another file")
+
+
+def _append(path: str | Path, line: bytes) -> None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -39,7 +65,7 @@ def append(path: str | Path, row: ResultRow) -> None:
             line = b"\n" + line
         written = os.write(handle, line)
         if written != len(line):  # a full disk
-            raise OSError(f"{path}: only {written} of {len(line)} bytes of a row were written")
+            raise OSError(f"only {written} of {len(line)} bytes of a row were written")
         os.fsync(handle)
     finally:
         os.close(handle)  # gives the lock back

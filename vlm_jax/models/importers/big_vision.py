@@ -83,11 +83,15 @@ def model_tables(spec: ModelSpec) -> dict[str, Table]:
 def write_npz(path: Path, named: Iterable[tuple[str, np.ndarray]]) -> None:
     """numpy's archive, one array in memory at a time; nothing stands at `path` before all of it does."""
     temporary = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in named:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-    temporary.replace(path)
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in named:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def find_npz(weights: Weights) -> Found:

@@ -17,6 +17,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm
 from vlm_jax.models.importers import weights as w
+from vlm_jax.models.importers.found import read_config
 from vlm_jax.models.importers.weights import Table
 
 # Files beside the weights that belong to the words and the pictures, not to the parameters.
@@ -97,8 +98,9 @@ def save_folder(
 
 def _companions(source: Path, out: Path) -> dict[str, Any]:
     """Copies the files of words and pictures; returns the special tokens that config.json names."""
-    config = json.loads((source / "config.json").read_text()) if (source / "config.json").exists() else {}
-    config = {**config.get("text_config", {}), **config}
+    config = read_config(source) if (source / "config.json").exists() else {}
+    text = config.get("text_config")
+    config = {**(text if isinstance(text, dict) else {}), **config}
     for name in COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
@@ -109,10 +111,14 @@ def save_npz(out: Path, spec: ModelSpec, params: Mapping[str, Any]) -> None:
     """The image tower, or a whole PaliGemma, as a big_vision checkpoint."""
     check_npz(out, spec)
     claim(out)
-    if spec.decoder is None:
-        big_vision.save_encoder(out, params["encoder"], spec.encoder)
-    else:
-        big_vision.save_model(out, params, spec)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if spec.decoder is None:
+            big_vision.save_encoder(out, params["encoder"], spec.encoder)
+        else:
+            big_vision.save_model(out, params, spec)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 def check(out: Path, spec: ModelSpec, image_token: int | None) -> None:

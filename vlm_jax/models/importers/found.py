@@ -17,7 +17,7 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder
-from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.models.importers import big_vision, fields, hf_decoder, hf_encoder, hf_vlm
 from vlm_jax.models.importers import weights as w
 from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.importers.weights import Table, Weights
@@ -41,7 +41,8 @@ def find(path: str | Path) -> Found:
         kind = architecture(config, Path(path))
         rows = architectures()
         if kind not in rows:
-            raise UserError(f"{config_path(Path(path))}: {unknown('architecture', kind, rows)}")
+            raise UserError(f"{config_path(Path(path))}: {unknown('architecture', kind, rows, cutoff=0.8)}")
+        _check_depth(weights, config, Path(path))
         found = rows[kind](weights, config)
     w.check(weights, found.tables.values(), found.ignore)
     return found
@@ -65,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: missing; it says which model the weights are") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: an object is wanted, not {type(config).__name__}")
@@ -80,6 +81,15 @@ def architecture(config: Mapping[str, Any], where: Path) -> str:
     return str(names[0])
 
 
+def _check_depth(weights: Weights, config: dict[str, Any], path: Path) -> None:
+    """Raises `UserError` for more layers than the file has tensors, before names are made of them."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        depth = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(depth, int | float) and depth > len(weights.shapes):
+            held = len(weights.shapes)
+            raise UserError(f"{config_path(path)}: num_hidden_layers={depth}, but there are only {held} tensors")
+
+
 def _decoder_only(weights: Weights, config: dict[str, Any], text: dict[str, Any] | None = None) -> Found:
     spec = hf_decoder.decoder_spec(config if text is None else text, str(config_path(weights.path)))
     tables = {"decoder": hf_decoder.decoder_table(spec, *hf_decoder.prefixes(weights))}
@@ -89,7 +99,12 @@ def _decoder_only(weights: Weights, config: dict[str, Any], text: dict[str, Any]
 
 def _text_of_gemma3(weights: Weights, config: dict[str, Any]) -> Found:
     """The language model alone: Gemma 3's way with images is not ours."""
-    found = _decoder_only(weights, config, config.get("text_config", {}))
+    where, text = str(config_path(weights.path)), config.get("text_config")
+    read = {*hf_vlm.OUTER, "mm_tokens_per_image"} - {"tie_word_embeddings"}
+    fields.check(config, where, read, {**hf_vlm.FIXED, "tie_word_embeddings": (True,)})
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: text_config={text!r}: an object is wanted")
+    found = _decoder_only(weights, config, text)
     return found._replace(ignore=(*found.ignore, r".*vision_tower\..*", r".*multi_modal_projector\..*"))
 
 

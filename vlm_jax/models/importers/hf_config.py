@@ -5,13 +5,13 @@ passed over. Files leave out what equals the default of their configuration clas
 `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5) are both understood.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import DecoderSpec, RopeBands
+from vlm_jax.models.importers import fields
 
 Config = Mapping[str, Any]
 
@@ -74,29 +74,24 @@ READ = {
 }  # fmt: skip
 # Fields that change the mathematics, and the values that mean what our decoder does.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_bidirectional_attention": (False, None),
-    "partial_rotary_factor": (1, None),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bidirectional_attention": (False,),
+    "partial_rotary_factor": (1,),
     "quantization_config": (None,),
     "attn_logit_softcapping": (None,),  # of families that do not read it
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-}
-# Fields of these configuration classes that no logit depends on.
-HARMLESS = {
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "pretraining_tp", "_name_or_path",
-    "cache_implementation", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
-    "_attn_implementation_internal", "output_attentions", "output_hidden_states", "cross_attention_hidden_size",
-    "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_decoder", "tokenizer_class",
-    "gradient_checkpointing", "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
-    "_output_attentions", "_sliding_window_pattern", "sliding_window_size",
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("rope", "rotary"),
+    **dict.fromkeys(
+        (
+            "is_causal", "causal", "use_rope", "use_rotary", "rotary", "scale_attn_weights", "use_rms_norm",
+            "gated_mlp", "do_layer_norm_before", "norm_before",
+        ),
+        (True,),
+    ),
 }  # fmt: skip
-# A field that nobody here has heard of is passed over, unless its name says that it may concern the mathematics.
-_SUSPICIOUS = re.compile(
-    r"rope|rotary|norm(?!alizer)|scal|multiplier|softcap|attention|attn|bias|window|expert|_act(ivation)?$|residual|yarn"
-)
+_MOST = 1e30  # a number beyond is a slip
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu",
 }  # fmt: skip
@@ -150,20 +145,15 @@ def decoder_spec(config: Config, where: str) -> DecoderSpec:
 
 def _check_fields(config: Config, kind: str, where: str) -> None:
     """Raises `UserError` for a field that changes the mathematics and is not read."""
-    for name, value in config.items():
-        if name in FAMILIES[kind].defaults or name in HARMLESS or name in READ:
-            continue
-        if name in FIXED:
-            if not any(value == one and type(value) is not str for one in FIXED[name]):
-                told = " (the weights are quantised)" if name == "quantization_config" else ""
-                raise UserError(f"{where}: {name}={value!r} is not supported{told}: {FIXED[name][0]!r} is")
-        elif _SUSPICIOUS.search(name) and value not in (None, False):
-            raise UserError(f"{where}: the field {name}={value!r} is not known, and may change the mathematics")
+    family = FAMILIES[kind]
+    own = {name: (family.spec.get(name, False),) for name in ("qkv_bias", "qk_norm")}
+    fixed = {**FIXED, **own, "use_qk_norm": own["qk_norm"]}
+    fields.check(config, where, {*family.defaults, *READ}, fixed)
 
 
 def _number(config: Config, name: str, where: str, kind: type = int) -> Any:
     value = config[name]
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
     if not fits or (kind is int and value != int(value)):
         raise UserError(f"{where}: {name}={value!r}: a positive {'number' if kind is float else 'integer'} is wanted")
     return kind(value)

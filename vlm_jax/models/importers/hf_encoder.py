@@ -15,6 +15,7 @@ import numpy as np
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
+from vlm_jax.models.importers.fields import check as check_fields
 from vlm_jax.models.importers.weights import Leaf, Table, Weights, conv_patch, linear, same
 
 ALONE = ("SiglipVisionModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -39,11 +40,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "clip_vision_model": {**_SHARED_DEFAULTS, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }  # fmt: skip
-# Fields of other towers that change what is computed.
-_FOREIGN = {
-    "quantization_config", "rope_theta", "rope_parameters", "rope_scaling", "use_mean_pooling", "layerscale_value",
-    "layer_scale_init_value", "num_register_tokens", "use_swiglu_ffn", "window_size", "window_attention_indices",
-    "use_qk_norm", "qk_normalization", "hidden_stride", "num_key_value_heads", "num_patches",
+KINDS = tuple(_DEFAULTS)
+# Fields that change what is computed, and the values that mean what our towers do.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "is_causal": (False,),
+    "position_embedding_type": ("absolute", "learned"),
+    **dict.fromkeys(
+        (
+            "qkv_bias", "attention_bias", "mlp_bias", "use_bias", "bias", "use_absolute_position_embeddings",
+        ),
+        (True,),
+    ),
+}  # fmt: skip
+# Of the model that the tower is part of, or of the classes' other uses; its tokens do not depend on them.
+_BESIDE = {
+    "projection_dim", "projection_size", "projector_hidden_act", "num_positions", "vocab_size", "patch_size",
+    "logit_scale_init_value", "vision_use_head",
 }  # fmt: skip
 _NORM = {"scale": "weight", "bias": "bias"}
 _FIRST = "embeddings.patch_embedding.weight"
@@ -57,9 +70,8 @@ def encoder_spec(config: Mapping[str, Any], where: str) -> EncoderSpec:
     kind = str(config.get("model_type"))
     if kind not in _DEFAULTS:
         raise unknown(f"{where}: model_type of the image tower", kind, _DEFAULTS)
-    for name in _FOREIGN & set(config):
-        if config[name] not in (None, False):
-            raise UserError(f"{where}: {name}={config[name]!r} of the image tower is not supported")
+    fixed = {**_FIXED, "use_cls_token": (kind == "clip_vision_model",)}
+    check_fields(config, f"{where}: image tower", {*_DEFAULTS[kind], *_BESIDE}, fixed)
     fields = {**_DEFAULTS[kind], **config}
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     for name in sizes:
@@ -71,7 +83,7 @@ def encoder_spec(config: Mapping[str, Any], where: str) -> EncoderSpec:
     if fields["image_size"] < fields["patch_size"]:
         raise UserError(f"{where}: image_size={fields['image_size']} holds no patch of {fields['patch_size']}")
     eps = fields["layer_norm_eps"]
-    if not isinstance(eps, int | float) or not eps > 0:
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
         raise UserError(f"{where}: layer_norm_eps={eps!r}: a positive number is wanted")
     if str(fields["hidden_act"]) not in _ACTIVATIONS:
         raise unknown(f"{where}: hidden_act", fields["hidden_act"], _ACTIVATIONS)
@@ -100,6 +112,13 @@ def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     inner = config if str(config.get("model_type")) in _DEFAULTS else config.get("vision_config")
     if not isinstance(inner, Mapping):
         raise UserError(f"{where}: vision_config is missing")
+    if inner is not config:
+        legacy = config.get("vision_config_dict")  # older files say the same twice
+        if legacy is not None and (
+            not isinstance(legacy, Mapping) or any(inner.get(name, value) != value for name, value in legacy.items())
+        ):
+            raise UserError(f"{where}: vision_config_dict does not say the same as vision_config")
+        inner = {**(legacy or {}), **inner}
     outer = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(str(config.get("model_type")))
     return {**({"model_type": outer} if outer else {}), **inner}
 

@@ -13,12 +13,15 @@ from typing import Any
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import EncoderSpec, ModelSpec
-from vlm_jax.models.importers import hf_decoder, hf_encoder
+from vlm_jax.models.importers import fields, hf_decoder, hf_encoder
 from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.importers.weights import Table, Weights, linear, same
 
 _PROJECTOR = "multi_modal_projector."
 LLAVA, PALIGEMMA = "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"
+# Fields of a whole model that are read, or belong to its parts; and those that must have one value.
+OUTER = {"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"}
+FIXED = {"quantization_config": (None,), "is_encoder_decoder": (False,), "add_cross_attention": (False,)}
 _SELECT = {"default": True, "full": False}  # whether the first token of the tower is dropped
 
 
@@ -30,6 +33,9 @@ def _where(weights: Weights) -> str:
 def encoder_only(weights: Weights, config: dict[str, Any]) -> Found:
     """A row of `found.architectures`: SigLIP or CLIP."""
     where, prefix = _where(weights), hf_encoder.prefix_of(weights)
+    if str(config.get("model_type")) not in hf_encoder.KINDS:  # of a tower alone every field is the tower's
+        read = {*OUTER, "vision_config_dict", "text_config_dict", "projection_dim", "logit_scale_init_value"}
+        fields.check(config, where, read, FIXED)
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
     tables = {"encoder": hf_encoder.encoder_table(spec, prefix)}
     ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(spec, prefix))
@@ -41,7 +47,9 @@ def llava(weights: Weights, config: dict[str, Any]) -> Found:
     the exact GELU and stand where the prompt has placeholders; every token sees those before it.
     """
     where = _where(weights)
-    _only(config, where, projector_hidden_act="gelu", multimodal_projector_bias=True)
+    fixed = {"projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,)}
+    read = {*OUTER, "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length", "vocab_size"}
+    fields.check(config, where, read, {**FIXED, **fixed})
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or isinstance(layer, bool):
@@ -64,15 +72,12 @@ def paligemma(weights: Weights, config: dict[str, Any]) -> Found:
     through one layer, then the prompt; image and prompt see each other both ways.
     """
     where = _where(weights)
+    # The sizes belong to the parts; what the whole says of them is not looked at, by transformers neither.
+    read = {*OUTER, "projection_dim", "hidden_size", "num_hidden_layers", "vocab_size"}
+    fields.check(config, where, read, FIXED)
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
     spec = dataclasses.replace(spec, pooling_head=False)
     return _whole(weights, config, PALIGEMMA, spec, "linear", "prefix", 256000)
-
-
-def _only(config: Mapping[str, Any], where: str, **values: Any) -> None:
-    for name, value in values.items():
-        if config.get(name, value) != value:
-            raise UserError(f"{where}: {name}={config[name]!r} is not supported: {value!r} is")
 
 
 def _whole(

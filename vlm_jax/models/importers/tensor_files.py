@@ -9,9 +9,10 @@ import math
 import mmap
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +80,11 @@ def _open_shards(index: Path) -> Weights:
     """All files that an index names, as one."""
     try:
         where = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(where.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = sorted(set(where.values()), key=str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not an index of weights ({error})") from error
     folder = index.parent
-    outside = [name for name in files if Path(name).name != name]
+    outside = [name for name in files if not isinstance(name, str) or not name or Path(name).name != name]
     if outside:
         raise UserError(f"{index}: names {outside[0]!r}, which is no file beside it")
     missing = [name for name in files if not (folder / name).exists()]
@@ -151,6 +152,11 @@ def open_npz(path: Path) -> Weights:
         EOFError,
         KeyError,
         SyntaxError,
+        TypeError,
+        MemoryError,
+        RuntimeError,  # of an archive with a password, and of a header that is nested too deeply
+        struct.error,
+        tokenize.TokenError,
         zipfile.BadZipFile,
         zlib.error,
         NotImplementedError,
@@ -195,17 +201,26 @@ def open_torch(path: Path) -> Weights:
             f"{path}: this format needs torch (pip install torch); or fetch the model's .safetensors"
         ) from None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the archive provokes
-        raise UserError(f"{path}: torch cannot read it as plain weights ({str(error).splitlines()[0]})") from error
-    found = found.get("state_dict", found)
-    kinds = {
-        torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: BF16,
-        torch.float64: np.dtype(np.float64), torch.int64: np.dtype(np.int64), torch.bool: np.dtype(np.bool_),
-    }  # fmt: skip
-    held = {
-        name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor) and tensor.dtype in kinds
-    }
+        # Files from before torch had archives cannot be mapped.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises whatever the file provokes, with advice that is not ours
+        raise UserError(
+            f"{path}: torch finds no plain weights: damaged, or with objects that would have to run code, which never "
+            "happens here; fetch the model's .safetensors"
+        ) from error
+    if isinstance(found, Mapping):
+        found = found.get("state_dict", found)
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path}: a dictionary of tensors by name is wanted, not {type(found).__name__}")
+    held = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    kinds = {getattr(torch, str(kind)): kind for kind in SAFETENSORS_TYPES.values() if kind.kind != "b"}
+    kinds[torch.bool] = np.dtype(np.bool_)
+    for name, tensor in held.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a tensor is called {name!r}: a name is wanted")
+        if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = f"{tensor.layout} tensor of {tensor.dtype} ({tensor.device})"
+            raise UserError(f"{path}: {name} is a {kind}, which cannot be read")
     shapes = {name: (tuple(tensor.shape), kinds[tensor.dtype]) for name, tensor in held.items()}
 
     def read(name: str) -> np.ndarray:

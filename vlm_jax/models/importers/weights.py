@@ -119,8 +119,8 @@ def expected(tables: Iterable[Table]) -> dict[str, Shape]:
 
 
 def check(weights: Weights, tables: Iterable[Table], ignore: Iterable[str] = ()) -> None:
-    """Raises `UserError` that names the tensors which are missing, misshapen or not wanted; `ignore` are regexes of
-    whole names that may be in the file without being wanted.
+    """Raises `UserError` that names the tensors which are missing, misshapen, no floats or not wanted; `ignore` are
+    regexes of whole names that may be in the file without being wanted.
     """
     wanted, there = expected(tables), weights.shapes
     skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignore) or r"(?!)")
@@ -132,12 +132,19 @@ def check(weights: Weights, tables: Iterable[Table], ignore: Iterable[str] = ())
         if name in there and there[name][0] != shape:
             found = there[name][0]
             problems.append(lambda n=name, f=found, s=shape: f"{n} has shape {list(f)}, {list(s)} is wanted")
+        elif name in there and not _floating(there[name][1]):
+            kind = there[name][1]
+            problems.append(lambda n=name, k=kind: f"{n} holds {k}, not floating-point weights (is it quantised?)")
     for name in extra:
         problems.append(lambda name=name: f"{name} is not known{_nearest(name, wanted, 'expected is')}")
     if problems:
         told = "; ".join(problem() for problem in problems[:_TOLD])
         more = f"; and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
         raise UserError(f"{weights.path}: {len(problems)} tensor(s) do not fit the configuration: {told}{more}")
+
+
+def _floating(kind: np.dtype) -> bool:
+    return np.issubdtype(kind, np.floating) or kind == DTYPES["bfloat16"]
 
 
 def _nearest(name: str, names: Iterable[str], words: str) -> str:

@@ -1,0 +1,59 @@
+"""Fields of a config.json: each is read, has the one value that we compute with, is harmless, or is refused by name."""
+
+import re
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vlm_jax.core.errors import UserError
+
+Fixed = Mapping[str, tuple[Any, ...]]
+
+# Fields that no output of a forward pass depends on: bookkeeping, training, generation, and names of files.
+HARMLESS = {
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp",
+    "_name_or_path", "name_or_path", "_commit_hash", "_from_model_config", "auto_map", "custom_pipelines", "revision",
+    "cache_implementation", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+    "_attn_implementation_internal", "_flash_attn_2_enabled", "use_flash_attention", "use_flash_attention_2",
+    "use_flash_attn", "_output_attentions", "cross_attention_hidden_size", "return_dict", "return_dict_in_generate",
+    "return_loss", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    "chunk_size_feed_forward", "is_decoder", "tokenizer_class", "tokenizer_model_max_length", "model_max_length",
+    "tokenizer_padding_side", "padding_side", "prefix", "bos_token", "eos_token", "pad_token", "add_bos_token",
+    "add_eos_token", "gradient_checkpointing", "use_reentrant", "experts_implementation", "_experts_implementation",
+    "_experts_implementation_internal", "_sliding_window_pattern", "sliding_window_size", "torchscript",
+    "use_bfloat16", "tf_legacy_loss", "tie_encoder_decoder", "is_llama_config", "transformers.js_config",
+    "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "_vocab_size", "ignore_index",
+    "num_logits_to_keep", "mm_vision_tower", "neftune_noise_alpha", "z_loss_coefficient", "generation_config",
+    "unsloth_fixed", "unsloth_version", "num_image_tokens", "library_name", "license", "model_name", "tags",
+    # What generation took from here before it had a file of its own.
+    "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
+_HARMLESS_KINDS = re.compile(
+    r"\w+_token_ids?|\w+_token_index|initializer_\w+|(\w+_)?dropout(_\w+)?|\w+_pdrop|drop_path(_rate)?|"
+    r"output_(attentions|hidden_states|scores|logits|router_logits|past)"
+)
+
+
+def harmless(name: str) -> bool:
+    """Whether no output of a forward pass depends on that field."""
+    return name in HARMLESS or _HARMLESS_KINDS.fullmatch(name) is not None
+
+
+def check(config: Mapping[str, Any], where: str, read: Collection[str], fixed: Fixed) -> None:
+    """Raises `UserError` for a field that is neither harmless nor read and does not have a value of `fixed`. A field
+    that nobody here has heard of may be empty, null or false.
+    """
+    for name, value in config.items():
+        if name in read:
+            continue
+        if name in fixed:
+            if value is not None and value not in fixed[name]:
+                told = " (the weights are quantised)" if name == "quantization_config" else ""
+                raise UserError(f"{where}: {name}={reprlib.repr(value)} is not supported{told}: {fixed[name][0]!r} is")
+        elif not harmless(name) and not (value is None or value is False or value in ("", [], {})):
+            raise UserError(
+                f"{where}: the field {name}={reprlib.repr(value)} is not known, and may change the mathematics"
+            )
