@@ -133,7 +133,7 @@ def answering(rows: dict[str, Row]) -> str:
             what = (
                 f"{row['mode']}, {row['llm']}, V = {row['tokens']}, {row['batch_examples']} rows on {row['topology']}"
             )
-            lines.append([what, f"{row['peak_bytes'] / GIB:.2f}", f"{1e3 * row['step_secs']:.1f}", row["binds"]])
+            lines.append([what, f"{row['peak_bytes'] / GIB:.1f}", f"{1e3 * row['step_secs']:.1f}", row["binds"]])
     return markdown(lines) if len(lines) > 1 else "Not compiled yet."
 
 
