@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from vlm_jax.core import axes, tree
@@ -207,16 +207,8 @@ def make_plan(compute: ComputeSpec, devices: list[Any] | None = None) -> Plan:
 
     Raises `UserError` for an unknown strategy, or slices and a mesh that do not divide the devices.
     """
-    if compute.strategy not in ("auto", *TABLES):
-        raise unknown("compute.strategy", compute.strategy, ("auto", *TABLES))
     devices = jax.devices() if devices is None else devices
-    if len(devices) % compute.slices:
-        raise UserError(f"compute.slices={compute.slices} does not divide {len(devices)} device(s)")
-    strategy, shape = compute.strategy, compute.mesh
-    if strategy == "auto":
-        strategy, best = by_kind(devices[0].platform, len(devices) // compute.slices)
-        shape = best if shape == (-1, 1, 1) else shape
-    one_slice = (1, *mesh_shape(shape, len(devices) // compute.slices))
+    strategy, one_slice = _chosen(compute, devices[0].platform, len(devices))
     if compute.slices > 1 and len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
             one_slice, (compute.slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -226,6 +218,26 @@ def make_plan(compute: ComputeSpec, devices: list[Any] | None = None) -> Plan:
     else:
         grid = mesh_utils.create_device_mesh(one_slice, devices, allow_split_physical_axes=True)
     return Plan(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4), tuple(TABLES[strategy].items()))
+
+
+def outline(compute: ComputeSpec, platform: str, devices: int) -> Plan:
+    """The plan on devices that are not there: enough for `check_batch`. Raises `UserError` as `make_plan` does."""
+    strategy, one_slice = _chosen(compute, platform, devices)
+    mesh = AbstractMesh((compute.slices, *one_slice[1:]), MESH_AXES)
+    return Plan(mesh, tuple(TABLES[strategy].items()))  # type: ignore[arg-type]
+
+
+def _chosen(compute: ComputeSpec, platform: str, devices: int) -> tuple[str, tuple[int, int, int, int]]:
+    """The table, and the mesh of one slice."""
+    if compute.strategy not in ("auto", *TABLES):
+        raise unknown("compute.strategy", compute.strategy, ("auto", *TABLES))
+    if devices % compute.slices:
+        raise UserError(f"compute.slices={compute.slices} does not divide {devices} device(s)")
+    strategy, shape = compute.strategy, compute.mesh
+    if strategy == "auto":
+        strategy, best = by_kind(platform, devices // compute.slices)
+        shape = best if shape == (-1, 1, 1) else shape
+    return strategy, (1, *mesh_shape(shape, devices // compute.slices))
 
 
 def by_kind(platform: str, devices: int) -> tuple[str, tuple[int, int, int]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from experiments.launching.cells import Cell
@@ -63,13 +62,8 @@ def check_batches(left: list[Cell], accelerator: str) -> None:
     _, devices, _ = parts(accelerator)  # the two cores of a v4 or v5p are one device to a program that runs
     for cell in left:
         compute, data = cell.spec.compute, cell.spec.data
-        strategy, shape = compute.strategy, compute.mesh
-        if strategy == "auto":
-            strategy, best = partitioning.by_kind("tpu", devices)
-            shape = best if shape == (-1, 1, 1) else shape
         try:
-            mesh = AbstractMesh((1, *partitioning.mesh_shape(shape, devices)), partitioning.MESH_AXES)
-            plan = partitioning.Plan(mesh, tuple(partitioning.TABLES[strategy].items()))
+            plan = partitioning.outline(compute, "tpu", devices)
             partitioning.check_batch(plan, "data.batch_examples", data.batch_examples, compute.microbatches)
             partitioning.check_batch(plan, "evaluation.batch_examples", cell.spec.evaluation.batch_examples)
         except UserError as error:
