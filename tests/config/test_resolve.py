@@ -72,6 +72,8 @@ def test_the_hash_ignores_how_often_a_run_saves() -> None:
         (VLM, {"optimiser.clip_norm": "1"}, ("optimiser", "optim")),
         (VLM, {"optim.clip_norm": "much"}, ("optim.clip_norm", "float")),
         (VLM, {"model.taps": "(9,)"}, ("model.taps", "1 to 4")),
+        (VLM, {"model.taps": "(3, 3)"}, ("model.taps", "each once")),
+        (VLM, {"model.feature_layer": "5"}, ("model.feature_layer", "1 to")),
         (VLM, {"model.mask": "causall"}, ("model.mask", "causal")),
         (VLM, {"model.mask": "prefix"}, ("questions_per_example=1",)),
         (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),

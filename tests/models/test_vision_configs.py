@@ -178,10 +178,3 @@ def test_an_archive_without_an_image_tower_is_told(tmp_path) -> None:
 def test_a_tower_without_a_language_model_is_no_whole_model(tmp_path) -> None:
     with pytest.raises(UserError, match="SiglipVisionModel is no whole model: it has encoder"):
         model_spec(find(write(tmp_path, "siglip_vision")))
-
-
-def test_a_block_that_is_not_there_cannot_be_looked_at() -> None:
-    spec = zoo.encoder("clip-l14-336")
-    for view in ({"taps": (25,)}, {"taps": (0,)}, {"feature_layer": -1}, {"taps": (3, 3)}):
-        with pytest.raises(UserError, match=r"blocks 1 to 24|named twice"):
-            hf_encoder.with_view(spec, **view)

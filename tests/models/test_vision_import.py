@@ -1,5 +1,6 @@
 """Image towers and vision-language models in the files that users hold, against what their own libraries computed."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
 def tower(folder: Path, **view: Any) -> tuple[Encoder, Any]:
     weights, config = open_weights(folder), json.loads((folder / "config.json").read_text())
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, "config.json"), "config.json")
-    spec = hf_encoder.with_view(spec, **view)
+    spec = dataclasses.replace(spec, **view)
     prefix = hf_encoder.prefix_of(weights)
     encoder = Encoder(spec, builders.COMPUTE)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, spec.image_size, spec.image_size, 3)))

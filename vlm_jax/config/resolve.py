@@ -71,8 +71,10 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     _keys("model.compressor", values["compressor"], _COMPRESSOR_KEYS)
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
     taps = tuple(values["taps"])
-    if any(not 1 <= tap <= encoder.depth for tap in taps):
-        raise UserError(f"config field model.taps={list(taps)}: {encoder.name} has blocks 1 to {encoder.depth}")
+    if any(not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
+        raise UserError(
+            f"config field model.taps={list(taps)}: {encoder.name} has blocks 1 to {encoder.depth}, each once"
+        )
     layer = values["feature_layer"]
     if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
         raise UserError(

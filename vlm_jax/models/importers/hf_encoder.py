@@ -7,8 +7,7 @@ or inside a vision-language model; its names differ by a prefix, which `prefix_o
 projection); a CLIP tower therefore comes with `feature_layer` = its depth, so that our tokens are theirs.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -231,18 +230,3 @@ def encoder_config(spec: EncoderSpec) -> dict[str, Any]:
     if len(set(clip)) > 1 or (spec.class_token and spec.pooling_head):
         raise UserError(f"encoder {spec.name}: neither SigLIP nor CLIP, so no transformers model has its layers")
     return fields if spec.class_token else {**fields, "vision_use_head": spec.pooling_head}
-
-
-def with_view(spec: EncoderSpec, taps: Iterable[int] = (), feature_layer: int | None = None) -> EncoderSpec:
-    """The same tower with those blocks tapped (counted from 1) and, if given, its tokens taken from another layer.
-
-    Raises `UserError` for a block that it does not have, or one that is named twice.
-    """
-    taps = tuple(taps)
-    layer = spec.feature_layer if feature_layer is None else feature_layer
-    for one in (*taps, *([layer] if layer else [])):
-        if not isinstance(one, int) or not 1 <= one <= spec.depth:
-            raise UserError(f"encoder {spec.name} has blocks 1 to {spec.depth}, not {one!r}")
-    if len(set(taps)) < len(taps):
-        raise UserError(f"taps={list(taps)}: a block is named twice")
-    return dataclasses.replace(spec, taps=taps, feature_layer=layer)
