@@ -1,6 +1,6 @@
 """How fast a loaded language model reads a prompt and says the next tokens, beside transformers on the same weights.
 
-    python -m experiments.generation_speed.benchmark --threads 1          # needs torch and transformers
+    python -m experiments.inference_speed.benchmark --threads 1          # needs torch and transformers
 
 Random float32 weights of public shapes are written once as a folder, and both sides load it. Every measurement of one
 side is followed by one of the other, so that a machine that is busy with other work is busy for both; the ratio of each
@@ -25,7 +25,7 @@ MODELS = ("smollm2-135m", "qwen2.5-0.5b")
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.generation_speed.benchmark",
+        prog="python -m experiments.inference_speed.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
