@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests import builders
 from tests.golden import peers_decoders as peers
-from tests.golden.peers_vision import weights
+from tests.golden.drawn import weights
 from vlm_jax import build, export, job
 from vlm_jax.core.errors import UserError
 from vlm_jax.models.importers import found

@@ -1,33 +1,24 @@
-"""Beside transformers itself, where it is installed: `pytest -m parity`. Elsewhere the golden file stands for it."""
-
-import importlib.util
+"""Beside transformers itself (tests/parity.py)."""
 
 import numpy as np
 import pytest
 
-from tests.golden import peers_text as peers
+from tests.golden import peers_answers, peers_text
+from tests.parity import MARKS, with_transformers
 
-missing = any(importlib.util.find_spec(name) is None for name in ("torch", "transformers"))
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.skipif(missing, reason="torch and transformers are not installed"),
-    pytest.mark.filterwarnings("ignore"),  # the peers' own
-]
-CASES = peers.read()
+pytestmark = [*MARKS, with_transformers]
+TEXTS, ANSWERS = peers_text.read(), peers_answers.read()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "ids" in CASES[name]])
-def test_the_golden_texts_are_what_transformers_makes(name: str, tmp_path) -> None:
-    """Read from the golden file's folder, not trained again."""
-    found = peers.words(lambda folder: peers.write(CASES[name]["files"], folder), name)
-    assert {key: value for key, value in found.items() if key != "files"} == {
-        key: value for key, value in CASES[name].items() if key != "files"
-    }
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_golden_texts_are_what_transformers_makes(name: str) -> None:
+    """Files and all: the tokenizers are made anew, letter for letter."""
+    assert peers_text.words(peers_text.folders()[name]) == TEXTS[name]
 
 
-@pytest.mark.parametrize("kind", ["llava", "paligemma"])
+@pytest.mark.parametrize("kind", peers_answers.MODELS)
 def test_the_golden_answers_are_what_transformers_says(kind: str) -> None:
-    found = peers.seeing(kind)
-    assert found["answers"] == CASES[kind]["answers"]
-    assert found["input_ids"] == CASES[kind]["input_ids"]
-    np.testing.assert_allclose(found["logits"], CASES[kind]["logits"], atol=1e-4)
+    found, golden = peers_answers.answer(kind), ANSWERS[kind]
+    assert found["answers"] == golden["answers"]
+    assert found["input_ids"] == golden["input_ids"]
+    np.testing.assert_allclose(found["logits"], golden["logits"], atol=1e-4)

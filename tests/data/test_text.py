@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and prompts of public folders, against what transformers made of them (peers_text)."""
+"""Tokenizers, chat templates and prompts of public folders, against what transformers made of them (tests/golden)."""
 
 import base64
 import json
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.golden import peers_answers
 from tests.golden import peers_text as peers
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import chat, text
 
-CASES = peers.read()
-TOKENIZERS = [name for name in CASES if "ids" in CASES[name]]
+CASES, ANSWERS = peers.read(), peers_answers.read()
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case's files, written once."""
     place = tmp_path_factory.mktemp("tokenizers")
-    for name, case in CASES.items():
+    for name, case in (CASES | ANSWERS).items():
         peers.write(case["files"], place / name)
     return place
 
@@ -29,7 +29,7 @@ def opened(folder: Path) -> text.Text:
     return text.read_tokenizer(folder, json.loads(config.read_text()) if config.exists() else {})
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", CASES)
 def test_ids_are_the_references(folders: Path, name: str) -> None:
     tokenizer, case = opened(folders / name), CASES[name]
     for said, ids, plain in zip(peers.TEXTS, case["ids"], case["plain"], strict=True):
@@ -38,7 +38,7 @@ def test_ids_are_the_references(folders: Path, name: str) -> None:
     assert tokenizer.pad == case["pad"]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", CASES)
 def test_texts_are_the_references(folders: Path, name: str) -> None:
     """Of what was encoded, and of ids that no text gives."""
     tokenizer, case = opened(folders / name), CASES[name]
@@ -46,7 +46,7 @@ def test_texts_are_the_references(folders: Path, name: str) -> None:
     assert [tokenizer.decode(row) for row in case["strange"]] == case["strange_decoded"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in peers.TEMPLATES if kind != "llava"])
+@pytest.mark.parametrize("kind", peers.TEMPLATES)
 @pytest.mark.parametrize("name", ["chatml", "llama2"])
 def test_templates_render_as_the_reference(folders: Path, name: str, kind: str) -> None:
     tokenizer = opened(folders / name)
@@ -68,10 +68,10 @@ def test_several_tokens_may_end_an_answer(folders: Path) -> None:
     assert opened(folders / "llama3").ends == (1,)  # the tokenizer's own
 
 
-@pytest.mark.parametrize("kind", ["llava", "paligemma"])
+@pytest.mark.parametrize("kind", ANSWERS)
 def test_prompts_are_the_processors(folders: Path, kind: str) -> None:
     """The ids of a question, and of a text that names the image itself, with the placeholders expanded."""
-    folder, case = folders / kind, CASES[kind]
+    folder, case = folders / kind, ANSWERS[kind]
     config = json.loads((folder / "config.json").read_text())
     tokenizer = text.read_tokenizer(folder, config, ("<image>",))
     layout = chat.layout_of(config["architectures"][0], tokenizer)
@@ -79,7 +79,7 @@ def test_prompts_are_the_processors(folders: Path, kind: str) -> None:
         [token for token, real in zip(*pair, strict=True) if real]
         for pair in zip(case["input_ids"], case["mask"], strict=True)
     ]
-    for asked in (peers.QUESTIONS, case["asked"]):
+    for asked in (peers_answers.QUESTIONS, case["asked"]):
         token = config.get("image_token_id", config.get("image_token_index"))
         assert [chat.prompt_ids(layout, tokenizer, one, token, 9) for one in asked] == wanted
 

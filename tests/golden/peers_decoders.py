@@ -3,16 +3,17 @@
     python -m tests.golden.peers_decoders          # with torch and transformers; see make_peers.py
 
 For each model the file holds its config.json, the names and shapes of its tensors, and transformers' logits and greedy
-text. The weights are drawn from their names by `peers_vision.weights`; the test draws them again.
+text. The weights are drawn from their names.
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.golden.peers_vision import weights
+from tests.golden.drawn import redrawn
 
 PATH = Path(__file__).with_name("hf_decoders.npz")
 NEW_TOKENS = 64
@@ -73,27 +74,24 @@ def left_padded() -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(tokens, order, 1), np.take_along_axis(real, order, 1)
 
 
-def build(name: str) -> Any:
-    """transformers' model with weights drawn from their names, in float32 on the CPU."""
-    import torch
+def build(name: str) -> Case:
+    """What transformers makes of a model with weights drawn from their names, in float32 on the CPU."""
     import transformers
 
     family, fields = MODELS[name]
     config_class = getattr(transformers, family + ("TextConfig" if family == "Gemma3" else "Config"))
     # A copy: transformers writes into the groups that it is given.
     config = config_class(**json.loads(json.dumps(_SMALL | fields)))
-    # Gemma 2's caps are left out by the fused attention.
-    model = getattr(transformers, family + "ForCausalLM")._from_config(config, attn_implementation="eager").eval()
-    state = model.state_dict()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    drawn = weights({key: list(value.shape) for key, value in state.items() if key not in tied})
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in drawn.items()}, strict=not tied)
-    model.tie_weights()
-    return model
+    with tempfile.TemporaryDirectory() as folder:
+        # Gemma 2's caps are left out by the fused attention.
+        how = {"attn_implementation": "eager"}
+        model, shapes = redrawn(getattr(transformers, family + "ForCausalLM")(config), Path(folder), **how)
+    said = json.loads(model.config.to_json_string(use_diff=False)) | {"_name_or_path": ""}
+    return Case(said, shapes, *ask(model))
 
 
-def run(model: Any) -> Case:
-    """What transformers computes."""
+def ask(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The `logits` and `greedy` of a model of transformers."""
     import torch
 
     tokens, real = (torch.from_numpy(array) for array in prompts())
@@ -105,11 +103,7 @@ def run(model: Any) -> Case:
             input_ids=tokens, attention_mask=real, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None,
             use_cache=True, pad_token_id=0,
         )[:, tokens.shape[1] :]  # fmt: skip
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config["architectures"] = [type(model).__name__]
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    return Case(config, shapes, logits.numpy(), greedy.numpy())
+    return logits.numpy(), greedy.numpy()
 
 
 def read() -> dict[str, Case]:
@@ -120,7 +114,7 @@ def read() -> dict[str, Case]:
 
 
 def main() -> None:
-    cases = {name: run(build(name)) for name in MODELS}
+    cases = {name: build(name) for name in MODELS}
     arrays = {f"{name}/{field}": getattr(case, field) for name, case in cases.items() for field in ("logits", "greedy")}
     arrays["said"] = np.array(json.dumps({name: (case.config, case.shapes) for name, case in cases.items()}))
     np.savez_compressed(PATH, **arrays)

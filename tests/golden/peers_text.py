@@ -1,25 +1,24 @@
-"""Makes peers_text.json.gz: what transformers makes of texts, messages and pictures, with tokenizers of a few lines.
+"""Makes peers_text.json.gz: what transformers makes of texts and messages, with tokenizers of a few lines.
 
     python -m tests.golden.peers_text          # with torch and transformers; see make_peers.py
 
-Each case holds the files of a folder and what the reference's tokenizer or processor says; two of them hold a whole
-model (its weights are drawn from their names by `peers_vision.weights`) and its answers to prompts of several lengths.
+Each case holds the files of a folder and what the reference's tokenizer says.
 """
 
 import base64
 import gzip
+import io
 import json
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.golden.peers_vision import weights
-
 PATH = Path(__file__).with_name("peers_text.json.gz")
-NEW_TOKENS = 64
 LINES = [
     "What is in this picture? A cat sits on the mat, and it doesn't move.",
     "Describe the image in detail, please; it's 42 degrees.",
@@ -28,8 +27,8 @@ LINES = [
     "def f(x):\n    return x + 1\n",
 ] * 4
 TEXTS = (*LINES[:5], "", " ", "  two spaces ", "</s> is text? <s>a", "<|im_start|>user\nhi<|im_end|>",
-         "tab\tand\r\nline", "Ünknown żółć Ж", "don 't stop , now !")  # fmt: skip
-QUESTIONS = ("What is in this picture?", "read", "Describe the image in detail, please; it's 日本語")
+         "tab\tand\r\nline", "Ünknown żółć Ж", "don 't stop , now !",
+         "<s>cat</s> cat<s>\u2581cat <pad> cat", "\u2581cat<box>cat")  # fmt: skip
 TALKS = (
     [{"role": "user", "content": "What is this?"}],
     [{"role": "system", "content": "Be <brief> & kind."}, {"role": "user", "content": "Hi"},
@@ -48,12 +47,6 @@ TEMPLATES = {
     ),
     "space": "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}\n  {% set ns.n = ns.n + 1 %}\n"
     "{{ ns.n }}: {{ m['content'] }}\n{% endfor %}\n",
-    "llava": (
-        "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
-        "{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
-        "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-    ),
 }
 
 
@@ -100,27 +93,45 @@ def spaced(special: list[str], scheme: str) -> Any:
 
 
 def unigram() -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """Of letters and frequent bits of words: what the library's trainer finds is another vocabulary each time."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    out = Tokenizer(models.Unigram())
+    text = "▁" + "▁".join(" ".join(LINES).split())
+    bits = Counter(text[i : i + n] for n in range(1, 6) for i in range(len(text)) if "▁" not in text[i + 1 : i + n])
+    frequent = sorted(bits, key=lambda bit: (len(bit) > 1, -bits[bit] * len(bit), bit))[:160]
+    special = ["<pad>", "</s>", "<unk>"]
+    scores = [(bit, math.log(bits[bit] / len(text)) if bit in bits else 0.0) for bit in (*special, *frequent)]
+    out = Tokenizer(models.Unigram(scores, unk_id=2))
     out.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     out.pre_tokenizer, out.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
-    out.train_from_iterator(LINES, trainer)
+    out.add_special_tokens(special)
     out.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return out
 
 
-def sentencepiece_model(folder: Path, **fields: Any) -> None:
-    import sentencepiece
+def pieces(**settings: Any) -> Callable[[Path], None]:
+    """A folder of SentencePiece's model and the settings of Llama's tokenizer."""
 
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line.replace("\n", " ") for line in LINES), model_prefix=str(folder / "tokenizer"),
-        model_type="bpe", vocab_size=360, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
-        remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, num_threads=1, **fields,
-    )  # fmt: skip
-    (folder / "tokenizer.vocab").unlink()
+    def write(folder: Path) -> None:
+        import sentencepiece
+
+        content = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line.replace("\n", " ") for line in LINES), model_writer=content,
+            model_type="bpe", vocab_size=360, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+            remove_extra_whitespaces=False, split_digits=True, hard_vocab_limit=False, num_threads=1,
+        )  # fmt: skip
+        (folder / "tokenizer.model").write_bytes(content.getvalue())
+        named(folder, settings)
+
+    return write
+
+
+def named(folder: Path, settings: dict[str, Any]) -> None:
+    """Has Llama's class read the folder, as those of Llama 2 and Vicuna."""
+    special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    said = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **special, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
 
 
 def folders() -> dict[str, Callable[[Path], None]]:
@@ -156,15 +167,19 @@ def folders() -> dict[str, Callable[[Path], None]]:
         special = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
         Fast(tokenizer_object=unigram(), **special, clean_up_tokenization_spaces=True).save_pretrained(folder)
 
-    def pieces(folder: Path) -> None:
-        sentencepiece_model(folder)
-        special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        said = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, **special}
-        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    def older_named(folder: Path) -> None:
+        llama2("older")(folder)
+        named(folder, {})
+
+    def pieces_added(folder: Path) -> None:
+        """Two tokens besides, of which one has a role; and no space before words that have none."""
+        pieces(add_prefix_space=False, pad_token="<pad>")(folder)
+        (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 360, "<box>": 361}))
 
     return {
-        "chatml": chatml, "llama3": llama3, "llama2": llama2("first"), "llama2_older": llama2("older"), "gemma": gemma,
-        "unigram": t5, "pieces": pieces,
+        "chatml": chatml, "llama3": llama3, "llama2": llama2("first"), "llama2_older": llama2("older"),
+        "llama2_older_named": older_named, "gemma": gemma, "unigram": t5, "pieces": pieces(legacy=False),
+        "pieces_legacy": pieces(legacy=True), "pieces_added": pieces_added,
     }  # fmt: skip
 
 
@@ -181,7 +196,7 @@ def write(files: dict[str, str], folder: Path) -> Path:
     return folder
 
 
-def words(make: Callable[[Path], None], name: str) -> dict[str, Any]:
+def words(make: Callable[[Path], None]) -> dict[str, Any]:
     """One tokenizer, as the reference reads it back from its folder."""
     from transformers import AutoTokenizer
 
@@ -207,123 +222,18 @@ def words(make: Callable[[Path], None], name: str) -> dict[str, Any]:
                 for talk in TALKS
             ]
             for kind, form in TEMPLATES.items()
-            if kind != "llava"
         },
     }
 
 
-VISION = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12,
-    "patch_size": 4,
-}  # fmt: skip
-TEXT = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
+def save(path: Path, cases: dict[str, Any]) -> None:
+    path.write_bytes(gzip.compress(json.dumps(cases).encode(), mtime=0))
 
 
-def pictures() -> np.ndarray:
-    """uint8[3, 12, 12, 3]: of the encoder's size, so that resizing has no say."""
-    return np.random.default_rng(5).integers(0, 256, (3, 12, 12, 3)).astype(np.uint8)
-
-
-def seeing(kind: str) -> dict[str, Any]:
-    """A whole tiny model, its processor, and its answers."""
-    import torch
-    import transformers as t
-    from safetensors.numpy import load_file, save_file
-    from tokenizers import AddedToken
-
-    torch.set_num_threads(1)
-    mark = AddedToken("<image>", special=True, normalized=False)
-    if kind == "llava":
-        tokenizer = t.PreTrainedTokenizerFast(
-            tokenizer_object=spaced(["<unk>", "<s>", "</s>"], "first"), bos_token="<s>", eos_token="</s>",
-            unk_token="<unk>", add_bos_token=True,
-        )  # fmt: skip
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-        tokenizer.add_tokens([mark])
-    else:
-        tokenizer = t.PreTrainedTokenizerFast(
-            tokenizer_object=spaced(["<pad>", "<eos>", "<bos>", "<unk>"], "never"), bos_token="<bos>",
-            eos_token="<eos>", unk_token="<unk>", pad_token="<pad>",
-        )  # fmt: skip
-        tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
-        # Its processor would add over a thousand tokens for places.
-        t.models.paligemma.processing_paligemma.EXTRA_TOKENS = ["<loc0000>", "<seg000>"]
-    token = tokenizer.convert_tokens_to_ids("<image>")
-    text = {
-        **TEXT,
-        "vocab_size": 384,
-        "bos_token_id": 1 if kind == "llava" else 2,
-        "eos_token_id": 2 - (kind != "llava"),
-    }
-    side = {"height": 12, "width": 12}
-    if kind == "llava":
-        config = t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**text), image_token_index=token
-        )
-        model, images = (
-            t.LlavaForConditionalGeneration(config),
-            t.CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size=side),
-        )
-        processor = t.LlavaProcessor(
-            image_processor=images, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1, image_token="<image>", chat_template=TEMPLATES["llava"],
-        )  # fmt: skip
-        asked = [f"USER: <image>\n{question} ASSISTANT:" for question in QUESTIONS]
-    else:
-        vision = t.SiglipVisionConfig(**VISION, vision_use_head=False)
-        config = t.PaliGemmaConfig(
-            vision_config=vision, text_config=t.GemmaConfig(**text), image_token_index=token, projection_dim=24
-        )
-        model, images = t.PaliGemmaForConditionalGeneration(config), t.SiglipImageProcessorPil(size=side)
-        images.image_seq_length = 9
-        processor = t.PaliGemmaProcessor(image_processor=images, tokenizer=tokenizer)
-        asked = [f"<image>{question}" for question in QUESTIONS]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        shapes = {key: list(leaf.shape) for key, leaf in sorted(load_file(folder / "model.safetensors").items())}
-        save_file(weights(shapes), folder / "model.safetensors", metadata={"format": "pt"})
-        model = type(model).from_pretrained(folder).eval()
-        files = files_of(folder)
-    from PIL import Image
-
-    processor.tokenizer.padding_side = "left"
-    given = processor(
-        text=asked, images=[Image.fromarray(one) for one in pictures()], return_tensors="pt", padding=True
-    )
-    given.pop("labels", None)
-    with torch.no_grad():
-        logits = model(**given).logits * given["attention_mask"][..., None]
-        out = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[:, given["input_ids"].shape[1] :]
-    return {
-        "files": files,
-        "shapes": shapes,
-        "asked": asked,
-        "input_ids": given["input_ids"].tolist(),
-        "mask": given["attention_mask"].tolist(),
-        "logits": np.round(logits[:, -1].numpy().astype(float), 5).tolist(),
-        "answers": [processor.tokenizer.decode(row, skip_special_tokens=True) for row in out],
-    }
-
-
-def make() -> dict[str, Any]:
-    out = {name: words(write_folder, name) for name, write_folder in folders().items()}
-    return {**out, **{kind: seeing(kind) for kind in ("llava", "paligemma")}}
-
-
-def read() -> dict[str, Any]:
-    """The golden file."""
-    return json.loads(gzip.decompress(PATH.read_bytes()))
-
-
-def main() -> None:
-    PATH.write_bytes(gzip.compress(json.dumps(make()).encode(), mtime=0))
-    print(f"{PATH} {PATH.stat().st_size} bytes")
+def read(path: Path = PATH) -> dict[str, Any]:
+    """A golden file, case by case."""
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 if __name__ == "__main__":
-    main()
+    save(PATH, {name: words(make) for name, make in folders().items()})

@@ -1,20 +1,21 @@
 """Makes the golden files of image towers and whole vision-language models with the libraries that define them.
 
-    python tests/golden/peers_vision.py hf            # transformers and torch: peers_vision_hf.npz
-    python tests/golden/peers_vision.py big_vision    # google-research/big_vision on PYTHONPATH: peers_vision_bv.npz
+    python -m tests.golden.peers_vision hf            # transformers and torch: peers_vision_hf.npz
+    python -m tests.golden.peers_vision big_vision    # big_vision on PYTHONPATH: peers_vision_bv.npz; see make_peers.py
 
 A golden file holds, for each model, what its files say (config.json; names and shapes of the tensors) and what the peer
-computed. The weights are drawn from their names by `weights`, so no file needs to hold them; the test draws them again.
+computed. The weights are drawn from their names.
 """
 
 import json
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.golden.drawn import redrawn, weights
 
 HERE = Path(__file__).parent
 VISION = {
@@ -30,17 +31,6 @@ TEXT = {
     "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 IMAGE_TOKEN, PATCHES = 39, 16
-
-
-def weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """Every tensor from its own name: kernels keep the scale of what they multiply, norms are near one."""
-    out = {}
-    for name, shape in shapes.items():
-        draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        scale = 0.2 if len(shape) < 2 else max(np.prod(shape[1:]), 1) ** -0.5
-        shift = "norm" in name.lower() and not name.endswith("bias")
-        out[name] = np.asarray(draw * scale + shift, np.float32)
-    return out
 
 
 def pixels(side: int) -> np.ndarray:
@@ -60,46 +50,46 @@ def prompts(image_first: bool) -> tuple[np.ndarray, np.ndarray]:
     return tokens, answer
 
 
+def llava_config(t: Any, vision: dict[str, Any], text: dict[str, Any], **fields: Any) -> Any:
+    """LLaVA-1.5's: CLIP and Llama, of these sizes; `t` is transformers."""
+    towers = {"vision_config": t.CLIPVisionConfig(**vision), "text_config": t.LlamaConfig(**text)}
+    return t.LlavaConfig(**{**towers, **fields})
+
+
+def paligemma_config(t: Any, vision: dict[str, Any], text: Any, **fields: Any) -> Any:
+    """PaliGemma's: SigLIP without its head, and the Gemma whose configuration is given."""
+    tower = t.SiglipVisionConfig(**vision, vision_use_head=False)
+    return t.PaliGemmaConfig(vision_config=tower, text_config=text, projection_dim=text.hidden_size, **fields)
+
+
 def hugging_face() -> dict[str, Any]:
     import torch
     import transformers as t
-    from safetensors.numpy import load_file, save_file
 
     torch.set_num_threads(1)
     clip, siglip = t.CLIPVisionConfig(**VISION), t.SiglipVisionConfig(**VISION)
-    headless = t.SiglipVisionConfig(**VISION, vision_use_head=False)
-    pali = {"vision_config": headless, "projection_dim": 24, "image_token_index": IMAGE_TOKEN}
-    lava = {"vision_config": clip, "text_config": t.LlamaConfig(**TEXT), "image_token_index": IMAGE_TOKEN}
+    mark = {"image_token_index": IMAGE_TOKEN}
+    every = {"vision_config": siglip, "vision_feature_layer": 2, "vision_feature_select_strategy": "full"}
+    lava, pali = t.LlavaForConditionalGeneration, t.PaliGemmaForConditionalGeneration
+    gemma = t.GemmaConfig(**TEXT)
     gemma2, narrow = (t.Gemma2Config(**TEXT, query_pre_attn_scalar=6, sliding_window=n) for n in (4096, 6))
     cases = {
         "siglip_vision": (t.SiglipVisionModel, siglip),
         "siglip": (t.SiglipModel, t.SiglipConfig(text_config=TEXT_TOWER, vision_config=siglip.to_dict())),
         "clip_vision": (t.CLIPVisionModel, clip),
         "clip": (t.CLIPModel, t.CLIPConfig(text_config=TEXT_TOWER, vision_config=clip.to_dict(), projection_dim=8)),
-        "llava": (t.LlavaForConditionalGeneration, t.LlavaConfig(**lava)),
-        "llava_siglip": (
-            t.LlavaForConditionalGeneration,
-            t.LlavaConfig(
-                **{**lava, "vision_config": siglip}, vision_feature_layer=2, vision_feature_select_strategy="full"
-            ),
-        ),
-        "paligemma": (
-            t.PaliGemmaForConditionalGeneration,
-            t.PaliGemmaConfig(text_config=t.GemmaConfig(**TEXT), **pali),
-        ),
-        "paligemma2": (t.PaliGemmaForConditionalGeneration, t.PaliGemmaConfig(text_config=gemma2, **pali)),
-        "paligemma2_narrow": (t.PaliGemmaForConditionalGeneration, t.PaliGemmaConfig(text_config=narrow, **pali)),
+        "llava": (lava, llava_config(t, VISION, TEXT, **mark)),
+        "llava_siglip": (lava, llava_config(t, VISION, TEXT, **mark, **every)),
+        "paligemma": (pali, paligemma_config(t, VISION, gemma, **mark)),
+        "paligemma2": (pali, paligemma_config(t, VISION, gemma2, **mark)),
+        "paligemma2_narrow": (pali, paligemma_config(t, VISION, narrow, **mark)),
     }
     out = processed(t)
     for name, (cls, config) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
-            cls(config).save_pretrained(folder)
-            file = Path(folder) / "model.safetensors"
-            shapes = {key: list(leaf.shape) for key, leaf in sorted(load_file(file).items())}
-            save_file(weights(shapes), file, metadata={"format": "pt"})
+            model, shapes = redrawn(cls(config), Path(folder))
             said = json.loads((Path(folder) / "config.json").read_text())
-            said.pop("transformers_version", None)
-            model = cls.from_pretrained(folder).eval()
+        said.pop("transformers_version", None)
         out[f"{name}/files"] = np.array(json.dumps({"config": said, "shapes": shapes}))
         with torch.no_grad():
             for key, value in ask(model, torch).items():

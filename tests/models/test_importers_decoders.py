@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tests import builders
 from tests.golden import peers_decoders as peers
-from tests.golden.peers_vision import weights
+from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec
 from vlm_jax.core.structs import Slots

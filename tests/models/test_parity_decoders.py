@@ -1,6 +1,5 @@
 """Beside transformers itself, where it is installed: `pytest -m parity`. Elsewhere the golden file stands for it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,25 +7,21 @@ import numpy as np
 import pytest
 
 from tests.golden import peers_decoders as peers
-from tests.golden.peers_vision import weights
+from tests.golden.drawn import weights
+from tests.parity import MARKS, with_transformers
 from vlm_jax import export
 from vlm_jax.core.errors import UserError
 from vlm_jax.models.importers import hf_config
 from vlm_jax.models.importers.fields import harmless
 from vlm_jax.models.importers.weights import open_weights
 
-missing = any(importlib.util.find_spec(name) is None for name in ("torch", "transformers"))
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.skipif(missing, reason="torch and transformers are not installed"),
-    pytest.mark.filterwarnings("ignore"),  # the peers' own
-]
+pytestmark = [*MARKS, with_transformers]
 CASES = peers.read()
 
 
 @pytest.mark.parametrize("name", peers.MODELS)
 def test_the_golden_file_is_what_transformers_computes(name: str) -> None:
-    case = peers.run(peers.build(name))
+    case = peers.build(name)
     assert case.shapes == CASES[name].shapes
     np.testing.assert_allclose(case.logits, CASES[name].logits, atol=1e-5)
     np.testing.assert_array_equal(case.greedy, CASES[name].greedy)
@@ -48,9 +43,8 @@ def test_transformers_computes_the_same_from_what_we_export(name: str, tmp_path)
         AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
         for path in (source, tmp_path / "out")
     ]
-    theirs, ours = (peers.run(model.eval()) for model in models)
-    np.testing.assert_array_equal(ours.logits, theirs.logits)
-    np.testing.assert_array_equal(ours.greedy, theirs.greedy)
+    for ours, theirs in zip(*(peers.ask(model.eval()) for model in models), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", hf_config.FAMILIES)

@@ -1,8 +1,5 @@
-"""Beside transformers and big_vision themselves, where they are installed: `pytest -m parity`. Elsewhere the golden
-files stand for them.
-"""
+"""Beside transformers and big_vision themselves (tests/parity.py)."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,20 +9,10 @@ import pytest
 
 from tests.golden import peers_vision as peers
 from tests.models.test_vision_import import BV, HF, VLMS, close, write
+from tests.parity import MARKS, with_big_vision, with_transformers
 from vlm_jax import export
 
-
-def missing(*names: str) -> bool:
-    return any(importlib.util.find_spec(name) is None for name in names)
-
-
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # the peers' own warnings
-with_transformers = pytest.mark.skipif(
-    missing("torch", "transformers"), reason="torch and transformers are not installed"
-)
-with_big_vision = pytest.mark.skipif(
-    missing("big_vision", "tensorflow"), reason="big_vision is not on PYTHONPATH, or tensorflow not installed"
-)
+pytestmark = MARKS
 
 
 def same(found: dict[str, Any], golden: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import vlm_jax
 from tests import builders
+from tests.golden import drawn
 from tests.golden import peers_vision as peers
 from vlm_jax import pretrained
 from vlm_jax.core import tree
@@ -41,7 +42,7 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
     """The folder that the peer read, drawn again; `changes` go into config.json."""
     files = json.loads(str(HF[f"{name}/files"]))
     folder.mkdir(exist_ok=True)
-    save_file(peers.weights(files["shapes"]), folder / "model.safetensors")
+    save_file(drawn.weights(files["shapes"]), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**files["config"], **changes}))
     return folder
 
@@ -131,7 +132,7 @@ def test_a_whole_model_gives_its_references_logits(tmp_path, name: str) -> None:
 
 def write_npz(folder: Path, name: str, rename: Any = lambda tensor: tensor) -> Path:
     shapes = json.loads(str(BV[f"{name}/files"]))["shapes"]
-    np.savez(folder / "model.npz", **{rename(key): leaf for key, leaf in peers.weights(shapes).items()})
+    np.savez(folder / "model.npz", **{rename(key): leaf for key, leaf in drawn.weights(shapes).items()})
     return folder / "model.npz"
 
 
@@ -178,7 +179,7 @@ LAYOUTS = {
 def test_every_layout_of_names_is_the_same_model(tmp_path, name: str, layout: str) -> None:
     write(tmp_path / "a", name)
     write(tmp_path / "b", name)
-    tensors = peers.weights(json.loads(str(HF[f"{name}/files"]))["shapes"])
+    tensors = drawn.weights(json.loads(str(HF[f"{name}/files"]))["shapes"])
     for pattern, new in LAYOUTS[layout]:
         tensors = {re.sub(pattern, new, key): leaf for key, leaf in tensors.items()}
     save_file(tensors, tmp_path / "b" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Loaded folders answer as transformers does (peers_text, peers_decoders), and alone as in any batch."""
+"""Loaded folders answer as transformers does (peers_answers, peers_decoders), and alone as in any batch."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import save_file
 
 import vlm_jax
-from tests.golden import peers_decoders, peers_text
-from tests.golden.peers_vision import weights
+from tests.golden import peers_answers, peers_decoders, peers_text
+from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation import generate
 from vlm_jax.pretrained import answering
 
-CASES = peers_text.read()
+CASES = peers_answers.read()
 DECODERS = peers_decoders.read()
 SEEING = ("llava", "paligemma")
 
@@ -34,17 +34,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, vlm_jax.Model]
 def as_floats(name: str, model: vlm_jax.Model) -> np.ndarray:
     """The pictures as the reference's processor leaves them, channels last."""
     spec = model.spec.encoder
-    return ((peers_text.pictures() / 255 - np.array(spec.pixel_mean)) / np.array(spec.pixel_std)).astype(np.float32)
+    return ((peers_answers.pictures() / 255 - np.array(spec.pixel_mean)) / np.array(spec.pixel_std)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", SEEING)
 def test_answers_are_the_references(models: dict[str, vlm_jax.Model], name: str) -> None:
     """64 tokens, greedy, prompts of different lengths in one batch: from the bare question and from the whole text."""
-    case, model, pictures = CASES[name], models[name], list(peers_text.pictures())
+    case, model, pictures = CASES[name], models[name], list(peers_answers.pictures())
     wanted = case["answers"]
     assert len(set(wanted)) == 3  # three times the same text would prove little
-    assert vlm_jax.generate(model, pictures, peers_text.QUESTIONS, peers_text.NEW_TOKENS) == wanted
-    (alone,) = vlm_jax.generate(model, pictures[1:2], case["asked"][1:2], peers_text.NEW_TOKENS)
+    assert vlm_jax.generate(model, pictures, peers_answers.QUESTIONS, peers_answers.NEW_TOKENS) == wanted
+    (alone,) = vlm_jax.generate(model, pictures[1:2], case["asked"][1:2], peers_answers.NEW_TOKENS)
     assert alone == wanted[1]
 
 
@@ -88,9 +88,9 @@ def test_a_language_model_alone(name: str, tmp_path: Path) -> None:
 
 
 def test_drawn_answers_follow_the_seed(models: dict[str, vlm_jax.Model]) -> None:
-    model, pictures = models["llava"], list(peers_text.pictures())
+    model, pictures = models["llava"], list(peers_answers.pictures())
     one, again, other = (
-        vlm_jax.generate(model, pictures, peers_text.QUESTIONS, peers_text.NEW_TOKENS, temperature=1.0, seed=seed)
+        vlm_jax.generate(model, pictures, peers_answers.QUESTIONS, peers_answers.NEW_TOKENS, temperature=1.0, seed=seed)
         for seed in (1, 1, 2)
     )
     assert one == again != other
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
         with pytest.raises(UserError, match=told):
             vlm_jax.generate_tokens(model, images, rows)
     for told, images, prompts in (
-        ("2 images for 3 prompts", list(peers_text.pictures()[:2]), peers_text.QUESTIONS),
+        ("2 images for 3 prompts", list(peers_answers.pictures()[:2]), peers_answers.QUESTIONS),
         ("give a list", None, "What?"),
         ("is no image", [np.zeros((3, 3))], ["What?"]),
     ):

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 import vlm_jax
 from tests import builders
-from tests.golden import peers_text
-from tests.golden.peers_vision import weights
+from tests.golden import peers_answers, peers_text
+from tests.golden.drawn import weights
 from vlm_jax import partitioning, predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Batch
@@ -22,7 +22,7 @@ from vlm_jax.models import layerwise
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.pretrained import answering, sight
 
-CASES = peers_text.read()
+CASES = peers_answers.read()
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +80,9 @@ def test_a_plan_of_several_devices_changes_nothing(folders: dict[str, Path]) -> 
     model = vlm_jax.load(folders["llava"], plan=partitioning.make_plan(compute))
     kernel = model.params["decoder"]["layers"][0]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
-    pictures = list(peers_text.pictures())
-    assert vlm_jax.generate(model, pictures, peers_text.QUESTIONS, 16) == vlm_jax.generate(
-        vlm_jax.load(folders["llava"]), pictures, peers_text.QUESTIONS, 16
+    pictures = list(peers_answers.pictures())
+    assert vlm_jax.generate(model, pictures, peers_answers.QUESTIONS, 16) == vlm_jax.generate(
+        vlm_jax.load(folders["llava"]), pictures, peers_answers.QUESTIONS, 16
     )
 
 
@@ -95,7 +95,7 @@ def test_splitting_and_stacking_layers_are_inverse() -> None:
 
 def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
     """A mean over a cell moves with each of its patches alike, and with no other: 9 patches in one token, or in 9."""
-    image = peers_text.pictures()[:1].astype(np.float32) / 255
+    image = peers_answers.pictures()[:1].astype(np.float32) / 255
     whole = vlm_jax.load(folders["llava"], compressor="pool", tokens=1)
     np.testing.assert_allclose(sight.patch_shares(whole, image), np.full((1, 3, 3), 1 / 9), rtol=1e-4)
     every = vlm_jax.load(folders["llava"])
@@ -105,7 +105,7 @@ def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
 def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
     from PIL import Image
 
-    image = peers_text.pictures()[:1].astype(np.float32) / 255
+    image = peers_answers.pictures()[:1].astype(np.float32) / 255
     sight.draw(joined, image, sight.patch_shares(joined, image), tmp_path / "tokens.png")
     with Image.open(tmp_path / "tokens.png") as figure:
         assert min(figure.size) > 300
@@ -149,10 +149,10 @@ def test_bad_combinations_are_one_line(folders: dict[str, Path], tmp_path: Path)
 def test_shares_follow_the_question(folders: dict[str, Path]) -> None:
     """A compressor that reads the question wants one, and two questions give two figures."""
     model = vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="quecc", tokens=1)
-    image = peers_text.pictures()[:1].astype(np.float32) / 255
+    image = peers_answers.pictures()[:1].astype(np.float32) / 255
     with pytest.raises(UserError, match="--prompt"):
         sight.patch_shares(model, image)
-    vectors = [answering.question_vector(model, said) for said in peers_text.QUESTIONS[:2]]
+    vectors = [answering.question_vector(model, said) for said in peers_answers.QUESTIONS[:2]]
     one, other = (sight.patch_shares(model, image, vector) for vector in vectors)
     assert np.abs(one - other).max() > 1e-6
 

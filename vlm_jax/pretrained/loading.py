@@ -23,7 +23,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.data import chat, text
+from vlm_jax.data import chat, text, token_files
 from vlm_jax.data import images as pictures
 from vlm_jax.models import connector, layerwise, vision
 from vlm_jax.models.importers import weights
@@ -215,8 +215,8 @@ def _with_words(model: Model, path: Path, speaking: Found, tokenizer: str | Path
         image_token = spec.decoder.vocab if speaking.image_token is None else speaking.image_token
         picture = pictures.image_spec(path if path.is_dir() else path.parent, spec.encoder)
         model = model._replace(image=picture, image_token=image_token)
-    if tokenizer is None and not text.has_tokenizer(folder):
-        pad, ends = config.get("pad_token_id"), tuple(text.ends(folder, config) or ())
+    if tokenizer is None and token_files.find(folder) is None:
+        pad, ends = config.get("pad_token_id"), tuple(token_files.ends(folder, config) or ())
         if pad is not None and type(pad) is not int:
             raise UserError(f"{folder}: config.json: pad_token_id={str(pad)[:80]!r}: a whole number is wanted")
         return model._replace(pad=pad, ends=_inside(ends, spec, folder))
