@@ -14,7 +14,7 @@ from tests.golden import peers_answers, peers_decoders, peers_text
 from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation import generate
-from vlm_jax.pretrained import answering
+from vlm_jax.pretrained import inputs
 
 CASES = peers_answers.read()
 DECODERS = peers_decoders.read()
@@ -112,7 +112,7 @@ def test_decoding_stops_when_every_row_has_ended() -> None:
 
     def run(limit: jax.Array) -> jax.Array:
         first = jax.nn.one_hot(jnp.array([5, 3]), 100)
-        return generate.decode(extend, generate.likeliest, first, jnp.zeros(()), (9, 7), limit, 12)
+        return generate.decode(extend, generate.likeliest, first, jnp.zeros(()), (9, 7), limit, 12)[0]
 
     program = jax.jit(run)
     np.testing.assert_array_equal(program(12), [[5, 6, 7] + [9] * 9, [3, 4, 5, 6, 7] + [9] * 7])
@@ -123,7 +123,7 @@ def test_decoding_stops_when_every_row_has_ended() -> None:
 
 def test_buckets_are_few_and_close() -> None:
     lengths = np.arange(1, 3000)
-    sizes = np.array([answering.bucket(int(n)) for n in lengths])
+    sizes = np.array([inputs.bucket(int(n)) for n in lengths])
     assert np.all(sizes >= lengths)
     assert np.all(sizes[lengths > 16] < 1.5 * lengths[lengths > 16])
     assert len(set(sizes)) < 20

@@ -1,18 +1,18 @@
-"""Decoding with a static cache, in one program: one pass over the prompt, then one token a step until every row has
-ended.
+"""Decoding with a static cache: one pass over the prompt, then one token a step, in one loop on the device, until every
+row has ended.
 
 A row follows from its own prompt alone: neither the rows beside it nor padding change what it sees, and each row
 draws from a key of its own.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.core.structs import Batch
+from vlm_jax.core.structs import Batch, Cache
 from vlm_jax.models.vlm import Params, Prompt, Vlm, last_question, last_token
 from vlm_jax.ops import masks
 
@@ -35,24 +35,39 @@ def greedy(model: Vlm, params: Params, batch: Batch, max_new_tokens: int, end: i
     def extend(token: Array, said: Array, cache: Any) -> tuple[Array, Any]:
         return model.extend(params, token, position + said - 1, cache)
 
-    return decode(extend, likeliest, logits, cache, (end,), max_new_tokens, max_new_tokens)
+    return decode(extend, likeliest, logits, cache, (end,), max_new_tokens, max_new_tokens)[0]
+
+
+class Asked(NamedTuple):
+    """Prompts that have been read."""
+
+    state: Float[Array, "B 1 D"]  # of each row's last token
+    position: Int[Array, " B"]  # of the token to come
+    cache: Cache
+
+
+def ask(model: Vlm, params: Params, prompt: Prompt, room: int) -> Asked:
+    """Reads prompts, and leaves room for that many tokens. Parameters as `Vlm.read` takes them."""
+    states, cache = model.read(params, prompt, prompt.tokens.shape[1] + room)
+    last = jnp.take_along_axis(states, last_token(prompt)[:, None, None], axis=1)
+    return Asked(last, jnp.sum(prompt.kind != 0, axis=1), cache)
 
 
 def answer(
-    model: Vlm, params: Params, prompt: Prompt, pick: Pick, ends: tuple[int, ...], limit: Int[Array, ""], room: int
-) -> Int[Array, "B room"]:
-    """Each row's continuation, of `limit` tokens at most; `room` is the static size of what is returned.
+    model: Vlm, params: Params, asked: Asked, pick: Pick, ends: tuple[int, ...], limit: Int[Array, ""], room: int
+) -> tuple[Int[Array, "B room"], Asked]:
+    """Each row's continuation, of `limit` tokens at most, and what was asked, so that its memory can be used again.
 
-    The first token of `ends` ends a row and fills what is left of it. Parameters as `Vlm.read` takes them.
+    `room` is the static size of what is returned, that of `ask` or less. The first token of `ends` ends a row and fills
+    what is left of it.
     """
-    states, cache = model.read(params, prompt, prompt.tokens.shape[1] + room)
-    last = jnp.take_along_axis(states, last_token(prompt)[:, None, None], axis=1)
-    position = jnp.sum(prompt.kind != 0, axis=1)
 
     def extend(token: Array, said: Array, cache: Any) -> tuple[Array, Any]:
-        return model.say(params, token, position + said - 1, cache)
+        return model.say(params, token, asked.position + said - 1, cache)
 
-    return decode(extend, pick, model.logits(params, last)[:, 0], cache, ends, limit, room)
+    logits = model.logits(params, asked.state)[:, 0]
+    out, cache = decode(extend, pick, logits, asked.cache, ends, limit, room)
+    return out, asked._replace(cache=cache)
 
 
 def decode(
@@ -63,8 +78,10 @@ def decode(
     ends: tuple[int, ...],
     limit: int | Int[Array, ""],
     room: int,
-) -> Int[Array, "B room"]:
-    """The loop: `extend(the last token, how many were said, cache)` gives the logits of the next, `pick` chooses it."""
+) -> tuple[Int[Array, "B room"], Any]:
+    """The loop: `extend(the last token, how many were said, cache)` gives the logits of the next, `pick` chooses it.
+    Returns the tokens and the cache behind them.
+    """
     fill = ends[0] if ends else 0
 
     def going(carry: tuple) -> Bool[Array, ""]:
@@ -80,7 +97,9 @@ def decode(
 
     token = pick(logits, jnp.int32(0)).astype(jnp.int32)
     out = jnp.full((token.shape[0], room), fill, jnp.int32).at[:, 0].set(token)
-    return jax.lax.while_loop(going, step, (jnp.int32(1), token, _ended(token, ends), cache, out))[-1]
+    start = (jnp.int32(1), token, _ended(token, ends), cache, out)
+    *_, cache, out = jax.lax.while_loop(going, step, start)
+    return out, cache
 
 
 def likeliest(logits: Float[Array, "B W"], said: Any) -> Int[Array, " B"]:

@@ -55,7 +55,8 @@ def hidden(
     """`Decoder.hidden` on parameters from `split` and a cache from `empty_cache`."""
     x = constrain(x, (BATCH, LENGTH, ACT_EMBED))
     keys, start = behind(cache, slots)
-    views = sights(spec, slots, keys, start)
+    # Computed once: XLA would compute each mask again in every layer.
+    views = jax.lax.optimization_barrier(sights(spec, slots, keys, start))
     block = Block(spec, compute.attention)
     written = []
     for i, (layer, is_local) in enumerate(zip(params["layers"], local_layers(spec), strict=True)):

@@ -46,9 +46,9 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float | None, soft
         scores = softcap * jnp.tanh(scores / softcap)
     seen = jnp.repeat(mask, shared, axis=2)
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min / 2)
-    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
-    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jax.lax.dot_general(weights.astype(v.dtype), v, (((3,), (2,)), pairs), preferred_element_type=jnp.float32)
-    out = out / total
+    out = jnp.where(jnp.any(seen, axis=-1, keepdims=True), out / total, 0)
     out = out.reshape(batch, groups, length, shared, channels)
     return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)

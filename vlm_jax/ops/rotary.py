@@ -31,6 +31,6 @@ def angles(
 
 def rotate(x: Float[Array, "B L N C"], angle: Float[Array, "B L half"]) -> Float[Array, "B L N C"]:
     """Turns each pair (c, c + C/2) by its angle; computed in float32, returned in the dtype of `x`."""
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    wide, sin = x.astype(jnp.float32), jnp.sin(angle)
+    cos, sin = (jnp.concatenate(halves, axis=-1)[:, :, None] for halves in ((jnp.cos(angle),) * 2, (-sin, sin)))
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)

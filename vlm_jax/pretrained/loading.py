@@ -84,10 +84,14 @@ def load(
         seed: of fresh weights.
         on_read: called after each tensor with (bytes read so far, bytes to be read).
 
+    Compiled programs are kept where `jax_compilation_cache_dir` says, else under `build.default_cache`.
+
     Raises `UserError` for files that are missing, not understood or inconsistent with each other.
     """
     path, dtype = Path(path), _dtype(dtype)
     checked_seed(seed)
+    if jax.config.jax_compilation_cache_dir is None:
+        build.use_compilation_cache(build.default_cache())
     if (path / "spec.json").is_file():
         if llm or compressor or tokens is not None or image_size is not None:
             raise UserError(f"{path}: a run has its own llm, compressor, tokens and image_size; leave them out")
@@ -240,6 +244,8 @@ def _inside(ends: tuple[int, ...], spec: ModelSpec, folder: Path) -> tuple[int, 
 def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     """What `vlm_jax.train` made, with the words it was trained on."""
     run = spec_from_dict(checkpoint.read_spec(workdir))
+    context = run.model.decoder.context or run.model.compressor.tokens + run.data.text_tokens
+    spec = dataclasses.replace(run.model, decoder=dataclasses.replace(run.model.decoder, context=context))
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype, attention=_attention())
     if plan is None:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))
@@ -253,9 +259,9 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     words = build.words_of(run.data.tokenizer)
     picture = pictures.run_spec(run.model.encoder)
     layout = chat.Layout("image first", None, MARK)
-    token = run.model.decoder.vocab
+    token = spec.decoder.vocab
     return Model(
-        run.model, compute, params, plan, words, layout, picture, token, words.pad, words.ends,
+        spec, compute, params, plan, words, layout, picture, token, words.pad, words.ends,
         run.evaluation.max_new_tokens,
     )  # fmt: skip
 
