@@ -18,7 +18,7 @@ from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import fit, frontier, lawfile, plots, table
 from vlm_jax.scaling import report as scaling_report
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.fit import LawFit
+from vlm_jax.scaling.fitted import BASIC, LawFit
 from vlm_jax.scaling.latency import Request
 from vlm_jax.store import results
 
@@ -58,7 +58,7 @@ def error_table(rows: Iterable[ResultRow], family: str) -> list[list[str]]:
 
 def contrast(law: LawFit, family: str) -> str:
     """The sentence that the study is about."""
-    gap, params = law.family(family).difference, law.family(family).forms[fit.BASIC].params
+    gap, params = law.family(family).difference, law.family(family).forms[BASIC].params
     sign = True if gap["low"] > 0 else False if gap["high"] < 0 else None
     return (
         f"alpha = {params['alpha']:.2f}, beta = {params['beta']:.2f}, "

@@ -31,7 +31,7 @@ from vlm_jax.scaling import (
     solve,
     table,
 )
-from vlm_jax.scaling.fit import BASIC, FamilyFit, LawFit
+from vlm_jax.scaling.fitted import BASIC, FamilyFit, FormFit, LawFit
 from vlm_jax.sizing import chips, cost, zoo
 
 HERE = Path(__file__).parent
@@ -119,7 +119,7 @@ def _family(name: str, one: FamilyFit, law: LawFit, rows: table.Table) -> Simple
     )
 
 
-def _form_row(key: str, form: fit.FormFit, chosen: str) -> str:
+def _form_row(key: str, form: FormFit, chosen: str) -> str:
     values = [f"{form.params[p]:.4g}" if p in form.params else "" for p in ("A", "B", "C", "alpha", "beta", "D")]
     scores = [f"{form.sse:.3e}", f"{form.aicc:.1f}", f"{form.loo_error:.4f}", f"{form.cv_error:.4f}"]
     name = f"**{key}**" if key == chosen else key

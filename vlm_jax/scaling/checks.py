@@ -2,17 +2,15 @@
 may change."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import laws, solve, table
+from vlm_jax.scaling.fitted import FormFit
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.table import Cell, Table, params_label
-
-if TYPE_CHECKING:
-    from vlm_jax.scaling.fit import FormFit
 
 CODES = (
     "above_blind", "blind_missing", "d_not_identified", "duplicated_cells", "exponent_at_bound", "few_cells",
@@ -65,8 +63,8 @@ def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str
 def warnings(
     original: Table,
     seen: tuple[Cell, ...],
-    basic: "FormFit",
-    forms: Mapping[str, "FormFit"],
+    basic: FormFit,
+    forms: Mapping[str, FormFit],
     chosen: str,
     ratio: Mapping[str, Any],
     noise: Mapping[str, Any],

@@ -26,7 +26,7 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.scaling import budgets, catalogue
 from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.catalogue import Grid
-from vlm_jax.scaling.fit import BASIC, FamilyFit, LawFit
+from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
 from vlm_jax.scaling.latency import Request
 from vlm_jax.scaling.table import params_label
 from vlm_jax.sizing.cost import Number

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling.fit import VERSION, FamilyFit, FormFit, LawFit
+from vlm_jax.scaling.fitted import VERSION, FamilyFit, FormFit, LawFit
 
 _DIGITS = 10  # significant; draws need fewer
 _DRAW_DIGITS = 6

@@ -18,7 +18,7 @@ import numpy as np
 from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import catalogue, frontier
 from vlm_jax.scaling.catalogue import Grid
-from vlm_jax.scaling.fit import FamilyFit, LawFit
+from vlm_jax.scaling.fitted import FamilyFit, LawFit
 from vlm_jax.scaling.latency import PARTS, Request
 from vlm_jax.scaling.table import params_label
 from vlm_jax.sizing import chips

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import budgets, catalogue, frontier
-from vlm_jax.scaling.fit import LawFit
+from vlm_jax.scaling.fitted import LawFit
 from vlm_jax.scaling.latency import PARTS, Request
 from vlm_jax.scaling.plots import (
     CONTRAST,

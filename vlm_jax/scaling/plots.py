@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import frontier, table
-from vlm_jax.scaling.fit import BASIC, FamilyFit, LawFit
+from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
 from vlm_jax.scaling.table import Cell, Table, params_label
 from vlm_jax.sizing.cost import Number
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.fit import FamilyFit, LawFit
+from vlm_jax.scaling.fitted import FamilyFit, LawFit
 from vlm_jax.scaling.frontier import Plan
 from vlm_jax.scaling.latency import PARTS, Request
 from vlm_jax.scaling.table import params_label
