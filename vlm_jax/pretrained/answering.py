@@ -50,7 +50,8 @@ def forward(
     """
     prompt = inputs.checked(model, images, tokens, mask, answer)
     (rows, length), config = prompt.tokens.shape, (model.spec, model.compute, model.plan)
-    states = _read_program(*config)(model.params, inputs.filled(inputs.to_bucket(prompt), model.plan))
+    prompt = inputs.filled(inputs.to_bucket(prompt, model.visual_tokens), model.plan)
+    states = _read_program(*config)(model.params, prompt)
     return _logits_program(*config)(model.params, states)[:rows, :length]
 
 
@@ -75,7 +76,7 @@ def generate_tokens(
     max_new_tokens = _new_tokens(model, prompt, max_new_tokens)
     rows, room = prompt.tokens.shape[0], inputs.bucket(max_new_tokens)
     config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
-    prompt = inputs.filled(inputs.to_bucket(prompt), model.plan)
+    prompt = inputs.filled(inputs.to_bucket(prompt, model.visual_tokens), model.plan)
     limit, key = np.int32(max_new_tokens), jax.random.key(seed)
     try:
         asked = _ask_program(*config, room)(model.params, prompt)

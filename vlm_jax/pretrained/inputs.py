@@ -126,8 +126,11 @@ def bucket(length: int) -> int:
     return size
 
 
-def to_bucket(prompt: Prompt) -> Prompt:
-    more = ((0, 0), (0, bucket(prompt.tokens.shape[1]) - prompt.tokens.shape[1]))
+def to_bucket(prompt: Prompt, visual_tokens: int) -> Prompt:
+    """Padded on the right until the text is of a bucket's length; the image's tokens are as many in every prompt."""
+    length = prompt.tokens.shape[1]
+    beside = 0 if prompt.image is None else visual_tokens
+    more = ((0, 0), (0, beside + bucket(length - beside) - length))
     return prompt._replace(tokens=np.pad(prompt.tokens, more), kind=np.pad(prompt.kind, more))
 
 
