@@ -57,6 +57,15 @@ def test_the_hash_ignores_how_often_a_run_saves() -> None:
     assert spec_hash(resolve(load_config(VLM, {"optim.clip_norm": "0.5"}))) != spec_hash(plain)
 
 
+def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> None:
+    """Of a decoder with bands, as it was called before `rope_bands.ramp` came."""
+    spec = resolve(load_config(f"{VLM}:llm=llama3.2-1b"))
+    bands = dataclasses.replace(spec.model.decoder.rope_bands, ramp="channels")
+    decoder = dataclasses.replace(spec.model.decoder, rope_bands=bands)
+    other = dataclasses.replace(spec, model=dataclasses.replace(spec.model, decoder=decoder))
+    assert spec_hash(spec) == "1e5e61630e93" != spec_hash(other)
+
+
 @pytest.mark.parametrize(
     ("location", "overrides", "words"),
     [

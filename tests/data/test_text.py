@@ -103,6 +103,75 @@ def test_a_text_template_gets_the_image_as_a_mark(folders: Path) -> None:
     assert chat.prompt_ids(layout, tokenizer, "Hi", 999, 3) == [*start, 999, 999, 999, *end]
 
 
+@pytest.mark.parametrize("kind", peers.PART_TEMPLATES)
+@pytest.mark.parametrize("name", ["chatml", "llama2"])
+def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: str) -> None:
+    """Messages of texts and of parts, several turns with a system's: as transformers renders them given as parts."""
+    tokenizer = text.read_tokenizer(folders / name, {}, ("<image>",))
+    layout = chat.Layout("template", peers.PART_TEMPLATES[kind], "<image>")
+    rendered = iter(CASES[name]["rendered_parts"][kind])
+    for talk in peers.TALKS:
+        for images in (0, 1):
+            wanted = next(rendered)
+            ids = chat.expanded(tokenizer.encode(wanted), tokenizer.id("<image>"), 999, 2 * images)
+            assert ids.count(999) == 2 * images
+            for given in (talk, peers.in_parts(talk, 0), peers.in_parts(talk, images)):
+                assert chat.prompt_ids(layout, tokenizer, given, 999, 2 * images) == ids, wanted
+            if not images:
+                assert chat.prompt_ids(layout, tokenizer, talk, None, 0) == tokenizer.plain(wanted)
+        if len(talk) == 1:
+            assert chat.prompt_ids(layout, tokenizer, talk[0]["content"], 999, 2) == ids
+
+
+def test_parts_become_text_for_a_template_that_reads_texts(folders: Path) -> None:
+    """Ours for LLaVA without one, a language model's, and one whose mark for an image is another."""
+    tokenizer = text.read_tokenizer(folders / "llama2", {}, ("<image>",))
+    layout = chat.layout_of("LlavaForConditionalGeneration", tokenizer)
+    seen = [{"type": "text", "text": "Look:"}, {"type": "image"}, "well"]
+    talk = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, {"role": "user", "content": seen}]
+    wanted = tokenizer.encode("Be kind. USER: Look:\n<image>\nwell ASSISTANT:")
+    assert chat.prompt_ids(layout, tokenizer, talk, 999, 2) == chat.expanded(wanted, tokenizer.id("<image>"), 999, 2)
+    other = peers.PART_TEMPLATES["parts"].replace("<image>", "<soft>")
+    layout, talk = chat.Layout("template", other, "<image>"), peers.in_parts(peers.TALKS[0], 1)
+    wanted = tokenizer.encode("USER: <image>\n What is this? ASSISTANT:")
+    assert chat.prompt_ids(layout, tokenizer, talk, 999, 2) == chat.expanded(wanted, tokenizer.id("<image>"), 999, 2)
+
+
+@pytest.mark.parametrize(
+    ("talk", "told"),
+    [
+        ([{"role": "user", "content": [{"type": "image"}]}], "a part of the type 'image', but no image"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "'video'} is no part"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "is no part"),
+        ([{"role": "user", "content": [3]}], "3 is no part"),
+    ],
+)
+def test_parts_that_are_none_are_told(folders: Path, talk: list, told: str) -> None:
+    tokenizer = opened(folders / "chatml")
+    for template in (peers.TEMPLATES["chatml"], peers.PART_TEMPLATES["parts"]):
+        with pytest.raises(UserError, match=told):
+            chat.prompt_ids(chat.Layout("template", template, "<image>"), tokenizer, talk, 999, 0)
+
+
+def test_a_prompt_begins_once(folders: Path) -> None:
+    """With the template's begin token or, where that writes none and the model sees, with the tokenizer's: a processor
+    adds it with or without a picture, a language model's tokenizer never.
+    """
+    tokenizer = text.read_tokenizer(folders / "llama3", {}, ("<image>",))
+    rendered = CASES["llama3"]["rendered"]["marks"][0]
+    begin = tokenizer.id("<s>")
+    assert rendered.startswith("<s>")
+    assert tokenizer.encode("a")[0] == begin
+    layout = chat.Layout("template", peers.TEMPLATES["marks"], "<image>")
+    assert chat.prompt_ids(layout, tokenizer, peers.TALKS[0], None, 0) == tokenizer.plain(rendered)
+    for template in (peers.TEMPLATES["marks"], peers.PART_TEMPLATES["parts"]):
+        for visual in (0, 2):
+            ids = chat.prompt_ids(chat.Layout("template", template, "<image>"), tokenizer, "Hi", 999, visual)
+            assert (ids[0], ids.count(begin), ids.count(999)) == (begin, 1, visual)
+    layout = chat.Layout("template", peers.PART_TEMPLATES["parts"], "<image>")
+    assert begin not in chat.prompt_ids(layout, tokenizer, "Hi", None, 0)
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [

@@ -23,6 +23,8 @@ _SMALL = {
     "eos_token_id": None,
 }  # fmt: skip
 _BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_YARN = {"rope_type": "yarn", "original_max_position_embeddings": 32}  # of 83 that are read
+_YARN_ODD = {"beta_fast": 5.0, "beta_slow": 0.7, "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.3}
 _ODD = {"head_dim": 10}  # apart from the width, and no power of two
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
@@ -33,6 +35,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "rope_theta": 1e6}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "sliding_window": 16, "max_window_layers": 2}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen2_yarn": ("Qwen2", {"head_dim": 16, "rope_theta": 1e2, "rope_scaling": {**_YARN, "factor": 4.0}}),
+    "qwen3_yarn": ("Qwen3", {"head_dim": 16, "rope_theta": 1e3, "rope_scaling": {**_YARN, **_YARN_ODD, "factor": 3}}),
     "qwen3": ("Qwen3", {**_ODD, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
     "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 12}),

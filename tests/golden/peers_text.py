@@ -50,6 +50,32 @@ TEMPLATES = {
 }
 
 
+# Those that read parts: in the manner of LLaVA's, which has no eyes for a text, and of Qwen's, which takes either.
+PART_TEMPLATES = {
+    "parts": (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role | upper }}: {% endif %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }} {% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+    "either": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+        "{% endif %}<|im_end|>\n{% endfor %}"
+    ),
+}
+
+
+def in_parts(talk: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
+    """The texts of a talk as parts, with that many images (1 or 0) before the user's first."""
+    out, left = [], images
+    for one in talk:
+        shown = [{"type": "image"}] if left and one["role"] == "user" else []
+        left -= len(shown)
+        out.append({**one, "content": [*shown, {"type": "text", "text": one["content"]}]})
+    return out
+
+
 def byte_level(bos: str | None) -> Any:
     """As Qwen's (no begin token) and Llama 3's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -222,6 +248,16 @@ def words(make: Callable[[Path], None]) -> dict[str, Any]:
                 for talk in TALKS
             ]
             for kind, form in TEMPLATES.items()
+        },
+        "rendered_parts": {
+            kind: [
+                reference.apply_chat_template(
+                    in_parts(talk, images), chat_template=form, tokenize=False, add_generation_prompt=True
+                )
+                for talk in TALKS
+                for images in (0, 1)
+            ]
+            for kind, form in PART_TEMPLATES.items()
         },
     }
 

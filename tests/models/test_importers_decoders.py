@@ -20,6 +20,7 @@ from vlm_jax.core.specs import DecoderSpec
 from vlm_jax.core.structs import Slots
 from vlm_jax.models.decoder import Decoder, empty_cache
 from vlm_jax.models.importers import found, hf_decoder
+from vlm_jax.models.importers.hf_config import FAMILIES
 from vlm_jax.sizing import zoo
 
 CASES = peers.read()
@@ -81,10 +82,26 @@ def test_logits_and_greedy_text_are_those_of_transformers(name: str, tmp_path) -
     np.testing.assert_array_equal(greedy, case.greedy)
 
 
+@pytest.mark.parametrize("root", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_whole_gemma3_is_the_references(root: str, tmp_path) -> None:
+    """Beside its tower, under both names that transformers has given it."""
+    case = CASES["gemma3"]
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": case.config}
+    path = folder(tmp_path / "whole", case._replace(config=config))
+    tensors = {root + name.removeprefix("model."): leaf for name, leaf in weights(case.shapes).items()}
+    tower = {root.partition("language_model.")[0] + "vision_tower.x": np.ones(3, np.float32)}
+    save_file({**tensors, **tower}, path / "model.safetensors")
+    loaded = found.find(path)
+    logits, greedy = program(loaded.decoder)({"params": found.found_params(loaded)["decoder"]})
+    miss = np.abs(np.asarray(logits) * peers.prompts()[1][..., None] - case.logits).max()
+    assert miss <= 1e-4 * case.logits.std()
+    np.testing.assert_array_equal(greedy, case.greedy)
+
+
 PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "published_configs.json").read_text())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if PUBLISHED[name]["model_type"] in FAMILIES])
 def test_published_configurations_are_the_models_of_the_zoo(name: str) -> None:
     """As the files stand, in the styles of transformers 4 and 5; the zoo was written from the reports."""
     spec = hf_decoder.decoder_spec(PUBLISHED[name], "there/config.json")
@@ -102,9 +119,17 @@ def test_published_configurations_are_the_models_of_the_zoo(name: str) -> None:
 
 REFUSED = {
     "attention_bias": ("llama3.1-8b", {"attention_bias": True}),
+    "hidden_activation='gelu' is not": ("gemma-2b", {"hidden_act": "gelu", "hidden_activation": "gelu"}),
+    "use_sliding_window=True": ("llama3.1-8b", {"use_sliding_window": True}),
     "mlp_bias": ("llama3.1-8b", {"mlp_bias": True}),
     "hidden_act": ("llama3.1-8b", {"hidden_act": "relu"}),
-    "rope_type='yarn'": ("qwen2.5-7b", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "rope_type='longrope'": ("qwen2.5-7b", {"rope_scaling": {"type": "longrope", "factor": 4.0}}),
+    "rope_type='yarn'": ("gemma3-1b", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "supported for Gemma 2": ("gemma2-9b", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "factor is missing": ("qwen2.5-7b", {"rope_scaling": {"type": "yarn"}}),
+    "beta_fast must be larger": ("qwen2.5-7b", {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": 32}}),
+    "truncate=1": ("qwen2.5-7b", {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}),
+    "rope_theta=1.0": ("qwen2.5-7b", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1.0}),
     "rope_type='dynamic'": ("vicuna-7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     "low_freq_factor is missing": ("llama3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
     "mrope_section": ("qwen2.5-7b", {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}),
@@ -170,6 +195,44 @@ def test_the_whole_around_a_language_model_is_looked_at_too(told: str, change: d
         found.find(path)
 
 
+def test_a_second_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path) -> None:
+    """Files that torch wrote may hold it twice; transformers takes one that differs for a head of its own."""
+    case = CASES["qwen3"]
+    path, tensors = folder(tmp_path / "model", case), weights(case.shapes)
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file({**tensors, "lm_head.weight": head}, path / "model.safetensors")
+    found.found_params(found.find(path), ["decoder"])
+    head[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": head}, path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight.*tie_word_embeddings"):
+        found.found_params(found.find(path), ["decoder"])
+    (path / "config.json").write_text(json.dumps({**case.config, "tie_word_embeddings": False}))
+    held = found.found_params(found.find(path), ["decoder"])["decoder"]
+    np.testing.assert_array_equal(held["head"]["kernel"], head.T)
+
+
+def test_a_window_that_transformers_uses_whatever_a_file_says_beside() -> None:
+    """`use_sliding_window` is a field of Qwen's classes alone."""
+    for name in ("mistral-7b-v0.1", "gemma2-9b"):
+        for use in (True, False):
+            spec = hf_decoder.decoder_spec({**PUBLISHED[name], "use_sliding_window": use}, "x")
+            assert spec.window == 4096
+
+
+@pytest.mark.parametrize(
+    ("says", "activation"),
+    [
+        ({"hidden_act": "gelu"}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": None}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "silu", "hidden_activation": None}, "silu"),
+    ],
+)
+def test_what_gemma_calls_gelu(says: dict, activation: str) -> None:
+    """Its tanh form, in the files of the first Gemma and in later ones."""
+    assert hf_decoder.decoder_spec({**PUBLISHED["gemma-2b"], **says}, "x").activation == activation
+
+
 def test_fields_that_nobody_computes_with_are_passed_over() -> None:
     config = {**PUBLISHED["vicuna-7b"], "mm_vision_tower": "clip", "max_length": 20, "unsloth_fixed": True}
     config |= {"auto_map": {"a": "b"}, "cls_token_id": 3, "resid_pdrop": 0.1, "is_causal": True, "unheard_of": False}
@@ -185,6 +248,23 @@ def test_every_decoder_of_the_zoo_can_be_written_as_a_configuration(name: str) -
     assert again.query_scale == pytest.approx(spec.query_scale or again.query_scale)
     same = {"name": "", "context": 0, "query_scale": None}
     assert dataclasses.replace(again, **same) == dataclasses.replace(spec, **same)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [{}, {"attention_factor": 1.25}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"beta_fast": 16, "truncate": False}],
+)
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen3-8b", "gemma-2b"])
+def test_a_context_that_yarn_stretches_is_read_and_written(name: str, group: dict) -> None:
+    """As Qwen's pages tell to switch it on; max_position_embeddings may say what the model had without."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, **group}
+    spec = hf_decoder.decoder_spec({**PUBLISHED[name], "rope_scaling": yarn}, "x")
+    assert spec.context == 131072
+    config = json.loads(json.dumps(hf_decoder.hf_config(spec)))
+    again = hf_decoder.decoder_spec(config, "x")
+    assert again.query_scale == pytest.approx(spec.query_scale, rel=1e-12)
+    assert dataclasses.replace(again, query_scale=spec.query_scale) == spec
+    assert ("attention_factor" in config["rope_scaling"]) == (group != {} and "truncate" not in group)
 
 
 def test_what_no_architecture_has_is_named() -> None:

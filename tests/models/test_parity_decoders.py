@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tests.golden import peers_decoders as peers
-from tests.golden.drawn import weights
+from tests.golden.drawn import redrawn, weights
+from tests.models.test_importers_decoders import program
 from tests.parity import MARKS, with_transformers
 from vlm_jax import export
 from vlm_jax.core.errors import UserError
-from vlm_jax.models.importers import hf_config
+from vlm_jax.models.importers import found, hf_config
 from vlm_jax.models.importers.fields import harmless
 from vlm_jax.models.importers.weights import open_weights
 
@@ -45,6 +46,24 @@ def test_transformers_computes_the_same_from_what_we_export(name: str, tmp_path)
     ]
     for ours, theirs in zip(*(peers.ask(model.eval()) for model in models), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_text_part_of_a_whole_gemma3_is_what_transformers_computes(tmp_path) -> None:
+    """Of a folder that it wrote, with an image tower beside."""
+    import transformers
+
+    text = {name: value for name, value in CASES["gemma3"].config.items() if name != "architectures"}
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+    vision = transformers.SiglipVisionConfig(**vision, patch_size=4)
+    text = transformers.Gemma3TextConfig(**text)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    logits, greedy = peers.ask(redrawn(model, tmp_path, attn_implementation="eager")[0])
+    loaded = found.find(tmp_path)
+    ours, said = program(loaded.decoder)({"params": found.found_params(loaded)["decoder"]})
+    miss = np.abs(np.asarray(ours) * peers.prompts()[1][..., None] - logits).max()
+    assert miss <= 1e-4 * logits.std()
+    np.testing.assert_array_equal(said, greedy)
 
 
 @pytest.mark.parametrize("kind", hf_config.FAMILIES)

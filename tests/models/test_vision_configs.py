@@ -1,6 +1,8 @@
 """What config.json of an image tower or of a whole model says, as published and as refused."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,79 +11,45 @@ from tests.models.test_vision_import import write
 from vlm_jax.core.errors import UserError
 from vlm_jax.models.importers import hf_encoder, hf_vlm
 from vlm_jax.models.importers.found import find, found_params, model_spec
+from vlm_jax.models.importers.hf_config import FAMILIES
+from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.importers.weights import Weights, expected
 from vlm_jax.sizing import cost, zoo
 
-# config.json as published (what is at its default is left out there), and the scalars of the published weights.
-PUBLISHED = {
-    "llava-1.5-7b": (
-        {
-            "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
-            "model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu",
-            "text_config": {
-                "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
-                "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float16",
-                "vocab_size": 32064,
-            },
-            "tie_word_embeddings": False, "torch_dtype": "float16",
-            "vision_config": {
-                "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-                "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
-                "vocab_size": 32000,
-            },
-            "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": 32064,
-        },
-        7_063_427_072, "clip-l14-336", "llama2-7b",
-    ),
-    "paligemma-3b-224": (
-        {
-            "architectures": ["PaliGemmaForConditionalGeneration"], "bos_token_id": 2, "eos_token_id": 1,
-            "hidden_size": 2048, "ignore_index": -100, "image_token_index": 257152, "model_type": "paligemma",
-            "pad_token_id": 0, "projection_dim": 2048,
-            "text_config": {
-                "hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma", "num_attention_heads": 8,
-                "num_hidden_layers": 18, "num_image_tokens": 256, "num_key_value_heads": 1, "torch_dtype": "float32",
-                "vocab_size": 257216,
-            },
-            "torch_dtype": "float32",
-            "vision_config": {
-                "hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model",
-                "num_attention_heads": 16, "num_hidden_layers": 27, "num_image_tokens": 256, "patch_size": 14,
-                "projection_dim": 2048, "projector_hidden_act": "gelu_fast", "vision_use_head": False,
-            },
-        },
-        2_923_466_480, "siglip-so400m14-224", "gemma-2b",
-    ),
-    "paligemma2-3b-224": (
-        {
-            "architectures": ["PaliGemmaForConditionalGeneration"], "bos_token_id": 2, "eos_token_id": 1,
-            "hidden_size": 2048, "image_token_index": 257152, "model_type": "paligemma", "pad_token_id": 0,
-            "num_hidden_layers": 26, "projection_dim": 2304, "torch_dtype": "bfloat16",
-            "text_config": {
-                "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0,
-                "cache_implementation": "hybrid",
-                "eos_token_id": [1, 107], "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh",
-                "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216,
-                "model_type": "gemma2", "num_hidden_layers": 26, "num_image_tokens": 256, "num_key_value_heads": 4,
-                "query_pre_attn_scalar": 256, "sliding_window": 4096, "torch_dtype": "bfloat16", "vocab_size": 257216,
-            },
-            "vision_config": {
-                "hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model",
-                "num_attention_heads": 16, "num_hidden_layers": 27, "num_image_tokens": 256, "num_positions": 256,
-                "patch_size": 14, "projection_dim": 2304, "torch_dtype": "bfloat16", "vision_use_head": False,
-            },
-        },
-        3_032_242_416, "siglip-so400m14-224", "gemma2-2b",
-    ),
-}  # fmt: skip
+PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "published_configs.json").read_text())
+
+# Folder of the hub whose config.json stands in the golden file -> tower, language model and published scalars.
+TOWERS = {
+    "clip-vit-large-patch14": "clip-l14-224",
+    "clip-vit-large-patch14/tower": "clip-l14-224",
+    "clip-vit-large-patch14-336": "clip-l14-336",
+    "siglip-base-patch16-224": "siglip-b16-224",
+    "siglip-so400m-patch14-384": "siglip-so400m14-384",
+    "siglip2-base-patch16-224": "siglip2-b16-224",
+    "siglip2-giant-opt-patch16-384": "siglip2-g16-384",
+    "siglip2-so400m-patch14-384": "siglip2-so400m14-384",
+}
+WHOLE = {
+    "llava-1.5-7b-hf": ("clip-l14-336", "llama2-7b", 7_063_427_072),
+    "llava-1.5-7b-hf/newer": ("clip-l14-336", "llama2-7b", 7_063_427_072),
+    "llava-1.5-7b-hf/tower in full": ("clip-l14-336", "llama2-7b", 7_063_427_072),
+    "paligemma-3b-pt-224": ("siglip-so400m14-224", "gemma-2b", 2_923_466_480),
+    "paligemma2-3b-pt-224": ("siglip-so400m14-224", "gemma2-2b", 3_032_242_416),
+}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_model_is_read_with_its_published_size(tmp_path, name: str) -> None:
-    config, scalars, tower, llm = PUBLISHED[name]
+def published(path: Path, name: str) -> Found:
+    """What a folder with that config.json is; of its tensors there are those alone that prefixes are read from."""
+    config = PUBLISHED[name]
     first = ("vision_tower.vision_model.embeddings.patch_embedding.weight", "language_model.model.embed_tokens.weight")
-    weights = Weights(tmp_path / name, dict.fromkeys(first, ((1,), np.dtype("float32"))), lambda _: np.zeros(1))
-    found = hf_vlm.ROWS[config["architectures"][0]](weights, config)
+    weights = Weights(path / "model", dict.fromkeys(first, ((1,), np.dtype("float32"))), lambda _: np.zeros(1))
+    return hf_vlm.ROWS[config["architectures"][0]](weights, config)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_published_model_is_read_with_its_published_size(tmp_path, name: str) -> None:
+    tower, llm, scalars = WHOLE[name]
+    found = published(tmp_path, name)
     held = sum(int(np.prod(shape)) for shape in expected(found.tables.values()).values())
     behind = dataclasses.replace(found.encoder, feature_layer=0)
     held += cost.encoder_params(behind) - cost.encoder_params(found.encoder)  # LLaVA's last block and norm
@@ -90,28 +58,20 @@ def test_a_published_model_is_read_with_its_published_size(tmp_path, name: str) 
     changed = {"name": known.name, "feature_layer": 0, "pooling_head": known.pooling_head}
     assert dataclasses.replace(found.encoder, **changed) == known
     assert dataclasses.replace(found.decoder, name=llm, vocab=decoder.vocab, context=decoder.context) == decoder
+    assert (found.encoder.feature_layer, found.mask) == ((23, "causal") if "llava" in name else (0, "prefix"))
+    assert found.image_token == (32000 if "llava" in name else 257152)
 
 
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        (
-            {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
-             "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768},
-            "clip-l14-336",
-        ),
-        (
-            {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
-             "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14},
-            "siglip-so400m14-384",
-        ),
-        ({"model_type": "siglip_vision_model", "hidden_size": 1536, "image_size": 384, "intermediate_size": 6144,
-          "num_attention_heads": 16, "num_hidden_layers": 40, "patch_size": 16}, "siglip2-g16-384"),
-    ],
-)  # fmt: skip
-def test_a_published_tower_is_the_one_of_the_zoo(config: dict, name: str) -> None:
-    spec = hf_encoder.encoder_spec(config, "x")
-    assert dataclasses.replace(spec, name=name, feature_layer=0) == zoo.encoder(name)
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_published_tower_is_the_one_of_the_zoo(tmp_path, name: str) -> None:
+    """Old files say every field that any model of transformers has."""
+    spec = published(tmp_path, name).encoder
+    assert spec.feature_layer == (spec.depth if "clip" in name else 0)
+    assert dataclasses.replace(spec, name=TOWERS[name], feature_layer=0) == zoo.encoder(TOWERS[name])
+
+
+def test_every_published_configuration_is_tested() -> None:
+    assert {name for name in PUBLISHED if PUBLISHED[name]["model_type"] not in FAMILIES} == {*TOWERS, *WHOLE}
 
 
 def test_a_published_configuration_leaves_out_what_is_default(tmp_path) -> None:

@@ -29,7 +29,7 @@ from vlm_jax.models.vlm import ANSWER, IMAGE, TEXT, Prompt, Vlm
 
 HF = np.load(Path(__file__).parents[1] / "golden/peers_vision_hf.npz")
 BV = np.load(Path(__file__).parents[1] / "golden/peers_vision_bv.npz")
-TOWERS = ("siglip_vision", "siglip", "clip_vision", "clip")
+TOWERS = ("siglip_vision", "siglip", "clip_vision", "clip_projection", "clip")
 
 
 def close(found: Any, wanted: np.ndarray, share: float = 1e-4) -> None:
@@ -71,7 +71,7 @@ def encode(encoder: Encoder, params: Any, side: int) -> Any:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_gives_its_references_tokens(tmp_path, name: str) -> None:
-    """Final tokens, every layer, and SigLIP's pooled vector; a text tower beside it is left alone."""
+    """Final tokens, every layer, and SigLIP's pooled vector; a text tower or a projection beside it is left alone."""
     encoder, params = tower(write(tmp_path, name), taps=(3, 1, 2))
     visual, pooled = encode(encoder, params, 18)
     first = int(encoder.spec.class_token)
@@ -132,7 +132,7 @@ def test_a_whole_model_gives_its_references_logits(tmp_path, name: str) -> None:
 
 def write_npz(folder: Path, name: str, rename: Any = lambda tensor: tensor) -> Path:
     shapes = json.loads(str(BV[f"{name}/files"]))["shapes"]
-    np.savez(folder / "model.npz", **{rename(key): leaf for key, leaf in drawn.weights(shapes).items()})
+    np.savez(folder / "model.npz", **{rename(key): leaf for key, leaf in peers.bv_weights(shapes).items()})
     return folder / "model.npz"
 
 

@@ -36,6 +36,26 @@ def test_llama_3_stretches_long_wavelengths_and_leaves_short_ones(head_dim: int)
     assert cases == {"kept", "stretched", "between"}
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "theta", "bands", "ends"),
+    [
+        (128, 1e6, RopeBands(1.0, 32.0, 32768, "whole channels"), (23, 40)),  # Qwen2.5's
+        (128, 1e6, RopeBands(1.0, 32.0, 32768, "channels"), (23.59595, 39.65088)),
+        (16, 1e2, RopeBands(0.2, 32.0, 10_000, "whole channels"), (6, 15)),  # the second would be 16
+        (16, 1e2, RopeBands(1.0, 64.0, 128, "whole channels"), (0, 6)),  # the first would be -2
+    ],
+)
+def test_yarn_stretches_slow_channels_and_leaves_fast_ones(head_dim, theta, bands, ends) -> None:
+    """Section 3.2 of arXiv 2309.00071, as its authors' code has it; `ends` are the channels
+    C ln(L / (2 pi r)) / (2 ln theta) that turn r = high and r = low times in the L original positions, by hand.
+    """
+    found = np.asarray(rotary.angles(jnp.ones((1, 1), int), head_dim, theta, 4.0, bands))[0, 0]
+    for c in range(head_dim // 2):
+        frequency = theta ** (-2 * c / head_dim)
+        stretched = min(max((c - ends[0]) / (ends[1] - ends[0]), 0), 1)
+        assert found[c] == pytest.approx(frequency * (1 - stretched) + frequency / 4 * stretched, rel=5e-5)
+
+
 def test_rotation_keeps_lengths_and_depends_on_differences() -> None:
     """q turned to i times k turned to j is a function of i - j alone."""
     rng = np.random.default_rng(0)

@@ -71,12 +71,14 @@ class CompressorSpec:
 @dataclass(frozen=True)
 class RopeBands:
     """Which rotary frequencies `rope_factor` slows down: all of them without this; with it those whose wavelength is
-    long against the context of the first training (Llama 3.1, section 3.4.2 of arXiv 2407.21783).
+    long against the context of the first training (Llama 3.1, section 3.4.2 of arXiv 2407.21783; YaRN, arXiv
+    2309.00071).
     """
 
     low: float  # wavelengths above original_context / low are stretched by the whole factor
     high: float  # those below original_context / high are left; between the two the stretch goes over smoothly
     original_context: int  # positions
+    ramp: str = "turns"  # what it goes over with: "turns" in that context (Llama 3.1), "channels", "whole channels"
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ _ADDED = {
     "model.encoder.pixel_mean": [0.5, 0.5, 0.5],
     "model.encoder.pixel_std": [0.5, 0.5, 0.5],
     "model.decoder.context": 0,
+    "model.decoder.rope_bands.ramp": "turns",  # ahead of the group that it is part of
     "model.decoder.rope_bands": None,
     "bad_step": dataclasses.asdict(BadStepSpec()),
     "data.tokenizer": "",
@@ -243,8 +246,8 @@ def spec_hash(spec: RunSpec) -> str:
     identity = {k: v for k, v in to_dict(spec).items() if k not in NOT_IDENTITY}
     for field, before in _ADDED.items():
         *groups, name = field.split(".")
-        group = functools.reduce(dict.__getitem__, groups, identity)
-        if group[name] == before:
+        group = functools.reduce(lambda part, key: part and part[key], groups, identity)
+        if group and group[name] == before:
             del group[name]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -18,9 +18,9 @@ import jinja2
 from jinja2 import ext, nodes, sandbox
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.data import messages
+from vlm_jax.data.messages import Message
 from vlm_jax.data.text import Text
-
-Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
 
 # Our words for prompts that a family was trained with, for folders that hold no template.
 FAMILIES = {
@@ -54,11 +54,11 @@ def prompt_ids(layout: Layout, text: Text, prompt: Any, image_token: int | None,
     """The ids of one prompt, with `visual_tokens` placeholders where its image stands.
 
     A prompt that names the image itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is. A list of
-    messages goes through the template. `visual_tokens` 0 means that there is no image.
+    messages goes through the template, in the form that it reads. `visual_tokens` 0 means that there is no image.
 
     Raises `UserError` for a template that refuses the messages, or messages for a model without a template.
     """
-    if not isinstance(prompt, str) and not _are_messages(prompt):
+    if not isinstance(prompt, str) and not messages.are_messages(prompt):
         raise UserError("a prompt is a text, or a list of messages: objects with `role` and `content`")
     image = layout.image if image_token is not None and visual_tokens else ""
     if layout.kind == "image first":
@@ -70,21 +70,14 @@ def prompt_ids(layout: Layout, text: Text, prompt: Any, image_token: int | None,
     elif layout.template is None:
         raise UserError("this model has no chat template: give the prompt as one text")
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        rendered = render(layout.template, with_image(messages, layout) if image else messages, text.special)
-        # A template writes its own begin token; a processor of images adds one where it did not.
+        talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        what = _reads(layout.template, tuple(text.special.items()), layout.image)
+        talk = messages.shaped(talk, what, layout.image, int(bool(image)))
+        rendered = render(layout.template, talk, text.special)
+        # A template writes its own begin token; of a model that sees, the processor adds one where it did not.
         begins = rendered.startswith(text.special.get("bos_token") or "\0")
-        ids = text.encode(rendered) if image and not begins else text.plain(rendered)
+        ids = text.plain(rendered) if begins or image_token is None else text.encode(rendered)
     return expanded(ids, text.id(image), image_token, visual_tokens) if image else ids
-
-
-def _are_messages(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and all(
-        isinstance(one, Mapping)
-        and "role" in one
-        and (one["role"] != "user" or isinstance(one.get("content"), str | list | tuple))
-        for one in prompt
-    )
 
 
 def expanded(ids: Sequence[int], written: int | None, image_token: int | None, visual_tokens: int) -> list[int]:
@@ -107,31 +100,16 @@ def _prefix_prompt(layout: Layout, text: Text, prompt: str, image: str) -> str:
     return f"{image}{bos}{prompt}\n"
 
 
-def with_image(messages: Sequence[Message], layout: Layout) -> list[Message]:
-    """The messages with the image in front of the first of the user's: as a part where the template knows parts, else
-    as the mark before the text. Messages that place it themselves stay as they are.
-    """
-    template = layout.template or ""
-    messages = [dict(message) for message in messages]
-    if layout.image in str(messages) or "'type': 'image'" in str(messages):
-        return messages
-    for message in messages:
-        if message.get("role") == "user":
-            content = message["content"]
-            if "'image'" in template or '"image"' in template:
-                parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-                message["content"] = [{"type": "image"}, *parts]
-            else:
-                message["content"] = f"{layout.image}\n{content}"
-            return messages
-    raise UserError("no message of the role 'user': there is no place for the image")
+@functools.lru_cache(maxsize=32)
+def _reads(template: str, special: tuple[tuple[str, str], ...], mark: str) -> messages.Reads:
+    return messages.reads(lambda trial: render(template, trial, dict(special)), mark)
 
 
-def render(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
+def render(template: str, talk: Sequence[Message], special: Mapping[str, str]) -> str:
     """A chat template on messages, up to where the answer begins. Raises `UserError` with the template's complaint."""
     try:
         return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+            messages=talk, tools=None, documents=None, add_generation_prompt=True, **special
         )
     except UserError:
         raise

@@ -15,18 +15,41 @@ def angles(
 ) -> Float[Array, "B L half"]:
     """position * f_c, f_c = theta^(-2c/C) for c = 0 .. C/2 - 1, in float32.
 
-    factor: divides every frequency, or with `bands` f_c becomes
+    factor: divides every frequency, or with `bands` f_c becomes (1 - s) f_c / factor + s f_c, so that fast
+        frequencies stay and slow ones are divided. The line goes over turns in the original context (Llama 3.1, arXiv
+        2407.21783),
 
-        (1 - s) f_c / factor + s f_c,    s = clip((original_context f_c / 2 pi - low) / (high - low), 0, 1)
+            s = clip((turns(c) - low) / (high - low), 0, 1),    turns(c) = original_context f_c / 2 pi
 
-    so that fast frequencies stay and slow ones are divided (Llama 3.1, arXiv 2407.21783).
+        or over channels (YaRN, arXiv 2309.00071, as its authors' code has it),
+
+            s = 1 - clip((c - first) / (last - first), 0, 1),    turns(first) = high, turns(last) = low
+
+        whose ends lie within 0 .. C - 1, of "whole channels" rounded away from each other.
     """
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    channel = jnp.arange(head_dim // 2, dtype=jnp.float32)
+    frequency = theta ** (-2 * channel / head_dim)
     keep = 0.0
-    if bands is not None:
-        turns = bands.original_context * frequency / (2 * math.pi)  # in the original context
+    if bands is not None and bands.ramp == "turns":
+        turns = bands.original_context * frequency / (2 * math.pi)
         keep = jnp.clip((turns - bands.low) / (bands.high - bands.low), 0, 1)
+    elif bands is not None:
+        first, last = _ends(bands, head_dim, theta)
+        keep = 1 - jnp.clip((channel - first) / (last - first), 0, 1)
     return position[..., None].astype(jnp.float32) * ((1 - keep) * frequency / factor + keep * frequency)
+
+
+def _ends(bands: RopeBands, head_dim: int, theta: float) -> tuple[float, float]:
+    """The channels between which YaRN's line runs; where they fall together, it is a step behind the first."""
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(bands.original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    first, last = channel(bands.high), channel(bands.low)
+    if bands.ramp == "whole channels":
+        first, last = float(math.floor(first)), float(math.ceil(last))
+    first, last = max(first, 0.0), min(last, head_dim - 1.0)
+    return first, last if last != first else first + 1e-3
 
 
 def rotate(x: Float[Array, "B L N C"], angle: Float[Array, "B L half"]) -> Float[Array, "B L N C"]:

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_jax.core.errors import UserError
 
 Fixed = Mapping[str, tuple[Any, ...]]
+_MOST = 1e30  # a number beyond is a slip
 
 # Fields that no output of a forward pass depends on: bookkeeping, training, generation, and names of files.
 HARMLESS = {
@@ -57,3 +58,19 @@ def check(config: Mapping[str, Any], where: str, read: Collection[str], fixed: F
             raise UserError(
                 f"{where}: the field {name}={reprlib.repr(value)} is not known, and may change the mathematics"
             )
+
+
+def number(config: Mapping[str, Any], name: str, where: str, kind: type = int) -> Any:
+    """A positive `int` or `float`. Raises `UserError` that names the field."""
+    value = config[name]
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
+    if not fits or (kind is int and value != int(value)):
+        raise UserError(f"{where}: {name}={value!r}: a positive {'number' if kind is float else 'integer'} is wanted")
+    return kind(value)
+
+
+def flag(config: Mapping[str, Any], name: str, where: str) -> bool:
+    """True or false. Raises `UserError` that names the field."""
+    if not isinstance(config[name], bool):
+        raise UserError(f"{where}: {name}={config[name]!r}: true or false is wanted")
+    return config[name]

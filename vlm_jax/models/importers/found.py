@@ -131,11 +131,15 @@ def found_params(
 
     layers: "stacked" gives the decoder that training scans over; "apart" the one of `models.layerwise`, without the
         layers ever being stacked.
+
+    Raises `UserError` for a head in the file that config.json says is the embedding, and is not.
     """
     read = {}
     for part in parts:
         if part in found.tables:
             table, shapes = found.tables[part], boxed(found, part)
+            if part == "decoder" and found.decoder.tied_head:
+                hf_decoder.check_tied(found.weights, table)
             if part == "decoder" and layers == "apart":
                 table, shapes = layers_apart(table, shapes, found.decoder.depth)
             read[part] = w.load_params(found.weights, table, shapes, plan, dtype, (".*",), on_tensor)

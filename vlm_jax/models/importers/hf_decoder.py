@@ -6,8 +6,11 @@ Llama 2 and 3, Vicuna, SmolLM2, Mistral, Qwen 1.5 to 3, Gemma 1 to 3 are one tab
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec
+from vlm_jax.models.importers import hf_rope
 from vlm_jax.models.importers.hf_config import ACTIVATIONS, FAMILIES, decoder_spec
 from vlm_jax.models.importers.weights import Leaf, Table, Weights, linear, same
 
@@ -15,6 +18,7 @@ __all__ = ["ARCHITECTURES", "decoder_spec", "decoder_table", "hf_config", "ignor
 
 ARCHITECTURES = tuple(family.architecture for family in FAMILIES.values())
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # compared at once
 
 
 def prefixes(weights: Weights) -> tuple[str, str]:
@@ -72,6 +76,16 @@ def ignore(spec: DecoderSpec) -> tuple[str, ...]:
     return (r".*rotary_emb\.inv_freq", *([r"(.*\.)?lm_head\.weight"] if spec.tied_head else []))
 
 
+def check_tied(weights: Weights, table: Table) -> None:
+    """Raises `UserError` where the file of a tied head holds a head beside the embedding, and they are not the same."""
+    name = table["embedding"].theirs
+    for head in (one for one in weights.shapes if one == _HEAD or one.endswith("." + _HEAD)):
+        ours, theirs = weights.read(name), weights.read(head)
+        pairs = ([a[i : i + _ROWS].astype("float32") for a in (ours, theirs)] for i in range(0, len(ours), _ROWS))
+        if ours.shape != theirs.shape or not all(np.array_equal(one, other) for one, other in pairs):
+            raise UserError(f"{weights.path}: {head} is not {name}, though config.json says tie_word_embeddings=true")
+
+
 def family_of(spec: DecoderSpec) -> str:
     """The family that a spec's features belong to."""
     if spec.norm_plus_one:
@@ -96,14 +110,7 @@ def hf_config(spec: DecoderSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.context or defaults["max_position_embeddings"],
         "hidden_act": {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[spec.activation],
     }  # fmt: skip
-    if spec.rope_bands is not None:
-        low, high, context = dataclasses.astuple(spec.rope_bands)
-        config["rope_scaling"] = {
-            "rope_type": "llama3", "factor": spec.rope_factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": context,
-        }  # fmt: skip
-    elif spec.rope_factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": spec.rope_factor}
+    config |= hf_rope.scaling(spec, (_scale(spec) * spec.head_dim**0.5) ** 0.5)
     if "sliding_window" in defaults:
         config["sliding_window"] = spec.window
     if "use_sliding_window" in defaults:

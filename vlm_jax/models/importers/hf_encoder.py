@@ -52,10 +52,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
         (True,),
     ),
 }  # fmt: skip
-# Of the model that the tower is part of, or of the classes' other uses; its tokens do not depend on them.
+# Of the model that the tower is part of, or of the classes' other uses (older files say every field that any model
+# has); its tokens do not depend on them.
 _BESIDE = {
     "projection_dim", "projection_size", "projector_hidden_act", "num_positions", "vocab_size", "patch_size",
-    "logit_scale_init_value", "vision_use_head",
+    "logit_scale_init_value", "vision_use_head", "tie_word_embeddings",
 }  # fmt: skip
 _NORM = {"scale": "weight", "bias": "bias"}
 _FIRST = "embeddings.patch_embedding.weight"

@@ -1,0 +1,150 @@
+"""Rotary positions in a Hugging Face config.json <-> the `rope_*` fields of `DecoderSpec`.
+
+`rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5) are both understood. YaRN
+(arXiv 2309.00071) multiplies cosine and sine, of queries and of keys, by an attention factor; its square is part of our
+`query_scale`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import DecoderSpec, RopeBands
+from vlm_jax.models.importers.fields import flag, number
+
+Config = Mapping[str, Any]
+
+_FIELDS = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_slow", "beta_fast", "original_max_position_embeddings"),
+}  # fmt: skip
+_YARN = {"beta_slow": 1.0, "beta_fast": 32.0}  # the paper's alpha and beta (section 3.2)
+_YARN_MORE = ("truncate", "attention_factor", "mscale", "mscale_all_dim")
+_RAMPS = {True: "whole channels", False: "channels"}  # what `truncate` says
+
+
+def read(config: Config, kind: str, where: str) -> tuple[dict[str, Any], float]:
+    """`rope_theta`, `rope_factor`, `rope_bands` and `local_rope_theta`, from either style of file; and the attention
+    factor.
+
+    Raises `UserError` for what our decoder does not compute.
+    """
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    for name, group in (("rope_parameters", new), ("rope_scaling", old)):
+        if group is not None and not isinstance(group, dict):
+            raise UserError(f"{where}: {name}={group!r}: an object is wanted")
+    if kind == "gemma3_text":
+        return _of_two_kinds(config, new or {}, old or {}, where), 1.0
+    group = old or new or {}
+    if "full_attention" in group or "sliding_attention" in group:
+        groups = [one for one in group.values() if one is not None]
+        if any(one != groups[0] for one in groups):
+            raise UserError(f"{where}: rope_parameters: kinds of layers that differ are not supported for {kind}")
+        group = groups[0]
+    group, where = {"rope_theta": config.get("rope_theta", 1e4), **group}, f"{where}: rope_{_style(old)}"
+    if kind == "gemma2":
+        _check_plain_scale(group, where)
+    return _one(group, config, where), _attention_factor(group, where)
+
+
+def _style(old: Config | None) -> str:
+    return "scaling" if old else "parameters"
+
+
+def _of_two_kinds(config: Config, new: Config, old: Config, where: str) -> dict[str, Any]:
+    """Gemma 3: layers that see everything, and local ones with a base of their own."""
+    if stray := set(new) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{where}: rope_parameters: {min(stray)} stands beside the kinds of layers; it belongs in one")
+    whole = {"rope_theta": config.get("rope_theta", 1e6), **(new.get("full_attention") or {}), **old}
+    near = {"rope_theta": config.get("rope_local_base_freq", 1e4), **(new.get("sliding_attention") or {})}
+    local = _one(near, config, f"{where}: rope_parameters.sliding_attention")
+    if local["rope_factor"] != 1 or local["rope_bands"]:
+        raise UserError(f"{where}: rope_parameters.sliding_attention: only the plain kind is supported")
+    where = f"{where}: rope_{_style(old)}"
+    _check_plain_scale(whole, where)
+    return {**_one(whole, config, where), "local_rope_theta": local["rope_theta"]}
+
+
+def _check_plain_scale(group: Config, where: str) -> None:
+    """Of families with a scale of their own, which cannot be told from the factor again; and local layers have none."""
+    if _type(group) == "yarn":
+        raise UserError(f"{where}: rope_type='yarn' is not supported for Gemma 2 and 3")
+
+
+def _type(group: Config) -> str:
+    return str(group.get("rope_type", group.get("type", "default")))
+
+
+def _one(group: Config, config: Config, where: str) -> dict[str, Any]:
+    kind = _type(group)
+    if kind not in _FIELDS:
+        raise UserError(f"{where}: rope_type={kind!r} is not supported: {', '.join(_FIELDS)} are")
+    yarn = kind == "yarn"
+    allowed = ("rope_type", "type", "rope_theta", *_FIELDS[kind], *(_YARN_MORE if yarn else ()))
+    for name, value in group.items():
+        if name not in allowed and value is not None and not (name == "partial_rotary_factor" and value == 1):
+            raise UserError(f"{where}: {name}={value!r} is not supported for rope_type={kind}")
+    given = {name: value for name, value in group.items() if not (name in _YARN and value is None)}
+    filled = {"original_max_position_embeddings": config["max_position_embeddings"], **(_YARN if yarn else {}), **given}
+    values = {}
+    for name in ("rope_theta", *_FIELDS[kind]):
+        if name not in filled:
+            raise UserError(f"{where}: {name} is missing")
+        values[name] = number(filled, name, where, float)
+    bands = None
+    if kind in ("llama3", "yarn"):
+        low, high = _FIELDS[kind][1:3]
+        if values[high] <= values[low]:
+            raise UserError(f"{where}: {high} must be larger than {low}")
+        if yarn and values["rope_theta"] <= 1:
+            raise UserError(f"{where}: rope_theta={values['rope_theta']} must be larger than 1")
+        ramp = _RAMPS[flag({"truncate": True, **group}, "truncate", where)] if yarn else "turns"
+        bands = RopeBands(values[low], values[high], int(values["original_max_position_embeddings"]), ramp)
+    return {"rope_theta": values["rope_theta"], "rope_factor": values.get("factor", 1.0), "rope_bands": bands}
+
+
+def _attention_factor(group: Config, where: str) -> float:
+    """As given; else by `mscale`, where both of its fields are there; else 0.1 ln s + 1 (section 3.4)."""
+    if _type(group) != "yarn":
+        return 1.0
+    factor = number(group, "factor", where, float)
+    if group.get("attention_factor") is not None:
+        return number(group, "attention_factor", where, float)
+    if group.get("mscale") is None or group.get("mscale_all_dim") is None:
+        return _warmth(factor)
+    scales = (number(group, name, where, float) for name in ("mscale", "mscale_all_dim"))
+    above, below = (_warmth(factor, scale) for scale in scales)
+    return above / below
+
+
+def _warmth(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def context(trained: int, fields: Mapping[str, Any]) -> int:
+    """Positions that a model of `max_position_embeddings` = `trained` is good for: files with YaRN mostly leave there
+    what the model had without.
+    """
+    bands = fields["rope_bands"]
+    stretched = bands is not None and bands.ramp in _RAMPS.values()
+    return max(trained, int(fields["rope_factor"] * bands.original_context)) if stretched else trained
+
+
+def scaling(spec: DecoderSpec, attention_factor: float) -> dict[str, Any]:
+    """The `rope_scaling` of a spec, {} where it is the plain kind."""
+    bands = spec.rope_bands
+    if bands is None:
+        return {"rope_scaling": {"rope_type": "linear", "factor": spec.rope_factor}} if spec.rope_factor != 1 else {}
+    kind = "llama3" if bands.ramp == "turns" else "yarn"
+    low, high = _FIELDS[kind][1:3]
+    group = {
+        "rope_type": kind, "factor": spec.rope_factor, low: bands.low, high: bands.high,
+        "original_max_position_embeddings": bands.original_context,
+    }  # fmt: skip
+    if kind == "yarn":
+        group["truncate"] = bands.ramp == _RAMPS[True]
+        if abs(attention_factor - _warmth(spec.rope_factor)) > 1e-9:
+            group["attention_factor"] = attention_factor
+    return {"rope_scaling": group}
