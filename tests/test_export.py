@@ -33,9 +33,10 @@ def published(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_same_tensors_and_words_come_out(tmp_path, published: Path) -> None:
+def test_the_same_tensors_and_words_come_out(tmp_path, published: Path, capsys) -> None:
     out = tmp_path / "out"
     export.main(["--model", str(published), "--out", str(out)])
+    assert capsys.readouterr() == (f"{out}\n", "")
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     there = load_file(out / "model.safetensors")
     for name, array in weights(CASE.shapes).items():

@@ -83,6 +83,15 @@ def test_pages_of_any_size_reach_an_encoder(published) -> None:
     np.testing.assert_allclose(encode(small), encode(large), atol=1e-5)
 
 
+def test_an_end_that_no_embedding_has_is_told(published, tmp_path) -> None:
+    spec, _ = published
+    words(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5000}')
+    spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, tokenizer=str(tmp_path)))
+    with pytest.raises(UserError, match=r"model\.vocab=257: .* ends answers with token 5000"):
+        build.open_network(spec)
+
+
 def test_weights_of_another_size_are_told(published) -> None:
     spec, _ = published
     other = dataclasses.replace(spec.model.decoder, mlp_width=32)

@@ -76,8 +76,11 @@ def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Networ
     that does not fit.
     """
     processes.check_joined()
-    if spec.model.decoder.vocab < (size := words_of(spec.data.tokenizer).size):
-        raise UserError(f"model.vocab={spec.model.decoder.vocab}: the tokenizer has {size} words")
+    vocab, words = spec.model.decoder.vocab, words_of(spec.data.tokenizer)
+    if vocab < words.size:
+        raise UserError(f"model.vocab={vocab}: the tokenizer has {words.size} words")
+    if vocab <= (end := max(words.ends)):
+        raise UserError(f"model.vocab={vocab}: {spec.data.tokenizer} ends answers with token {end} (eos_token_id)")
     network = lay_out(spec, plan or partitioning.make_plan(spec.compute))
     encoder = _encoder_weights(spec, network.model)
     return network._replace(encoder=encoder, encoder_sha256=tree.sha256(encoder))

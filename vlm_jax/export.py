@@ -31,13 +31,15 @@ def main(argv: list[str]) -> None:
     if not 0 < args.max_shard_gb < _MOST_GB:
         raise UserError(f"--max-shard-gb {args.max_shard_gb} must be positive, and finite")
 
+    from rich.console import Console
     from rich.progress import Progress
 
     from vlm_jax.core import tree
     from vlm_jax.models.importers import exporting
 
     exporting.claim(args.out)
-    with Progress(transient=True) as progress:
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         bars = [
             progress.add_task(f"{doing} {path}", total=None)
             for doing, path in (("reading", args.model), ("writing", args.out))

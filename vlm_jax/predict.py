@@ -9,6 +9,7 @@ The model is a Hugging Face folder, a big_vision .npz, or the workdir of a run.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,10 +19,11 @@ from typing import Any
 from vlm_jax.core.errors import Flags, UserError, door
 
 _PICTURES = (".png", ".pdf", ".svg", ".jpg")
-_PATIENCE_SECS = 5.0  # loading that takes longer says how far it is
+_PATIENCE_SECS = 5.0  # what takes longer says how far it is
 
 
-def main(argv: list[str]) -> None:
+def _asked(argv: list[str]) -> argparse.Namespace:
+    """The flags, as far as they can be checked before anything is loaded."""
     parser = Flags(
         prog="python -m vlm_jax.predict",
         description=__doc__,
@@ -36,6 +38,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--llm", type=Path, help="join the encoder of --model with this language model")
     parser.add_argument("--compressor", help="make the visual tokens by this method")
     parser.add_argument("--tokens", type=int, help="how many visual tokens")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="a side, if not that of the files")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or *.model, where the weights have none beside")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--max-new-tokens", type=int, help="the longest answer (default: 64; a run's own)")
@@ -49,6 +52,15 @@ def main(argv: list[str]) -> None:
         raise UserError("--show-tokens draws over an image: give --image FILE")
     if args.show_tokens is not None and args.show_tokens.suffix.lower() not in _PICTURES:
         raise UserError(f"--show-tokens {args.show_tokens}: a name that ends in {', '.join(_PICTURES)} is wanted")
+    if args.show_tokens is not None and not args.show_tokens.parent.is_dir():
+        raise UserError(f"--show-tokens {args.show_tokens}: there is no folder {args.show_tokens.parent}")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = _asked(argv)
+    import jax
+    from rich.progress import DownloadColumn, MofNCompleteColumn
 
     from vlm_jax import build, pretrained
     from vlm_jax.compress import catalog
@@ -57,20 +69,23 @@ def main(argv: list[str]) -> None:
 
     build.use_compilation_cache(build.default_cache())
     image = None if args.image is None else read_image(args.image)
-    with _progress() as on_read:
+    with _progress("reading weights", DownloadColumn()) as on_read:
         model = pretrained.load(
             args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
-            tokenizer=args.tokenizer, seed=args.seed, on_read=on_read,
+            tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
         )  # fmt: skip
     if image is not None and model.image is None:
         raise UserError(f"{args.model}: a language model alone sees no image; leave --image out, or join an encoder")
+    if args.llm or (args.compressor and jax.tree.leaves(model.params["connector"]["compressor"])):
+        print("note: the connector is fresh, not trained: its answers mean nothing yet", file=sys.stderr)
     if args.show_tokens is not None:
-        with _status("looking at what each visual token reads"):
-            pixels = prepare([image], model.image)
+        which, pixels = sight.shown(model), prepare([image], model.image)
+        with _progress("what visual tokens read", MofNCompleteColumn()) as on_token:
             method = model.spec.compressor and catalog.row(model.spec.compressor.name)
             asks = args.prompt is not None and method is not None and method.query_dependent
             vector = answering.question_vector(model, args.prompt) if asks else None
-            sight.draw(model, pixels, sight.patch_shares(model, pixels, vector), args.show_tokens)
+            shares = sight.patch_shares(model, pixels, which, vector, on_token)
+        sight.draw(model, pixels, shares, which, args.show_tokens)
     if args.prompt is not None:
         with _status("answering (the first prompt of its length compiles a program)"):
             (answer,) = pretrained.generate(
@@ -93,22 +108,23 @@ def _status(what: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Hears (bytes read so far, bytes in all), and shows them with the time left once loading takes long."""
+def _progress(doing: str, amount: Any) -> Iterator[Callable[[int, int], None]]:
+    """Hears (done so far, in all), and shows both, in rich's column `amount`, with the time left once it takes long."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar, started = Progress(*columns, console=Console(stderr=True), transient=True), time.monotonic()
-    task = bar.add_task("read", total=None)
+    columns = (TextColumn(doing), BarColumn(), amount, TimeRemainingColumn())
+    screen, started = Console(stderr=True), time.monotonic()
+    bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+    task = bar.add_task(doing, total=None)
 
-    def on_read(done: int, total: int) -> None:
+    def told(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)
         if time.monotonic() - started > _PATIENCE_SECS:
             bar.start()
 
     try:
-        yield on_read
+        yield told
     finally:
         if bar.live.is_started:
             bar.stop()

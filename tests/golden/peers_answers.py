@@ -2,9 +2,11 @@
 
     python -m tests.golden.peers_answers          # with torch and transformers; see make_peers.py
 
-Each case holds the files of a folder but for its weights, which are drawn from their names.
+Each case holds the files of a folder but for its weights, which are drawn from their names. Pictures are the noise of
+`pictures`, which no processor changes, and the photographs that come with scikit-learn, which it makes small.
 """
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.golden.drawn import redrawn
 PATH = Path(__file__).with_name("peers_answers.json.gz")
 NEW_TOKENS = 64
 QUESTIONS = ("What is in this picture?", "read", "Describe the image in detail, please; it's 日本語")
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # both are asked the first question
 SIDE = 12
 VISION = {**peers_vision.VISION, "num_hidden_layers": 2, "image_size": SIDE}
 TEXT = {**peers_vision.TEXT, "vocab_size": 384, "intermediate_size": 40, "max_position_embeddings": 256}
@@ -31,6 +34,13 @@ TEMPLATE = (
 def pictures() -> np.ndarray:
     """uint8[3, 12, 12, 3]: of the encoder's size, so that resizing has no say."""
     return np.random.default_rng(5).integers(0, 256, (3, SIDE, SIDE, 3)).astype(np.uint8)
+
+
+def photograph(name: str) -> Path:
+    """640 x 427 pixels, as a camera took them."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    return Path(str(package.origin)).parent / "datasets" / "images" / name
 
 
 def llava() -> tuple[Any, Any, list[str]]:
@@ -94,12 +104,10 @@ def answer(kind: str) -> dict[str, Any]:
         model, shapes = redrawn(model, Path(place))
         files = peers_text.files_of(Path(place))
     processor.tokenizer.padding_side = "left"
-    shown = [Image.fromarray(one) for one in pictures()]
-    given = processor(text=asked, images=shown, return_tensors="pt", padding=True)
-    given.pop("labels", None)
+    given, answers = said(model, processor, asked, [Image.fromarray(one) for one in pictures()])
     with torch.no_grad():
         logits = model(**given).logits * given["attention_mask"][..., None]
-        out = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[:, given["input_ids"].shape[1] :]
+    taken = [Image.open(photograph(name)) for name in PHOTOGRAPHS]
     return {
         "files": files,
         "shapes": shapes,
@@ -107,8 +115,20 @@ def answer(kind: str) -> dict[str, Any]:
         "input_ids": given["input_ids"].tolist(),
         "mask": given["attention_mask"].tolist(),
         "logits": np.round(logits[:, -1].numpy().astype(float), 5).tolist(),
-        "answers": [processor.tokenizer.decode(row, skip_special_tokens=True) for row in out],
+        "answers": answers,
+        "of_photographs": said(model, processor, asked[:1] * len(taken), taken)[1],
     }
+
+
+def said(model: Any, processor: Any, asked: list[str], shown: list[Any]) -> tuple[Any, list[str]]:
+    """What the model is given, and its greedy answers."""
+    import torch
+
+    given = processor(text=asked, images=shown, return_tensors="pt", padding=True)
+    given.pop("labels", None)
+    with torch.no_grad():
+        out = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[:, given["input_ids"].shape[1] :]
+    return given, [processor.tokenizer.decode(row, skip_special_tokens=True) for row in out]
 
 
 def read() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What `load` joins and lays out, against the path that training takes, and closed forms."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -97,16 +98,17 @@ def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
     """A mean over a cell moves with each of its patches alike, and with no other: 9 patches in one token, or in 9."""
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     whole = vlm_jax.load(folders["llava"], compressor="pool", tokens=1)
-    np.testing.assert_allclose(sight.patch_shares(whole, image), np.full((1, 3, 3), 1 / 9), rtol=1e-4)
+    np.testing.assert_allclose(sight.patch_shares(whole, image, np.arange(1)), np.full((1, 3, 3), 1 / 9), rtol=1e-4)
     every = vlm_jax.load(folders["llava"])
-    np.testing.assert_allclose(sight.patch_shares(every, image).reshape(9, 9), np.eye(9), atol=1e-6)
+    np.testing.assert_allclose(sight.patch_shares(every, image, np.arange(9)).reshape(9, 9), np.eye(9), atol=1e-6)
 
 
 def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
     from PIL import Image
 
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
-    sight.draw(joined, image, sight.patch_shares(joined, image), tmp_path / "tokens.png")
+    which = sight.shown(joined)
+    sight.draw(joined, image, sight.patch_shares(joined, image, which), which, tmp_path / "tokens.png")
     with Image.open(tmp_path / "tokens.png") as figure:
         assert min(figure.size) > 300
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]
@@ -146,14 +148,35 @@ def test_bad_combinations_are_one_line(folders: dict[str, Path], tmp_path: Path)
     assert vlm_jax.load(small, dtype=np.float32).tokenizer is None
 
 
+def test_what_is_no_path_no_plan_and_no_number_is_one_line(folders: dict[str, Path]) -> None:
+    """Without the assertions that annotations are here: as users call it."""
+    load, llava = inspect.unwrap(vlm_jax.load), folders["llava"]
+    for told, path, how in (
+        ("path=None: the name of", None, {}),
+        ("path=3: the name of", 3, {}),
+        ("llm=3: the name of", llava, dict(llm=3)),
+        ("tokenizer=3: the name of", llava, dict(tokenizer=3)),
+        ("plan=fsdp: a Plan", llava, dict(plan="fsdp")),
+        ("image_size=24.0: a whole number", llava, dict(image_size=24.0)),
+        ("image_size=24: a whole number", llava, dict(image_size="24")),
+        ("tokens=True: a whole number", llava, dict(compressor="pool", tokens=True)),
+        ("tokens=nan: a whole number", llava, dict(compressor="pool", tokens=float("nan"))),
+        ("unknown compressor 3", llava, dict(compressor=3, tokens=1)),
+        ("seed=x", llava, dict(seed="x")),
+    ):
+        with pytest.raises(UserError, match=told):
+            load(path, **how)
+    assert load(llava, compressor="pool", tokens=np.int64(1)).visual_tokens == 1
+
+
 def test_shares_follow_the_question(folders: dict[str, Path]) -> None:
     """A compressor that reads the question wants one, and two questions give two figures."""
     model = vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="quecc", tokens=1)
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     with pytest.raises(UserError, match="--prompt"):
-        sight.patch_shares(model, image)
+        sight.patch_shares(model, image, np.arange(1))
     vectors = [answering.question_vector(model, said) for said in peers_answers.QUESTIONS[:2]]
-    one, other = (sight.patch_shares(model, image, vector) for vector in vectors)
+    one, other = (sight.patch_shares(model, image, np.arange(1), vector) for vector in vectors)
     assert np.abs(one - other).max() > 1e-6
 
 

@@ -9,6 +9,7 @@ models are for.
 
 import dataclasses
 import math
+import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -88,8 +89,13 @@ def load(
 
     Raises `UserError` for files that are missing, not understood or inconsistent with each other.
     """
-    path, dtype = Path(path), _dtype(dtype)
+    path, llm, tokenizer = _path("path", path), llm and _path("llm", llm), tokenizer and _path("tokenizer", tokenizer)
+    dtype, tokens, image_size = _dtype(dtype), _whole("tokens", tokens), _whole("image_size", image_size)
     checked_seed(seed)
+    if not isinstance(compressor, str | None):
+        raise unknown("compressor", compressor, catalog.ROWS)
+    if not isinstance(plan, Plan | None):
+        raise UserError(f"plan={str(plan)[:80]}: a Plan is wanted, as partitioning.make_plan gives it")
     if jax.config.jax_compilation_cache_dir is None:
         build.use_compilation_cache(build.default_cache())
     if (path / "spec.json").is_file():
@@ -134,6 +140,18 @@ def _dtype(dtype: Any) -> str | None:
     if name not in (None, *DTYPES):
         raise unknown("dtype", name, DTYPES)
     return name
+
+
+def _path(name: str, given: Any) -> Path:
+    if not isinstance(given, str | Path):
+        raise UserError(f"{name}={str(given)[:80]}: the name of a folder or a file is wanted")
+    return Path(given)
+
+
+def _whole(name: str, given: Any) -> int | None:
+    if given is not None and (not isinstance(given, numbers.Integral) or isinstance(given, bool)):
+        raise UserError(f"{name}={str(given)[:80]}: a whole number is wanted")
+    return None if given is None else int(given)
 
 
 def checked_seed(seed: Any) -> int:

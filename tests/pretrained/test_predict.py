@@ -1,0 +1,114 @@
+"""The door that answers, on photographs, with models as their users hold them: what transformers says of the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import vlm_jax
+from tests.golden import peers_answers, peers_text, peers_vision
+from tests.golden.drawn import weights
+from tests.parity import with_big_vision
+from vlm_jax import build, export, predict, pretrained
+from vlm_jax.core.errors import UserError
+from vlm_jax.data import chat, images
+
+CASES = peers_answers.read()
+PHOTOGRAPHS = {name: str(peers_answers.photograph(name)) for name in peers_answers.PHOTOGRAPHS}
+QUESTION = peers_answers.QUESTIONS[0]
+
+
+@pytest.fixture(autouse=True)
+def no_programs_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "use_compilation_cache", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders, and the second's weights as big_vision holds them."""
+    place = tmp_path_factory.mktemp("place")
+    for name, case in CASES.items():
+        folder = peers_text.write(case["files"], place / name)
+        save_file(weights(case["shapes"]), folder / "model.safetensors")
+    export.main(["--model", str(place / "paligemma"), "--out", str(place / "paligemma.npz")])
+    return place
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "paligemma.npz"])
+def test_the_answer_to_a_photograph_is_the_references(place: Path, name: str, capsys) -> None:
+    """Greedy, over 64 tokens. The `.npz` has no words of its own: it is given those of the folder."""
+    kind = name.removesuffix(".npz")
+    wanted = CASES[kind]["of_photographs"]
+    assert len(set(wanted)) == len(PHOTOGRAPHS)
+    words = [] if name == kind else ["--tokenizer", str(place / kind)]
+    capsys.readouterr()
+    for photograph, answer in zip(PHOTOGRAPHS.values(), wanted, strict=True):
+        asked = ["--image", photograph, "--prompt", QUESTION, "--max-new-tokens", str(peers_answers.NEW_TOKENS)]
+        predict.main(["--model", str(place / name), *words, *asked])
+        assert capsys.readouterr() == (f"{answer}\n", "")
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # big_vision's own
+@with_big_vision
+@pytest.mark.parametrize("photograph", PHOTOGRAPHS)
+def test_big_vision_finds_each_of_our_tokens_the_likeliest(place: Path, photograph: str, monkeypatch) -> None:
+    """From the same `.npz`: what its own greedy decoding would say behind the same photograph and prompt."""
+    model = vlm_jax.load(place / "paligemma.npz", tokenizer=place / "paligemma")
+    pixels = images.prepare([images.read_image(PHOTOGRAPHS[photograph])], model.image)
+    asked = np.array([chat.prompt_ids(model.layout, model.tokenizer, QUESTION, model.image_token, model.visual_tokens)])
+    said = vlm_jax.generate_tokens(model, pixels, asked, peers_answers.NEW_TOKENS)
+    words = np.concatenate([asked[:, model.visual_tokens :], said], axis=1)
+    prompt = asked.shape[1] - model.visual_tokens
+    monkeypatch.setitem(peers_vision.BV_IMAGE, "depth", peers_answers.VISION["num_hidden_layers"])
+    monkeypatch.setitem(peers_vision.BV_TEXT, "vocab_size", peers_answers.TEXT["vocab_size"])
+    monkeypatch.setitem(peers_vision.BV_TEXT, "mlp_dim", peers_answers.TEXT["intermediate_size"])
+    suffix = np.arange(words.shape[1])[None] >= prompt
+    logits = peers_vision.paligemma_of_big_vision("gemma", place / "paligemma.npz", pixels, words, suffix.astype(int))
+    ends = np.flatnonzero(np.isin(said[0], model.ends))
+    count = ends[0] + 1 if ends.size else said.shape[1]
+    likeliest = logits[0, prompt - 1 : -1].argmax(axis=-1)
+    np.testing.assert_array_equal(likeliest[:count], said[0, :count])
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_the_figure_is_a_picture_of_the_photograph(place: Path, name: str, tmp_path: Path, capsys) -> None:
+    figure = tmp_path / "tokens.png"
+    predict.main(["--model", str(place / name), "--image", PHOTOGRAPHS["china.jpg"], "--show-tokens", str(figure)])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]
+    with Image.open(figure) as shown:
+        assert min(shown.size) > 300
+        assert np.asarray(shown.convert("L")).std() > 10
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_fresh_connector_is_told(place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that has no weights."""
+    monkeypatch.setattr(pretrained, "generate", lambda *given: ["word"])
+    llava, image = str(place / "llava"), PHOTOGRAPHS["china.jpg"]
+    for more, told in (
+        (["--llm", llava], True),
+        (["--compressor", "resampler", "--tokens", "2"], True),
+        (["--compressor", "pool", "--tokens", "1"], False),
+    ):
+        predict.main(["--model", llava, *more, "--image", image, "--prompt", QUESTION])
+        said = capsys.readouterr()
+        assert (said.out, "not trained" in said.err) == ("word\n", told)
+
+
+def test_an_image_size_reaches_the_encoder(place: Path, capsys) -> None:
+    """At 24 pixels there are 36 patches, at 3 none."""
+    asked = ["--model", str(place / "llava"), "--image", PHOTOGRAPHS["china.jpg"], "--prompt", QUESTION]
+    with pytest.raises(UserError, match="image_size=3"):
+        predict.main([*asked, "--image-size", "3"])
+    with pytest.raises(UserError, match="cannot give tokens=9"):
+        predict.main([*asked, "--image-size", "24", "--compressor", "none", "--tokens", "9"])
+
+
+def test_a_figure_that_cannot_be_written_is_refused_before_loading(tmp_path: Path) -> None:
+    nowhere = ["--model", str(tmp_path / "none"), "--image", "none.png", "--show-tokens"]
+    for name, told in {"stx": r"ends in \.png", str(tmp_path / "no" / "a.png"): "there is no folder"}.items():
+        with pytest.raises(UserError, match=told):
+            predict.main([*nowhere, name])

@@ -1,0 +1,82 @@
+"""README's table of architectures: it names all that are read, what they are written as, and tests that exist."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.golden import peers_decoders
+from tests.models import test_importers_decoders as decoders
+from tests.models import test_vision_import as vision
+from vlm_jax.core.specs import ModelSpec
+from vlm_jax.models.importers import exporting, found
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+TABLE = README.partition("| read | which are | written | proven by, in `tests/models/` |\n")[2].partition("\n\n")[0]
+ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in TABLE.splitlines()[1:]]
+# What the tensors of a big_vision checkpoint of each kind are called.
+OF_BIG_VISION = {"SigLIP, one tower": "params/", "SigLIP, two towers": "params/txt/", "PaliGemma 1, 2": "params/llm/"}
+DECODERS = peers_decoders.read()
+WHOLE_GEMMA3 = "test_the_text_part_of_a_whole_gemma3_is_the_references"  # its cases are layouts of one model
+
+
+def named(cell: str) -> tuple[str, str, list[str]]:
+    """`file.py::test[one]` `[two]` -> (file, test, cases)."""
+    file, test = re.match(r"`(\w+)\.py::(\w+)\[", cell).groups()
+    return file, test, re.findall(r"\[([\w.]+)\]`", cell)
+
+
+def architecture(case: str) -> str:
+    """What the golden files say that a case is."""
+    config = DECODERS[case].config if case in DECODERS else json.loads(str(vision.HF[f"{case}/files"]))["config"]
+    return config["architectures"][0]
+
+
+def test_every_architecture_has_a_row() -> None:
+    names = [name.strip("`") for name, *_ in ROWS if ".npz" not in name]
+    assert sorted(names) == sorted(found.architectures())
+    assert sorted(kind for name, kind, *_ in ROWS if ".npz" in name) == sorted(OF_BIG_VISION)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_tests_of_a_row_are_there_and_are_about_it(row: list[str]) -> None:
+    name, kind, _, proof = row
+    file, test, cases = named(proof)
+    function = getattr(importlib.import_module(f"tests.models.{file}"), test)
+    (there,) = [mark.args[1] for mark in function.pytestmark if mark.name == "parametrize"]
+    assert cases
+    assert set(cases) <= set(there)
+    for case in cases:
+        if ".npz" in name:
+            shapes = json.loads(str(vision.BV[f"{case}/files"]))["shapes"]
+            assert any(tensor.startswith(OF_BIG_VISION[kind]) for tensor in shapes)
+        elif test != WHOLE_GEMMA3:
+            assert architecture(case) == name.strip("`")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if WHOLE_GEMMA3 not in row[3]], ids=lambda row: f"{row[0]} {row[1]}"
+)
+def test_a_model_is_written_as_its_row_says(row: list[str], tmp_path: Path) -> None:
+    """A `.npz` as such, a folder under the architecture that is named."""
+    name, _, written, proof = row
+    kinds = set()
+    for case in named(proof)[2]:
+        place = tmp_path / case
+        if case in DECODERS:
+            there = found.find(decoders.folder(place, DECODERS[case]))
+        else:
+            place.mkdir()
+            there = found.find((vision.write_npz if ".npz" in name else vision.write)(place, case))
+        whole = there.encoder is not None and there.decoder is not None
+        parts = ModelSpec(there.encoder, None, None, there.decoder, there.mask)
+        spec = found.model_spec(there) if whole else parts
+        if ".npz" in name:
+            exporting.check_npz(place / "out.npz", spec)
+        else:
+            kinds |= set(exporting.layout(spec, there.image_token)[0]["architectures"])
+    if ".npz" not in name:
+        wanted = {name.strip("`")} if written.startswith("yes") else set()
+        assert kinds == wanted | set(re.findall(r"`(\w+)`", written))
