@@ -1,0 +1,39 @@
+"""Products of a few rows against numpy's in float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from vlm_jax.ops import few_rows
+
+SHAPES = {
+    "in groups": ((2, 3, 96), (96, 7), 1),
+    "two axes of inputs and of outputs": ((4, 1, 6, 16), (6, 16, 5, 3), 2),
+    "no divisor": ((2, 2, 67), (67, 9), 1),
+    "one row, small": ((1, 1, 128), (128, 8), 1),
+    "one row, large": ((1, 1, 2048), (2048, 512), 1),
+    "many rows": ((3, 5, 128), (128, 8), 1),
+    "no rows": ((0, 4, 128), (128, 8), 1),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_against_numpy(name: str) -> None:
+    left, right, count = SHAPES[name]
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in (left, right))
+    found = jax.jit(few_rows.contract, static_argnums=2)(x, kernel, count)
+    wanted = np.tensordot(x.astype(float), kernel.astype(float), count)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.sqrt(np.prod(right[:count])))
+
+
+def test_only_a_cpu_gets_groups() -> None:
+    """Elsewhere the product is one dot."""
+    x, kernel = np.ones((2, 128), np.float32), np.ones((128, 8), np.float32)
+    program = jax.jit(few_rows.contract, static_argnums=2)
+    counts = {
+        platform: program.trace(x, kernel, 1).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.reduce")
+        for platform in ("cpu", "tpu")
+    }
+    assert counts["cpu"] > 0
+    assert counts["tpu"] == 0
