@@ -14,7 +14,7 @@ from tests.golden import peers_answers, peers_decoders, peers_text
 from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation import generate
-from vlm_jax.pretrained import inputs
+from vlm_jax.pretrained import answering, inputs
 
 CASES = peers_answers.read()
 DECODERS = peers_decoders.read()
@@ -172,3 +172,22 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
             vlm_jax.generate_tokens(model, None, [[5]], seed=seed)
     with pytest.raises(UserError, match="temperature"):
         vlm_jax.generate_tokens(model, None, [[5]], temperature=-1.0)
+
+
+def test_prompts_of_a_bucket_share_their_programs(models: dict[str, vlm_jax.Model]) -> None:
+    """What is asked, its length within the bucket, and how long the answer may be compile nothing anew."""
+    model, rng = models["llava"], np.random.default_rng(0)
+    config, counts = (model.spec, model.compute, model.plan), []
+    for length, new in ((17, 9), (20, 12), (24, 16)):
+        tokens = rng.integers(5, 30, (2, length))
+        vlm_jax.forward(model, None, tokens)
+        vlm_jax.generate_tokens(model, None, tokens, new)
+        programs = (
+            answering._read_program(*config),
+            answering._logits_program(*config),
+            answering._ask_program(*config, 16),
+            answering._say_program(*config, model.ends, 16, "greedy"),
+        )
+        counts.append([program._cache_size() for program in programs])
+    assert counts[0] == counts[1] == counts[2]
+    assert min(counts[0]) > 0

@@ -167,7 +167,7 @@ def _until_end(row: list[int], ends: tuple[int, ...]) -> list[int]:
 @functools.lru_cache(maxsize=32)
 def _read_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callable[..., Any]:
     vlm = Vlm(spec, compute)
-    return plan.jit(lambda params, prompt: vlm.read(params, prompt)[0], compiler_options=_tall_products())
+    return plan.jit(lambda params, prompt: vlm.read(params, prompt)[0], compiler_options=tall_products())
 
 
 @functools.lru_cache(maxsize=32)
@@ -178,7 +178,7 @@ def _logits_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callab
 @functools.lru_cache(maxsize=32)
 def _ask_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int) -> Callable[..., Any]:
     vlm = Vlm(spec, compute)
-    return plan.jit(lambda params, prompt: decoding.ask(vlm, params, prompt, room), compiler_options=_tall_products())
+    return plan.jit(lambda params, prompt: decoding.ask(vlm, params, prompt, room), compiler_options=tall_products())
 
 
 @functools.lru_cache(maxsize=32)
@@ -195,7 +195,7 @@ def _say_program(
 
 
 @functools.cache
-def _tall_products() -> dict[str, str]:
+def tall_products() -> dict[str, str]:
     """Compiler options of a program that reads whole texts. On CPUs XLA gives every product to YNNPACK by default,
     which is right for the few rows and the transposed table of a token that is said; for many rows its older way is
     quicker (experiments/inference_speed).

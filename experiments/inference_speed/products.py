@@ -1,0 +1,77 @@
+"""What two choices of ours are worth on this CPU, product by product: `python -m experiments.inference_speed.products`.
+
+A few rows times a kernel that lies in memory, in groups (`ops/few_rows.py`) beside XLA's own product; and many rows, by
+the compiler options that loaded models read prompts with (`pretrained/answering.py`) beside XLA's own choice. A product
+goes through several kernels in turn, so that none stays in the cache, and both sides are measured by turns on one core.
+Writes the table `products` in README.md.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.inference_speed import measuring
+from experiments.readme import write_block
+from experiments.report import markdown_table
+from vlm_jax.core.errors import Flags, door
+
+KERNELS = ((896, 896), (896, 4864), (4864, 896), (2048, 2048), (2048, 16384), (16384, 2048))
+FEW, MANY = (1, 2, 8), (256, 2048)
+_BYTES = 3e8  # of all kernels of a shape together
+
+
+def main(argv: list[str]) -> None:
+    parser = Flags(
+        prog="python -m experiments.inference_speed.products",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each side")
+    args = parser.parse_args(argv)
+    measuring.use_cores(1)
+    lines = [["rows", "kernel", "XLA's own", "ours", "unit", "ratio"]]
+    for rows in (*FEW, *MANY):
+        for kernel in KERNELS:
+            lines.append(line(rows, kernel, args.pairs))
+            print(*lines[-1], flush=True)
+    import jax
+
+    text = f"{markdown_table(lines)}\n\nfloat32, one core of {measuring.cpu_name()}, jax {jax.__version__}"
+    write_block(measuring.HERE / "README.md", "products", text, "experiments.inference_speed.products")
+
+
+def line(rows: int, shape: tuple[int, int], pairs: int) -> list[str]:
+    """Of a few rows the speed at which kernels are read; of many that of arithmetic."""
+    import jax
+
+    from vlm_jax.ops import few_rows
+    from vlm_jax.pretrained.answering import tall_products
+
+    inner, outer = shape
+    rng, count = np.random.default_rng(rows), max(2, int(_BYTES / (4 * inner * outer)))
+    kernels = [jax.device_put(rng.standard_normal(shape, np.float32)) for _ in range(count)]
+    x = jax.device_put(rng.standard_normal((rows, inner), np.float32))
+    if rows in FEW:
+        work, unit = 4 * inner * outer * count / 1e9, "GB/s"
+        ours = jax.jit(lambda x, kernels: [few_rows.contract(x, kernel, 1) for kernel in kernels])
+    else:
+        work, unit = 2 * rows * inner * outer * count / 1e9, "GFLOP/s"
+        ours = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels], compiler_options=tall_products())
+    own = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels])
+    times = by_turns([lambda run=run: jax.block_until_ready(run(x, kernels)) for run in (own, ours)], pairs)
+    ratio = np.median(times[0] / times[1])
+    speeds = [f"{work / np.median(side):.1f}" for side in times]
+    return [str(rows), f"{inner} x {outer}", *speeds, unit, f"{ratio:.2f}"]
+
+
+def by_turns(sides: list[Callable[[], Any]], pairs: int) -> np.ndarray:
+    """Seconds of the processor [side, pair], behind one run of each that counts for nothing."""
+    for run in sides:
+        run()
+    return np.array([[measuring.timed(lambda _, run=run: run(), 0, 1) for run in sides] for _ in range(pairs)]).T
+
+
+if __name__ == "__main__":
+    door(main)()
