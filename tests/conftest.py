@@ -5,6 +5,8 @@ import jaxtyping
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# No test depends on what another left on disk.
+jax.config.update("jax_enable_compilation_cache", False)
 # Tests run each program once or twice: compiling it is what costs.
 jax.config.update("jax_disable_most_optimizations", True)
 

@@ -62,12 +62,11 @@ def main(argv: list[str]) -> None:
     import jax
     from rich.progress import DownloadColumn, MofNCompleteColumn
 
-    from vlm_jax import build, pretrained
+    from vlm_jax import pretrained
     from vlm_jax.compress import catalog
     from vlm_jax.data.images import prepare, read_image
     from vlm_jax.pretrained import answering, sight
 
-    build.use_compilation_cache(build.default_cache())
     image = None if args.image is None else read_image(args.image)
     with _progress("reading weights", DownloadColumn()) as on_read:
         model = pretrained.load(

@@ -1,6 +1,6 @@
 """What two choices of ours are worth on this CPU, product by product: `python -m experiments.inference_speed.products`.
 
-A few rows times a kernel that lies in memory, in groups (`ops/few_rows.py`) beside XLA's own product; and many rows, by
+One row times a kernel that lies in memory, in groups (`ops/one_row.py`) beside XLA's own product; and many rows, by
 the compiler options that loaded models read prompts with (`pretrained/answering.py`) beside XLA's own choice. A product
 goes through several kernels in turn, so that none stays in the cache, and both sides are measured by turns on one core.
 Writes the table `products` in README.md.
@@ -18,8 +18,8 @@ from experiments.report import markdown_table
 from vlm_jax.core.errors import Flags, door
 
 KERNELS = ((896, 896), (896, 4864), (4864, 896), (2048, 2048), (2048, 16384), (16384, 2048))
-FEW, MANY = (1, 2, 8), (256, 2048)
-_BYTES = 3e8  # of all kernels of a shape together
+ONE, MANY = (1,), (256, 2048)
+_BYTES = 1e9  # of all kernels of a shape together
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     measuring.use_cores(1)
     lines = [["rows", "kernel", "XLA's own", "ours", "unit", "ratio"]]
-    for rows in (*FEW, *MANY):
+    for rows in (*ONE, *MANY):
         for kernel in KERNELS:
             lines.append(line(rows, kernel, args.pairs))
             print(*lines[-1], flush=True)
@@ -43,19 +43,19 @@ def main(argv: list[str]) -> None:
 
 
 def line(rows: int, shape: tuple[int, int], pairs: int) -> list[str]:
-    """Of a few rows the speed at which kernels are read; of many that of arithmetic."""
+    """Of one row the speed at which kernels are read; of many that of arithmetic."""
     import jax
 
-    from vlm_jax.ops import few_rows
+    from vlm_jax.ops import one_row
     from vlm_jax.pretrained.answering import tall_products
 
     inner, outer = shape
     rng, count = np.random.default_rng(rows), max(2, int(_BYTES / (4 * inner * outer)))
     kernels = [jax.device_put(rng.standard_normal(shape, np.float32)) for _ in range(count)]
     x = jax.device_put(rng.standard_normal((rows, inner), np.float32))
-    if rows in FEW:
+    if rows in ONE:
         work, unit = 4 * inner * outer * count / 1e9, "GB/s"
-        ours = jax.jit(lambda x, kernels: [few_rows.contract(x, kernel, 1) for kernel in kernels])
+        ours = jax.jit(lambda x, kernels: [one_row.contract(x, kernel, 1) for kernel in kernels])
     else:
         work, unit = 2 * rows * inner * outer * count / 1e9, "GFLOP/s"
         ours = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels], compiler_options=tall_products())

@@ -123,6 +123,18 @@ def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: s
             assert chat.prompt_ids(layout, tokenizer, talk[0]["content"], 999, 2) == ids
 
 
+def test_words_of_a_template_are_not_taken_for_a_part(folders: Path) -> None:
+    """One that reads parts and says what JSON says, and one that prints whatever it is given, in capitals."""
+    tokenizer = text.read_tokenizer(folders / "llama2", {}, ("<image>",))
+    loop = "{% for part in messages[0].content if part is mapping %}{{ part.text }}{% endfor %}"
+    for template, wanted in (
+        ('{"type": "object"} ' + loop, '{"type": "object"} Hi'),
+        ("{{ messages[0].content | upper }}", "HI"),
+    ):
+        layout = chat.Layout("template", template, "<image>")
+        assert chat.prompt_ids(layout, tokenizer, "Hi", None, 0) == tokenizer.plain(wanted)
+
+
 def test_parts_become_text_for_a_template_that_reads_texts(folders: Path) -> None:
     """Ours for LLaVA without one, a language model's, and one whose mark for an image is another."""
     tokenizer = text.read_tokenizer(folders / "llama2", {}, ("<image>",))

@@ -149,6 +149,8 @@ REFUSED = {
         "gemma3-1b",
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
     ),
+    "rope_parameters={'full_attention'": ("gemma3-1b", {"rope_parameters": {"full_attention": "x"}}),
+    "rope_parameters={'sliding_attention'": ("llama3.1-8b", {"rope_parameters": {"sliding_attention": [1]}}),
     "high_freq_factor must be larger": (
         "llama3.1-8b",
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},

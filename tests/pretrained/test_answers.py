@@ -152,7 +152,12 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, images, prompts)
-    for told, prompts in (("a prompt is a text", [3]), ("a prompt is a text", [[3]]), ("no list", 3)):
+    for told, prompts in (
+        ("a prompt is a text", [3]),
+        ("a prompt is a text", [[]]),
+        ("a prompt is a text", [[3]]),
+        ("no list", 3),
+    ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, None, prompts)
     with pytest.raises(UserError, match="300 tokens is longer than the 256"):
@@ -160,6 +165,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
     for told, images, rows in (
         ("images: not an array", [pixels[0], 3], tokens),
         ("images have shape", [pixels[0]], tokens),
+        ("pixels that are no numbers", np.full_like(pixels, np.nan), tokens),
         ("tokens: not an array", None, [[1], [2, 3]]),
     ):
         with pytest.raises(UserError, match=told):
@@ -174,6 +180,11 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
         vlm_jax.generate_tokens(model, None, [[5]], temperature=-1.0)
 
 
+def test_a_temperature_that_is_nearly_none_is_none(models: dict[str, vlm_jax.Model]) -> None:
+    cold, greedy = (vlm_jax.generate_tokens(models["llava"], None, [[5, 6]], 8, heat) for heat in (1e-50, 0.0))
+    np.testing.assert_array_equal(cold, greedy)
+
+
 def test_prompts_of_a_bucket_share_their_programs(models: dict[str, vlm_jax.Model]) -> None:
     """What is asked, its length within the bucket, and how long the answer may be compile nothing anew."""
     model, rng = models["llava"], np.random.default_rng(0)
@@ -184,7 +195,6 @@ def test_prompts_of_a_bucket_share_their_programs(models: dict[str, vlm_jax.Mode
         vlm_jax.generate_tokens(model, None, tokens, new)
         programs = (
             answering._read_program(*config),
-            answering._logits_program(*config),
             answering._ask_program(*config, 16),
             answering._say_program(*config, model.ends, 16, "greedy"),
         )

@@ -11,18 +11,13 @@ import vlm_jax
 from tests.golden import peers_answers, peers_text, peers_vision
 from tests.golden.drawn import weights
 from tests.parity import with_big_vision
-from vlm_jax import build, export, predict, pretrained
+from vlm_jax import export, predict, pretrained
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import chat, images
 
 CASES = peers_answers.read()
 PHOTOGRAPHS = {name: str(peers_answers.photograph(name)) for name in peers_answers.PHOTOGRAPHS}
 QUESTION = peers_answers.QUESTIONS[0]
-
-
-@pytest.fixture(autouse=True)
-def no_programs_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "use_compilation_cache", lambda folder: None)
 
 
 @pytest.fixture(scope="module")

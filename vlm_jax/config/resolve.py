@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import CompressorSpec, ModelSpec, RunSpec
+from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec
 from vlm_jax.sizing import zoo
 
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
@@ -98,6 +98,9 @@ def _check(spec: RunSpec) -> None:
         value = getattr(getattr(spec, part), name)
         if value not in valid:
             raise unknown(f"config field {field}:", value, valid)
+    bands = spec.model.decoder.rope_bands
+    if bands is not None and bands.ramp not in RAMPS:
+        raise unknown("config field model.decoder.rope_bands.ramp:", bands.ramp, RAMPS)
     for field, least in _LEAST.items():
         value = operator.attrgetter(field)(spec)
         if value < least:

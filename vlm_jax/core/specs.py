@@ -68,6 +68,9 @@ class CompressorSpec:
     mlp_width: int
 
 
+RAMPS = ("turns", "channels", "whole channels")
+
+
 @dataclass(frozen=True)
 class RopeBands:
     """Which rotary frequencies `rope_factor` slows down: all of them without this; with it those whose wavelength is
@@ -78,7 +81,7 @@ class RopeBands:
     low: float  # wavelengths above original_context / low are stretched by the whole factor
     high: float  # those below original_context / high are left; between the two the stretch goes over smoothly
     original_context: int  # positions
-    ramp: str = "turns"  # what it goes over with: "turns" in that context (Llama 3.1), "channels", "whole channels"
+    ramp: str = RAMPS[0]  # what it goes over with: turns in that context (Llama 3.1), or channels (YaRN)
 
 
 @dataclass(frozen=True)

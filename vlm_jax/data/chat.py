@@ -72,7 +72,7 @@ def prompt_ids(layout: Layout, text: Text, prompt: Any, image_token: int | None,
     else:
         talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         what = _reads(layout.template, tuple(text.special.items()), layout.image)
-        talk = messages.shaped(talk, what, layout.image, int(bool(image)))
+        talk = messages.shaped(talk, what, layout.image if image else "")
         rendered = render(layout.template, talk, text.special)
         # A template writes its own begin token; of a model that sees, the processor adds one where it did not.
         begins = rendered.startswith(text.special.get("bos_token") or "\0")

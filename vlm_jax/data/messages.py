@@ -12,7 +12,8 @@ from vlm_jax.core.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
 Part = Mapping[str, Any]
-_TRIAL = "71934"  # said to a template: no letters, whose case it might change
+# Said to a template, the second where none looks: no letters, whose case it might change.
+_TRIAL, _UNREAD = "71934", "80215"
 
 
 class Reads(NamedTuple):
@@ -25,11 +26,15 @@ class Reads(NamedTuple):
 
 def are_messages(prompt: Any) -> bool:
     """Whether a prompt is a list of messages of which each of the user's has a content."""
-    return isinstance(prompt, Sequence) and all(
-        isinstance(one, Mapping)
-        and "role" in one
-        and (one["role"] != "user" or isinstance(one.get("content"), str | list | tuple))
-        for one in prompt
+    return (
+        isinstance(prompt, Sequence)
+        and len(prompt) > 0
+        and all(
+            isinstance(one, Mapping)
+            and "role" in one
+            and (one["role"] != "user" or isinstance(one.get("content"), str | list | tuple))
+            for one in prompt
+        )
     )
 
 
@@ -42,30 +47,25 @@ def reads(render: Callable[[Sequence[Message]], str], mark: str) -> Reads:
         except UserError:
             return ""
 
-    text, image = {"type": "text", "text": _TRIAL}, {"type": "image"}
+    text, image = ({"type": "text", "text": _TRIAL, _UNREAD: ""}, {"type": "image", _UNREAD: ""})
     texts, alone, both = said(_TRIAL), said([text]), said([image, text])
-    parts = _TRIAL in alone and not _misprinted(alone)
-    return Reads(_TRIAL in texts or not parts, parts, parts and mark in both and not _misprinted(both))
+    # Where the unread is said too, a part stands there as Python or JSON prints it.
+    parts = _TRIAL in alone and _UNREAD not in alone
+    return Reads(_TRIAL in texts or not parts, parts, parts and mark in both and _UNREAD not in both)
 
 
-def _misprinted(rendered: str) -> bool:
-    """Whether parts stand there as Python or JSON prints them."""
-    return "'type'" in rendered or '"type"' in rendered
-
-
-def shaped(messages: Sequence[Message], what: Reads, mark: str, images: int) -> list[Message]:
+def shaped(messages: Sequence[Message], what: Reads, mark: str) -> list[Message]:
     """The messages as the template reads them, with an image in front of the first of the user's unless they place it.
 
     Args:
-        mark: the text that stands for an image.
-        images: 1, or 0 for none.
+        mark: the text that stands for the image; "" where there is none.
 
     Raises `UserError` for parts of other kinds, for an image without a message of the user's, or a part without one.
     """
     split = [_split(message) for message in messages]
-    if images and not _placed(split, mark):
+    if mark and not _placed(split, mark):
         _place(messages, split)
-    elif not images and any(part["type"] == "image" for parts in split for part in parts or ()):
+    elif not mark and any(part["type"] == "image" for parts in split for part in parts or ()):
         raise UserError("a message has a part of the type 'image', but no image is given")
     out = []
     for message, parts in zip(messages, split, strict=True):

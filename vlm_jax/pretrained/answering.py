@@ -8,6 +8,7 @@ bucket, one that reads and one that says.
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vlm_jax.evaluation import generate as decoding
 from vlm_jax.models.vlm import Prompt, Vlm
 from vlm_jax.partitioning import Plan
 from vlm_jax.pretrained import inputs
-from vlm_jax.pretrained.loading import Model, checked_seed
+from vlm_jax.pretrained.loading import Model, checked_seed, whole
 
 _LONGEST = 2**20  # tokens of a row, where a model's context is not known
 
@@ -52,7 +53,8 @@ def forward(
     (rows, length), config = prompt.tokens.shape, (model.spec, model.compute, model.plan)
     prompt = inputs.filled(inputs.to_bucket(prompt, model.visual_tokens), model.plan)
     states = _read_program(*config)(model.params, prompt)
-    return _logits_program(*config)(model.params, states)[:rows, :length]
+    # Of the tokens alone: those of padding would be large in vain.
+    return _logits_program(*config)(model.params, states[:, :length])[:rows]
 
 
 def generate_tokens(
@@ -69,19 +71,20 @@ def generate_tokens(
     `max_new_tokens` None is the model's `answer_tokens`, or what its context leaves of them.
     `temperature` 0 is greedy; above, tokens are drawn with keys that follow from `seed` and the row's number.
     """
-    checked_seed(seed)
-    if not isinstance(temperature, int | float | np.floating) or not temperature >= 0:
+    seed = checked_seed(seed)
+    if not isinstance(temperature, numbers.Real) or not temperature >= 0:
         raise UserError(f"temperature={temperature!r}: 0 (greedy) or more is wanted")
+    warmth = np.float32(temperature)  # what is too little for it is greedy
     prompt = inputs.checked(model, images, tokens, mask, None)
     max_new_tokens = _new_tokens(model, prompt, max_new_tokens)
     rows, room = prompt.tokens.shape[0], inputs.bucket(max_new_tokens)
-    config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
+    config, kind = (model.spec, model.compute, model.plan), "greedy" if warmth == 0 else "sampled"
     prompt = inputs.filled(inputs.to_bucket(prompt, model.visual_tokens), model.plan)
     limit, key = np.int32(max_new_tokens), jax.random.key(seed)
     try:
         asked = _ask_program(*config, room)(model.params, prompt)
         say = _say_program(*config, model.ends, room, kind)
-        out, asked = say(model.params, asked, limit, key, np.float32(temperature))
+        out, asked = say(model.params, asked, limit, key, warmth)
         out, state = jax.device_get((out, asked.state))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -98,8 +101,7 @@ def _new_tokens(model: Model, prompt: Prompt, wanted: int | None) -> int:
     most = (model.spec.decoder.context or _LONGEST) - longest
     if wanted is None:
         wanted = min(model.answer_tokens, max(most, 1))
-    if not isinstance(wanted, int | np.integer) or isinstance(wanted, bool):
-        raise UserError(f"max_new_tokens={wanted!r}: a whole number is wanted")
+    wanted = whole("max_new_tokens", wanted)
     if not 1 <= wanted <= most:
         raise UserError(
             f"max_new_tokens={wanted}: behind a prompt of {longest} tokens, 1 to {most} fit into this model's context"

@@ -110,6 +110,8 @@ def _check_images(model: Model, images: Any, here: Bool[np.ndarray, "B T"]) -> N
     side = model.spec.encoder.image_size
     if images.shape != (len(counts), side, side, 3):
         raise UserError(f"images have shape {list(images.shape)}, {[len(counts), side, side, 3]} is wanted")
+    if images.dtype != np.uint8 and not np.isfinite(images.astype(np.float32)).all():
+        raise UserError("images: there are pixels that are no numbers")
     wrong = np.flatnonzero(counts != model.visual_tokens)
     if wrong.size:
         raise UserError(
@@ -119,7 +121,7 @@ def _check_images(model: Model, images: Any, here: Bool[np.ndarray, "B T"]) -> N
 
 
 def bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: few programs, and at most a third of a row is padding."""
+    """The next of 16, 24, 32, 48, 64, 96, ...: few programs, and from 16 on less than a third of a row is padding."""
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

@@ -90,8 +90,8 @@ def load(
     Raises `UserError` for files that are missing, not understood or inconsistent with each other.
     """
     path, llm, tokenizer = _path("path", path), llm and _path("llm", llm), tokenizer and _path("tokenizer", tokenizer)
-    dtype, tokens, image_size = _dtype(dtype), _whole("tokens", tokens), _whole("image_size", image_size)
-    checked_seed(seed)
+    dtype, tokens, image_size = _dtype(dtype), whole("tokens", tokens), whole("image_size", image_size)
+    seed = checked_seed(seed)
     if not isinstance(compressor, str | None):
         raise unknown("compressor", compressor, catalog.ROWS)
     if not isinstance(plan, Plan | None):
@@ -148,7 +148,8 @@ def _path(name: str, given: Any) -> Path:
     return Path(given)
 
 
-def _whole(name: str, given: Any) -> int | None:
+def whole(name: str, given: Any) -> int | None:
+    """A whole number of any type, or None. Raises `UserError`."""
     if given is not None and (not isinstance(given, numbers.Integral) or isinstance(given, bool)):
         raise UserError(f"{name}={str(given)[:80]}: a whole number is wanted")
     return None if given is None else int(given)
@@ -156,9 +157,10 @@ def _whole(name: str, given: Any) -> int | None:
 
 def checked_seed(seed: Any) -> int:
     """The seed, if a key can be made of it. Raises `UserError`."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    number = whole("seed", seed)
+    if number is None or not 0 <= number < 2**32:
         raise UserError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is wanted")
-    return seed
+    return number
 
 
 def _attention() -> str:

@@ -136,4 +136,5 @@ def draw(
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
     finally:
+        temporary.unlink(missing_ok=True)
         plt.close(figure)

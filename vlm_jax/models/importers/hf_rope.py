@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import DecoderSpec, RopeBands
+from vlm_jax.core.specs import RAMPS, DecoderSpec, RopeBands
 from vlm_jax.models.importers.fields import flag, number
 
 Config = Mapping[str, Any]
@@ -22,7 +22,8 @@ _FIELDS = {
 }  # fmt: skip
 _YARN = {"beta_slow": 1.0, "beta_fast": 32.0}  # the paper's alpha and beta (section 3.2)
 _YARN_MORE = ("truncate", "attention_factor", "mscale", "mscale_all_dim")
-_RAMPS = {True: "whole channels", False: "channels"}  # what `truncate` says
+_RAMPS = {True: RAMPS[2], False: RAMPS[1]}  # what `truncate` says
+_KINDS = ("full_attention", "sliding_attention")  # of layers
 
 
 def read(config: Config, kind: str, where: str) -> tuple[dict[str, Any], float]:
@@ -33,13 +34,14 @@ def read(config: Config, kind: str, where: str) -> tuple[dict[str, Any], float]:
     """
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     for name, group in (("rope_parameters", new), ("rope_scaling", old)):
-        if group is not None and not isinstance(group, dict):
+        kinds = [group, *((group[one] for one in _KINDS if one in group) if isinstance(group, dict) else ())]
+        if any(one is not None and not isinstance(one, dict) for one in kinds):
             raise UserError(f"{where}: {name}={group!r}: an object is wanted")
     if kind == "gemma3_text":
         return _of_two_kinds(config, new or {}, old or {}, where), 1.0
     group = old or new or {}
-    if "full_attention" in group or "sliding_attention" in group:
-        groups = [one for one in group.values() if one is not None]
+    if any(one in group for one in _KINDS):
+        groups = [one for one in group.values() if one is not None] or [{}]
         if any(one != groups[0] for one in groups):
             raise UserError(f"{where}: rope_parameters: kinds of layers that differ are not supported for {kind}")
         group = groups[0]
@@ -55,7 +57,7 @@ def _style(old: Config | None) -> str:
 
 def _of_two_kinds(config: Config, new: Config, old: Config, where: str) -> dict[str, Any]:
     """Gemma 3: layers that see everything, and local ones with a base of their own."""
-    if stray := set(new) - {"full_attention", "sliding_attention"}:
+    if stray := set(new) - set(_KINDS):
         raise UserError(f"{where}: rope_parameters: {min(stray)} stands beside the kinds of layers; it belongs in one")
     whole = {"rope_theta": config.get("rope_theta", 1e6), **(new.get("full_attention") or {}), **old}
     near = {"rope_theta": config.get("rope_local_base_freq", 1e4), **(new.get("sliding_attention") or {})}
@@ -100,7 +102,7 @@ def _one(group: Config, config: Config, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: {high} must be larger than {low}")
         if yarn and values["rope_theta"] <= 1:
             raise UserError(f"{where}: rope_theta={values['rope_theta']} must be larger than 1")
-        ramp = _RAMPS[flag({"truncate": True, **group}, "truncate", where)] if yarn else "turns"
+        ramp = _RAMPS[flag({"truncate": True, **group}, "truncate", where)] if yarn else RAMPS[0]
         bands = RopeBands(values[low], values[high], int(values["original_max_position_embeddings"]), ramp)
     return {"rope_theta": values["rope_theta"], "rope_factor": values.get("factor", 1.0), "rope_bands": bands}
 
@@ -137,7 +139,7 @@ def scaling(spec: DecoderSpec, attention_factor: float) -> dict[str, Any]:
     bands = spec.rope_bands
     if bands is None:
         return {"rope_scaling": {"rope_type": "linear", "factor": spec.rope_factor}} if spec.rope_factor != 1 else {}
-    kind = "llama3" if bands.ramp == "turns" else "yarn"
+    kind = "llama3" if bands.ramp == RAMPS[0] else "yarn"
     low, high = _FIELDS[kind][1:3]
     group = {
         "rope_type": kind, "factor": spec.rope_factor, low: bands.low, high: bands.high,
