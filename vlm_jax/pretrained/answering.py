@@ -4,7 +4,7 @@
     texts = generate(model, images, ["What is this?"], max_new_tokens=64)
 
 Inputs are checked before anything runs (`inputs`). Two programs are compiled for each model, batch size and length
-bucket, one that reads and one that says.
+bucket, one that reads and one that says; the head behind `forward` is a small third, for each length.
 """
 
 import functools
