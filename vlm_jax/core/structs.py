@@ -16,6 +16,65 @@ class Visual(NamedTuple):
     mask: Bool[Array, "B P"] | None = None  # True where a token is real; None means all are
 
 
+class Views(NamedTuple):
+    """The images of a batch of rows, M views each. A view is an image as one question sees it: compressors that do not
+    read the question have one for each image, the others one for each (image, question).
+
+    Exactly one of `pixels` and `features` is given: pixels for a live encoder, stored features for a frozen one.
+    """
+
+    mask: Bool[Array, "B M"]  # False where a row has fewer than M views
+    pixels: Any = None  # uint8[B, M, H, H, 3], or float: normalised as the encoder was trained
+    features: Visual | None = None  # leading axes [B, M]
+    question: Int[Array, "B M Q"] | None = None  # bare text behind the tokenizer's begin token; -1 is padding
+
+
+class Inputs(NamedTuple):
+    """The one row layout: training, evaluation, `forward`, `generate` and the ahead-of-time compiler read it.
+
+    A row holds one or several conversations (segments 1, 2, ...) which do not see each other, then padding (segment 0).
+    Where a visual token stands there is a placeholder, whose id means nothing, and `visual` says which of the row's
+    M V visual tokens it is (view * V + v). Two questions about one image of two tokens:
+
+        tokens    bos user  I  I  read row two  4  7 end | bos user  I  I  who is it  Ada end | pad
+        segment     1    1  1  1    1   1   1   1  1   1 |   2    2  2  2   2  2  2    2   2  |   0
+        position    0    1  2  3    4   5   6   7  8   9 |   0    1  2  3   4  5  6    7   8  |   0
+        visual     -1   -1  0  1   -1  -1  -1  -1 -1  -1 |  -1   -1  0  1  -1 -1 -1   -1  -1  |  -1
+        weight      0    0  0  0    0   0   1   1  1   0 |   0    0  0  0   0  0  1    1   0  |   0
+
+    Padding may stand on either side of a row that holds one conversation.
+    """
+
+    tokens: Int[Array, "B L"]
+    segment: Int[Array, "B L"]
+    position: Int[Array, "B L"]  # counts from 0 in each segment
+    order: Int[Array, "B L"]  # a token sees those of no higher order: the position where causal, 0 in a two-way prefix
+    visual: Int[Array, "B L"]  # -1 for text
+    views: Views | None = None  # None: text alone
+    weight: Float[Array, "B L"] | None = None  # training: 1 where the next token is learned
+
+
+class AttentionMetadata(NamedTuple):
+    """Where each token of a row stands; `ops.masks` turns two of these into an attention mask."""
+
+    segment: Int[Array, "B L"]  # tokens see those of their own segment; 0 is padding, seen by none
+    position: Int[Array, "B L"]  # for rotary angles and sliding windows
+    order: Int[Array, "B L"]  # a token sees those of no higher order
+
+
+class Cache(NamedTuple):
+    """Keys and values of S positions, one array for each layer; the decoder's layers are unrolled where it is used.
+
+    Arrays are [B, S, K, C], or [B, K, S, C] where `ComputeSpec.attention` is "merged". What is not yet written has
+    segment 0, so no query sees it.
+    """
+
+    key: tuple[Float[Array, "B S K C"], ...]
+    value: tuple[Float[Array, "B S K C"], ...]
+    metadata: AttentionMetadata  # [B, S]
+    length: Int[Array, ""]  # positions written so far, padding included; the same for all rows
+
+
 class Batch(NamedTuple):
     """One batch of visual questions, several of them packed behind one image.
 
@@ -66,12 +125,3 @@ class Slots(NamedTuple):
     position: Int[Array, "B L"]  # for rotary angles and sliding windows
     order: Int[Array, "B L"]  # a token sees those of no higher order: the position where causal, 0 in a two-way prefix
     segment: Int[Array, "B L"]  # -1 image, seen by every segment; 0 padding, seen by none; 1, 2, ... packed questions
-
-
-class Cache(NamedTuple):
-    """A static key-value cache of S slots. Slots not yet written have segment 0, so no query sees them."""
-
-    key: Float[Array, "layers B S K C"]
-    value: Float[Array, "layers B S K C"]
-    slots: Slots
-    used: Int[Array, ""]  # slots written so far, the same for all rows
