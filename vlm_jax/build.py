@@ -210,7 +210,7 @@ def train_step(network: Network, stage: StageSpec) -> TrainStep:
     shardings = plan.shardings(abstract)
 
     def forward(params: Any, batch: Any) -> LossSums:
-        return loss.sums(model.states(params, batch), model.head(params), batch)
+        return loss.sums(model.forward(params, batch)[0], model.head(params), batch)
 
     step = training_step.make_step(forward, optimiser, stage.train, spec.compute.microbatches)
     jitted = plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))

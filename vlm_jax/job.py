@@ -26,6 +26,9 @@ from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
 from vlm_jax.evaluation import harness
+from vlm_jax.inference import sampling
+from vlm_jax.models.decoder import unstack_layers
+from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost
 from vlm_jax.store import checkpoint
 from vlm_jax.store.checkpoint import Checkpoints, claim, told
@@ -125,6 +128,17 @@ def _train_stages(
             metrics.wait()
         checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.unlogged_to_dict(unlogged)})
 
+    subset = functools.cache(lambda: make_evaluator(run, spec.evaluation.subset_examples))
+    evaluation_secs = [0.0]  # since the last log
+
+    def evaluate_subset(step: int, state: TrainState) -> None:
+        jax.block_until_ready(state.params)
+        begin = time.monotonic()
+        result = subset()(state.params)
+        evaluation_secs[0] += time.monotonic() - begin
+        if metrics is not None:
+            metrics.write(step, lambda: logbook.evaluation_numbers(result))
+
     for stage, first, last in stages(spec):
         if restored > last:
             continue
@@ -145,13 +159,17 @@ def _train_stages(
             state,
             max(first, restored),
             last,
-            pipeline.train_batches(run.train, spec.data, spec.seed, cursor, run.train_features, rows),
+            pipeline.train_batches(
+                run.train, spec.data, spec.seed, row_layout(network.model), cursor, run.train_features, rows
+            ),
             plan.put,
             update.step,
             log_every_steps=spec.log_every_steps,
             save_every_steps=spec.save_every_steps,
-            on_log=_publisher(run, stage, first, metrics, on_log),
+            on_log=_publisher(run, stage, first, metrics, on_log, evaluation_secs),
             on_save=save,
+            evaluate_every_steps=spec.evaluate_every_steps,
+            on_evaluate=evaluate_subset,
             check=bad_steps.make_check(workdir, run.train, spec, guard.skipped(state.opt_state)),
             stop=stop,
             unlogged=unlogged,
@@ -168,24 +186,30 @@ def _train_stages(
 
 
 def _publisher(
-    run: Run, stage: StageSpec, first: int, metrics: MetricWriter | None, on_log: OnLog
+    run: Run, stage: StageSpec, first: int, metrics: MetricWriter | None, on_log: OnLog, evaluation_secs: list[float]
 ) -> Callable[[loop.Log], None]:
-    """Hands each log to the metrics thread, which alone waits for the device and so knows when steps were done."""
+    """Hands each log to the metrics thread, which alone waits for the device and so knows when steps were done. Time
+    spent in evaluations, `evaluation_secs`, is no part of a step's.
+    """
     if metrics is None:
         return lambda log: None
     spec, plan = run.network.spec, run.network.plan
     finished: list[float] = []  # the span up to the first log includes compilation, so it has no speed
 
-    def make(log: loop.Log) -> dict[str, float]:
+    def make(log: loop.Log, apart: float) -> dict[str, float]:
         values = logbook.numbers(spec, stage, first, log)
         finished.append(time.monotonic())
         if len(finished) > 1:
-            step_secs = (finished[-1] - finished[-2]) / log.steps
+            step_secs = (finished[-1] - finished[-2] - apart) / log.steps
             values |= logbook.speed(spec, stage, plan, _question_tokens(run), step_secs)
         on_log(log, values)
         return values
 
-    return lambda log: metrics.write(log.step, lambda: make(log))
+    def publish(log: loop.Log) -> None:
+        apart, evaluation_secs[0] = evaluation_secs[0], 0.0
+        metrics.write(log.step, lambda: make(log, apart))
+
+    return publish
 
 
 def _question_tokens(run: Run) -> float:
@@ -216,11 +240,40 @@ def restore(
     )
 
 
+def row_layout(model: Vlm) -> pipeline.Layout:
+    """How rows are laid out for a model."""
+    return pipeline.Layout(model.visual_tokens, model.spec.mask, model.reads_question)
+
+
 def evaluation_batches(run: Run) -> int:
     """How many batches `evaluate` will go through."""
     evaluation = run.network.spec.evaluation
     images = min(evaluation.examples or run.test.examples, run.test.examples)
     return -(-images * evaluation.questions_per_example // evaluation.batch_examples)
+
+
+def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.Result]:
+    """`(params, on_batch) -> Result` on the first `examples` images of the test split (None: as the spec says), with one
+    program for all its calls.
+    """
+    spec, plan, network = run.network.spec, run.network.plan, run.network
+    platform = plan.mesh.devices.flat[0].platform
+    model = network.model._replace(compute=sampling.compute_for_decoding(network.model.compute, platform))
+    end = build.words_of(spec.data.tokenizer).ends[0]
+    program = plan.jit(
+        harness.make_evaluate(model, spec.evaluation.max_new_tokens, end),
+        compiler_options=sampling.compiler_options(platform),
+    )
+    rows = plan.rows(spec.evaluation.batch_examples)
+
+    def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:
+        params = {**params, "decoder": unstack_layers(params["decoder"], spec.model.decoder.depth)}
+        batches = pipeline.evaluation_batches(
+            run.test, spec.evaluation, row_layout(model), run.test_features, rows, examples
+        )
+        return harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
+
+    return evaluate
 
 
 def evaluate(
@@ -233,12 +286,8 @@ def evaluate(
     if not (workdir / "summary.json").exists():
         raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
     summary = json.loads((workdir / "summary.json").read_text())
-    spec, model, plan = run.network.spec, run.network.spec.model, run.network.plan
-    end = build.words_of(spec.data.tokenizer).ends[0]
-    program = plan.jit(harness.make_evaluate(run.network.model, spec.evaluation.max_new_tokens, end))
-    rows = plan.rows(spec.evaluation.batch_examples)
-    batches = pipeline.evaluation_batches(run.test, spec.data, spec.evaluation, run.test_features, rows)
-    result = harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
+    spec, model = run.network.spec, run.network.spec.model
+    result = make_evaluator(run)(params, on_batch)
     return ResultRow(
         cell=cell,
         spec_hash=specs.spec_hash(spec),

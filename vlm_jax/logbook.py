@@ -9,6 +9,7 @@ import numpy as np
 from vlm_jax.core import specs
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
+from vlm_jax.evaluation import harness
 from vlm_jax.partitioning import Plan
 from vlm_jax.sizing import chips, cost
 from vlm_jax.store.files import write_json
@@ -27,6 +28,16 @@ def numbers(spec: RunSpec, stage: StageSpec, first_step: int, log: loop.Log) -> 
         "learning_rate": float(optim.schedule(spec.optim, stage)(log.step - first_step - 1)),
     }
     return values if norms.skipped is None else {**values, "skipped": float(norms.skipped)}
+
+
+def evaluation_numbers(result: harness.Result) -> dict[str, float]:
+    """The point of an evaluation on the curve of a log."""
+    return {
+        "evaluation_error": result.error[0],
+        "evaluation_stderr": result.error[1],
+        "evaluation_forced_error": result.forced[0],
+        "evaluation_forced_nll": result.forced_nll,
+    }
 
 
 def unlogged_to_dict(unlogged: loop.Unlogged) -> dict[str, float]:

@@ -38,6 +38,8 @@ _LEAST = {
     "save_every_steps": 0,
     "keep_checkpoints": 1,
     "keep_every_steps": 0,
+    "evaluate_every_steps": 0,
+    "evaluation.subset_examples": 1,
     "bad_step.skip_limit": 1,
 }
 PARTS = ("encoder", "connector", "decoder")
@@ -107,18 +109,10 @@ def _check(spec: RunSpec) -> None:
             raise UserError(f"config field {field}={value}: at least {least} is wanted")
     if spec.bad_step.spike_factor and not spec.bad_step.spike_factor > 1:
         raise UserError(f"config field bad_step.spike_factor={spec.bad_step.spike_factor}: above 1, or 0 for none")
-    packed = spec.data.questions_per_example > 1
-    if packed and catalog.row(spec.model.compressor.name).query_dependent:
+    if spec.compute.attention == "splash" and spec.model.mask != "causal":
         raise UserError(
-            f"compressor {spec.model.compressor.name} follows one question: set data.questions_per_example=1, "
-            f"not {spec.data.questions_per_example}"
-        )
-    if packed and spec.model.mask == "prefix":
-        raise UserError("model.mask=prefix lets the image see the question: set data.questions_per_example=1")
-    if spec.compute.attention == "splash" and (packed or spec.model.mask == "prefix"):
-        raise UserError(
-            "compute.attention=splash reads each row as one sequence in order: set data.questions_per_example=1 and "
-            "model.mask=causal, or compute.attention=xla"
+            f"config field compute.attention=splash: expected model.mask=causal, got {spec.model.mask}: set "
+            "compute.attention=xla"
         )
     for stage in spec.stages:
         for part in stage.train:

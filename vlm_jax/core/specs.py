@@ -150,8 +150,8 @@ class DataSpec:
     train_split: str
     test_split: str
     batch_examples: int
-    questions_per_example: int  # questions packed behind one image in training
-    text_tokens: int  # T, static; a packed row that is longer is an error
+    questions_per_example: int  # questions about one image in a row of training
+    text_tokens: int  # T, static: text of a packed row, which holds V more for each question; longer is an error
     frozen_features: bool  # read stored encoder features instead of pixels
     tokenizer: str = ""  # folder of the language model's tokenizer; "": the project's own words
 
@@ -185,6 +185,7 @@ class EvaluationSpec:
     questions_per_example: int
     batch_examples: int
     max_new_tokens: int
+    subset_examples: int = 256  # test images of the evaluations during training: the first ones
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,14 @@ class RunSpec:
     keep_every_steps: int = 0  # checkpoints of these steps are kept for good; 0: none
     bad_step: BadStepSpec = BadStepSpec()
     decoder_checkpoint: str = ""  # likewise
+    evaluate_every_steps: int = 0  # during training, on a fixed subset; 0: only at the end
 
 
 # How often a run logs or saves does not change what it computes, so it is not part of the experiment's identity.
-NOT_IDENTITY = ("log_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps")
+NOT_IDENTITY = (
+    "log_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps", "evaluate_every_steps",
+    "evaluation.subset_examples",
+)  # fmt: skip
 # A run that goes on elsewhere may also be laid out anew.
 MAY_CHANGE = (*NOT_IDENTITY, "compute.mesh", "compute.strategy")
 
@@ -236,6 +241,8 @@ _ADDED = {
     "decoder_checkpoint": "",
     "compute.slices": 1,
     "compute.moments": "float32",
+    "evaluate_every_steps": 0,
+    "evaluation.subset_examples": 256,
 }
 
 
@@ -246,11 +253,11 @@ def to_dict(spec: Any) -> dict[str, Any]:
 
 def spec_hash(spec: RunSpec) -> str:
     """Twelve hex digits that name the experiment."""
-    identity = {k: v for k, v in to_dict(spec).items() if k not in NOT_IDENTITY}
-    for field, before in _ADDED.items():
+    identity = to_dict(spec)
+    for field in (*NOT_IDENTITY, *_ADDED):
         *groups, name = field.split(".")
         group = functools.reduce(lambda part, key: part and part[key], groups, identity)
-        if group and group[name] == before:
+        if group and (field in NOT_IDENTITY or group[name] == _ADDED[field]):
             del group[name]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

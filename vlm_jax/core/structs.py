@@ -18,12 +18,12 @@ class Visual(NamedTuple):
 
 class Views(NamedTuple):
     """The images of a batch of rows, M views each. A view is an image as one question sees it: compressors that do not
-    read the question have one for each image, the others one for each (image, question).
+    read the question have one for each image, the others one for each (image, question). In a row with fewer than M the
+    others hold anything: no placeholder names their tokens.
 
     Exactly one of `pixels` and `features` is given: pixels for a live encoder, stored features for a frozen one.
     """
 
-    mask: Bool[Array, "B M"]  # False where a row has fewer than M views
     pixels: Any = None  # uint8[B, M, H, H, 3], or float: normalised as the encoder was trained
     features: Visual | None = None  # leading axes [B, M]
     question: Int[Array, "B M Q"] | None = None  # bare text behind the tokenizer's begin token; -1 is padding
@@ -75,32 +75,6 @@ class Cache(NamedTuple):
     length: Int[Array, ""]  # positions written so far, padding included; the same for all rows
 
 
-class Batch(NamedTuple):
-    """One batch of visual questions, several of them packed behind one image.
-
-    A row of `text` holds segments 1, 2, ... each a question and its answer, then padding (segment 0):
-
-        text      read row two 4 7 1 9 end | read row one 3 3 8 0 end | pad pad
-        target    row two 4 7 1 9 end pad  | row one 3 3 8 0 end pad  | pad pad
-        weight    0   0   1 1 1 1 1  0     | 0   0   1 1 1 1 1   0    | 0   0
-        segment   1   1   1 1 1 1 1  1     | 2   2   2 2 2 2 2   2    | 0   0
-        position  0   1   2 3 4 5 6  7     | 0   1   2 ...            | 0   0
-        question  1   1   1 0 0 0 0  0     | 1   1   1 0 ...          | 0   0
-
-    Exactly one of `image` and `features` is given: pixels for a live encoder, stored features for a frozen one.
-    """
-
-    text: Int[Array, "B T"]
-    target: Int[Array, "B T"]  # the next token of the same segment
-    weight: Float[Array, "B T"]  # 1 where `target` is part of an answer
-    segment: Int[Array, "B T"]  # 0 is padding
-    position: Int[Array, "B T"]  # counts from 0 in each segment
-    question: Bool[Array, "B T"]  # True on question tokens
-    example: Int[Array, " B"]  # index of the example in its split, -1 where the row only fills the batch
-    image: Any = None  # uint8[B, H, H, 3]
-    features: Visual | None = None
-
-
 class LossSums(NamedTuple):
     """Sums over target tokens; ratios are formed outside jit so that padding, microbatches and hosts cannot bias
     them.
@@ -117,11 +91,3 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Any
     opt_state: Any
-
-
-class Slots(NamedTuple):
-    """Where each token of a sequence stands; `ops.masks` turns two of these into an attention mask."""
-
-    position: Int[Array, "B L"]  # for rotary angles and sliding windows
-    order: Int[Array, "B L"]  # a token sees those of no higher order: the position where causal, 0 in a two-way prefix
-    segment: Int[Array, "B L"]  # -1 image, seen by every segment; 0 padding, seen by none; 1, 2, ... packed questions

@@ -37,6 +37,7 @@ class Split(NamedTuple):
     question_lengths: Int[np.ndarray, "n K"]
     answer_tokens: Int[np.ndarray, "n K A"]
     answer_lengths: Int[np.ndarray, "n K"]
+    bare_questions: Int[np.ndarray, "n K R"]  # what compressors that read the question are given; padded with -1
 
     @property
     def examples(self) -> int:
@@ -45,11 +46,6 @@ class Split(NamedTuple):
     @property
     def questions_per_example(self) -> int:
         return self.question_lengths.shape[1]
-
-    @property
-    def pair_tokens(self) -> int:
-        """Tokens of the longest question with its answer."""
-        return int((self.question_lengths + self.answer_lengths).max())
 
     def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n H H 3"]:
         """Decodes the images of some examples."""
@@ -166,6 +162,8 @@ def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Tex
     asked = [f"{text}\n" for text in texts["questions"]]
     questions, question_lengths = tokenizer.encode_table(asked, encode=words.encode)
     answers, answer_lengths = tokenizer.encode_table(texts["answers"], words.ends[:1], words.plain)
+    bare, bare_lengths = tokenizer.encode_table(texts["questions"], encode=words.encode)
+    bare = np.where(np.arange(bare.shape[1]) < bare_lengths[:, None], bare, -1)
     return Split(
         name=f"{dataset}/{config}:{split}",
         family=records[0]["family"].decode(),
@@ -176,4 +174,5 @@ def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Tex
         question_lengths=question_lengths.reshape(shape),
         answer_tokens=answers.reshape(*shape, -1),
         answer_lengths=answer_lengths.reshape(shape),
+        bare_questions=bare.reshape(*shape, -1),
     )

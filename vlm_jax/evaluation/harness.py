@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.core.structs import Batch
-from vlm_jax.evaluation import generate, scoring
+from vlm_jax.data.pipeline import Questions
+from vlm_jax.evaluation import scoring
+from vlm_jax.inference import sampling
 from vlm_jax.models.vlm import Vlm
+from vlm_jax.ops.cross_entropy import token_scores
 
 
 class Result(NamedTuple):
@@ -24,12 +27,23 @@ class Result(NamedTuple):
     answer_tokens: float  # mean, the end token left out
 
 
-def make_evaluate(model: Vlm, max_new_tokens: int, end: int) -> Callable[[Any, Batch], scoring.Score]:
-    """`(params, batch) -> Score` per row: teacher-forced logits and greedy decoding in one program."""
+def make_evaluate(model: Vlm, max_new_tokens: int, end: int) -> Callable[[Any, Questions], scoring.Score]:
+    """`(params, batch) -> Score` per row, with the decoder unrolled: one prefill, from which the answer is decoded
+    greedily, and the true answer is scored.
+    """
 
-    def evaluate(params: Any, batch: Batch) -> scoring.Score:
-        generated = generate.greedy(model, params, batch, max_new_tokens, end)
-        return scoring.score(model.forward(params, batch), generated, batch, end)
+    def evaluate(params: Any, batch: Questions) -> scoring.Score:
+        answer = jnp.maximum(batch.answer, 0)
+        prefilled = sampling.prefill(model, params, batch.inputs, max(max_new_tokens, answer.shape[1]))
+        generated, _ = sampling.sample(
+            model, params, prefilled, sampling.greedy, (end,), max_new_tokens, max_new_tokens
+        )
+        more = sampling.continuation(answer[:, :-1], prefilled.cache, batch.answer[:, :-1] >= 0)
+        hidden, _ = model.forward(params, more, prefilled.cache)
+        hidden = jnp.concatenate([prefilled.hidden, hidden], axis=1)
+        head = model.head(params)
+        nll, hits = token_scores(hidden, head.table, head.softcap, answer)
+        return scoring.score(nll, hits, generated, batch.answer, end)
 
     return evaluate
 
@@ -38,20 +52,21 @@ def run(
     evaluate: Callable[[Any, Any], scoring.Score],
     put: Callable[[Any], Any],
     params: Any,
-    batches: Iterable[Batch],
+    batches: Iterable[Questions],
     on_batch: Callable[[int], None] = lambda rows: None,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Result:
-    """`batches` hold one question a row, on the host; `on_batch` hears how many rows were handed to the device.
+    """`batches` are on the host; `on_batch` is called with the number of rows handed to the device.
 
     Of several processes each puts rows of its own, and `fetch` brings those of all of them back in one order.
     """
-    scores, asked = [], []
+    scores, counts = [], []
     for batch in batches:
         scores.append(evaluate(params, put(batch)))
-        asked.append(put((batch.example, np.sum(batch.question, axis=1))))
+        text = (batch.inputs.segment != 0) & (batch.inputs.visual < 0)
+        counts.append(put((batch.example, np.sum(text, axis=1))))
         on_batch(len(batch.example))
-    columns = jax.tree.map(fetch, list(zip(scores, asked, strict=True)))
+    columns = jax.tree.map(fetch, list(zip(scores, counts, strict=True)))
     rows = scoring.Score(*(np.concatenate(parts) for parts in zip(*(score for score, _ in columns), strict=True)))
     example, question_tokens = (np.concatenate(parts) for parts in zip(*(own for _, own in columns), strict=True))
     valid = example >= 0

@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-from vlm_jax.core.structs import Batch
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Score(NamedTuple):
@@ -25,35 +23,34 @@ class Score(NamedTuple):
     valid: Float[Array, " B"]  # 0 where the row only fills the batch
 
 
-def score(logits: Float[Array, "B T W"], generated: Int[Array, "B new"], batch: Batch, end: int) -> Score:
-    """Compares with the true answer, token by token. The end token is not counted: producing it is trivial."""
-    logits = logits.astype(jnp.float32)
-    counted = (batch.weight > 0) & (batch.target != end)
-    logp = jnp.take_along_axis(logits, batch.target[..., None], axis=-1)[..., 0] - _logsumexp(logits)
-    forced_wrong = counted & (jnp.argmax(logits, axis=-1) != batch.target)
+def score(
+    nll: Float[Array, "B A"],
+    hits: Bool[Array, "B A"],
+    generated: Int[Array, "B new"],
+    answer: Int[Array, "B A"],
+    end: int,
+) -> Score:
+    """Compares with the true answer (padded with -1), token by token. The end token is not counted: producing it is
+    trivial. nll and hits are of each answer token with the true answer so far as context.
+    """
+    counted = (answer >= 0) & (answer != end)
     # The k-th answer token is compared with the k-th generated one, and is wrong where none was generated.
-    new_tokens = generated.shape[1]
-    place = jnp.cumsum(batch.weight > 0, axis=1) - 1
-    said = jnp.take_along_axis(generated, jnp.clip(place, 0, new_tokens - 1), axis=1)
-    wrong = counted & ((said != batch.target) | (place >= new_tokens))
+    missing = answer.shape[1] - generated.shape[1]
+    generated = jnp.pad(generated, ((0, 0), (0, max(missing, 0))), constant_values=-1)[:, : answer.shape[1]]
+    wrong = counted & (generated != answer)
 
-    def per_row(mask: Array) -> Array:
-        return jnp.sum(mask, axis=1, dtype=jnp.float32)
+    def per_row(values: Array) -> Array:
+        return jnp.sum(jnp.where(counted, values, 0), axis=1, dtype=jnp.float32)
 
     tokens = per_row(counted)
     return Score(
         per_row(wrong),
         (per_row(wrong) > 0).astype(jnp.float32),
-        per_row(forced_wrong),
-        per_row(jnp.where(counted, -logp, 0.0)),
+        per_row(~hits),
+        per_row(nll),
         tokens,
         (tokens > 0).astype(jnp.float32),
     )
-
-
-def _logsumexp(logits: Array) -> Array:
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1)) + peak[..., 0]
 
 
 def ratio(errors: np.ndarray, counts: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:

@@ -34,14 +34,12 @@ def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def compress(
-    weights: Any, visual: Visual, text_vector: Float[Array, "B D"] | None, spec: ModelSpec
-) -> Float[Array, "B V D"]:
-    """P patches -> V tokens of the decoder's width."""
-    out = catalog.row(spec.compressor.name).apply(weights["compressor"], visual, text_vector, spec.compressor).tokens
-    projector = weights["projector"]
-    out = out @ working(projector["kernel"], _IN, out.dtype) + projector["bias"].astype(out.dtype)
+def compress(weights: Any, visual: Visual, text_vector: Float[Array, "B D"] | None, spec: ModelSpec) -> Visual:
+    """P patches -> V tokens of the decoder's width, and which of them are alive (mask None: all)."""
+    out = catalog.row(spec.compressor.name).apply(weights["compressor"], visual, text_vector, spec.compressor)
+    x, projector = out.tokens, weights["projector"]
+    x = x @ working(projector["kernel"], _IN, x.dtype) + projector["bias"].astype(x.dtype)
     if spec.projector == "mlp":
-        inner = jax.nn.gelu(out, approximate=False)
-        out = inner @ working(projector["out_kernel"], _OUT, out.dtype) + projector["out_bias"].astype(out.dtype)
-    return constrain(out, (BATCH, LENGTH, ACT_EMBED))
+        inner = jax.nn.gelu(x, approximate=False)
+        x = inner @ working(projector["out_kernel"], _OUT, x.dtype) + projector["out_bias"].astype(x.dtype)
+    return Visual(constrain(x, (BATCH, LENGTH, ACT_EMBED)), mask=out.mask)

@@ -16,7 +16,7 @@ class MetricWriter:
     """`write(step, make)` calls `make()` on the writer's own thread; `close()` waits for what is outstanding.
 
     A run that resumes at `step` writes the steps behind it anew, so their old lines are dropped. `last` holds the
-    newest numbers, of an earlier process too, once `close()` has returned.
+    newest number of each name, of an earlier process too, once `close()` has returned.
     """
 
     def __init__(self, workdir: Path, step: int | None = None):
@@ -27,8 +27,8 @@ class MetricWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=None if step is None else step + 1)
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._outstanding: list[Future[None]] = []
-        before = kept[-1] if kept else {}
-        self.last = {k: math.nan if v is None else float(v) for k, v in before.items() if k != "step"}
+        before = {name: value for line in kept for name, value in line.items() if name != "step"}
+        self.last = {name: math.nan if value is None else float(value) for name, value in before.items()}
 
     def write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
         """`make` turns device arrays into numbers; not-a-number is written as null, which JSON can hold."""
@@ -36,7 +36,8 @@ class MetricWriter:
         self._outstanding.append(self._thread.submit(self._write, step, make))
 
     def _write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
-        values = self.last = dict(make())
+        values = dict(make())
+        self.last |= values
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()

@@ -55,6 +55,8 @@ def run(
     save_every_steps: int,
     on_log: Callable[[Log], None],
     on_save: Callable[[int, TrainState, Any, Unlogged], None],
+    evaluate_every_steps: int = 0,
+    on_evaluate: Callable[[int, TrainState], None] = lambda step, state: None,
     check: Callable[[Sequence[Step], TrainState], None] = lambda steps, state: None,
     stop: Callable[[int], bool] = lambda step: False,
     unlogged: Unlogged = NOTHING,
@@ -63,7 +65,8 @@ def run(
 
     `batches` yields (batch, cursor). `on_log` must not block: it gets device arrays. `on_save` is called every
     `save_every_steps` (0: never), never at the last step or where the loop stops: what happens there is the caller's
-    to decide. `check` gets every step once, in order, as device arrays: at a log those before the log before it, which
+    to decide. `on_evaluate` is called every `evaluate_every_steps` (0: never), ahead of a save at the same step. `check`
+    gets every step once, in order, as device arrays: at a log those before the log before it, which
     the device has left behind, and all before a save and at the end, so that what is saved has been checked. `unlogged`
     is what was saved with the state.
     """
@@ -85,6 +88,8 @@ def run(
             check(unchecked[:logged], state)
             unchecked = unchecked[logged:]
             logged = len(unchecked)
+        if evaluate_every_steps and number % evaluate_every_steps == 0:
+            on_evaluate(number, state)
         stopped = stop(number)
         if stopped or number == last_step:
             break
