@@ -115,10 +115,9 @@ def _check(spec: RunSpec) -> None:
         )
     if packed and spec.model.mask == "prefix":
         raise UserError("model.mask=prefix lets the image see the question: set data.questions_per_example=1")
-    if spec.compute.attention == "splash" and (packed or spec.model.mask == "prefix"):
+    if spec.compute.attention == "splash" and spec.model.mask != "causal":
         raise UserError(
-            "compute.attention=splash reads each row as one sequence in order: set data.questions_per_example=1 and "
-            "model.mask=causal, or compute.attention=xla"
+            f"compute.attention=splash: expected model.mask=causal, got {spec.model.mask} (set compute.attention=xla)"
         )
     for stage in spec.stages:
         for part in stage.train:

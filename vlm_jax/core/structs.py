@@ -117,11 +117,3 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Any
     opt_state: Any
-
-
-class Slots(NamedTuple):
-    """Where each token of a sequence stands; `ops.masks` turns two of these into an attention mask."""
-
-    position: Int[Array, "B L"]  # for rotary angles and sliding windows
-    order: Int[Array, "B L"]  # a token sees those of no higher order: the position where causal, 0 in a two-way prefix
-    segment: Int[Array, "B L"]  # -1 image, seen by every segment; 0 padding, seen by none; 1, 2, ... packed questions
