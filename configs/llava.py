@@ -78,6 +78,7 @@ def get_config(arg: str = "") -> ConfigDict:
         mesh=(1, -1, arg.tensor),
         slices=1,
         moments="float32",
+        scan_layers=True,
     )
     c.evaluation = dict(examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32)
     c.seed = arg.seed

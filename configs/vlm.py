@@ -101,6 +101,7 @@ def get_config(arg: str = "") -> ConfigDict:
         mesh=(-1, 1, 1),
         slices=1,
         moments="float32",
+        scan_layers=True,
     )
     c.evaluation = dict(examples=0, questions_per_example=2, batch_examples=256, max_new_tokens=family["answer_tokens"])
     c.seed = arg.seed

@@ -139,6 +139,7 @@ class ComputeSpec:
     mesh: tuple[int, int, int]  # (data, fsdp, tensor); one -1 takes the devices that are left
     slices: int = 1  # TPU slices joined by the data-centre network; the mesh is that of one slice
     moments: str = "float32"  # of Adam's first moment: float32 or bfloat16
+    scan_layers: bool = True  # one scan over the decoder's stacked layers; False: unrolled, as a cache needs them
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ _ADDED = {
     "compute.moments": "float32",
     "evaluate_every_steps": 0,
     "evaluation.subset_examples": 256,
+    "compute.scan_layers": True,
 }
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.core.specs import ComputeSpec
 from vlm_jax.core.structs import Cache, Inputs
-from vlm_jax.models.decoder import init_cache, pad_cache
+from vlm_jax.models.cache import init_cache, pad_cache
 from vlm_jax.models.vlm import Params, Vlm, last_token
 
 Pick = Callable[[Float[Array, "B W"], Int[Array, ""]], Int[Array, " B"]]  # (logits, tokens so far) -> the next token

@@ -1,8 +1,13 @@
 """The decoder-only language model: one module whose spec expresses the differences between families.
 
-Embedding -> blocks (scanned; RMSNorm, rotary, grouped heads, gated MLP) -> final norm -> vocabulary. The caller joins
-image and text into one sequence of embeddings and says where each token stands (`Slots`); with a `Cache` the same code
-is prefill and extend.
+Embedding -> blocks (RMSNorm, rotary, grouped heads, gated MLP) -> final norm -> vocabulary. The caller puts visual
+tokens among the embeddings and says where each token stands (`AttentionMetadata`); with a `Cache` the same code is
+prefill and decode_step.
+
+`ComputeSpec.scan_layers` chooses between two layouts of the same layers, with the same numbers. Training scans over
+stacked parameters ("blocks"): a program of one layer, whatever the depth. Answering unrolls them ("blocks_0", ...): a
+scan reads each layer through a slice which XLA copies, and a decode step does little else than read every weight once.
+Unrolled, nothing is copied, the cache is updated in place, and a layer's kind is known when it is traced.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.core import axes
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec
-from vlm_jax.core.structs import Cache, Slots
+from vlm_jax.core.structs import AttentionMetadata, Cache
+from vlm_jax.models.cache import length_axis, update_cache
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
 from vlm_jax.ops import masks, merged, rotary, splash
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.placement import constrain, parts, working
 
+Params = Any
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
 
 
@@ -30,22 +37,24 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-class Sight(NamedTuple):
-    """What layers of one kind share: rotary angles of the queries, who sees whom, where in the cache to write."""
+class AttentionInputs(NamedTuple):
+    """What the layers of one kind (global or local) share."""
 
-    angle: Float[Array, "B L half"]
-    mask: Any  # an array, or `splash.Causal`
-    start: Int[Array, ""]
+    angles: Float[Array, "B L half"]  # rotary, of the queries and of the new keys
+    mask: Any  # bool[B, 1, L, S], or `splash.Causal`
+    cache_index: Int[Array, ""]  # where in the cache the new keys and values go
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; reads and extends one layer's cache when there is one."""
+    """Grouped-query attention with rotary positions; reads and extends one layer's (keys, values) when it has them."""
 
     spec: DecoderSpec
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], sight: Sight, cache: Any) -> tuple[Float[Array, "B L D"], Any]:
+    def __call__(
+        self, x: Float[Array, "B L D"], inputs: AttentionInputs, cache: Any
+    ) -> tuple[Float[Array, "B L D"], Any]:
         spec = self.spec
         width, channels = ((spec.width, axes.EMBED),), (spec.head_dim, axes.HEAD_DIM)
         heads, kv_heads = ((spec.heads, axes.HEADS), channels), ((spec.kv_heads, axes.KV_HEADS), channels)
@@ -55,20 +64,16 @@ class Attention(nn.Module):
         if spec.qk_norm:
             q = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="query_norm")(q)
             k = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="key_norm")(k)
-        q, k = rotary.rotate(q, sight.angle), rotary.rotate(k, sight.angle)
-        by_head = self.implementation == "merged"
-        if by_head:
+        q, k = rotary.rotate(q, inputs.angles), rotary.rotate(k, inputs.angles)
+        is_merged = self.implementation == "merged"
+        if is_merged:
             k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), sight.start, axis=2 if by_head else 1)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            cache = (k, v)
-        if by_head:
-            x = merged.attend(q, k, v, sight.mask, spec.query_scale, spec.attention_softcap)
+            k, v = cache = update_cache(cache, (k, v), inputs.cache_index, length_axis(self.implementation))
+        if is_merged:
+            x = merged.attend(q, k, v, inputs.mask, spec.query_scale, spec.attention_softcap)
         else:
-            x = attend(q, k, v, sight.mask, spec.query_scale, spec.attention_softcap, self.implementation)
+            x = attend(q, k, v, inputs.mask, spec.query_scale, spec.attention_softcap, self.implementation)
         return Linear(heads, width, name="out")(x), cache
 
 
@@ -85,20 +90,24 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. `is_local` is its flag; `sights` holds the global view and, if any layer needs it, the local one."""
+    """One layer. Where a model has local layers and they are scanned, `inputs` holds those of the global and those of
+    the local layers, and the layer's flag picks; else those of this layer alone.
+    """
 
     spec: DecoderSpec
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, sights: tuple[Sight, ...], is_local: Any, cache: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Float[Array, "B L D"], inputs: tuple[AttentionInputs, ...], is_local: Any = None, cache: Any = None
+    ) -> tuple[Float[Array, "B L D"], Any]:
         def norm(name: str, y: Array) -> Array:
             return RMSNorm(self.spec.norm_eps, self.spec.norm_plus_one, name=name)(y)
 
-        sight = sights[0]
-        if len(sights) == 2:
-            sight = jax.tree.map(lambda whole, near: jnp.where(is_local, near, whole), *sights)
-        y, cache = Attention(self.spec, self.implementation, name="attention")(norm("attention_norm", x), sight, cache)
+        one = inputs[0]
+        if len(inputs) == 2:
+            one = jax.tree.map(lambda whole, near: jnp.where(is_local, near, whole), *inputs)
+        y, cache = Attention(self.spec, self.implementation, name="attention")(norm("attention_norm", x), one, cache)
         x = x + (norm("attention_post_norm", y) if self.spec.sandwich_norm else y)
         y = Mlp(self.spec, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("mlp_post_norm", y) if self.spec.sandwich_norm else y)
@@ -115,54 +124,79 @@ class Decoder(nn.Module):
         spec = self.spec
         table = nn.with_logical_partitioning(nn.initializers.normal(spec.width**-0.5), (axes.VOCAB, axes.EMBED))
         self.embedding = self.param("embedding", table, (spec.vocab, spec.width))
-        self.blocks = nn.scan(
-            remat(Block, self.compute.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),
-            length=spec.depth,
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )(spec, self.compute.attention)
+        block = remat(Block, self.compute.remat, in_scan=self.compute.scan_layers)
+        if self.compute.scan_layers:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=spec.depth,
+                metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            )(spec, self.compute.attention)
+        else:
+            self.blocks = [block(spec, self.compute.attention) for _ in range(spec.depth)]
         self.norm = RMSNorm(spec.norm_eps, spec.norm_plus_one)
         if not spec.tied_head:
             self.head = Linear(((spec.width, axes.EMBED),), ((spec.vocab, axes.VOCAB),))
 
-    def __call__(self, text: Int[Array, "B T"], slots: Slots) -> Float[Array, "B T W"]:
-        """Text alone -> logits. All parameters at work: what `init` traces."""
-        return self.logits(self.hidden(self.embed(text), slots)[0])
+    def __call__(self, tokens: Int[Array, "B L"], metadata: AttentionMetadata) -> Float[Array, "B L W"]:
+        """Text alone -> logits. Reads every parameter: what `init` traces."""
+        return self.logits(self.hidden(self.embed(tokens), metadata)[0])
 
-    def embed(self, text: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token embeddings, scaled where the family scales them."""
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Token embeddings, scaled where the family scales them. An id outside the table (a placeholder, whose vector
+        is replaced) reads row 0.
+        """
+        tokens = jnp.where((tokens >= 0) & (tokens < self.spec.vocab), tokens, 0)
         # Where the table is cut along D, every device looks up its columns of all tokens, and the tokens' vectors are
         # then exchanged: they are few beside the table.
         split = parts(axes.EMBED) > 1
         columns = (axes.LOOKUP, axes.LENGTH, axes.EMBED) if split else _ACT
-        x = jnp.take(self.embedding, constrain(text, columns[:2]), axis=0)
+        x = jnp.take(self.embedding, constrain(tokens, columns[:2]), axis=0)
         x = constrain(constrain(x, columns).astype(self.compute.dtype), columns)
         x = constrain(x, _ACT)
         return x * jnp.asarray(self.spec.width**0.5, x.dtype) if self.spec.scale_embedding else x
 
     def hidden(
-        self, x: Float[Array, "B L D"], slots: Slots, cache: Cache | None = None
+        self, x: Float[Array, "B L D"], metadata: AttentionMetadata, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """All blocks and the final norm. With a cache, the L tokens are written behind those it holds, and see them."""
+        """All blocks and the final norm. With a cache, the L tokens are written behind those it holds, and see them.
+
+        Raises `ValueError` for a cache where layers are scanned.
+        """
+        if cache is not None and self.compute.scan_layers:
+            raise ValueError(
+                "Decoder.hidden: expected no cache with scan_layers=True, got one (set compute.scan_layers=False, and "
+                "unstack_layers the parameters)"
+            )
         x = constrain(x, _ACT)
-        keys, start = behind(cache, slots)
-        views = sights(self.spec, slots, keys, start)
-        if self.compute.attention == "splash" and cache is None and (self.spec.window or x.shape[1]) >= x.shape[1]:
-            # `config.resolve` lets splash through only where rows are single sequences, read in order.
-            views = tuple(view._replace(mask=splash.Causal(slots.segment != masks.PADDING)) for view in views)
-        is_local = jnp.array(local_layers(self.spec))
-        x, layers = self.blocks(x, views, is_local, None if cache is None else (cache.key, cache.value))
+        keys, index = metadata, jnp.zeros((), jnp.int32)
         if cache is not None:
-            cache = Cache(*layers, keys, start + x.shape[1])
+            keys, index = update_cache(cache.metadata, metadata, cache.length), cache.length
+        inputs = attention_inputs(self.spec, metadata, keys, index)
+        if self.compute.attention == "splash" and cache is None and (self.spec.window or x.shape[1]) >= x.shape[1]:
+            # `config.resolve` lets splash through only where order is the order of the row.
+            inputs = tuple(one._replace(mask=splash.Causal(metadata.segment)) for one in inputs)
+        is_local = local_layers(self.spec)
+        if self.compute.scan_layers:
+            return self.norm(self.blocks(x, inputs, jnp.array(is_local))[0]), None
+        # Computed once: XLA would compute each mask again in every layer.
+        inputs, layers = jax.lax.optimization_barrier(inputs), []
+        for i, block in enumerate(self.blocks):
+            held = None if cache is None else (cache.key[i], cache.value[i])
+            x, held = block(x, (inputs[-1 if is_local[i] else 0],), None, held)
+            layers.append(held)
+        if cache is not None:
+            key, value = zip(*layers, strict=True)
+            cache = Cache(key, value, keys, index + x.shape[1])
         return self.norm(x), cache
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+    def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L W"]:
         """Hidden states -> float32 logits."""
         if self.spec.tied_head:
             table = working(self.embedding, (axes.VOCAB, axes.EMBED), x.dtype)
-            out = jnp.einsum("btd,wd->btw", x, table, preferred_element_type=jnp.float32)
+            out = jnp.einsum("bld,wd->blw", x, table, preferred_element_type=jnp.float32)
         else:
             out = self.head(x).astype(jnp.float32)
         if self.spec.logit_softcap is not None:
@@ -170,28 +204,22 @@ class Decoder(nn.Module):
         return constrain(out, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
 
 
-def head(params: Any, spec: DecoderSpec) -> Head:
+def head(params: Params, spec: DecoderSpec) -> Head:
     """The vocabulary's table of a decoder's parameters."""
     table = params["embedding"] if spec.tied_head else params["head"]["kernel"].T
     return Head(table, spec.logit_softcap)
 
 
-def behind(cache: Cache | None, slots: Slots) -> tuple[Slots, Array]:
-    """Slots of every key that new tokens at `slots` may see (those of the cache and their own), and where they go."""
-    if cache is None:
-        return slots, jnp.zeros((), jnp.int32)
-    update = jax.lax.dynamic_update_slice_in_dim
-    return Slots(*(update(old, new, cache.used, 1) for old, new in zip(cache.slots, slots, strict=True))), cache.used
-
-
-def sights(spec: DecoderSpec, slots: Slots, keys: Slots, start: Array) -> tuple[Sight, ...]:
-    """The view of the global layers and, with a window, behind it that of the local layers."""
-    whole = rotary.angles(slots.position, spec.head_dim, spec.rope_theta, spec.rope_factor, spec.rope_bands)
-    views = (Sight(whole, masks.sees(slots, keys), start),)
+def attention_inputs(
+    spec: DecoderSpec, queries: AttentionMetadata, keys: AttentionMetadata, index: Int[Array, ""]
+) -> tuple[AttentionInputs, ...]:
+    """Those of the global layers and, with a window, behind them those of the local layers."""
+    whole = rotary.angles(queries.position, spec.head_dim, spec.rope_theta, spec.rope_factor, spec.rope_bands)
+    inputs = (AttentionInputs(whole, masks.attention_mask(queries, keys), index),)
     if spec.window is not None:
-        near = rotary.angles(slots.position, spec.head_dim, spec.local_rope_theta) if spec.local_rope_theta else whole
-        views += (Sight(near, masks.sees(slots, keys, spec.window), start),)
-    return views
+        near = rotary.angles(queries.position, spec.head_dim, spec.local_rope_theta) if spec.local_rope_theta else whole
+        inputs += (AttentionInputs(near, masks.attention_mask(queries, keys, spec.window), index),)
+    return inputs
 
 
 def local_layers(spec: DecoderSpec) -> tuple[bool, ...]:
@@ -199,8 +227,25 @@ def local_layers(spec: DecoderSpec) -> tuple[bool, ...]:
     return tuple(not spec.window_pattern or layer % spec.window_pattern != 0 for layer in range(1, spec.depth + 1))
 
 
-def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: str) -> Cache:
-    """A cache of that many slots, none of them written."""
-    shape = (spec.depth, batch, slots, spec.kv_heads, spec.head_dim)
-    none = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), Slots(none, none, none), jnp.zeros((), jnp.int32))
+def unstack_layers(params: Params, depth: int) -> Params:
+    """Parameters of a decoder with scan_layers=True -> those of the same decoder with scan_layers=False.
+
+    Each stacked array is freed once it is unstacked, where the caller holds it no longer.
+    """
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    del params
+    layers = []
+    while leaves:
+        leaf = leaves.pop(0)
+        layers.append([leaf[i] for i in range(depth)])
+        jax.block_until_ready(layers[-1])
+    unstacked = (jax.tree.unflatten(structure, layer) for layer in zip(*layers, strict=True))
+    return {**rest, **{f"blocks_{i}": layer for i, layer in enumerate(unstacked)}}
+
+
+def stack_layers(params: Params) -> Params:
+    """The inverse of `unstack_layers`."""
+    names = [f"blocks_{i}" for i in range(sum(name.startswith("blocks_") for name in params))]
+    rest = {name: leaf for name, leaf in params.items() if name not in names}
+    return {**rest, "blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *(params[name] for name in names))}

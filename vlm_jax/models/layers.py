@@ -24,9 +24,11 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The block, rematerialised in the backward pass as the named policy says. Inside a scan CSE needs no guard."""
-    return block if policy == "none" else nn.remat(block, policy=REMAT[policy], prevent_cse=False)
+def remat(block: type[nn.Module], policy: str, in_scan: bool = True) -> type[nn.Module]:
+    """The block, rematerialised in the backward pass as the named policy says. Outside a scan XLA must be kept from
+    merging what is computed again with what was computed before (CSE).
+    """
+    return block if policy == "none" else nn.remat(block, policy=REMAT[policy], prevent_cse=not in_scan)
 
 
 class Linear(nn.Module):

@@ -1,9 +1,9 @@
 """Causal attention that never writes a score to memory: JAX's Pallas kernel for TPUs ("splash" attention).
 
-Applies to rows of one sequence each, read in order: token i sees the real tokens up to i. That is training and scoring
-with one question behind each image under a causal mask; packed questions (which all see the image, but not each other)
-and two-way prefixes are not of that form. Elsewhere than on a TPU the same mathematics runs as plain products: which of
-the two is decided when a program is lowered, so that a program compiled ahead of time for a TPU has the kernel.
+Applies to rows of one or several conversations under a causal mask, each in the order of the row: token i sees the
+tokens of its own segment up to i. Two-way prefixes are not of that form. Elsewhere than on a TPU the same mathematics
+runs as plain products: which of the two is decided when a program is lowered, so that a program compiled ahead of time
+for a TPU has the kernel.
 """
 
 import functools
@@ -21,15 +21,15 @@ _BLOCK = 512  # queries and keys of one tile of work
 
 
 class Causal(NamedTuple):
-    """The mask of rows of one sequence each."""
+    """Causal by index within each segment of a row: `masks.attention_mask` where order follows the row."""
 
-    real: Bool[Array, "B L"]
+    segment: Int[Array, "B L"]  # 0 is padding, as in `AttentionMetadata`
 
     def dense(self) -> Bool[Array, "B 1 L L"]:
         """As `ops.attention` takes it."""
-        length = self.real.shape[1]
-        order = jnp.arange(length)
-        seen = (order[None, :] <= order[:, None])[None] & self.real[:, None, :] & self.real[:, :, None]
+        order = jnp.arange(self.segment.shape[1])
+        same = self.segment[:, :, None] == self.segment[:, None, :]
+        seen = same & (self.segment[:, None, :] != 0) & (order[None, :] <= order[:, None])
         return seen[:, None]
 
 
@@ -55,9 +55,9 @@ def attend(
         q,
         k,
         v,
-        mask.real,
+        mask.segment,
         tpu=placement.on_each_device(kernel, (heads, heads, heads, row), heads),
-        default=lambda q, k, v, real: plain(q, k, v, Causal(real)),
+        default=lambda q, k, v, segment: plain(q, k, v, Causal(segment)),
     )
 
 
@@ -65,7 +65,7 @@ def _on_tpu(
     q: Float[Array, "B L N C"],
     k: Float[Array, "B L K C"],
     v: Float[Array, "B L K C"],
-    real: Bool[Array, "B L"],
+    segment: Int[Array, "B L"],
     *,
     scale: float,
     softcap: float | None,
@@ -90,5 +90,5 @@ def _on_tpu(
 
     pad = ((0, 0), (0, 0), (0, 0), (0, -channels % LANES))
     by_head = [jnp.pad(x, pad).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]
-    out = jax.vmap(one)(*by_head, real.astype(jnp.int32)).swapaxes(1, 2)[..., :channels]
-    return jnp.where(real[:, :, None, None], out, 0)
+    out = jax.vmap(one)(*by_head, segment.astype(jnp.int32)).swapaxes(1, 2)[..., :channels]
+    return jnp.where((segment != 0)[:, :, None, None], out, 0)

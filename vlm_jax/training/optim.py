@@ -47,7 +47,7 @@ def _matrices(params: Any) -> Any:
 
     def is_matrix(path: Any, x: jax.Array) -> bool:
         name = _name(path)
-        return not name.endswith("bias") and x.ndim - ("blocks" in name) >= 2
+        return not name.endswith("bias") and x.ndim - ("blocks" in name.split("/")) >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
+from vlm_jax.core.structs import AttentionMetadata
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.importers import big_vision, fields, hf_decoder, hf_encoder, hf_vlm
@@ -22,7 +22,6 @@ from vlm_jax.models.importers import weights as w
 from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.importers.weights import Table, Weights
 from vlm_jax.models.vision import Encoder
-from vlm_jax.ops import masks
 
 PARTS = ("encoder", "connector", "decoder")
 
@@ -125,23 +124,23 @@ def found_params(
     plan: Any | None = None,
     dtype: str | None = "float32",
     on_tensor: Callable[[int], None] | None = None,
-    layers: str = "stacked",
+    scan_layers: bool = True,
 ) -> dict[str, Any]:
     """{"encoder": ..., "connector": ..., "decoder": ...}, as far as asked for and there; see `weights.load_params`.
 
-    layers: "stacked" gives the decoder that training scans over; "apart" the one of `models.layerwise`, without the
-        layers ever being stacked.
+    scan_layers: as in `ComputeSpec`: the decoder's layers stacked, or each on its own without ever being stacked.
 
     Raises `UserError` for a head in the file that config.json says is the embedding, and is not.
     """
     read = {}
     for part in parts:
         if part in found.tables:
-            table, shapes = found.tables[part], boxed(found, part)
-            if part == "decoder" and found.decoder.tied_head:
-                hf_decoder.check_tied(found.weights, table)
-            if part == "decoder" and layers == "apart":
-                table, shapes = layers_apart(table, shapes, found.decoder.depth)
+            table = found.tables[part]
+            if part == "decoder":
+                if found.decoder.tied_head:
+                    hf_decoder.check_tied(found.weights, table)
+                table = table if scan_layers else unstack_table(table, found.decoder.depth)
+            shapes = boxed(found, part, scan_layers)
             read[part] = w.load_params(found.weights, table, shapes, plan, dtype, (".*",), on_tensor)
     return read
 
@@ -152,31 +151,25 @@ def size_bytes(found: Found, parts: Iterable[str] = PARTS) -> int:
     return sum(math.prod(shape) * found.weights.shapes[name][1].itemsize for name, shape in names.items())
 
 
-def layers_apart(table: Table, boxed: Any, depth: int) -> tuple[Table, Any]:
-    """The table and the boxed shapes of a decoder with `layers`, as `models.layerwise.split` makes them of `blocks`."""
-
-    def row(leaf: nn.LogicallyPartitioned) -> nn.LogicallyPartitioned:
-        return leaf.replace(value=jax.ShapeDtypeStruct(leaf.value.shape[1:], leaf.value.dtype), names=leaf.names[1:])
-
+def unstack_table(table: Table, depth: int) -> Table:
+    """The table of a decoder with scan_layers=True -> that of the same decoder with scan_layers=False."""
     blocks = {path.removeprefix("blocks/"): leaf for path, leaf in table.items() if path.startswith("blocks/")}
     rest = {path: leaf for path, leaf in table.items() if not path.startswith("blocks/")}
-    apart = {f"layers/{i}/{name}": leaf.block(i) for i in range(depth) for name, leaf in blocks.items()}
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    one = jax.tree.map(row, boxed["blocks"], is_leaf=is_box)
-    shapes = {name: leaf for name, leaf in boxed.items() if name != "blocks"}
-    return {**rest, **apart}, {**shapes, "layers": (one,) * depth}
+    return {**rest, **{f"blocks_{i}/{name}": leaf.block(i) for i in range(depth) for name, leaf in blocks.items()}}
 
 
-def boxed(found: Found, part: str) -> Any:
+def boxed(found: Found, part: str, scan_layers: bool = True) -> Any:
     """Boxed shapes of one part of a found model."""
-    compute, key = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)), jax.random.key(0)
+    compute = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1), scan_layers=scan_layers)
+    key = jax.random.key(0)
     if part == "encoder":
         image = jax.ShapeDtypeStruct((1, found.encoder.image_size, found.encoder.image_size, 3), "float32")
         return jax.eval_shape(Encoder(found.encoder, compute).init, key, image)["params"]
     if part == "connector":
         return jax.eval_shape(lambda key: connector.init_weights(key, model_spec(found)), key)
     text = jax.ShapeDtypeStruct((1, 2), "int32")
-    return jax.eval_shape(Decoder(found.decoder, compute).init, key, text, masks.Slots(text, text, text))["params"]
+    metadata = AttentionMetadata(text, text, text)
+    return jax.eval_shape(Decoder(found.decoder, compute).init, key, text, metadata)["params"]
 
 
 def model_spec(found: Found) -> ModelSpec:
