@@ -80,9 +80,10 @@ def get_config(arg: str = "") -> ConfigDict:
         moments="float32",
         scan_layers=True,
     )
-    c.evaluation = dict(examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32)
+    c.evaluation = dict(examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32, subset_examples=256)
     c.seed = arg.seed
     c.log_every_steps = 10
+    c.evaluate_every_steps = 0
     c.save_every_steps = 500
     c.keep_checkpoints = 2
     c.keep_every_steps = 0

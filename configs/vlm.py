@@ -103,9 +103,16 @@ def get_config(arg: str = "") -> ConfigDict:
         moments="float32",
         scan_layers=True,
     )
-    c.evaluation = dict(examples=0, questions_per_example=2, batch_examples=256, max_new_tokens=family["answer_tokens"])
+    c.evaluation = dict(
+        examples=0,
+        questions_per_example=2,
+        batch_examples=256,
+        max_new_tokens=family["answer_tokens"],
+        subset_examples=256,
+    )
     c.seed = arg.seed
     c.log_every_steps = max(steps // 20, 1)
+    c.evaluate_every_steps = 0
     c.save_every_steps = 0
     c.keep_checkpoints = 1
     c.keep_every_steps = 0

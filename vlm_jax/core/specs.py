@@ -256,7 +256,7 @@ def to_dict(spec: Any) -> dict[str, Any]:
 def spec_hash(spec: RunSpec) -> str:
     """Twelve hex digits that name the experiment."""
     identity = to_dict(spec)
-    for field in (*NOT_IDENTITY, *_ADDED):
+    for field in dict.fromkeys((*NOT_IDENTITY, *_ADDED)):
         *groups, name = field.split(".")
         group = functools.reduce(lambda part, key: part and part[key], groups, identity)
         if group and (field in NOT_IDENTITY or group[name] == _ADDED[field]):
