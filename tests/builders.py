@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.core.structs import Batch
+from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.models.vlm import Vlm
 
 COMPUTE = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1))
@@ -27,28 +27,48 @@ def model(compressor: str = "resampler", tokens: int = 4, mask: str = "causal", 
     return ModelSpec(ENCODER, spec, "linear", dec, mask)
 
 
-def batch(rows: int = 4, questions: int = 2, seed: int = 0) -> Batch:
-    """Random packed questions of two tokens with answers of three, then one slot of padding; pixels as the image."""
+def inputs(
+    rows: int = 4, questions: int = 2, visual_tokens: int = 4, seed: int = 0, mask: str = "causal", views: int = 1
+) -> Inputs:
+    """Random rows, as the drawing in `core.structs.Inputs`: each question has the image's tokens, two tokens of text and
+    an answer of three; then one position of padding. With as many `views` as questions each reads one of its own.
+    """
     rng = np.random.default_rng(seed)
-    length = 5
-    text = rng.integers(2, 32, (rows, questions * length)).astype(np.int32)
-    position = np.tile(np.arange(length, dtype=np.int32), (rows, questions))
-    segment = np.repeat(np.tile(np.arange(1, questions + 1, dtype=np.int32), (rows, 1)), length, axis=1)
+    length = visual_tokens + 5
+    tokens = rng.integers(2, 32, (rows, questions * length))
+    position = np.tile(np.arange(length), (rows, questions))
+    segment = np.repeat(np.tile(np.arange(1, questions + 1), (rows, 1)), length, axis=1)
+    is_visual = position < visual_tokens
+    view = (segment - 1) * (views > 1)
+    order = np.where((mask == "prefix") & (position < visual_tokens + 2), 0, position)
+    visual = np.where(is_visual, position + visual_tokens * view, -1)
+    weight = (position >= visual_tokens + 1) & (position < length - 1)
     pad = ((0, 0), (0, 1))
-    text, position, segment = (np.pad(x, pad) for x in (text, position, segment))
-    real = segment > 0
-    last = position == length - 1
-    weight = (real & (position >= 1) & ~last).astype(np.float32)
-    return Batch(
-        text=text,
-        target=np.where(real & ~last, np.roll(text, -1, axis=1), 0).astype(np.int32),
-        weight=weight,
-        segment=segment,
-        position=position,
-        question=real & (position < 2),
-        example=np.arange(rows, dtype=np.int32),
-        image=rng.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8),
+    arrays = [np.pad(x, pad).astype(np.int32) for x in (np.where(is_visual, 0, tokens), segment, position, order)]
+    asked = tokens.reshape(rows, questions, length)[:, :views, visual_tokens : visual_tokens + 2]
+    return Inputs(
+        *arrays,
+        visual=np.pad(visual, pad, constant_values=-1).astype(np.int32),
+        views=Views(
+            rng.integers(0, 256, (rows, views, 16, 16, 3)).astype(np.uint8),
+            question=np.pad(asked, ((0, 0), (0, 0), (0, 1)), constant_values=-1).astype(np.int32),
+        ),
+        weight=np.pad(weight, pad).astype(np.float32),
     )
+
+
+def apart(packed: Inputs) -> list[Inputs]:
+    """Packed rows, taken apart: rows of one conversation each for each segment number."""
+    out = []
+    for segment in range(1, packed.segment.max() + 1):
+        mine = packed.segment == segment
+        length = mine[0].sum()
+        fields = {
+            name: getattr(packed, name)[mine].reshape(-1, length)
+            for name in ("tokens", "position", "order", "visual", "weight")
+        }
+        out.append(Inputs(**fields, segment=np.ones_like(fields["tokens"]), views=packed.views))
+    return out
 
 
 def boxed_shapes(vlm: Vlm) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def _asked(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--max-new-tokens", type=int, help="the longest answer (default: 64; a run's own)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw of the likeliest words of this probability")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of fresh weights")
     parser.add_argument("--show-tokens", type=Path, metavar="PNG", help="draw what each visual token reads")
     args = parser.parse_args(argv)
@@ -65,7 +66,8 @@ def main(argv: list[str]) -> None:
     from vlm_jax import pretrained
     from vlm_jax.compress import catalog
     from vlm_jax.data.images import prepare, read_image
-    from vlm_jax.pretrained import answering, sight
+    from vlm_jax.inference import api
+    from vlm_jax.pretrained import sight
 
     image = None if args.image is None else read_image(args.image)
     with _progress("reading weights", DownloadColumn()) as on_read:
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> None:
         with _progress("what visual tokens read", MofNCompleteColumn()) as on_token:
             method = model.spec.compressor and catalog.row(model.spec.compressor.name)
             asks = args.prompt is not None and method is not None and method.query_dependent
-            vector = answering.question_vector(model, args.prompt) if asks else None
+            vector = api.question_vector(model, args.prompt) if asks else None
             shares = sight.patch_shares(model, pixels, which, vector, on_token)
         sight.draw(model, pixels, shares, which, args.show_tokens)
     if args.prompt is not None:
@@ -93,6 +95,7 @@ def main(argv: list[str]) -> None:
                 [args.prompt],
                 args.max_new_tokens,
                 args.temperature,
+                args.top_p,
                 args.seed,
             )
         print(answer)

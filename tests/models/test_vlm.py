@@ -1,4 +1,4 @@
-"""The joined model: packing, the image prefix, the question vector, the encoder."""
+"""The joined model: packed rows, views, dead tokens, the question vector, the encoder."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import builders
-from vlm_jax.core.structs import Batch
+from vlm_jax.core.structs import Inputs, Views, Visual
 from vlm_jax.models.vision import Encoder
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.training import loss
@@ -17,93 +17,136 @@ from vlm_jax.training import loss
 
 def built(**kwargs):
     model = Vlm(builders.model(**kwargs), builders.COMPUTE)
-    init = jax.jit(lambda key: nn.meta.unbox({**model.init(key), "encoder": model.init_encoder(key)}))
-    return model, init(jax.random.key(0))
+    return model, jax.tree.map(jnp.asarray, builders.params(model))
 
 
-def on_device(batch: Batch) -> Batch:
-    return jax.tree.map(jnp.asarray, batch)
+def loss_sums(model: Vlm):
+    return jax.jit(lambda params, inputs: loss.sums(model.forward(params, inputs)[0], model.head(params), inputs))
 
 
-def single_questions(batch: Batch) -> list[Batch]:
-    """The packed batch, taken apart: one batch for each segment number."""
-    out = []
-    for segment in range(1, batch.segment.max() + 1):
-        mine = batch.segment == segment
-        length = mine[0].sum()
-        arrays = {
-            f: getattr(batch, f)[mine].reshape(-1, length) for f in ("text", "target", "weight", "position", "question")
-        }
-        out.append(Batch(**arrays, segment=np.ones_like(arrays["text"]), example=batch.example, image=batch.image))
-    return out
+@pytest.mark.parametrize(
+    ("compressor", "tokens", "views", "mask"),
+    [
+        ("blind", 0, 1, "causal"),
+        ("resampler", 1, 1, "causal"),
+        ("resampler", 4, 1, "prefix"),
+        ("quecc", 4, 3, "causal"),
+    ],
+)
+def test_packed_equals_alone(compressor: str, tokens: int, views: int, mask: str) -> None:
+    """Conversations packed in a row give the hidden states and the loss that they give one at a time; segments may name
+    the same view, or one each, which then follows its own question.
+    """
+    model, params = built(compressor=compressor, tokens=tokens, mask=mask)
+    packed = builders.inputs(questions=3, visual_tokens=tokens, mask=mask, views=views)
+    hidden = jax.jit(lambda inputs: model.forward(params, inputs)[0])
+    together = hidden(packed)
+    alone = builders.apart(packed)
+    for segment, one in enumerate(alone, start=1):
+        expected = hidden(one).reshape(-1, together.shape[-1])
+        np.testing.assert_allclose(together[packed.segment == segment], expected, atol=2e-6)
+    sums = loss_sums(model)
+    parts = zip(*(sums(params, one) for one in alone), strict=True)
+    for whole, each in zip(sums(params, packed), parts, strict=True):
+        np.testing.assert_allclose(whole, sum(each), rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 4])
-def test_packing_changes_nothing(tokens: int) -> None:
-    """Questions packed behind one image give the sums that they give one at a time."""
-    model, params = built(compressor="resampler" if tokens else "blind", tokens=tokens)
-    batch = builders.batch(questions=3)
-    sums = jax.jit(lambda b: loss.sums(model.states(params, b), model.head(params), b))
-    packed = sums(on_device(batch))
-    apart = [sums(b) for b in map(on_device, single_questions(batch))]
-    for whole, parts in zip(packed, zip(*apart, strict=True), strict=True):
-        np.testing.assert_allclose(whole, sum(parts), rtol=1e-5)
+def test_any_number_of_images_in_a_conversation() -> None:
+    """Two images in one conversation: its states follow both, each image's tokens stand where its placeholders are."""
+    model, params = built(compressor="pool")
+    inputs = builders.inputs(questions=2, views=2)
+    joined = inputs._replace(segment=np.minimum(inputs.segment, 1), position=np.arange(19)[None].repeat(4, 0))
+    joined = joined._replace(order=joined.position)
+    read = jax.jit(lambda inputs: model.forward(params, inputs)[0])
+    hidden = lambda pixels: read(joined._replace(views=Views(pixels)))  # noqa: E731
+    pixels = joined.views.pixels
+    for view in (0, 1):
+        other = pixels.copy()
+        other[:, view] = 255 - other[:, view]
+        differs = np.abs(hidden(other) - hidden(pixels)).max(axis=(0, 2)) > 0
+        assert not differs[: 9 * view].any()
+        assert differs[9 * view : 18].all()
+    swapped = joined._replace(visual=np.where(joined.visual < 0, -1, (joined.visual + 4) % 8))
+    expected = hidden(pixels[:, ::-1])
+    np.testing.assert_allclose(read(swapped._replace(views=Views(pixels))), expected, atol=1e-6)
 
 
-def test_splash_sees_what_the_mask_shows() -> None:
-    """One question a row: asked for the fused kernel, states of real tokens are the same, with local layers too."""
+def test_dead_visual_tokens_move_nothing() -> None:
+    """With masked patches, rows are as if the dead tokens had never stood in them: no logit follows what they hold, and
+    positions count the living.
+    """
+    model, params = built(compressor="none", tokens=16)
+    inputs = builders.inputs(questions=2, visual_tokens=16)
+    alive = np.random.default_rng(1).random((4, 1, 16)) < 0.6
+    tokens = np.random.default_rng(2).standard_normal((4, 1, 16, 16)).astype(np.float32)
+
+    read = jax.jit(lambda inputs: model.logits(params, model.forward(params, inputs)[0]))
+
+    def logits(tokens: np.ndarray, inputs: Inputs, mask: np.ndarray | None) -> np.ndarray:
+        views = Views(features=Visual(tokens, mask=mask))
+        return np.asarray(read(inputs._replace(views=views)))
+
+    found = logits(tokens, inputs, alive)
+    changed = logits(np.where(alive[..., None], tokens, 9.0), inputs, alive)
+    stands = (inputs.segment > 0) & ((inputs.visual < 0) | np.take_along_axis(alive[:, 0], inputs.visual % 16, axis=1))
+    np.testing.assert_array_equal(found[stands], changed[stands])
+    for row in range(4):
+        kept = stands[row]
+        alone = Inputs(*(part[row][kept][None] for part in inputs[:5]))
+        position = np.concatenate([np.arange((alone.segment == s).sum()) for s in (1, 2)])[None]
+        expected = logits(tokens[row, None], alone._replace(position=position, order=position), None)
+        np.testing.assert_allclose(found[row, kept], expected[0], atol=2e-5)
+
+
+def test_fused_causal_attention_takes_packed_rows() -> None:
+    """Asked for the fused kernel, states of real tokens are the same, with local layers too."""
     model, params = built(window=64, window_pattern=2, local_rope_theta=100.0)
-    batch = on_device(builders.batch(questions=1))
+    inputs = builders.inputs(questions=2)
     fused = Vlm(model.spec, dataclasses.replace(model.compute, attention="splash"))
-    ours, theirs = (jax.jit(each.states)(params, batch) for each in (fused, model))
-    real = (batch.segment > 0)[..., None]
+    ours, theirs = (jax.jit(each.forward)(params, inputs)[0] for each in (fused, model))
+    real = (inputs.segment > 0)[..., None]
     np.testing.assert_allclose(jnp.where(real, ours, 0), jnp.where(real, theirs, 0), atol=1e-5)
 
 
-def test_no_question_sees_another() -> None:
-    """Logits of segment 1 have exactly zero gradient with respect to the embeddings of segment 2, and back."""
+def test_no_conversation_sees_another() -> None:
+    """States of segment 1 have exactly zero gradient with respect to the embeddings of segment 2."""
     model, params = built()
-    batch = on_device(builders.batch(rows=2, questions=2))
-    prefix = model.visual_prefix(params, batch)
+    inputs = builders.inputs(rows=2, questions=2)
     table = params["decoder"]["embedding"]
-    marked = batch._replace(text=jnp.where(batch.segment == 2, 31, jnp.minimum(batch.text, 30)))
+    text = (inputs.segment == 2) & (inputs.visual < 0)
+    marked = inputs._replace(tokens=np.where(text, 31, np.minimum(inputs.tokens, 30)))
 
     def first_segment(row):
-        frozen = {**params, "decoder": {**params["decoder"], "embedding": table.at[31].set(row)}}
-        hidden, _ = model.hidden(frozen, prefix, marked)
+        frozen = {**params, "decoder": {**params["decoder"], "embedding": jnp.asarray(table).at[31].set(row)}}
+        hidden, _ = model.forward(frozen, jax.tree.map(jnp.asarray, marked))
         return jnp.sum(jnp.where((marked.segment == 1)[..., None], hidden, 0))
 
     assert np.all(jax.jit(jax.grad(first_segment))(table[31]) == 0)
 
 
-def test_blind_does_not_look() -> None:
-    model, params = built(compressor="blind", tokens=0)
-    batch = on_device(builders.batch())
-    other = batch._replace(image=255 - batch.image)
-    forward = jax.jit(model.forward)
-    np.testing.assert_array_equal(forward(params, batch), forward(params, other))
-
-
 def test_features_stand_for_pixels() -> None:
-    """The same logits from stored features as from the live encoder."""
+    """The same states from stored features as from the live encoder."""
     model, params = built(compressor="tokenpacker")
-    batch = on_device(builders.batch())
-    forward = jax.jit(model.forward)
-    stored = batch._replace(image=None, features=jax.jit(model.encode)(params, batch.image))
-    np.testing.assert_allclose(forward(params, stored), forward(params, batch), atol=1e-6)
+    inputs = builders.inputs()
+    forward = jax.jit(lambda inputs: model.forward(params, inputs)[0])
+    features = jax.tree.map(lambda leaf: leaf[:, None], jax.jit(model.encode)(params, inputs.views.pixels[:, 0]))
+    np.testing.assert_allclose(forward(inputs._replace(views=Views(features=features))), forward(inputs), atol=1e-6)
 
 
 def test_question_vector() -> None:
-    """It follows the question and nothing behind it, and sends no gradient into the decoder."""
+    """It is the state of the question's last token alone, whatever the padding, and sends no gradient into the
+    decoder.
+    """
     model, params = built(compressor="quecc")
-    batch = on_device(builders.batch(questions=1))
+    question = np.array([[5, 6, 7], [9, -1, -1]])
     read = jax.jit(model.question_vector)
-    vector = read(params, batch)
-    answer_changed = batch._replace(text=jnp.where(batch.question, batch.text, 7))
-    np.testing.assert_array_equal(read(params, answer_changed), vector)
-    question_changed = batch._replace(text=jnp.where(batch.question, 7, batch.text))
-    assert np.abs(read(params, question_changed) - vector).max() > 0
-    grads = jax.jit(jax.grad(lambda p: model.question_vector(p, batch).sum()))(params)
+    vector = read(params, question)
+    for row, length in enumerate((3, 1)):
+        ids = question[row, None, :length]
+        position = np.arange(length)[None]
+        alone = Inputs(ids, np.ones_like(ids), position, position, np.full_like(ids, -1))
+        np.testing.assert_allclose(vector[row], jax.jit(model.forward)(params, alone)[0][0, -1], atol=1e-6)
+    grads = jax.jit(jax.grad(lambda p: model.question_vector(p, jnp.asarray(question)).sum()))(params)
     assert all(np.all(g == 0) for g in jax.tree.leaves(grads))
 
 

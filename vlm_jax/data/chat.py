@@ -50,54 +50,80 @@ def layout_of(architecture: str, text: Text, image: str = "<image>") -> Layout:
     return Layout("template" if template else "plain", template, image)
 
 
-def prompt_ids(layout: Layout, text: Text, prompt: Any, image_token: int | None, visual_tokens: int) -> list[int]:
-    """The ids of one prompt, with `visual_tokens` placeholders where its image stands.
+def prompt_ids(
+    layout: Layout, text: Text, prompt: Any, image_token: int | None, visual_tokens: int, images: int = 1
+) -> list[int]:
+    """The ids of one prompt, with `visual_tokens` placeholders where each of its images stands.
 
-    A prompt that names the image itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is. A list of
-    messages goes through the template, in the form that it reads. `visual_tokens` 0 means that there is no image.
+    A prompt that names its images itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is. A list of
+    messages goes through the template, in the form that it reads.
 
-    Raises `UserError` for a template that refuses the messages, or messages for a model without a template.
+    Raises `UserError` for a template that refuses the messages, messages for a model without a template, or places for
+    another number of images than there are.
     """
     if not isinstance(prompt, str) and not messages.are_messages(prompt):
         raise UserError("a prompt is a text, or a list of messages: objects with `role` and `content`")
-    image = layout.image if image_token is not None and visual_tokens else ""
+    images = images if image_token is not None and visual_tokens else 0
+    mark = layout.image
     if layout.kind == "image first":
-        return [image_token or 0] * visual_tokens + text.encode(f"{_only_text(layout, prompt)}\n")  # as it was asked
+        return [image_token or 0] * (visual_tokens * images) + text.encode(f"{_only_text(prompt)}\n")  # as in training
     if layout.kind == "prefix":
-        ids = text.plain(_prefix_prompt(layout, text, _only_text(layout, prompt), image))
-    elif isinstance(prompt, str) and (layout.kind == "plain" or (image and image in prompt)):
-        ids = text.encode(prompt if image in prompt else f"{image}\n{prompt}")
+        ids = text.plain(_prefix_prompt(layout, text, _only_text(prompt), images))
+    elif isinstance(prompt, str) and (layout.kind == "plain" or (images and mark in prompt)):
+        ids = text.encode(prompt if mark in prompt else f"{mark}\n" * images + prompt)
     elif layout.template is None:
         raise UserError("this model has no chat template: give the prompt as one text")
     else:
         talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        what = _reads(layout.template, tuple(text.special.items()), layout.image)
-        talk = messages.shaped(talk, what, layout.image if image else "")
+        what = _reads(layout.template, tuple(text.special.items()), mark)
+        talk = messages.shaped(talk, what, mark, images)
         rendered = render(layout.template, talk, text.special)
         # A template writes its own begin token; of a model that sees, the processor adds one where it did not.
         begins = rendered.startswith(text.special.get("bos_token") or "\0")
         ids = text.plain(rendered) if begins or image_token is None else text.encode(rendered)
-    return expanded(ids, text.id(image), image_token, visual_tokens) if image else ids
+    return expanded(ids, text.id(mark), image_token, visual_tokens, images) if images else ids
 
 
-def expanded(ids: Sequence[int], written: int | None, image_token: int | None, visual_tokens: int) -> list[int]:
-    """Each image mark (the tokenizer's id of "<image>") as a run of `visual_tokens` placeholders."""
+def expanded(
+    ids: Sequence[int], written: int | None, image_token: int | None, visual_tokens: int, images: int = 1
+) -> list[int]:
+    """Each image mark (the tokenizer's id of "<image>") as a run of `visual_tokens` placeholders. Raises `UserError`
+    where there are not as many marks as images.
+    """
+    if (places := list(ids).count(written)) != images:  # type: ignore[arg-type]
+        raise UserError(f"the prompt has {places} places for images: expected {images}, one for each image given")
     run = [image_token] * visual_tokens
     return [one for token in ids for one in (run if token == written else [token])]  # type: ignore[misc]
 
 
-def _only_text(layout: Layout, prompt: str | Sequence[Message]) -> str:
+def bare_question(layout: Layout, prompt: Any) -> str:
+    """What a prompt asks, without images and template: the text of the first message of the user's; of a text that
+    names its images itself, what stands behind the first image, up to the answer's role (as the official QueCC reads a
+    prompt of LLaVA's).
+    """
+    if isinstance(prompt, str):
+        if layout.image not in prompt:
+            return prompt
+        behind = prompt.partition(layout.image)[2].replace(layout.image, "")
+        return behind.partition("ASSISTANT")[0].strip()
+    content = next((message.get("content") for message in prompt if message.get("role") == "user"), "")
+    parts = [content] if isinstance(content, str) else content or ()
+    texts = (part if isinstance(part, str) else part.get("text", "") for part in parts)
+    return "\n".join(one for one in texts if one).replace(layout.image, "").strip()
+
+
+def _only_text(prompt: str | Sequence[Message]) -> str:
     if not isinstance(prompt, str):
         raise UserError("this model reads one text, not a list of messages")
     return prompt
 
 
-def _prefix_prompt(layout: Layout, text: Text, prompt: str, image: str) -> str:
-    bos = text.special.get("bos_token", "")
-    if image and image in prompt:
-        head, _, tail = prompt.rpartition(image)
-        return f"{head}{image}{bos}{tail}\n"
-    return f"{image}{bos}{prompt}\n"
+def _prefix_prompt(layout: Layout, text: Text, prompt: str, images: int) -> str:
+    bos, mark = text.special.get("bos_token", ""), layout.image
+    if images and mark in prompt:
+        head, _, tail = prompt.rpartition(mark)
+        return f"{head}{mark}{bos}{tail}\n"
+    return f"{mark * images}{bos}{prompt}\n"
 
 
 @functools.lru_cache(maxsize=32)

@@ -54,19 +54,23 @@ def reads(render: Callable[[Sequence[Message]], str], mark: str) -> Reads:
     return Reads(_TRIAL in texts or not parts, parts, parts and mark in both and _UNREAD not in both)
 
 
-def shaped(messages: Sequence[Message], what: Reads, mark: str) -> list[Message]:
-    """The messages as the template reads them, with an image in front of the first of the user's unless they place it.
+def shaped(messages: Sequence[Message], what: Reads, mark: str, images: int) -> list[Message]:
+    """The messages as the template reads them, with all images in front of the first of the user's unless they place
+    them.
 
     Args:
-        mark: the text that stands for the image; "" where there is none.
+        mark: the text that stands for an image.
+        images: how many there are.
 
-    Raises `UserError` for parts of other kinds, for an image without a message of the user's, or a part without one.
+    Raises `UserError` for parts of other kinds, for images without a message of the user's, or places for another number
+    of images than there are.
     """
     split = [_split(message) for message in messages]
-    if mark and not _placed(split, mark):
-        _place(messages, split)
-    elif not mark and any(part["type"] == "image" for parts in split for part in parts or ()):
-        raise UserError("a message has a part of the type 'image', but no image is given")
+    places = _places(split, mark)
+    if images and not places:
+        _place(messages, split, images)
+    elif places != images and (images or any(part["type"] == "image" for parts in split for part in parts or ())):
+        raise UserError(f"the messages have {places} places for images: expected {images}, one for each image given")
     out = []
     for message, parts in zip(messages, split, strict=True):
         plain = isinstance(message.get("content"), str) and len(parts or ()) == 1
@@ -94,14 +98,14 @@ def _split(message: Message) -> list[Part] | None:
     return [{"type": "image"} if part["type"] == "image" else part for part in parts]
 
 
-def _placed(split: Sequence[list[Part] | None], mark: str) -> bool:
-    return any(mark in part.get("text", mark) for parts in split for part in parts or ())
+def _places(split: Sequence[list[Part] | None], mark: str) -> int:
+    return sum(part.get("text", mark).count(mark) for parts in split for part in parts or ())
 
 
-def _place(messages: Sequence[Message], split: list[list[Part] | None]) -> None:
+def _place(messages: Sequence[Message], split: list[list[Part] | None], images: int) -> None:
     for i, message in enumerate(messages):
         if message.get("role") == "user":
-            split[i] = [{"type": "image"}, *(split[i] or ())]
+            split[i] = [*({"type": "image"} for _ in range(images)), *(split[i] or ())]
             return
     raise UserError("no message of the role 'user': there is no place for the image")
 

@@ -26,9 +26,12 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.data import chat, text, token_files
 from vlm_jax.data import images as pictures
-from vlm_jax.models import connector, layerwise, vision
+from vlm_jax.inference import sampling
+from vlm_jax.models import connector, vision
+from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.importers import weights
 from vlm_jax.models.importers.found import Found, find, found_params
+from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
 from vlm_jax.store import checkpoint
 
@@ -37,7 +40,8 @@ MARK = "<image>"  # stands for the image in a prompt, where a folder names no ot
 
 
 class Model(NamedTuple):
-    """A model that answers. In `params` the decoder's layers are apart; `layerwise.stack` gives what training reads."""
+    """A model that answers. The decoder's layers are unrolled; `models.decoder.stack_layers` gives what training reads.
+    """
 
     spec: ModelSpec  # encoder, compressor and projector are None for text alone
     compute: ComputeSpec
@@ -55,6 +59,11 @@ class Model(NamedTuple):
     def visual_tokens(self) -> int:
         """V; 0 for text alone."""
         return 0 if self.spec.compressor is None else self.spec.compressor.tokens
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether visual tokens follow the question."""
+        return Vlm(self.spec, self.compute).reads_question
 
 
 def load(
@@ -103,8 +112,9 @@ def load(
             raise UserError(f"{path}: a run has its own llm, compressor, tokens and image_size; leave them out")
         return _load_run(path, dtype, plan)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    compute = ComputeSpec(dtype, "none", _attention(), 1, "replicated", (1, 1, 1))
+    compute = ComputeSpec(dtype, "none", "xla", 1, "replicated", (1, 1, 1))
     plan = plan or partitioning.make_plan(compute, jax.local_devices()[:1])
+    compute = sampling.compute_for_decoding(compute, plan.mesh.devices.flat[0].platform)
     seeing = find(path)
     speaking = find(llm) if llm else seeing
     if speaking.decoder is None:
@@ -121,7 +131,7 @@ def load(
         seeing = seeing._replace(encoder=dataclasses.replace(spec.encoder, image_size=own.image_size))
     parts = () if spec.encoder is None else ("encoder",) if llm else ("encoder", "connector")
     count = _counter(((speaking, ("decoder",)), (seeing, parts)), on_read)
-    params = found_params(speaking, ("decoder",), plan, dtype, count, layers="apart")
+    params = found_params(speaking, ("decoder",), plan, dtype, count, scan_layers=False)
     if spec.encoder is not None:
         read = found_params(seeing, parts, plan, dtype, count)
         fresh = plan.init(lambda key: connector.init_weights(key, spec), jax.random.key(seed))
@@ -161,11 +171,6 @@ def checked_seed(seed: Any) -> int:
     if number is None or not 0 <= number < 2**32:
         raise UserError(f"seed={seed}: a whole number from 0 to {2**32 - 1} is wanted")
     return number
-
-
-def _attention() -> str:
-    """The quickest way to attend, where a cache is read."""
-    return "merged" if jax.default_backend() == "cpu" else "xla"
 
 
 def _counter(
@@ -266,16 +271,17 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     run = spec_from_dict(checkpoint.read_spec(workdir))
     context = run.model.decoder.context or run.model.compressor.tokens + run.data.text_tokens
     spec = dataclasses.replace(run.model, decoder=dataclasses.replace(run.model.decoder, context=context))
-    compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype, attention=_attention())
+    compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))
         plan = partitioning.make_plan(compute, jax.local_devices()[:1])
     network = build.open_network(dataclasses.replace(run, compute=compute), plan)
+    compute = sampling.compute_for_decoding(compute, plan.mesh.devices.flat[0].platform)
     abstract = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     unboxed, shardings = nn.meta.unbox(abstract), plan.shardings(abstract)
     params = checkpoint.restore_params(workdir, unboxed, shardings, _tell)
     params = {"encoder": jax.device_put(network.encoder, plan.replicated), **params}
-    params["decoder"] = layerwise.split(params.pop("decoder"), run.model.decoder.depth)
+    params["decoder"] = unstack_layers(params.pop("decoder"), run.model.decoder.depth)
     words = build.words_of(run.data.tokenizer)
     picture = pictures.run_spec(run.model.encoder)
     layout = chat.Layout("image first", None, MARK)
