@@ -1,8 +1,9 @@
-"""Batches: the example of `core.structs.Batch`, a second packer, and Grain's promises."""
+"""Batches: the drawing of `core.structs.Inputs`, a second packer, and Grain's promises."""
 
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,6 +30,7 @@ def _split(examples):
         asked.reshape(shape),
         answers.reshape(*shape, -1),
         replied.reshape(shape),
+        np.where(np.arange(questions.shape[1]) < asked[:, None], questions, -1).reshape(*shape, -1),
     )
 
 
@@ -49,72 +51,102 @@ def _features(indices):
     return Visual(np.stack([indices] * 2, axis=1).astype(np.float32)[:, :, None])
 
 
+LAYOUT = pipeline.Layout(2)
+
+
 def _take(split, spec, count, **options):
-    options = {"seed": 5, "features": _features, **options}
+    options = {"seed": 5, "layout": LAYOUT, "features": _features, **options}
     return list(itertools.islice(pipeline.train_batches(split, spec, **options), count))
 
 
 def _equal(a, b):
-    assert a._fields == b._fields
-    for left, right in zip(a, b, strict=True):
-        if isinstance(left, Visual):
-            left, right = left.tokens, right.tokens
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def _examples(inputs):
+    """The examples of a batch, from their features."""
+    return inputs.views.features.tokens[:, 0, 0, 0].astype(int)
 
 
 def test_the_drawn_example():
     split = _split([[("read row one", "3 3 8 0"), ("read row two", "4 7 1 9")]])
-    packed = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), 18)
-    words = lambda text: [0 if w == "pad" else tokenizer.vocabulary.WORDS.index(w) for w in text.split()]  # noqa: E731
+    packed = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT, 18)
+    words = lambda text: [0 if w in "I." else tokenizer.vocabulary.WORDS.index(w) for w in text.split()]  # noqa: E731
     end = tokenizer.vocabulary.END
     expected = {
-        "text": words(f"read row two 4 7 1 9 {end} read row one 3 3 8 0 {end} pad pad"),
-        "target": words(f"row two 4 7 1 9 {end} pad row one 3 3 8 0 {end} pad pad pad"),
-        "weight": [0, 0, 1, 1, 1, 1, 1, 0] * 2 + [0, 0],
-        "segment": [1] * 8 + [2] * 8 + [0, 0],
-        "position": [*range(8), *range(8), 0, 0],
-        "question": [1, 1, 1, 0, 0, 0, 0, 0] * 2 + [0, 0],
+        "tokens": words(f"I I read row two 4 7 1 9 {end} I I read row one 3 3 8 0 {end} . ."),
+        "weight": [0, 0, 0, 0, 1, 1, 1, 1, 1, 0] * 2 + [0, 0],
+        "segment": [1] * 10 + [2] * 10 + [0, 0],
+        "position": [*range(10), *range(10), 0, 0],
+        "order": [*range(10), *range(10), 0, 0],
+        "visual": ([0, 1] + [-1] * 8) * 2 + [-1, -1],
     }
     for name, row in expected.items():
-        np.testing.assert_array_equal(packed[name][0], row, err_msg=name)
+        np.testing.assert_array_equal(getattr(packed, name)[0], row, err_msg=name)
+    prefix = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT._replace(mask="prefix"), 18)
+    np.testing.assert_array_equal(prefix.order[0], ([0] * 5 + [5, 6, 7, 8, 9]) * 2 + [0, 0])
+    own = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT._replace(reads_question=True), 18)
+    np.testing.assert_array_equal(own.visual[0], [0, 1, *[-1] * 8, 2, 3, *[-1] * 8, -1, -1])
 
 
-def test_packing_equals_a_packer_that_walks_through_the_words(split):
+@pytest.mark.parametrize("visual_tokens", [0, 1, 3])
+def test_packing_equals_a_packer_that_walks_through_the_words(split, visual_tokens):
     rng = np.random.default_rng(1)
     for questions in (1, 3, 5):
         example = rng.integers(-1, 37, 16)
         chosen = np.stack([rng.permutation(5)[:questions] for _ in example])
-        packed = pipeline.pack(split, example, chosen, 50)
+        packed = pipeline.pack(split, example, chosen, pipeline.Layout(visual_tokens), 50)
         for b, number in enumerate(example):
-            rows = {name: [] for name in packed}
+            rows = {name: [] for name in ("tokens", "weight", "segment", "position", "visual")}
             for segment, k in enumerate(chosen[b] if number >= 0 else ()):
                 question = split.question_tokens[number, k, : split.question_lengths[number, k]].tolist()
                 answer = split.answer_tokens[number, k, : split.answer_lengths[number, k]].tolist()
-                pair = question + answer
-                for t, token in enumerate(pair):
-                    following = pair[t + 1] if t + 1 < len(pair) else None
-                    rows["text"].append(token)
-                    rows["target"].append(following or 0)
-                    rows["weight"].append(float(following is not None and t + 1 >= len(question)))
+                whole = [None] * visual_tokens + question + answer
+                for t, token in enumerate(whole):
+                    rows["tokens"].append(token or 0)
+                    rows["weight"].append(float(visual_tokens + len(question) - 1 <= t < len(whole) - 1))
                     rows["segment"].append(segment + 1)
                     rows["position"].append(t)
-                    rows["question"].append(t < len(question))
+                    rows["visual"].append(t if token is None else -1)
             for name, row in rows.items():
-                np.testing.assert_array_equal(packed[name][b], row + [0] * (50 - len(row)), err_msg=name)
+                fill = [-1 if name == "visual" else 0] * (50 + questions * visual_tokens - len(row))
+                np.testing.assert_array_equal(getattr(packed, name)[b], row + fill, err_msg=name)
+
+
+def test_each_question_has_a_view_of_its_own_where_it_is_read(split):
+    """The question of a view is that of the segment whose placeholders name it."""
+    layout = LAYOUT._replace(reads_question=True)
+    (inputs, _), *_ = _take(split, _spec(), 1, layout=layout)
+    assert inputs.views.question.shape[:2] == (8, 3)
+    for row in range(8):
+        for segment in (1, 2, 3):
+            mine = (inputs.segment[row] == segment) & (inputs.visual[row] < 0)
+            view = inputs.visual[row, (inputs.segment[row] == segment) & (inputs.visual[row] >= 0)] // 2
+            (number,) = set(view.tolist())
+            question = [t for t in inputs.views.question[row, number].tolist() if t >= 0]
+            assert inputs.tokens[row, mine].tolist()[: len(question)] == question
+            assert inputs.weight[row, mine].tolist()[: len(question)] == [0.0] * (len(question) - 1) + [1.0]
+
+
+def test_blind_rows_carry_no_images(split):
+    (inputs, _), *_ = _take(split, _spec(), 1, layout=pipeline.Layout(0))
+    assert inputs.views is None
+    assert (inputs.visual == -1).all()
 
 
 def test_a_row_that_exactly_fills_t_is_whole(split):
     needed = pipeline.longest_row(split, 5)
     (batch, _), *_ = _take(split, _spec(37, 5, needed), 1)
-    assert (batch.segment > 0).sum(axis=1).max() == needed
-    with pytest.raises(UserError, match=rf"text_tokens is {needed - 1}.*set it to {needed}"):
+    assert ((batch.segment > 0) & (batch.visual < 0)).sum(axis=1).max() == needed
+    with pytest.raises(UserError, match=rf"text_tokens: expected at least {needed}.*got {needed - 1}: set it"):
         _take(split, _spec(37, 5, needed - 1), 1)
-    with pytest.raises(UserError, match=r"text_tokens is 3, .*fewer questions"):
-        pipeline.pack(split, np.array([0]), np.array([[0, 1, 2]]), 3)
+    with pytest.raises(UserError, match=r"text_tokens: .*got 3: .*fewer questions"):
+        pipeline.pack(split, np.array([0]), np.array([[0, 1, 2]]), LAYOUT, 3)
 
 
 def test_every_epoch_is_another_permutation(split):
-    order = np.concatenate([b.example for b, _ in _take(split, _spec(), 14)])
+    order = np.concatenate([_examples(b) for b, _ in _take(split, _spec(), 14)])
     epochs = [order[:37], order[37:74], order[74:111]]
     for epoch in epochs:
         assert sorted(epoch) == list(range(37))
@@ -122,14 +154,14 @@ def test_every_epoch_is_another_permutation(split):
 
 
 def test_questions_are_chosen_evenly_without_repeats_and_by_the_seed(split):
-    first, again, other = ([b.text for b, _ in _take(split, _spec(), 3, seed=seed)] for seed in (5, 5, 6))
+    first, again, other = ([b.tokens for b, _ in _take(split, _spec(), 3, seed=seed)] for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     split = _split(
         [[("read row one", "0"), ("read row two", "1"), ("read row three", "2"), ("read row four", "3")]] * 8
     )
     asked = (
-        np.concatenate([b.text[:, 3::5] for b, _ in _take(split, _spec(8, 2, 12), 100)])[:, :2]
+        np.concatenate([b.tokens[:, 5::7] for b, _ in _take(split, _spec(8, 2, 12), 100)])[:, :2]
         - tokenizer.encode("0")[0]
     )
     assert (asked[:, 0] != asked[:, 1]).all()
@@ -152,58 +184,75 @@ def test_a_process_holds_its_rows_of_the_same_batches(split, rows):
     whole, part = _take(split, _spec(), 10), _take(split, _spec(), 10, rows=np.array(rows))
     for (batch, cursor), (mine, my_cursor) in zip(whole, part, strict=True):
         assert cursor == my_cursor
-        for name in ("example", "text", "weight"):
-            np.testing.assert_array_equal(getattr(mine, name), getattr(batch, name)[list(rows)])
+        _equal(mine, jax.tree.map(lambda leaf: leaf[list(rows)], batch))
 
 
 def test_the_ids_of_a_step_are_those_of_its_batch(split):
     for step, (batch, _) in enumerate(_take(split, _spec(), 12), 1):
-        assert pipeline.drawn_ids(split, _spec(), 5, step) == tuple(split.ids[i] for i in batch.example)
-
-
-def test_features_belong_to_their_examples(split):
-    (batch, _), *_ = _take(split, _spec(), 1)
-    np.testing.assert_array_equal(batch.features.tokens[:, 0, 0], batch.example)
-    assert batch.image is None
+        assert pipeline.drawn_ids(split, _spec(), 5, step) == tuple(split.ids[i] for i in _examples(batch))
 
 
 @pytest.mark.parametrize("questions", [6, 0])
 def test_a_spec_that_the_split_cannot_serve_is_an_error(split, questions):
-    with pytest.raises(UserError, match="stores 5"):
+    with pytest.raises(UserError, match="expected 1 to 5"):
         _take(split, _spec(8, questions), 1)
+
+
+def _evaluation(split, evaluation, **options):
+    return list(pipeline.evaluation_batches(split, evaluation, LAYOUT, _features, **options))
 
 
 @pytest.mark.parametrize(("examples", "questions", "rows"), [(0, 2, 74), (10, 5, 50), (16, 1, 16), (1000, 1, 37)])
 def test_evaluation_asks_every_pair_once_in_order(split, examples, questions, rows):
     evaluation = EvaluationSpec(examples, questions, 8, 4)
-    batches = list(pipeline.evaluation_batches(split, _spec(), evaluation, _features))
-    assert all(b.text.shape == (8, split.pair_tokens) for b in batches)
+    batches = _evaluation(split, evaluation)
+    assert all(b.inputs.tokens.shape == (8, 2 + split.question_lengths.max()) for b in batches)
     example = np.concatenate([b.example for b in batches])
     assert (example[:rows] == np.repeat(np.arange(rows // questions), questions)).all()
     assert (example[rows:] == -1).all()
     assert len(example) == -(-rows // 8) * 8
+    asked = set()
     for batch in batches:
-        fills = batch.example < 0
-        assert not batch.segment[fills].any()
-        assert not batch.weight[fills].any()
-        assert (batch.segment[~fills].max(axis=1) == 1).all()
-    texts = {(e, *t) for b in batches for e, t in zip(b.example.tolist(), b.text.tolist(), strict=True) if e >= 0}
-    assert len(texts) == rows
-    for batch, again in zip(batches, pipeline.evaluation_batches(split, _spec(), evaluation, _features), strict=True):
+        filler = batch.example < 0
+        assert not batch.inputs.segment[filler].any()
+        assert (batch.answer[filler] == -1).all()
+        assert (batch.inputs.segment[~filler].max(axis=1) == 1).all()
+        np.testing.assert_array_equal(_examples(batch.inputs), np.maximum(batch.example, 0))
+        for row in np.flatnonzero(~filler):
+            number, text = batch.example[row], batch.inputs.tokens[row][batch.inputs.visual[row] < 0]
+            (k,) = (
+                k
+                for k in range(5)
+                if text[: split.question_lengths[number, k]].tolist()
+                == split.question_tokens[number, k, : split.question_lengths[number, k]].tolist()
+                and not text[split.question_lengths[number, k] :].any()
+            )
+            answer = split.answer_tokens[number, k, : split.answer_lengths[number, k]]
+            assert [t for t in batch.answer[row].tolist() if t >= 0] == answer.tolist()
+            asked.add((number, k))
+    assert len(asked) == rows
+    for batch, again in zip(batches, _evaluation(split, evaluation), strict=True):
         _equal(batch, again)
+
+
+def test_a_subset_is_the_first_images(split):
+    evaluation = EvaluationSpec(0, 2, 8, 4)
+    whole, subset = _evaluation(split, evaluation), _evaluation(split, evaluation, examples=4)
+    assert len(subset) == 1
+    _equal(subset[0], whole[0])
 
 
 def test_evaluation_asks_all_stored_questions_equally_often():
     split = _split([[(f"read row {n}", "0") for n in ("one", "two", "three", "four", "five")]] * 20)
-    batches = pipeline.evaluation_batches(split, _spec(), EvaluationSpec(0, 3, 10, 4), _features)
-    asked = np.concatenate([b.text[:, 2] for b in batches])
+    batches = _evaluation(split, EvaluationSpec(0, 3, 10, 4))
+    asked = np.concatenate([b.inputs.tokens[:, 4] for b in batches])
     assert sorted(np.unique(asked, return_counts=True)[1]) == [12] * 5
 
 
 def test_evaluation_rows_are_shared_out_among_processes(split):
     evaluation = EvaluationSpec(0, 2, 8, 4)
-    whole = list(pipeline.evaluation_batches(split, _spec(), evaluation, _features))
     rows = np.array_split(np.arange(8), 2)
-    parts = [list(pipeline.evaluation_batches(split, _spec(), evaluation, _features, mine)) for mine in rows]
-    for batch, *shares in zip(whole, *parts, strict=True):
-        np.testing.assert_array_equal(np.concatenate([share.text for share in shares]), batch.text)
+    parts = [_evaluation(split, evaluation, rows=mine) for mine in rows]
+    for batch, *shares in zip(_evaluation(split, evaluation), *parts, strict=True):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *shares)
+        _equal(joined, batch)

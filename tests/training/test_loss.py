@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests import builders
-from vlm_jax.core.structs import Batch
+from vlm_jax.core.structs import Inputs
 from vlm_jax.models.decoder import Head
+from vlm_jax.ops import cross_entropy
 from vlm_jax.training import loss
 
 WORDS, WIDTH = 48, 16
@@ -19,19 +20,23 @@ WORDS, WIDTH = 48, 16
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 words become four blocks of 15, of which the last holds three words."""
-    monkeypatch.setattr(loss, "_LEAST_WORDS", 10)
-    monkeypatch.setattr(loss, "_ALIGN", 5)
+    monkeypatch.setattr(cross_entropy, "_LEAST_WORDS", 10)
+    monkeypatch.setattr(cross_entropy, "_ALIGN", 5)
 
 
-def problem(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, Batch]:
+def problem(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, Inputs]:
     """States, table and batch; `scale` makes logits large."""
     rng = np.random.default_rng(0)
-    batch = builders.batch(rows=3)
-    states = scale * rng.standard_normal((*batch.text.shape, WIDTH)).astype(np.float32)
-    return states, rng.standard_normal((WORDS, WIDTH)).astype(np.float32), batch
+    inputs = builders.inputs(rows=3, visual_tokens=0)
+    states = scale * rng.standard_normal((*inputs.tokens.shape, WIDTH)).astype(np.float32)
+    return states, rng.standard_normal((WORDS, WIDTH)).astype(np.float32), inputs
 
 
-def reference(states: np.ndarray, table: np.ndarray, batch: Batch, softcap: float | None) -> tuple:
+def targets(inputs: Inputs) -> np.ndarray:
+    return np.roll(inputs.tokens, -1, axis=1)
+
+
+def reference(states: np.ndarray, table: np.ndarray, inputs: Inputs, softcap: float | None) -> tuple:
     """(nll, hits, count), d nll / d states, d nll / d table."""
     states, table = states.astype(np.float64), table.astype(np.float64)
     z = states @ table.T
@@ -41,22 +46,22 @@ def reference(states: np.ndarray, table: np.ndarray, batch: Batch, softcap: floa
         slope = 1 - (z / softcap) ** 2
     top = z.max(-1, keepdims=True)
     p = np.exp(z - top) / np.exp(z - top).sum(-1, keepdims=True)
-    truth = np.eye(WORDS)[batch.target]
-    nll = -np.log(p[truth > 0]).reshape(batch.target.shape)
-    hits = z.argmax(-1) == batch.target
-    pull = (p - truth) * slope * batch.weight[..., None]
-    sums = tuple((x * batch.weight).sum() for x in (nll, hits, 1.0))
+    truth = np.eye(WORDS)[targets(inputs)]
+    nll = -np.log(p[truth > 0]).reshape(inputs.tokens.shape)
+    hits = z.argmax(-1) == targets(inputs)
+    pull = (p - truth) * slope * inputs.weight[..., None]
+    sums = tuple((x * inputs.weight).sum() for x in (nll, hits, 1.0))
     return sums, pull @ table, np.einsum("btw,btd->wd", pull, states)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (30.0, None), (1.0, 3.0)])
 def test_sums_and_gradients_against_numpy(scale: float, softcap: float | None) -> None:
     """Tokens without weight do not count, large logits do not overflow, and the blocks add up."""
-    states, table, batch = problem(scale)
-    wanted, to_states, to_table = reference(states, table, batch, softcap)
+    states, table, inputs = problem(scale)
+    wanted, to_states, to_table = reference(states, table, inputs, softcap)
 
     def nll(states: jax.Array, table: jax.Array) -> tuple:
-        sums = loss.sums(states, Head(table, softcap), batch)
+        sums = loss.sums(states, Head(table, softcap), inputs)
         return sums.nll, sums
 
     (_, sums), gradients = jax.jit(jax.value_and_grad(nll, argnums=(0, 1), has_aux=True))(states, table)
@@ -68,25 +73,25 @@ def test_sums_and_gradients_against_numpy(scale: float, softcap: float | None) -
 
 def test_of_equal_logits_the_first_word_is_the_answer() -> None:
     """As arg-max has it, across blocks and within one."""
-    _, table, batch = problem()
-    sums = jax.jit(loss.sums)(np.zeros((*batch.text.shape, WIDTH), np.float32), Head(table, None), batch)
-    assert sums.hits == ((batch.target == 0) * batch.weight).sum()
+    _, table, inputs = problem()
+    sums = jax.jit(loss.sums)(np.zeros((*inputs.tokens.shape, WIDTH), np.float32), Head(table, None), inputs)
+    assert sums.hits == ((targets(inputs) == 0) * inputs.weight).sum()
 
 
 def test_16_bit_states_give_32_bit_logits() -> None:
     """The products' factors are rounded, their sums are not."""
-    states, table, batch = problem()
+    states, table, inputs = problem()
     states, table = (x.astype(jnp.bfloat16).astype(np.float32) for x in (states, table))
-    sums = jax.jit(loss.sums)(states.astype(jnp.bfloat16), Head(table, None), batch)
-    np.testing.assert_allclose(sums, reference(states, table, batch, None)[0], rtol=1e-5)
+    sums = jax.jit(loss.sums)(states.astype(jnp.bfloat16), Head(table, None), inputs)
+    np.testing.assert_allclose(sums, reference(states, table, inputs, None)[0], rtol=1e-5)
 
 
 def test_no_buffer_holds_the_logits_of_every_word() -> None:
     """Forward and backward: nothing of B x T x W numbers, in any order of its axes."""
-    states, table, batch = problem()
+    states, table, inputs = problem()
 
     def nll(states: jax.Array, table: jax.Array) -> jax.Array:
-        return loss.sums(states, Head(table, None), batch).nll
+        return loss.sums(states, Head(table, None), inputs).nll
 
     text = jax.jit(jax.grad(nll, argnums=(0, 1))).lower(states, table).compile().as_text()
     assert "f32[3,11,15]" in text
@@ -99,5 +104,5 @@ def test_no_buffer_holds_the_logits_of_every_word() -> None:
 )
 def test_blocks_cover_the_vocabulary(words: int, shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert loss.block_shape(words) == shape
+    assert cross_entropy.block_shape(words) == shape
     assert 0 <= shape[0] * shape[1] - words < shape[1]

@@ -1,5 +1,5 @@
-"""A run's programs for a topology, compiled without its chips: the train step that training runs, prefill, one decode
-step. Only shapes exist; nothing is allocated.
+"""A run's programs for a topology, compiled without its chips: the step that training runs, and the prefill and the
+loop of decode steps that `generate` runs. Only shapes exist; nothing is allocated.
 """
 
 import importlib.metadata
@@ -17,8 +17,9 @@ from vlm_jax import build, partitioning
 from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
-from vlm_jax.core.structs import Batch, Cache, Slots
-from vlm_jax.models.decoder import empty_cache
+from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
+from vlm_jax.inference import api, sampling
+from vlm_jax.models.cache import cache_axes, init_cache
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
 
@@ -75,10 +76,10 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
         train = build.train_step(network, stage)
         state = placed(nn.meta.unbox(train.abstract), train.shardings)
         jitted, arguments, params, optimiser = (
-            train.step, (state, batch_shapes(spec, plan, spec.data.batch_examples)), state.params, state.opt_state
+            train.step, (state, train_inputs(spec, plan)), state.params, state.opt_state
         )  # fmt: skip
     else:
-        jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan, network.model)
+        jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)
         params, optimiser = arguments[0], ()
     start = time.monotonic()
     lowered = jitted.lower(*arguments)
@@ -112,27 +113,48 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def batch_shapes(spec: RunSpec, plan: Plan, rows: int) -> Batch:
-    """A batch that holds pixels, or the stored features of every patch."""
-    from vlm_jax.core.structs import Visual
+def train_inputs(spec: RunSpec, plan: Plan) -> Inputs:
+    """Shapes of a batch of training: each question has the image's V tokens in front."""
+    data = spec.data
+    length = data.questions_per_example * spec.model.compressor.tokens + data.text_tokens
+    return _inputs(spec, plan, data.batch_examples, length, data.questions_per_example, learned=True)
 
+
+def prompt_inputs(spec: RunSpec, plan: Plan) -> Inputs:
+    """Shapes of a batch of prompts with one image each."""
+    length = spec.model.compressor.tokens + spec.data.text_tokens
+    return _inputs(spec, plan, spec.evaluation.batch_examples, length, 1, learned=False)
+
+
+def _inputs(spec: RunSpec, plan: Plan, rows: int, length: int, questions: int, learned: bool) -> Inputs:
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=plan.sharding(names, sizes))
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
-    encoder, text = spec.model.encoder, (rows, spec.data.text_tokens)
-    side, tokens = encoder.image_size, (rows, encoder.patches, encoder.width)
-    taps = len(encoder.taps)
-    stored = spec.data.frozen_features
-    return Batch(
-        text=shape(*text), target=shape(*text), weight=shape(*text, dtype="float32"), segment=shape(*text),
-        position=shape(*text), question=shape(*text, dtype="bool"), example=shape(rows),
-        image=None if stored else shape(rows, side, side, 3, dtype="uint8"),
-        features=Visual(
-            shape(*tokens, dtype="float16"),
-            shape(rows, taps, *tokens[1:], dtype="float16") if taps else None,
-        ) if stored else None,
-    )  # fmt: skip
+    weight = shape(length, dtype="float32") if learned else None
+    return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, questions), weight=weight)
+
+
+def _views(spec: RunSpec, shape: Any, questions: int) -> Views | None:
+    """Views that hold pixels, or the stored features of every patch."""
+    encoder, model = spec.model.encoder, Vlm(spec.model, spec.compute)
+    if not model.visual_tokens:
+        return None
+    count = questions if model.reads_question else 1
+    question = shape(count, spec.data.text_tokens // questions) if model.reads_question else None
+    if not spec.data.frozen_features:
+        side = encoder.image_size
+        return Views(shape(count, side, side, 3, dtype="uint8"), question=question)
+    tokens, taps = (encoder.patches, encoder.width), len(encoder.taps)
+    features = Visual(
+        shape(count, *tokens, dtype="float16"), shape(count, taps, *tokens, dtype="float16") if taps else None
+    )
+    return Views(features=features, question=question)
+
+
+def _decoding_model(spec: RunSpec, plan: Plan) -> Vlm:
+    platform = plan.mesh.devices.flat[0].platform
+    return Vlm(spec.model, sampling.compute_for_decoding(spec.compute, platform))
 
 
 def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
@@ -145,37 +167,36 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
     return placed(low, plan.shardings(boxed))
 
 
-def _prefill(spec: RunSpec, plan: Plan, model: Vlm) -> tuple[Any, tuple]:
-    rows, slots = spec.evaluation.batch_examples, _slots(spec)
-    cache = cache_shapes(spec, plan)
-    out = (None, jax.tree.map(lambda leaf: leaf.sharding, cache))
-    run = plan.jit(lambda params, batch: model.prefill(params, batch, slots), out_shardings=out)
-    return run, (_params(spec, plan, model), batch_shapes(spec, plan, rows))
+def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
+    model = _decoding_model(spec, plan)
+    run = api.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
+    return run, (_params(spec, plan, model), prompt_inputs(spec, plan))
 
 
-def _decode(spec: RunSpec, plan: Plan, model: Vlm) -> tuple[Any, tuple]:
-    cache, rows = cache_shapes(spec, plan), spec.evaluation.batch_examples
-    one = jax.ShapeDtypeStruct((rows,), "int32", sharding=plan.examples)
-    out = (None, jax.tree.map(lambda leaf: leaf.sharding, cache))
-    return plan.jit(model.extend, donate_argnums=3, out_shardings=out), (_params(spec, plan, model), one, one, cache)
+def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
+    model, rows, room = _decoding_model(spec, plan), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
+    size = (rows, 1, spec.model.decoder.width)
+    hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
+    prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
+    scalars = [jax.ShapeDtypeStruct((), kind, sharding=plan.replicated) for kind in ("int32", "float32", "float32")]
+    run = api.sample_program(model.spec, model.compute, plan, (0,), room, "greedy")
+    return run, (_params(spec, plan, model), prefilled, scalars[0], _key_shape(plan), *scalars[1:])
 
 
-def _slots(spec: RunSpec) -> int:
-    return spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
+def _key_shape(plan: Plan) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=plan.replicated)
 
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
     """Keys and values of a batch: rows split as examples are, heads as heads are."""
-    decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
-    shapes = jax.eval_shape(lambda: empty_cache(decoder, rows, _slots(spec), spec.compute.dtype))
-    keys, slots = (None, axes.BATCH, None, axes.ACT_HEADS, None), (axes.BATCH, None)
-    names = Cache(keys, keys, Slots(slots, slots, slots), ())
-    shardings = Cache(
-        *(plan.sharding(names[i], shapes[i].shape) for i in (0, 1)),
-        Slots(*(plan.sharding(slots, leaf.shape) for leaf in shapes.slots)),
-        plan.sharding((), ()),
-    )
-    return placed(shapes, shardings)
+    compute, rows = _decoding_model(spec, plan).compute, spec.evaluation.batch_examples
+    length = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
+    shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
+    names = cache_axes(compute)
+    heads = tuple(plan.sharding(names, leaf.shape) for leaf in shapes.key)
+    metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))
+    return placed(shapes, Cache(heads, heads, metadata, plan.sharding((), ())))
 
 
 def _held(tree: Any) -> float:

@@ -130,7 +130,7 @@ def lines(r: dict[str, Any]) -> list[str]:
     )
     eff = chips.ASSUMED
     out.append(
-        f"predicted: {1e3 * r['step_secs']:.1f} ms a call, MFU {r['mfu']:.1%}, {r['binds']}-bound "
+        f"predicted: {1e3 * r['step_secs']:.1f} ms a {'token' if r['mode'] == 'decode' else 'call'}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
         f"(assumed shares of the peaks: compute {eff.compute}, memory {eff.bandwidth}, network {eff.interconnect})"
     )
     if r["compiler_secs"]:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from vlm_jax.core.axes import ACT_HEADS, BATCH
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache
+from vlm_jax.ops.placement import constrain
 
 Arrays = TypeVar("Arrays")
 
@@ -21,11 +23,21 @@ def length_axis(attention: str) -> int:
     return 2 if attention == "merged" else 1
 
 
+def cache_axes(compute: ComputeSpec) -> tuple[str | None, ...]:
+    """Logical names of the axes of keys and values: rows split as examples are, heads as heads are."""
+    names: list[str | None] = [BATCH, ACT_HEADS, None]
+    names.insert(length_axis(compute.attention), None)
+    return tuple(names)
+
+
 def init_cache(spec: DecoderSpec, compute: ComputeSpec, batch: int, length: int) -> Cache:
     """A cache of `length` positions for `batch` rows, in the dtype of the activations; nothing is written yet."""
     shape = [batch, spec.kv_heads, spec.head_dim]
     shape.insert(length_axis(compute.attention), length)
-    key, value = (tuple(jnp.zeros(shape, compute.dtype) for _ in range(spec.depth)) for _ in range(2))
+    names = cache_axes(compute)
+    key, value = (
+        tuple(constrain(jnp.zeros(shape, compute.dtype), names) for _ in range(spec.depth)) for _ in range(2)
+    )
     # An array for each field: a cache is donated to the step that extends it.
     metadata = AttentionMetadata(*(jnp.zeros((batch, length), jnp.int32) for _ in range(3)))
     return Cache(key, value, metadata, jnp.zeros((), jnp.int32))
@@ -42,7 +54,8 @@ def pad_cache(cache: Cache, compute: ComputeSpec, length: int) -> Cache:
     def pad(leaf: Array, at: int) -> Array:
         return jnp.pad(leaf, [(0, more if i == at else 0) for i in range(leaf.ndim)])
 
-    key, value = (tuple(pad(leaf, axis) for leaf in leaves) for leaves in (cache.key, cache.value))
+    names = cache_axes(compute)
+    key, value = (tuple(constrain(pad(leaf, axis), names) for leaf in leaves) for leaves in (cache.key, cache.value))
     return cache._replace(key=key, value=value, metadata=AttentionMetadata(*(pad(leaf, 1) for leaf in cache.metadata)))
 
 
