@@ -18,23 +18,26 @@ FLOORS = {
     "models": 5,
     "data": 5,
     "store": 5,
+    "inference.sampling": 6,
     "training": 6,
-    "evaluation": 6,
     "scaling": 6,
+    "inference.programs": 7,
+    "evaluation": 7,
     "build": 7,
-    "logbook": 7,
-    "bad_steps": 7,
-    "job": 8,
-    "pretrained": 8,
+    "logbook": 8,
+    "bad_steps": 8,
+    "job": 9,
+    "inference": 9,
 }
-DOORS = 9
+DOORS = 10
 FILES = sorted(ROOT.glob("vlm_jax/**/*.py"))
 
 
 def room(dotted: str) -> str:
-    """`vlm_jax.models.vlm` -> `models`."""
+    """`vlm_jax.models.vlm` -> `models`; a file with a floor of its own is its own room."""
     parts = dotted.split(".")
-    return parts[1] if len(parts) > 1 else ""
+    own = ".".join(parts[1:3])
+    return own if own in FLOORS else parts[1] if len(parts) > 1 else ""
 
 
 def floor(name: str) -> int:
@@ -48,9 +51,9 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom) and node.module:
-            found += [
-                f"{node.module}.{alias.name}" if node.module == "vlm_jax" else node.module for alias in node.names
-            ]
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            is_file = lambda name: (ROOT / f"{name.replace('.', '/')}.py").exists()  # noqa: E731
+            found += [name if node.module == "vlm_jax" or is_file(name) else node.module for name in inside]
     return [name for name in found if name.split(".")[0] in ("vlm_jax", "experiments", "tests")]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    **dict.fromkeys(("load", "forward", "generate", "generate_tokens", "Model"), "vlm_jax.pretrained"),
+    **dict.fromkeys(("load", "Model"), "vlm_jax.inference.loading"),
+    **dict.fromkeys(("forward", "generate", "generate_tokens"), "vlm_jax.inference.api"),
     "fit": "vlm_jax.scaling.fit",
     "best": "vlm_jax.scaling.frontier",
     **dict.fromkeys(("RunSpec", "ModelSpec", "EncoderSpec", "CompressorSpec", "DecoderSpec"), "vlm_jax.core.specs"),

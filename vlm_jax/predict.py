@@ -63,15 +63,14 @@ def main(argv: list[str]) -> None:
     import jax
     from rich.progress import DownloadColumn, MofNCompleteColumn
 
-    from vlm_jax import pretrained
+    import vlm_jax
     from vlm_jax.compress import catalog
     from vlm_jax.data.images import prepare, read_image
-    from vlm_jax.inference import api
-    from vlm_jax.pretrained import sight
+    from vlm_jax.inference import api, token_maps
 
     image = None if args.image is None else read_image(args.image)
     with _progress("reading weights", DownloadColumn()) as on_read:
-        model = pretrained.load(
+        model = vlm_jax.load(
             args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
             tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
         )  # fmt: skip
@@ -80,16 +79,16 @@ def main(argv: list[str]) -> None:
     if args.llm or (args.compressor and jax.tree.leaves(model.params["connector"]["compressor"])):
         print("note: the connector is fresh, not trained: its answers mean nothing yet", file=sys.stderr)
     if args.show_tokens is not None:
-        which, pixels = sight.shown(model), prepare([image], model.image)
+        which, pixels = token_maps.shown(model), prepare([image], model.image)
         with _progress("what visual tokens read", MofNCompleteColumn()) as on_token:
             method = model.spec.compressor and catalog.row(model.spec.compressor.name)
             asks = args.prompt is not None and method is not None and method.query_dependent
             vector = api.question_vector(model, args.prompt) if asks else None
-            shares = sight.patch_shares(model, pixels, which, vector, on_token)
-        sight.draw(model, pixels, shares, which, args.show_tokens)
+            shares = token_maps.patch_shares(model, pixels, which, vector, on_token)
+        token_maps.draw(model, pixels, shares, which, args.show_tokens)
     if args.prompt is not None:
         with _status("answering (the first prompt of its length compiles a program)"):
-            (answer,) = pretrained.generate(
+            (answer,) = vlm_jax.generate(
                 model,
                 None if image is None else [image],
                 [args.prompt],

@@ -18,7 +18,8 @@ from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
-from vlm_jax.inference import api, sampling
+from vlm_jax.inference import programs as inference
+from vlm_jax.inference import sampling
 from vlm_jax.models.cache import cache_axes, init_cache
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
@@ -169,7 +170,7 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
 
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model = _decoding_model(spec, plan)
-    run = api.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
+    run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
     return run, (_params(spec, plan, model), prompt_inputs(spec, plan))
 
 
@@ -179,7 +180,7 @@ def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
     prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
     scalars = [jax.ShapeDtypeStruct((), kind, sharding=plan.replicated) for kind in ("int32", "float32", "float32")]
-    run = api.sample_program(model.spec, model.compute, plan, (0,), room, "greedy")
+    run = inference.sample_program(model.spec, model.compute, plan, (0,), room, "greedy")
     return run, (_params(spec, plan, model), prefilled, scalars[0], _key_shape(plan), *scalars[1:])
 
 

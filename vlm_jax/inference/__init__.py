@@ -1,1 +1,1 @@
-"""Floor 6: a model that answers: prefill, decode_step, sample."""
+"""Answering: prefill, decode_step and sample; public models and runs, loaded; `forward` and `generate`."""

@@ -7,9 +7,8 @@ Inputs are checked before anything runs (`prompts`). Two programs are compiled f
 bucket: prefill, and the loop of decode steps.
 """
 
-import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,14 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.core.structs import Inputs
 from vlm_jax.data import chat
+from vlm_jax.inference import programs
 from vlm_jax.inference import prompts as host
-from vlm_jax.inference import sampling
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.partitioning import Plan
-from vlm_jax.pretrained.loading import Model, checked_seed, whole
+from vlm_jax.inference.loading import Model, checked_seed, whole
 
 _LONGEST = 2**20  # tokens of a row, where a model's context is not known
 
@@ -57,9 +54,9 @@ def forward(
     inputs = host.inputs_of(model, by_row, tokens, mask, answer, ids)
     (rows, length), config = inputs.tokens.shape, (model.spec, model.compute, model.plan)
     inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
-    hidden = _hidden_program(*config)(model.params, inputs)
+    hidden = programs.hidden_program(*config)(model.params, inputs)
     # Of the tokens alone: those of padding would be large in vain.
-    return _logits_program(*config)(model.params, hidden[:, :length])[:rows]
+    return programs.logits_program(*config)(model.params, hidden[:, :length])[:rows]
 
 
 def generate_tokens(
@@ -90,8 +87,8 @@ def generate_tokens(
     config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
     inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
     try:
-        prefilled = prefill_program(*config, room)(model.params, inputs)
-        sample = sample_program(*config, model.ends, room, kind)
+        prefilled = programs.prefill_program(*config, room)(model.params, inputs)
+        sample = programs.sample_program(*config, model.ends, room, kind)
         out, hidden = sample(
             model.params, prefilled, np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p
         )
@@ -195,50 +192,3 @@ def _tokenizer(model: Model) -> Any:
 
 def _until_end(row: list[int], eos_ids: tuple[int, ...]) -> list[int]:
     return row[: next((i for i, token in enumerate(row) if token in eos_ids), len(row))]
-
-
-def _platform(plan: Plan) -> str:
-    return plan.mesh.devices.flat[0].platform
-
-
-@functools.lru_cache(maxsize=32)
-def _hidden_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callable[..., Any]:
-    vlm = Vlm(spec, compute)
-    return plan.jit(
-        lambda params, inputs: vlm.forward(params, inputs)[0],
-        compiler_options=sampling.compiler_options(_platform(plan)),
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def _logits_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callable[..., Any]:
-    return plan.jit(Vlm(spec, compute).logits)
-
-
-@functools.lru_cache(maxsize=32)
-def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int) -> Callable[..., Any]:
-    """`(params, inputs) -> Prefilled`, compiled; the ahead-of-time compiler lowers the same."""
-    vlm = Vlm(spec, compute)
-    return plan.jit(
-        lambda params, inputs: sampling.prefill(vlm, params, inputs, room),
-        compiler_options=sampling.compiler_options(_platform(plan)),
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def sample_program(
-    spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], room: int, kind: str
-) -> Callable[..., Any]:
-    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, room], prefilled)`; the prompts' memory is
-    donated. `kind` is "greedy" or "sampled".
-    """
-    vlm = Vlm(spec, compute)
-
-    def sample(
-        params: Any, prefilled: sampling.Prefilled, limit: Array, key: Array, temperature: Array, top_p: Array
-    ) -> tuple[Array, Any]:
-        pick = sampling.greedy if kind == "greedy" else sampling.sampler(key, temperature, top_p)
-        out, cache = sampling.sample(vlm, params, prefilled, pick, eos_ids, limit, room)
-        return out, prefilled._replace(cache=cache)
-
-    return plan.jit(sample, donate_argnums=1)

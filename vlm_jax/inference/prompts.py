@@ -15,7 +15,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import images as pictures
 from vlm_jax.partitioning import Plan
-from vlm_jax.pretrained.loading import Model
+from vlm_jax.inference.loading import Model
 
 
 def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]] | None:
@@ -41,11 +41,11 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
     return [[_prepared(model, one) for one in _several(entry)] for entry in images]
 
 
-def _several(entry: Any) -> Sequence[Any]:
+def _several(entry: Any) -> list[Any]:
     if entry is None:
-        return ()
+        return []
     is_array = isinstance(entry, np.ndarray | jax.Array)
-    return entry if isinstance(entry, list | tuple) or (is_array and entry.ndim == 4) else [entry]
+    return list(entry) if isinstance(entry, list | tuple) or (is_array and entry.ndim == 4) else [entry]
 
 
 def _prepared(model: Model, image: Any) -> np.ndarray:

@@ -18,10 +18,11 @@ from tests.golden import peers_answers, peers_text
 from tests.golden.drawn import weights
 from vlm_jax import partitioning, predict
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.structs import Batch
-from vlm_jax.models import layerwise
+from vlm_jax.core.structs import Inputs, Views
+from vlm_jax.data import chat
+from vlm_jax.models.decoder import stack_layers, unstack_layers
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.pretrained import answering, sight
+from vlm_jax.inference import api, token_maps
 
 CASES = peers_answers.read()
 
@@ -40,46 +41,86 @@ def joined(folders: dict[str, Path]) -> vlm_jax.Model:
     return vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="tokenpacker", tokens=9, seed=3)
 
 
-def batch(model: vlm_jax.Model, text: np.ndarray, image: np.ndarray) -> Batch:
-    """The same question as training would read it: the image in front."""
-    at = np.tile(np.arange(text.shape[1], dtype=np.int32), (len(text), 1))
-    ones = np.ones_like(text)
-    return Batch(text, text, ones.astype(np.float32), ones, at, ones > 0, ones[:, 0], image)
+def trained_rows(model: vlm_jax.Model, text: np.ndarray, image: np.ndarray) -> Inputs:
+    """The same question as training reads it: the image in front."""
+    visual = np.full((len(text), model.visual_tokens), 0)
+    tokens = np.concatenate([visual, text], axis=1).astype(np.int32)
+    at = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(text), 1))
+    order = np.zeros_like(at) if model.spec.mask == "prefix" else at
+    which = np.where(at < model.visual_tokens, at, -1)
+    return Inputs(tokens, np.ones_like(at), at, order, which, Views(image[:, None], question=text[:, None]))
 
 
-def test_joined_models_are_what_training_would_run(joined: vlm_jax.Model) -> None:
-    """Logits of image and text through `forward`, and through the training path on the stacked parameters."""
+def test_forward_is_what_training_runs(joined: vlm_jax.Model) -> None:
+    """Logits of image and text through `vlm_jax.forward`, and through the training forward on stacked parameters."""
     rng = np.random.default_rng(0)
     text = rng.integers(5, 300, (2, 6)).astype(np.int32)
     image = rng.standard_normal((2, 12, 12, 3)).astype(np.float32)
     assert joined.spec.encoder.taps == (1,)
     marks = np.full((2, joined.visual_tokens), joined.image_token)
     found = vlm_jax.forward(joined, image, np.concatenate([marks, text], axis=1))
-    params = {**joined.params, "decoder": layerwise.stack(joined.params["decoder"])}
-    model = Vlm(joined.spec, joined.compute)
-    wanted = jax.jit(model.forward)(params, batch(joined, text, image))
-    np.testing.assert_allclose(found[:, joined.visual_tokens :], wanted, atol=2e-5)
+    params = {**joined.params, "decoder": stack_layers(joined.params["decoder"])}
+    model = Vlm(joined.spec, builders.COMPUTE)
+    read = jax.jit(lambda params, inputs: model.logits(params, model.forward(params, inputs)[0]))
+    np.testing.assert_allclose(found, read(params, trained_rows(joined, text, image)), atol=2e-5)
 
 
 def test_a_compressor_may_read_the_question() -> None:
-    """QueCC's vector is that of the text alone, in both paths; the image stands first."""
+    """QueCC's vector is that of the text alone, in training and in `forward`."""
     spec = builders.model(compressor="quecc", tokens=4, mask="prefix")
     model, plan = Vlm(spec, builders.COMPUTE), partitioning.make_plan(builders.COMPUTE, jax.devices()[:1])
     params = builders.params(model)
-    split = {**params, "decoder": layerwise.split(params["decoder"], spec.decoder.depth)}
-    loaded = vlm_jax.Model(spec, builders.COMPUTE, split, plan, image_token=32)
+    unrolled = {**params, "decoder": unstack_layers(params["decoder"], spec.decoder.depth)}
+    loaded = vlm_jax.Model(spec, builders.compute(scan_layers=False), unrolled, plan, image_token=32)
     rng = np.random.default_rng(1)
     text, image = rng.integers(2, 32, (2, 5)).astype(np.int32), rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
     found = vlm_jax.forward(loaded, image, np.concatenate([np.full((2, 4), 32), text], axis=1))
-    wanted = jax.jit(model.forward)(params, batch(loaded, text, image))
-    np.testing.assert_allclose(found[:, 4:], wanted, atol=2e-5)
+    read = jax.jit(lambda params, inputs: model.logits(params, model.forward(params, inputs)[0]))
+    np.testing.assert_allclose(found, read(params, trained_rows(loaded, text, image)), atol=2e-5)
+
+
+def test_two_images_in_a_prompt(folders: dict[str, Path]) -> None:
+    """As messages, as a text that names them, and by ids; each image is read where its place is."""
+    model = vlm_jax.load(folders["llava"])
+    one, two = peers_answers.pictures()[:2]
+    parts = [{"type": "image"}, {"type": "text", "text": "What"}, {"type": "image"}]
+    prompts = [[{"role": "user", "content": parts}], "USER: <image> What <image> ASSISTANT:", "What"]
+    many = [[one, two], [one, two], None]
+    answers = vlm_jax.generate(model, many, prompts, 8)
+    alone = [vlm_jax.generate(model, [some], [prompt], 8)[0] for some, prompt in zip(many, prompts, strict=True)]
+    assert answers == alone
+    tokens = np.array([[5, *[model.image_token] * 9, 6, *[model.image_token] * 9, 7]])
+    both, swapped = (vlm_jax.forward(model, np.stack(pair)[None], tokens) for pair in ((one, two), (two, one)))
+    assert np.abs(both - swapped)[0, 1:].max() > 1e-3
+    np.testing.assert_array_equal(both[0, 0], swapped[0, 0])
+    first = vlm_jax.forward(model, one[None], tokens[:, :11])
+    np.testing.assert_allclose(both[:, :11], first, atol=1e-5)
+    with pytest.raises(UserError, match="2 places for images: expected 1"):
+        vlm_jax.generate(model, [one], prompts[:1], 8)
+    with pytest.raises(UserError, match="2 places for images: expected 1"):
+        vlm_jax.generate(model, [one], prompts[1:2], 8)
+    with pytest.raises(UserError, match="expected 9 image placeholders .* got 18"):
+        vlm_jax.forward(model, one[None], tokens)
+
+
+def test_what_is_asked_is_the_bare_question() -> None:
+    """Without the template, whatever form the prompt has (QueCC's own reading of LLaVA's prompts)."""
+    layout = chat.Layout("template", "", "<image>")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "And that?"},
+    ]
+    for prompt in ("What is this?", "Be brief. USER: <image>\nWhat is this? ASSISTANT:", messages):
+        assert chat.bare_question(layout, prompt) == "What is this?"
 
 
 def test_a_plan_of_several_devices_changes_nothing(folders: dict[str, Path]) -> None:
     """Three rows on a mesh of 2 x 2 x 2: rows are filled up, weights are split, answers are the same."""
     compute = dataclasses.replace(builders.COMPUTE, strategy="fsdp_tensor", mesh=(2, 2, 2))
     model = vlm_jax.load(folders["llava"], plan=partitioning.make_plan(compute))
-    kernel = model.params["decoder"]["layers"][0]["mlp"]["up"]["kernel"]
+    kernel = model.params["decoder"]["blocks_0"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
     pictures = list(peers_answers.pictures())
     assert vlm_jax.generate(model, pictures, peers_answers.QUESTIONS, 16) == vlm_jax.generate(
@@ -87,28 +128,21 @@ def test_a_plan_of_several_devices_changes_nothing(folders: dict[str, Path]) -> 
     )
 
 
-def test_splitting_and_stacking_layers_are_inverse() -> None:
-    params = builders.params(Vlm(builders.model(), builders.COMPUTE))["decoder"]
-    back = layerwise.stack(layerwise.split(params, builders.DECODER.depth))
-    assert jax.tree.structure(back) == jax.tree.structure(nn.meta.unbox(params))
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-
-
 def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
     """A mean over a cell moves with each of its patches alike, and with no other: 9 patches in one token, or in 9."""
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     whole = vlm_jax.load(folders["llava"], compressor="pool", tokens=1)
-    np.testing.assert_allclose(sight.patch_shares(whole, image, np.arange(1)), np.full((1, 3, 3), 1 / 9), rtol=1e-4)
+    np.testing.assert_allclose(token_maps.patch_shares(whole, image, np.arange(1)), np.full((1, 3, 3), 1 / 9), rtol=1e-4)
     every = vlm_jax.load(folders["llava"])
-    np.testing.assert_allclose(sight.patch_shares(every, image, np.arange(9)).reshape(9, 9), np.eye(9), atol=1e-6)
+    np.testing.assert_allclose(token_maps.patch_shares(every, image, np.arange(9)).reshape(9, 9), np.eye(9), atol=1e-6)
 
 
 def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
     from PIL import Image
 
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
-    which = sight.shown(joined)
-    sight.draw(joined, image, sight.patch_shares(joined, image, which), which, tmp_path / "tokens.png")
+    which = token_maps.shown(joined)
+    token_maps.draw(joined, image, token_maps.patch_shares(joined, image, which), which, tmp_path / "tokens.png")
     with Image.open(tmp_path / "tokens.png") as figure:
         assert min(figure.size) > 300
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]
@@ -174,9 +208,9 @@ def test_shares_follow_the_question(folders: dict[str, Path]) -> None:
     model = vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="quecc", tokens=1)
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     with pytest.raises(UserError, match="--prompt"):
-        sight.patch_shares(model, image, np.arange(1))
-    vectors = [answering.question_vector(model, said) for said in peers_answers.QUESTIONS[:2]]
-    one, other = (sight.patch_shares(model, image, np.arange(1), vector) for vector in vectors)
+        token_maps.patch_shares(model, image, np.arange(1))
+    vectors = [api.question_vector(model, said) for said in peers_answers.QUESTIONS[:2]]
+    one, other = (token_maps.patch_shares(model, image, np.arange(1), vector) for vector in vectors)
     assert np.abs(one - other).max() > 1e-6
 
 

@@ -13,8 +13,8 @@ import vlm_jax
 from tests.golden import peers_answers, peers_decoders, peers_text
 from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
-from vlm_jax.evaluation import generate
-from vlm_jax.pretrained import answering, inputs
+from vlm_jax.inference import programs
+from vlm_jax.inference.prompts import bucket
 
 CASES = peers_answers.read()
 DECODERS = peers_decoders.read()
@@ -96,34 +96,9 @@ def test_drawn_answers_follow_the_seed(models: dict[str, vlm_jax.Model]) -> None
     assert one == again != other
 
 
-def test_draws_have_the_probabilities_of_the_softmax() -> None:
-    logits = jnp.tile(jnp.log(jnp.array([0.5, 0.3, 0.2])) * 2, (20_000, 1))
-    drawn = generate.sampler(jax.random.key(0), 2.0)(logits, jnp.int32(4))
-    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.5, 0.3, 0.2], atol=0.015)
-
-
-def test_decoding_stops_when_every_row_has_ended() -> None:
-    """Token n + 1 follows n; rows end at 7 or 9: the loop runs until the later one, and fills with the first end."""
-    calls = []
-
-    def extend(token: jax.Array, said: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
-        jax.debug.callback(lambda n: calls.append(int(n)), said)
-        return jax.nn.one_hot(token + 1, 100), cache
-
-    def run(limit: jax.Array) -> jax.Array:
-        first = jax.nn.one_hot(jnp.array([5, 3]), 100)
-        return generate.decode(extend, generate.likeliest, first, jnp.zeros(()), (9, 7), limit, 12)[0]
-
-    program = jax.jit(run)
-    np.testing.assert_array_equal(program(12), [[5, 6, 7] + [9] * 9, [3, 4, 5, 6, 7] + [9] * 7])
-    jax.effects_barrier()
-    assert sorted(calls) == [1, 2, 3, 4]
-    np.testing.assert_array_equal(program(2)[:, :2], [[5, 6], [3, 4]])
-
-
 def test_buckets_are_few_and_close() -> None:
     lengths = np.arange(1, 3000)
-    sizes = np.array([inputs.bucket(int(n)) for n in lengths])
+    sizes = np.array([bucket(int(n)) for n in lengths])
     assert np.all(sizes >= lengths)
     assert np.all(sizes[lengths > 16] < 1.5 * lengths[lengths > 16])
     assert len(set(sizes)) < 20
@@ -135,20 +110,20 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
     one_less = np.where(np.cumsum(tokens == model.image_token, axis=1) == 1, 5, tokens)
     long = np.full((1, 300), 5)
     for told, images, rows in (
-        ("row 0 has 8 image placeholders", pixels, one_less),
-        ("row 0 has image placeholders", None, tokens),
-        ("images have shape", pixels[:2], tokens),
-        ("row 1: a token lies outside", pixels, np.where(np.arange(3)[:, None] == 1, 400, tokens)),
-        ("row 2 is nothing but padding", None, np.where(np.arange(3)[:, None] == 2, model.pad, 5) + tokens * 0),
-        ("integers of shape", pixels, tokens[0]),
+        ("row 0: expected 9 image placeholders .* got 8", pixels, one_less),
+        ("row 0: expected 0 image placeholders .* no images", None, tokens),
+        ("images: expected one entry for each of 3 rows, got 2", pixels[:2], tokens),
+        ("row 1: expected ids below the vocabulary", pixels, np.where(np.arange(3)[:, None] == 1, 400, tokens)),
+        ("row 2: expected a token, got padding alone", None, np.where(np.arange(3)[:, None] == 2, model.pad, 5) + tokens * 0),
+        ("tokens: expected integers of shape", None, tokens[0]),
         ("300 tokens is longer than the 256", None, long),
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate_tokens(model, images, rows)
     for told, images, prompts in (
-        ("2 images for 3 prompts", list(peers_answers.pictures()[:2]), peers_answers.QUESTIONS),
-        ("give a list", None, "What?"),
-        ("is no image", [np.zeros((3, 3))], ["What?"]),
+        ("one entry for each of 3 rows, got 2", list(peers_answers.pictures()[:2]), peers_answers.QUESTIONS),
+        ("expected a list of texts", None, "What?"),
+        ("images: expected", [np.zeros((3, 3))], ["What?"]),
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, images, prompts)
@@ -156,25 +131,25 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
         ("a prompt is a text", [3]),
         ("a prompt is a text", [[]]),
         ("a prompt is a text", [[3]]),
-        ("no list", 3),
+        ("expected a list of texts", 3),
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, None, prompts)
     with pytest.raises(UserError, match="300 tokens is longer than the 256"):
         vlm_jax.forward(model, None, long)
     for told, images, rows in (
-        ("images: not an array", [pixels[0], 3], tokens),
-        ("images have shape", [pixels[0]], tokens),
-        ("pixels that are no numbers", np.full_like(pixels, np.nan), tokens),
-        ("tokens: not an array", None, [[1], [2, 3]]),
+        ("images: expected a path, a PIL image", [pixels[0], 3, pixels[0]], tokens),
+        ("images: expected one entry", [pixels[0]], tokens),
+        ("images: expected finite pixels", np.full_like(pixels, np.nan), tokens),
+        ("tokens: expected an array", None, [[1], [2, 3]]),
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.forward(model, images, rows)
     for many in (0, 256, 10**9, 10**10):
-        with pytest.raises(UserError, match="behind a prompt of 1 tokens, 1 to 255 fit"):
+        with pytest.raises(UserError, match="expected 1 to 255, .* behind a prompt of 1 tokens"):
             vlm_jax.generate_tokens(model, None, [[5]], many)
     for seed in (2**70, -1):
-        with pytest.raises(UserError, match="seed="):
+        with pytest.raises(UserError, match="seed"):
             vlm_jax.generate_tokens(model, None, [[5]], seed=seed)
     with pytest.raises(UserError, match="temperature"):
         vlm_jax.generate_tokens(model, None, [[5]], temperature=-1.0)
@@ -193,11 +168,11 @@ def test_prompts_of_a_bucket_share_their_programs(models: dict[str, vlm_jax.Mode
         tokens = rng.integers(5, 30, (2, length))
         vlm_jax.forward(model, None, tokens)
         vlm_jax.generate_tokens(model, None, tokens, new)
-        programs = (
-            answering._read_program(*config),
-            answering._ask_program(*config, 16),
-            answering._say_program(*config, model.ends, 16, "greedy"),
+        compiled = (
+            programs.hidden_program(*config),
+            programs.prefill_program(*config, 16),
+            programs.sample_program(*config, model.ends, 16, "greedy"),
         )
-        counts.append([program._cache_size() for program in programs])
+        counts.append([program._cache_size() for program in compiled])
     assert counts[0] == counts[1] == counts[2]
     assert min(counts[0]) > 0

@@ -1,0 +1,61 @@
+"""The programs that answer, compiled once for each model, plan and size; the ahead-of-time compiler lowers the same."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+from vlm_jax.core.specs import ComputeSpec, ModelSpec
+from vlm_jax.inference import sampling
+from vlm_jax.models.vlm import Vlm
+from vlm_jax.partitioning import Plan
+
+
+def _platform(plan: Plan) -> str:
+    return plan.mesh.devices.flat[0].platform
+
+
+@functools.lru_cache(maxsize=32)
+def hidden_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callable[..., Any]:
+    """`(params, inputs) -> hidden states [B, L, D]`."""
+    vlm = Vlm(spec, compute)
+    return plan.jit(
+        lambda params, inputs: vlm.forward(params, inputs)[0],
+        compiler_options=sampling.compiler_options(_platform(plan)),
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def logits_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callable[..., Any]:
+    """`(params, hidden) -> float32 logits`."""
+    return plan.jit(Vlm(spec, compute).logits)
+
+
+@functools.lru_cache(maxsize=32)
+def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int) -> Callable[..., Any]:
+    """`(params, inputs) -> Prefilled`, with `room` tokens more in the cache."""
+    vlm = Vlm(spec, compute)
+    return plan.jit(
+        lambda params, inputs: sampling.prefill(vlm, params, inputs, room),
+        compiler_options=sampling.compiler_options(_platform(plan)),
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def sample_program(
+    spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], room: int, kind: str
+) -> Callable[..., Any]:
+    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, room], prefilled)`; the prompts' memory is
+    donated. `kind` is "greedy" or "sampled".
+    """
+    vlm = Vlm(spec, compute)
+
+    def sample(
+        params: Any, prefilled: sampling.Prefilled, limit: Array, key: Array, temperature: Array, top_p: Array
+    ) -> tuple[Array, Any]:
+        pick = sampling.greedy if kind == "greedy" else sampling.sampler(key, temperature, top_p)
+        out, cache = sampling.sample(vlm, params, prefilled, pick, eos_ids, limit, room)
+        return out, prefilled._replace(cache=cache)
+
+    return plan.jit(sample, donate_argnums=1)
