@@ -5,10 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.core.structs import Batch
+from vlm_jax.core.structs import AttentionMetadata, Batch
+
 from vlm_jax.models.vlm import Vlm
 
 COMPUTE = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1))
@@ -49,6 +51,15 @@ def batch(rows: int = 4, questions: int = 2, seed: int = 0) -> Batch:
         example=np.arange(rows, dtype=np.int32),
         image=rng.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8),
     )
+
+
+def causal(segment: Any) -> AttentionMetadata:
+    """Where the tokens of rows of these segments stand, all of them causal; padding (0) may stand anywhere."""
+    segment = np.array(segment, np.int32)
+    position = np.zeros_like(segment)
+    for (b, i), number in np.ndenumerate(segment):
+        position[b, i] = (segment[b, :i] == number).sum() if number else 0
+    return AttentionMetadata(*map(jnp.asarray, (segment, position, position)))
 
 
 def boxed_shapes(vlm: Vlm) -> dict[str, Any]:
