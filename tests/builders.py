@@ -10,7 +10,6 @@ import numpy as np
 
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import AttentionMetadata, Batch
-
 from vlm_jax.models.vlm import Vlm
 
 COMPUTE = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1))
