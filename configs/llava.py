@@ -80,7 +80,9 @@ def get_config(arg: str = "") -> ConfigDict:
         moments="float32",
         scan_layers=True,
     )
-    c.evaluation = dict(examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32, subset_examples=256)
+    c.evaluation = dict(
+        examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32, subset_examples=256
+    )
     c.seed = arg.seed
     c.log_every_steps = 10
     c.evaluate_every_steps = 0

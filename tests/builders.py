@@ -5,10 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.core.structs import Inputs, Views
+from vlm_jax.core.structs import AttentionMetadata, Inputs, Views
 from vlm_jax.models.vlm import Vlm
 
 COMPUTE = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1))
@@ -30,8 +31,8 @@ def model(compressor: str = "resampler", tokens: int = 4, mask: str = "causal", 
 def inputs(
     rows: int = 4, questions: int = 2, visual_tokens: int = 4, seed: int = 0, mask: str = "causal", views: int = 1
 ) -> Inputs:
-    """Random rows, as the drawing in `core.structs.Inputs`: each question has the image's tokens, two tokens of text and
-    an answer of three; then one position of padding. With as many `views` as questions each reads one of its own.
+    """Random rows, as the drawing in `core.structs.Inputs`: each question has the image's tokens, two tokens of text
+    and an answer of three; then one position of padding. With as many `views` as questions each reads one of its own.
     """
     rng = np.random.default_rng(seed)
     length = visual_tokens + 5
@@ -69,6 +70,15 @@ def apart(packed: Inputs) -> list[Inputs]:
         }
         out.append(Inputs(**fields, segment=np.ones_like(fields["tokens"]), views=packed.views))
     return out
+
+
+def causal(segment: Any) -> AttentionMetadata:
+    """Where the tokens of rows of these segments stand, all of them causal; padding (0) may stand anywhere."""
+    segment = np.array(segment, np.int32)
+    position = np.zeros_like(segment)
+    for (b, i), number in np.ndenumerate(segment):
+        position[b, i] = (segment[b, :i] == number).sum() if number else 0
+    return AttentionMetadata(*map(jnp.asarray, (segment, position, position)))
 
 
 def boxed_shapes(vlm: Vlm) -> dict[str, Any]:

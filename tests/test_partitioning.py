@@ -3,6 +3,7 @@
 To renew the golden files after a change that is meant: `python -m tests.test_partitioning`.
 """
 
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from vlm_jax.config.resolve import resolve
 from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import TrainState, Visual
+from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.ops import placement
 from vlm_jax.training import loss
@@ -59,6 +61,24 @@ def test_every_axis_of_every_parameter_is_named(compressor: str) -> None:
         assert len(names) == leaves[path].ndim, path
         assert all(n in axes.KERNEL_AXES or size == 1 for n, size in zip(names, leaves[path].shape, strict=True)), path
         assert len(set(names)) == len(names), path
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tensor"])
+def test_unrolled_layers_are_cut_as_the_rows_of_scanned_ones(strategy: str) -> None:
+    where, spec, text = plan(strategy, 2, 2, 2), builders.model(**QWEN).decoder, jnp.zeros((1, 2), jnp.int32)
+
+    def specs(scan_layers: bool) -> dict[str, P]:
+        init = Decoder(spec, builders.compute(scan_layers=scan_layers)).init
+        boxed = jax.eval_shape(init, jax.random.key(0), text, builders.causal(text))["params"]
+        return {path: sharding.spec for path, sharding in tree.flatten(where.shardings(boxed)).items()}
+
+    scanned, unrolled = specs(True), specs(False)
+    for path, placed in unrolled.items():
+        whole = scanned[re.sub(r"^blocks_\d+/", "blocks/", path)]
+        assert tuple(placed) == tuple(whole)[path.startswith("blocks_") :], path
+    assert sum(path.startswith("blocks_") for path in unrolled) == spec.depth * sum(
+        "blocks/" in path for path in scanned
+    )
 
 
 # Compiled without optimisation: a third of the time, and the same mathematics.

@@ -177,7 +177,9 @@ def _located(checkpoint: str) -> Path:
     return here if here.exists() or not beside.exists() else beside
 
 
-def _public_params(path: Path, part: str, wanted: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None) -> Any:
+def _public_params(
+    path: Path, part: str, wanted: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None, scan_layers: bool = True
+) -> Any:
     """One part of a published model, float32. Raises `UserError` where it is not the model that the spec describes."""
     there = found.find(path)
     has = getattr(there, part)
@@ -190,7 +192,7 @@ def _public_params(path: Path, part: str, wanted: EncoderSpec | DecoderSpec, pla
                 f"{path}: its {part} has {field.name}={theirs}, {wanted.name} has {ours}: name its own size"
             )
     there = found.seen_as(there, wanted) if part == "encoder" else there
-    return found.found_params(there, (part,), plan, "float32")[part]
+    return found.found_params(there, (part,), plan, "float32", scan_layers=scan_layers)[part]
 
 
 # What does not concern the weights, or is chosen by the run.
@@ -239,7 +241,8 @@ def first_params(network: Network) -> Any:
 
     params = plan.init(fresh, jax.random.key(spec.seed))
     if given:
-        params["decoder"] = _public_params(_located(spec.decoder_checkpoint), "decoder", spec.model.decoder, plan)
+        path, scan_layers = _located(spec.decoder_checkpoint), spec.compute.scan_layers
+        params["decoder"] = _public_params(path, "decoder", spec.model.decoder, plan, scan_layers)
     if "encoder" in params:
         place = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
         params["encoder"] = jax.tree.map(place, network.encoder, params["encoder"])

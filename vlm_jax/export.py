@@ -70,6 +70,7 @@ def _read(
     import jax
 
     from vlm_jax.core.specs import ModelSpec
+    from vlm_jax.models.decoder import stack_layers
     from vlm_jax.models.importers import exporting, found
 
     if (path / "spec.json").exists():
@@ -82,6 +83,8 @@ def _read(
         exporting.check(out, spec, None)
         params = {"encoder": network.encoder, **job.restore(network, path)}
         params = {name: params[name] for name in params if part in ("whole", name)}
+        if "decoder" in params:
+            params["decoder"] = stack_layers(params["decoder"])
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
         return spec, params, None
     there = found.find(path)

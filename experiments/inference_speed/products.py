@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
 def line(rows: int, shape: tuple[int, int], pairs: int) -> list[str]:
     """Of one row the speed at which kernels are read; of many that of arithmetic."""
     import jax
+    from vlm_jax.pretrained.answering import tall_products
 
     from vlm_jax.ops import one_row
-    from vlm_jax.pretrained.answering import tall_products
 
     inner, outer = shape
     size = _BYTES_OF_ONE if rows in ONE else _BYTES_OF_MANY

@@ -28,9 +28,10 @@ def ours(folder: str) -> dict:
 def sharded(folder: str) -> dict:
     """Split over the devices of this host. Nothing of it is held twice, so the shards are as large as the file."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    from vlm_jax.pretrained import load
+
     from vlm_jax import partitioning
     from vlm_jax.core.specs import ComputeSpec
-    from vlm_jax.pretrained import load
 
     plan = partitioning.make_plan(ComputeSpec("bfloat16", "none", "xla", 1, "fsdp", (1, DEVICES, 1)))
     return _measure(lambda: load(folder, dtype="bfloat16", plan=plan).params)

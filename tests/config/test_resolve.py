@@ -86,7 +86,11 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
         (VLM, {"model.mask": "causall"}, ("model.mask", "causal")),
         (VLM, {"model.mask": "prefix"}, ("questions_per_example=1",)),
         (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),
-        (VLM, {"compute.attention": "splash"}, ("splash", "questions_per_example=1", "attention=xla")),
+        (
+            VLM,
+            {"compute.attention": "splash", "model.mask": "prefix", "data.questions_per_example": "1"},
+            ("splash", "model.mask=causal", "prefix", "attention=xla"),
+        ),
         (VLM, {"stages.0.warmup_steps": "99999"}, ("warmup_steps",)),
         (VLM, {"stages.0.total_steps": "0"}, ("total_steps=0", "at least 1")),
         (VLM, {"compute.microbatches": "0"}, ("compute.microbatches=0", "at least 1")),

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,7 +113,11 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
         ("row 0: expected 0 image placeholders .* no images", None, tokens),
         ("images: expected one entry for each of 3 rows, got 2", pixels[:2], tokens),
         ("row 1: expected ids below the vocabulary", pixels, np.where(np.arange(3)[:, None] == 1, 400, tokens)),
-        ("row 2: expected a token, got padding alone", None, np.where(np.arange(3)[:, None] == 2, model.pad, 5) + tokens * 0),
+        (
+            "row 2: expected a token, got padding alone",
+            None,
+            np.where(np.arange(3)[:, None] == 2, model.pad, 5) + tokens * 0,
+        ),
         ("tokens: expected integers of shape", None, tokens[0]),
         ("300 tokens is longer than the 256", None, long),
     ):

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ from vlm_jax import partitioning, predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import chat
+from vlm_jax.inference import api, token_maps
 from vlm_jax.models.decoder import stack_layers, unstack_layers
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.inference import api, token_maps
 
 CASES = peers_answers.read()
 
@@ -132,7 +131,9 @@ def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
     """A mean over a cell moves with each of its patches alike, and with no other: 9 patches in one token, or in 9."""
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     whole = vlm_jax.load(folders["llava"], compressor="pool", tokens=1)
-    np.testing.assert_allclose(token_maps.patch_shares(whole, image, np.arange(1)), np.full((1, 3, 3), 1 / 9), rtol=1e-4)
+    np.testing.assert_allclose(
+        token_maps.patch_shares(whole, image, np.arange(1)), np.full((1, 3, 3), 1 / 9), rtol=1e-4
+    )
     every = vlm_jax.load(folders["llava"])
     np.testing.assert_allclose(token_maps.patch_shares(every, image, np.arange(9)).reshape(9, 9), np.eye(9), atol=1e-6)
 

@@ -11,7 +11,6 @@ import vlm_jax
 from tests.golden import peers_answers, peers_text, peers_vision
 from tests.golden.drawn import weights
 from tests.parity import with_big_vision
-import vlm_jax
 from vlm_jax import export, predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import chat, images

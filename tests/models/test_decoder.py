@@ -1,6 +1,7 @@
 """What the decoder promises, as mathematics."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from tests import builders
-from vlm_jax.models.decoder import Decoder, empty_cache
-from vlm_jax.ops import masks
+from vlm_jax.core import tree
+from vlm_jax.core.structs import AttentionMetadata, Cache
+from vlm_jax.models.cache import init_cache, pad_cache
+from vlm_jax.models.decoder import Decoder, stack_layers, unstack_layers
 
 FAMILIES = {
     "llama": {},
@@ -23,21 +26,56 @@ FAMILIES = {
     "gemma3": dict(sandwich_norm=True, qk_norm=True, window=2, window_pattern=2, local_rope_theta=100.0,
     rope_factor=8.0), "mistral": {"window": 3},
 }  # fmt: skip
+CASES = [*((family, "xla") for family in FAMILIES), ("llama", "merged"), ("gemma2", "merged")]
+PACKED = [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 2, 2, 3]]
 
 
 def decoder(family: str = "llama", **compute: object) -> Decoder:
     return Decoder(dataclasses.replace(builders.DECODER, **FAMILIES[family]), builders.compute(**compute))
 
 
-def text_and_slots(length: int = 7, rows: int = 2, mask: str = "causal"):
-    text = jnp.asarray(np.random.default_rng(0).integers(0, 32, (rows, length)))
-    position = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    return text, masks.image_and_text(0, jnp.ones_like(text), position, position < 3, mask)
+def unrolled(family: str = "llama", **compute: object) -> Decoder:
+    return decoder(family, scan_layers=False, **compute)
 
 
-def params_of(module: Decoder):
-    text, slots = text_and_slots()
-    return nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), text, slots))
+def text(length: int = 7, rows: int = 2) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, 32, (rows, length)))
+
+
+def causal(length: int = 7, rows: int = 2) -> AttentionMetadata:
+    return builders.causal(np.ones((rows, length)))
+
+
+def prefix(metadata: AttentionMetadata, length: int = 3) -> AttentionMetadata:
+    """The first tokens of every conversation see each other both ways."""
+    return metadata._replace(order=jnp.where(metadata.position < length, 0, metadata.position))
+
+
+@functools.cache
+def params_of(family: str = "llama", **spec: object):
+    """Parameters of the scanned decoder."""
+    module = decoder(family)
+    module = Decoder(dataclasses.replace(module.spec, **spec), module.compute)
+    return nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), text(), causal()))["params"]
+
+
+def apart(family: str = "llama"):
+    return unstack_layers(params_of(family), builders.DECODER.depth)
+
+
+def states(module: Decoder, params, tokens, metadata: AttentionMetadata, cache: Cache | None = None):
+    """(last states, cache) of tokens alone."""
+    x = module.apply({"params": params}, tokens, method="embed")
+    return module.apply({"params": params}, x, metadata, cache, method="hidden")
+
+
+def run(module: Decoder, params, tokens, metadata: AttentionMetadata) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p: states(module, p, tokens, metadata)[0])(params))
+
+
+def assert_close(ours, theirs, share: float = 2e-6) -> None:
+    """Within that share of the standard deviation: a few roundings of 2^-24."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=share * np.std(theirs))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,15 +83,13 @@ def test_causal(family: str) -> None:
     """The logits at i have exactly zero gradient with respect to every later embedding, and not with respect to their
     own.
     """
-    module = decoder(family)
-    variables = params_of(module)
-    text, slots = text_and_slots()
-    x = module.apply(variables, text, method="embed")
+    module, variables = decoder(family), {"params": params_of(family)}
+    x = module.apply(variables, text(), method="embed")
 
     @jax.jit
     @jax.grad
     def gradient(x, i):
-        hidden, _ = module.apply(variables, x, slots, method="hidden")
+        hidden, _ = module.apply(variables, x, causal(), method="hidden")
         return module.apply(variables, hidden, method="logits")[:, i].sum()
 
     for i in (0, 3, 6):
@@ -63,57 +99,149 @@ def test_causal(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_and_extend_equal_the_full_pass(family: str) -> None:
-    module = decoder(family)
-    variables = params_of(module)
-    text, slots = text_and_slots()
-    full = jax.jit(module.apply)(variables, text, slots)
+def test_unrolled_layers_equal_scanned_ones(family: str) -> None:
+    """States of packed rows, and the gradient of every parameter."""
+    tokens, metadata = text(8), builders.causal(PACKED)
+    pull = jnp.asarray(np.random.default_rng(2).standard_normal((2, 8, 16)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(module, params):
+        out, back = jax.vjp(lambda p: states(module, p, tokens, metadata)[0], params)
+        return out, back(pull)[0]
+
+    scanned, gradient = both(decoder(family), params_of(family))
+    out, pieces = both(unrolled(family), apart(family))
+    assert_close(out, scanned, 1e-6)
+    ours, theirs = tree.flatten(stack_layers(pieces)), tree.flatten(gradient)
+    assert ours.keys() == theirs.keys()
+    scale = max(float(jnp.abs(leaf).max()) for leaf in theirs.values())
+    for path in theirs:
+        np.testing.assert_allclose(ours[path], theirs[path], rtol=0, atol=1e-6 * scale, err_msg=path)
+
+
+def test_both_layouts_hold_the_same_parameters() -> None:
+    """`stack_layers` and `unstack_layers` are inverse, leave alone what is in their layout already, and give what the
+    module of that layout initialises.
+    """
+    stacked, pieces = params_of("qwen2"), apart("qwen2")
+    assert tree.sha256(stack_layers(pieces)) == tree.sha256(stacked)
+    assert stack_layers(stacked) is stacked
+    assert unstack_layers(pieces, builders.DECODER.depth) is pieces
+    init = jax.eval_shape(unrolled("qwen2").init, jax.random.key(0), text(), causal())["params"]
+    shapes = lambda params: {path: leaf.shape for path, leaf in tree.flatten(params).items()}  # noqa: E731
+    assert shapes(nn.meta.unbox(init)) == shapes(pieces)
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_prefill_in_pieces_equals_the_full_pass(family: str, attention: str) -> None:
+    """Into a cache that is made for the first piece and padded for the rest; it says what stands where."""
+    module, params, tokens = unrolled(family, attention=attention), apart(family), text()
 
     @jax.jit
-    def in_pieces(variables):
-        cache, pieces = empty_cache(module.spec, 2, 10, "float32"), []
+    def in_pieces(params):
+        cache, pieces = init_cache(module.spec, module.compute, 2, 4), []
         for start, stop in ((0, 4), (4, 5), (5, 7)):
-            x = module.apply(variables, text[:, start:stop], method="embed")
-            place = masks.Slots(*(a[:, start:stop] for a in slots))
-            hidden, cache = module.apply(variables, x, place, cache, method="hidden")
-            pieces.append(module.apply(variables, hidden, method="logits"))
+            place = AttentionMetadata(*(leaf[:, start:stop] for leaf in causal()))
+            hidden, cache = states(module, params, tokens[:, start:stop], place, cache)
+            cache = pad_cache(cache, module.compute, 10)
+            pieces.append(hidden)
         return jnp.concatenate(pieces, axis=1), cache
 
-    logits, cache = in_pieces(variables)
-    np.testing.assert_allclose(logits, full, atol=2e-5)
-    assert int(cache.used) == 7
+    out, cache = in_pieces(params)
+    assert_close(out, run(decoder(family), params_of(family), tokens, causal()))
+    assert int(cache.length) == 7
+    for ours, theirs in zip(cache.metadata, causal(), strict=True):
+        np.testing.assert_array_equal(ours, np.pad(theirs, ((0, 0), (0, 3))))
+    shape = (2, 2, 10) if attention == "merged" else (2, 10, 2)
+    assert {leaf.shape for leaf in (*cache.key, *cache.value)} == {(*shape, module.spec.head_dim)}
+    assert len(cache.key) == len(cache.value) == module.spec.depth
 
 
-def test_window_hides_what_lies_behind() -> None:
+def test_a_cache_is_for_unrolled_layers() -> None:
+    module = decoder()
+    cache = init_cache(module.spec, module.compute, 2, 7)
+    with pytest.raises(ValueError, match="expected no cache with scan_layers=True"):
+        states(module, params_of(), text(), causal(), cache)
+    with pytest.raises(ValueError, match="expected a length of at least 7, the cache's own, got 3"):
+        pad_cache(cache, module.compute, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_conversations_equal_each_alone(family: str) -> None:
+    """States of every conversation of a packed row, the later ones with a two-way prefix."""
+    metadata, tokens = builders.causal(PACKED), text(8)
+    metadata = metadata._replace(order=jnp.where(metadata.segment > 1, prefix(metadata).order, metadata.order))
+    pieces = [(row, number) for row in (0, 1) for number in sorted(set(PACKED[row])) if number]
+    # Each alone in a row of its own, at the head of it, below the packed rows.
+    rows = [[*tokens], *([leaf[row] for row in (0, 1)] for leaf in metadata)]
+    for row, number in pieces:
+        where = np.flatnonzero(metadata.segment[row] == number)
+        for leaf, column in zip((tokens, *metadata), rows, strict=True):
+            column.append(jnp.pad(leaf[row, where], (0, 8 - len(where))))
+    out = run(decoder(family), params_of(family), jnp.stack(rows[0]), AttentionMetadata(*map(jnp.stack, rows[1:])))
+    for alone, (row, number) in zip(out[2:], pieces, strict=True):
+        where = np.flatnonzero(metadata.segment[row] == number)
+        assert_close(out[row, where], alone[: len(where)])
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_padding_on_either_side_changes_nothing(family: str, attention: str) -> None:
+    """Whatever stands there: one text in rows that are padded behind, before and on both sides."""
+    starts, tokens, segment = (0, 6, 2), np.full((3, 11), 9), np.zeros((3, 11))
+    for row, start in enumerate(starts):
+        tokens[row, start : start + 5], segment[row, start : start + 5] = text(5, 1)[0], 1
+        tokens[row, :start] = row
+    out = run(decoder(family, attention=attention), params_of(family), jnp.asarray(tokens), builders.causal(segment))
+    behind, before, both = (out[row, start : start + 5] for row, start in enumerate(starts))
+    assert_close(before, behind)
+    assert_close(both, behind)
+
+
+def test_ids_outside_the_table_are_placeholders() -> None:
+    """What stands there is replaced, so any number will do, as long as it is a number."""
+    module, variables = decoder(), {"params": params_of()}
+    x = module.apply(variables, jnp.array([[-1, 32, 1 << 30, 5]]), method="embed")
+    np.testing.assert_array_equal(x[0, 3], variables["params"]["embedding"][5])
+    assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_window_hides_what_lies_behind(scan_layers: bool) -> None:
     """With one local layer, the state at i depends on exactly the last `window` tokens."""
-    module = Decoder(dataclasses.replace(builders.DECODER, depth=1, window=3), builders.COMPUTE)
-    variables = params_of(module)
-    text, slots = text_and_slots()
-    x = module.apply(variables, text, method="embed")
-    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x, slots, method="hidden")[0][:, 5].sum()))
+    spec = dataclasses.replace(builders.DECODER, depth=1, window=3)
+    module, params = Decoder(spec, builders.compute(scan_layers=scan_layers)), params_of(depth=1, window=3)
+    variables = {"params": params if scan_layers else unstack_layers(params, 1)}
+    x = module.apply(variables, text(), method="embed")
+    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x, causal(), method="hidden")[0][:, 5].sum()))
     size = np.abs(gradient(x)).sum((0, 2))
     assert [bool(s > 0) for s in size] == [False, False, False, True, True, True, False]
 
 
 def test_prefix_is_seen_both_ways() -> None:
-    module = decoder()
-    variables = params_of(module)
-    text, slots = text_and_slots(mask="prefix")
-    x = module.apply(variables, text, method="embed")
-    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x, slots, method="hidden")[0][:, 0].sum()))
+    module, variables, metadata = decoder(), {"params": params_of()}, prefix(causal())
+    x = module.apply(variables, text(), method="embed")
+    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x, metadata, method="hidden")[0][:, 0].sum()))
     size = np.abs(gradient(x)).sum((0, 2))
     assert [bool(s > 0) for s in size] == [True, True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_splash_sees_what_the_mask_shows(family: str) -> None:
+    """Asked for the fused kernel, states of packed rows are the same; a window shorter than the row keeps its mask."""
+    metadata = builders.causal(PACKED)
+    fused, plain = (
+        run(decoder(family, attention=name), params_of(family), text(8), metadata) for name in ("splash", "xla")
+    )
+    assert_close(fused, plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_scan_equals_a_loop_of_numpy(family: str) -> None:
     """The whole decoder against a transcription in float64 that shares no code with it."""
-    module = decoder(family)
-    variables = params_of(module)
-    text, slots = text_and_slots()
+    module, params, tokens = decoder(family), params_of(family), text()
     np.testing.assert_allclose(
-        jax.jit(module.apply)(variables, text, slots),
-        reference(module.spec, variables["params"], np.asarray(text)),
+        jax.jit(module.apply)({"params": params}, tokens, causal()),
+        reference(module.spec, params, np.asarray(tokens)),
         atol=3e-5,
     )
 
@@ -170,20 +298,20 @@ def reference(spec, params, text):
     return np.stack(out)
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("policy", ["dots", "block"])
-def test_remat_changes_memory_and_not_gradients(policy: str) -> None:
+def test_remat_changes_memory_and_not_gradients(policy: str, scan_layers: bool) -> None:
     """Gradients agree, and the rematerialised program keeps fewer residuals between forward and backward."""
-    text, slots = text_and_slots()
-    variables = params_of(decoder())
+    params = params_of() if scan_layers else apart()
 
     def loss(remat):
-        module = decoder(remat=remat)
-        return lambda v: jnp.sum(module.apply(v, text, slots) ** 2)
+        module = decoder(remat=remat, scan_layers=scan_layers)
+        return lambda p: jnp.sum(module.apply({"params": p}, text(), causal()) ** 2)
 
-    plain, other = (jax.jit(jax.grad(loss(name)))(variables) for name in ("none", policy))
+    plain, other = (jax.jit(jax.grad(loss(name)))(params) for name in ("none", policy))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other)
     saved = [
-        sum(np.prod(a.shape) for a in jax.tree.leaves(jax.eval_shape(lambda v, n=n: jax.vjp(loss(n), v)[1], variables)))
+        sum(np.prod(a.shape) for a in jax.tree.leaves(jax.eval_shape(lambda p, n=n: jax.vjp(loss(n), p)[1], params)))
         for n in ("none", policy)
     ]
     assert saved[1] < saved[0]

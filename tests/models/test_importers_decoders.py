@@ -17,8 +17,9 @@ from tests.golden import peers_decoders as peers
 from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec
-from vlm_jax.core.structs import Slots
-from vlm_jax.models.decoder import Decoder, empty_cache
+from vlm_jax.core.structs import AttentionMetadata
+from vlm_jax.models.cache import init_cache
+from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.importers import found, hf_decoder
 from vlm_jax.models.importers.hf_config import FAMILIES
 from vlm_jax.sizing import zoo
@@ -34,16 +35,11 @@ def folder(path, case: peers.Case):
     return path
 
 
-def slots(real) -> Slots:
-    """Rows of text, padded anywhere."""
-    position = jnp.maximum(jnp.cumsum(real, 1) - 1, 0)
-    return Slots(position, position, jnp.asarray(real))
-
-
 @functools.cache
 def program(spec):
     """(logits of every position, greedy text behind left-padded prompts), with our decoder."""
-    module = Decoder(spec, builders.COMPUTE)
+    compute = builders.compute(scan_layers=False)
+    module = Decoder(spec, compute)
     (tokens, real), (left, left_real) = (map(jnp.asarray, rows) for rows in (peers.prompts(), peers.left_padded()))
     length = left.shape[1]
 
@@ -53,18 +49,18 @@ def program(spec):
         return jnp.argmax(module.apply(params, x[:, -1:], method="logits"), -1), cache
 
     def run(params):
-        logits = module.apply(params, tokens, slots(real))
-        cache = empty_cache(spec, left.shape[0], length + peers.NEW_TOKENS, "float32")
-        token, cache = step(params, left, slots(left_real), cache)
+        logits = module.apply(params, tokens, builders.causal(real))
+        cache = init_cache(spec, compute, left.shape[0], length + peers.NEW_TOKENS)
+        token, cache = step(params, left, builders.causal(left_real), cache)
         first = left_real.sum(1)
 
-        def extend(carry, offset):
+        def decode_step(carry, offset):
             token, cache = carry
             at = (first + offset)[:, None]
-            following, cache = step(params, token, Slots(at, at, jnp.ones_like(at)), cache)
+            following, cache = step(params, token, AttentionMetadata(jnp.ones_like(at), at, at), cache)
             return (following, cache), following[:, 0]
 
-        _, rest = jax.lax.scan(extend, (token, cache), jnp.arange(peers.NEW_TOKENS - 1))
+        _, rest = jax.lax.scan(decode_step, (token, cache), jnp.arange(peers.NEW_TOKENS - 1))
         return logits, jnp.concatenate([token, rest.T], axis=1)
 
     return jax.jit(run)
@@ -75,7 +71,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(name: str, tmp_path) -
     """Grouped heads, head_dim apart from width, rows longer than a window, padding on either side."""
     case = CASES[name]
     loaded = found.find(folder(tmp_path / name, case))
-    params = {"params": found.found_params(loaded)["decoder"]}
+    params = {"params": found.found_params(loaded, scan_layers=False)["decoder"]}
     logits, greedy = program(loaded.decoder)(params)
     miss = np.abs(np.asarray(logits) * peers.prompts()[1][..., None] - case.logits).max()
     assert miss <= 1e-4 * case.logits.std()
@@ -92,7 +88,7 @@ def test_the_text_part_of_a_whole_gemma3_is_the_references(root: str, tmp_path) 
     tower = {root.partition("language_model.")[0] + "vision_tower.x": np.ones(3, np.float32)}
     save_file({**tensors, **tower}, path / "model.safetensors")
     loaded = found.find(path)
-    logits, greedy = program(loaded.decoder)({"params": found.found_params(loaded)["decoder"]})
+    logits, greedy = program(loaded.decoder)({"params": found.found_params(loaded, scan_layers=False)["decoder"]})
     miss = np.abs(np.asarray(logits) * peers.prompts()[1][..., None] - case.logits).max()
     assert miss <= 1e-4 * case.logits.std()
     np.testing.assert_array_equal(greedy, case.greedy)

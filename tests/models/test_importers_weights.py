@@ -16,7 +16,7 @@ from tests import builders
 from vlm_jax import partitioning
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.models import layerwise
+from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.importers import found, hf_decoder, weights
 
 SPEC = dataclasses.replace(builders.DECODER, name="", tied_head=False, qkv_bias=True, context=64)
@@ -255,24 +255,26 @@ def test_no_tensor_is_read_before_it_is_wanted(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp_tensor"])
-def test_layers_read_apart_are_the_rows_of_the_stack(tmp_path, strategy: str) -> None:
+def test_unrolled_layers_are_the_rows_of_the_stack(tmp_path, strategy: str) -> None:
     there = found.find(folder(tmp_path))
     plan = partitioning.make_plan(builders.compute(strategy=strategy, mesh=(2, 2, 2)))
-    apart = found.found_params(there, plan=plan, layers="apart")["decoder"]
-    wanted = layerwise.split(found.found_params(there)["decoder"], SPEC.depth)
-    assert tree.sha256(apart) == tree.sha256(wanted)
-    assert jax.tree.structure(apart) == jax.tree.structure(wanted)
+    unrolled = found.found_params(there, plan=plan, scan_layers=False)["decoder"]
+    wanted = unstack_layers(found.found_params(there)["decoder"], SPEC.depth)
+    assert tree.sha256(unrolled) == tree.sha256(wanted)
+    assert jax.tree.structure(unrolled) == jax.tree.structure(wanted)
+    shards = jax.tree.map(lambda leaf: leaf.sharding, unrolled)
+    assert tree.flatten(shards) == tree.flatten(plan.shardings(found.boxed(there, "decoder", scan_layers=False)))
 
 
-def test_rows_of_a_stack_in_the_file_are_read_apart(tmp_path) -> None:
+def test_layers_stacked_in_the_file_are_read_one_by_one(tmp_path) -> None:
     """Keys and values of two layers, fused and stacked in one tensor, come out layer by layer."""
     fused = np.arange(2 * 2 * 3 * 4, dtype=np.float32).reshape(2, 2, 3, 4)
     np.savez(tmp_path / "fused.npz", kv=fused)
     table = {
         f"blocks/{n}": weights.Leaf("kv", fused.shape, (2, 3, 4), (0, 2, 1), part=(1, k, 2)) for k, n in enumerate("kv")
     }
-    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((2, 4, 3), "float32"), ("layers", "embed", "mlp"))
-    table, boxed = found.layers_apart(table, {"blocks": {"k": box, "v": box}}, 2)
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 3), "float32"), ("embed", "mlp"))
+    table, boxed = found.unstack_table(table, 2), {f"blocks_{i}": {"k": box, "v": box} for i in range(2)}
     params = weights.load_params(weights.open_weights(tmp_path / "fused.npz"), table, boxed, None)
-    np.testing.assert_array_equal(params["layers"][1]["v"], fused[1, 1].T)
-    np.testing.assert_array_equal(params["layers"][0]["k"], fused[0, 0].T)
+    np.testing.assert_array_equal(params["blocks_1"]["v"], fused[1, 1].T)
+    np.testing.assert_array_equal(params["blocks_0"]["k"], fused[0, 0].T)

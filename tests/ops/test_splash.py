@@ -17,19 +17,19 @@ SCALE = 0.3
 
 
 def problem() -> tuple[tuple[np.ndarray, ...], splash.Causal]:
-    """Queries, keys and values; the second row ends in padding."""
+    """Queries, keys and values; the second row holds two conversations and ends in padding."""
     rng = np.random.default_rng(0)
     qkv = tuple(rng.standard_normal((B, L, heads, C)).astype(np.float32) for heads in (N, K, K))
-    return qkv, splash.Causal(jnp.arange(L) < jnp.array([[L], [L - 37]]))
+    return qkv, splash.Causal(jnp.array([[1] * L, [1] * 40 + [2] * (L - 77) + [0] * 37]))
 
 
-def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, real: np.ndarray, softcap: float | None) -> np.ndarray:
-    """Row by row: token t sees the real tokens up to t, and padding reads zeros."""
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: np.ndarray, softcap: float | None) -> np.ndarray:
+    """Row by row: token t sees the tokens of its segment up to t, and padding reads zeros."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(B, L, N):
-        if real[b, t]:
-            seen = np.flatnonzero(real[b, : t + 1])
+        if segment[b, t]:
+            seen = np.flatnonzero(segment[b, : t + 1] == segment[b, t])
             z = SCALE * k[b, seen, 0] @ q[b, t, n]
             z = softcap * np.tanh(z / softcap) if softcap else z
             p = np.exp(z - z.max())
@@ -46,7 +46,7 @@ def test_the_path_beside_the_kernel(softcap: float | None) -> None:
     """What `attend` runs on this machine when splash is asked for."""
     qkv, mask = problem()
     run = jax.jit(lambda *qkv: attend(*qkv, mask, SCALE, softcap, "splash"))
-    np.testing.assert_allclose(run(*qkv), reference(*qkv, np.asarray(mask.real), softcap), atol=1e-5)
+    np.testing.assert_allclose(run(*qkv), reference(*qkv, np.asarray(mask.segment), softcap), atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -55,19 +55,17 @@ def test_the_kernel_and_its_gradients(softcap: float | None) -> None:
     qkv, mask = problem()
     kernel = functools.partial(splash._on_tpu, scale=SCALE, softcap=softcap, interpret=True)
     pull = np.random.default_rng(1).standard_normal(qkv[0].shape).astype(np.float32)
-    fused, back = jax.vjp(lambda *qkv: kernel(*qkv, mask.real), *qkv)
-    np.testing.assert_allclose(fused, reference(*qkv, np.asarray(mask.real), softcap), atol=1e-5)
+    fused, back = jax.vjp(lambda *qkv: kernel(*qkv, mask.segment), *qkv)
+    np.testing.assert_allclose(fused, reference(*qkv, np.asarray(mask.segment), softcap), atol=1e-5)
     _, plain_back = jax.vjp(lambda *qkv: plain(softcap)(*qkv, mask), *qkv)
     for ours, theirs in zip(back(pull), plain_back(pull), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_causal_rows_are_what_the_masks_say() -> None:
-    """Image and one question behind it, with padding: the rule of `ops.masks`."""
-    segment = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]])
-    position = jnp.arange(4)[None] * (segment > 0)
-    slots = masks.image_and_text(2, segment, position, position < 0, "causal")
-    np.testing.assert_array_equal(splash.Causal(slots.segment != 0).dense(), masks.sees(slots, slots))
+    """Packed conversations and padding on either side: the rule of `ops.masks`."""
+    row = builders.causal([[0, 1, 1, 1, 2, 2, 0], [3, 3, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(splash.Causal(row.segment).dense(), masks.attention_mask(row, row))
 
 
 def test_where_it_applies() -> None:

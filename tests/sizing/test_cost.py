@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from builders import COMPUTE, batch, model
+from builders import COMPUTE, batch, causal, model
 from flax.linen import unbox
 
 from vlm_jax.core.errors import UserError
@@ -14,7 +14,6 @@ from vlm_jax.core.tree import count
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vision import Encoder
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.ops import masks
 from vlm_jax.sizing import chips, cost, zoo
 
 # One layer: XLA counts the body of a scan once, so a scan of one is counted right. Wide enough that products rule.
@@ -26,14 +25,10 @@ def xla_flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
-def slots(tokens):
-    text = jnp.zeros((1, tokens), jnp.int32)
-    return text, masks.image_and_text(0, text + 1, jnp.arange(tokens)[None], text == 0, "causal")
-
-
 @pytest.mark.parametrize("spec", [WIDE, dataclasses.replace(WIDE, kv_heads=4, tied_head=False, qkv_bias=True)])
 def test_decoder_pass_agrees_with_xla(spec):
-    text, where = slots(48)
+    text = jnp.zeros((1, 48), jnp.int32)
+    where = causal(text + 1)
     params = jax.eval_shape(Decoder(spec, COMPUTE).init, jax.random.key(0), text, where)
     counted = xla_flops(Decoder(spec, COMPUTE).apply, params, text, where)
     assert cost.pass_flops(spec, 48, 48, 48).total == pytest.approx(counted, rel=0.02)

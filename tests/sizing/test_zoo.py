@@ -5,10 +5,10 @@ import pytest
 from builders import COMPUTE
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.structs import AttentionMetadata
 from vlm_jax.core.tree import count
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vision import Encoder
-from vlm_jax.ops import masks
 from vlm_jax.sizing import cost, zoo
 
 # Scalars of the published checkpoints, in millions (vision towers, as open_clip's model profile lists them, less CLIP's
@@ -64,7 +64,7 @@ def test_decoder_module_has_as_many_scalars_as_the_formula(name):
 
     def init(key):
         text = jax.numpy.zeros((1, 2), "int32")
-        return Decoder(spec, COMPUTE).init(key, text, masks.image_and_text(0, text + 1, text, text == 0, "causal"))
+        return Decoder(spec, COMPUTE).init(key, text, AttentionMetadata(text, text, text))
 
     assert count(jax.eval_shape(init, jax.random.key(0))["params"]) == cost.decoder_params(spec)
 

@@ -79,13 +79,18 @@ def test_a_first_moment_of_sixteen_bits_rounds_and_the_second_keeps_its_own() ->
 
 
 def decays() -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Path -> shape, and whether it is a matrix. The leading axis of scanned blocks makes nothing a matrix."""
+    """Path -> shape, and whether it is a matrix. The leading axis of scanned blocks makes nothing a matrix; unrolled
+    blocks have none.
+    """
     return {
         "decoder/embedding": ((32, 16), True),
         "decoder/blocks/attention/query/bias": ((2, 4, 8), False),
         "decoder/norm/scale": ((16,), False),
         "decoder/blocks/attention_norm/scale": ((2, 16), False),
         "decoder/blocks/mlp/up/kernel": ((2, 16, 24), True),
+        "decoder/blocks_1/attention/query/bias": ((4, 8), False),
+        "decoder/blocks_1/attention_norm/scale": ((16,), False),
+        "decoder/blocks_1/mlp/up/kernel": ((16, 24), True),
         "decoder/blocks/attention/query/kernel": ((2, 16, 4, 8), True),
         "connector/projector/kernel": ((16, 16), True),
         "connector/projector/bias": ((16,), False),

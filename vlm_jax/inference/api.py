@@ -20,8 +20,8 @@ from vlm_jax.core.structs import Inputs
 from vlm_jax.data import chat
 from vlm_jax.inference import programs
 from vlm_jax.inference import prompts as host
-from vlm_jax.models.vlm import Vlm
 from vlm_jax.inference.loading import Model, checked_seed, whole
+from vlm_jax.models.vlm import Vlm
 
 _LONGEST = 2**20  # tokens of a row, where a model's context is not known
 
@@ -148,7 +148,9 @@ def generate(
     """
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise UserError("prompts: expected a list of texts, got " + ("one text" if isinstance(prompts, str) else "none"))
+        raise UserError(
+            "prompts: expected a list of texts, got " + ("one text" if isinstance(prompts, str) else "none")
+        )
     by_row = host.images_by_row(model, images, len(prompts))
     if not prompts:
         return []

@@ -14,8 +14,8 @@ from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import images as pictures
-from vlm_jax.partitioning import Plan
 from vlm_jax.inference.loading import Model
+from vlm_jax.partitioning import Plan
 
 
 def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]] | None:
@@ -68,9 +68,7 @@ def _rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:
         return pictures.read_image(image)
     array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else array_of("images", image))
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(
-            f"images: expected a path, a PIL image or uint8[h, w, 3], got {array.dtype}{list(array.shape)}"
-        )
+        raise UserError(f"images: expected a path, a PIL image or uint8[h, w, 3], got {array.dtype}{list(array.shape)}")
     return array
 
 

@@ -59,9 +59,7 @@ def continuation(tokens: Int[Array, "B L"], cache: Cache, real: Bool[Array, "B L
     return Inputs(tokens, segment, position, position, jnp.full_like(tokens, -1))
 
 
-def decode_step(
-    model: Vlm, params: Params, token: Int[Array, " B"], cache: Cache
-) -> tuple[Float[Array, "B W"], Cache]:
+def decode_step(model: Vlm, params: Params, token: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B W"], Cache]:
     """One more token a row -> float32 logits of the next."""
     hidden, cache = model.forward(params, continuation(token[:, None], cache), cache)
     return model.logits(params, hidden)[:, 0], cache

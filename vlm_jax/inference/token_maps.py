@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Visual
-from vlm_jax.models.vlm import Vlm
 from vlm_jax.inference.loading import Model
+from vlm_jax.models.vlm import Vlm
 
 PROBES = 16  # random orthonormal directions of a token; of a narrower token all, and then the norm is exact
 SHOWN = 6  # panels along a side of a figure

@@ -35,9 +35,7 @@ def init_cache(spec: DecoderSpec, compute: ComputeSpec, batch: int, length: int)
     shape = [batch, spec.kv_heads, spec.head_dim]
     shape.insert(length_axis(compute.attention), length)
     names = cache_axes(compute)
-    key, value = (
-        tuple(constrain(jnp.zeros(shape, compute.dtype), names) for _ in range(spec.depth)) for _ in range(2)
-    )
+    key, value = (tuple(constrain(jnp.zeros(shape, compute.dtype), names) for _ in range(spec.depth)) for _ in range(2))
     # An array for each field: a cache is donated to the step that extends it.
     metadata = AttentionMetadata(*(jnp.zeros((batch, length), jnp.int32) for _ in range(3)))
     return Cache(key, value, metadata, jnp.zeros((), jnp.int32))

@@ -228,10 +228,12 @@ def local_layers(spec: DecoderSpec) -> tuple[bool, ...]:
 
 
 def unstack_layers(params: Params, depth: int) -> Params:
-    """Parameters of a decoder with scan_layers=True -> those of the same decoder with scan_layers=False.
+    """A decoder's parameters in either layout -> those with scan_layers=False.
 
     Each stacked array is freed once it is unstacked, where the caller holds it no longer.
     """
+    if "blocks" not in params:
+        return params
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
     leaves, structure = jax.tree.flatten(params["blocks"])
     del params
@@ -245,7 +247,9 @@ def unstack_layers(params: Params, depth: int) -> Params:
 
 
 def stack_layers(params: Params) -> Params:
-    """The inverse of `unstack_layers`."""
+    """A decoder's parameters in either layout -> those with scan_layers=True."""
+    if "blocks" in params:
+        return params
     names = [f"blocks_{i}" for i in range(sum(name.startswith("blocks_") for name in params))]
     rest = {name: leaf for name, leaf in params.items() if name not in names}
     return {**rest, "blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *(params[name] for name in names))}

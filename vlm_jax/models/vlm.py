@@ -137,9 +137,9 @@ def merge_image_embeddings(
 def drop_dead(metadata: AttentionMetadata, alive: Bool[Array, "B L"]) -> AttentionMetadata:
     """Dead tokens become padding, and positions count the living: the row is as if they had never stood in it.
 
-        alive      1 1 0 1 1 | 1 0 1
-        segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
-        position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
+    alive      1 1 0 1 1 | 1 0 1
+    segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
+    position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
     """
     dead = (~alive & (metadata.segment != 0)).astype(metadata.position.dtype)
     before = jnp.cumsum(dead, axis=1) - dead
