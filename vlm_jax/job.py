@@ -253,8 +253,8 @@ def evaluation_batches(run: Run) -> int:
 
 
 def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.Result]:
-    """`(params, on_batch) -> Result` on the first `examples` images of the test split (None: as the spec says), with one
-    program for all its calls.
+    """`(params, on_batch) -> Result` on the first `examples` images of the test split (None: as the spec says), with
+    one program for all its calls.
     """
     spec, plan, network = run.network.spec, run.network.plan, run.network
     platform = plan.mesh.devices.flat[0].platform

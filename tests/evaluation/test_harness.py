@@ -57,8 +57,8 @@ def test_a_score_does_not_depend_on_the_batch() -> None:
 
 
 def test_scores_are_those_of_forward_and_of_sample() -> None:
-    """From one prefill: forced scores equal the training forward of question and answer in one row, with scanned layers,
-    and errors those of the sampler's answers.
+    """From one prefill: forced scores equal the training forward of question and answer in one row, with scanned
+    layers, and errors those of the sampler's answers.
     """
     scanned = Vlm(builders.model("pool"), builders.COMPUTE)
     params = builders.params(scanned)

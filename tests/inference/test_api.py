@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
         with pytest.raises(UserError, match=told):
             vlm_jax.forward(model, images, rows)
     for many in (0, 256, 10**9, 10**10):
-        with pytest.raises(UserError, match="expected 1 to 255, .* behind a prompt of 1 tokens"):
+        with pytest.raises(UserError, match=r"expected 1 to 255, .* behind a prompt of 1 tokens"):
             vlm_jax.generate_tokens(model, None, [[5]], many)
     for seed in (2**70, -1):
         with pytest.raises(UserError, match="seed"):

@@ -98,7 +98,7 @@ def test_two_images_in_a_prompt(folders: dict[str, Path]) -> None:
         vlm_jax.generate(model, [one], prompts[:1], 8)
     with pytest.raises(UserError, match="2 places for images: expected 1"):
         vlm_jax.generate(model, [one], prompts[1:2], 8)
-    with pytest.raises(UserError, match="expected 9 image placeholders .* got 18"):
+    with pytest.raises(UserError, match=r"expected 9 image placeholders .* got 18"):
         vlm_jax.forward(model, one[None], tokens)
 
 

@@ -128,9 +128,9 @@ def lines(r: dict[str, Any]) -> list[str]:
         f"at vendor peaks, ms: compute {1e3 * r['compute_secs']:.1f}, memory {1e3 * r['memory_secs']:.1f}, "
         f"network beside products {1e3 * r['hidden_secs']:.1f}, network alone {1e3 * r['exposed_secs']:.1f}"
     )
-    eff = chips.ASSUMED
+    eff, per = chips.ASSUMED, "token" if r["mode"] == "decode" else "call"
     out.append(
-        f"predicted: {1e3 * r['step_secs']:.1f} ms a {'token' if r['mode'] == 'decode' else 'call'}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
+        f"predicted: {1e3 * r['step_secs']:.1f} ms a {per}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
         f"(assumed shares of the peaks: compute {eff.compute}, memory {eff.bandwidth}, network {eff.interconnect})"
     )
     if r["compiler_secs"]:

@@ -62,8 +62,8 @@ def shaped(messages: Sequence[Message], what: Reads, mark: str, images: int) -> 
         mark: the text that stands for an image.
         images: how many there are.
 
-    Raises `UserError` for parts of other kinds, for images without a message of the user's, or places for another number
-    of images than there are.
+    Raises `UserError` for parts of other kinds, for images without a message of the user's, or places for another
+    number of images than there are.
     """
     split = [_split(message) for message in messages]
     places = _places(split, mark)

@@ -195,8 +195,8 @@ def evaluation_batches(
     """One question a row, in a fixed order. Rows that only fill the last batch have the example -1.
 
     The first `examples` images (None: `evaluation.examples`; 0: all) are asked `questions_per_example` questions each;
-    image i is asked numbers i q, i q + 1, ... modulo K, so that over the images all K stored questions are asked equally
-    often. `rows` are those of the global batch that are wanted.
+    image i is asked numbers i q, i q + 1, ... modulo K, so that over the images all K stored questions are asked
+    equally often. `rows` are those of the global batch that are wanted.
     """
     questions, mine = evaluation.questions_per_example, _chosen_rows(rows)
     check(split, questions)

@@ -1,5 +1,5 @@
-"""Decoding with a static cache: one pass over the prompts, then one token a step, in one loop on the device, until every
-row has ended.
+"""Decoding with a static cache: one pass over the prompts, then one token a step, in one loop on the device, until
+every row has ended.
 
     prefilled = prefill(model, params, inputs, room)                        # inputs: one conversation a row
     tokens = sample(model, params, prefilled, pick, eos_ids, limit, room)

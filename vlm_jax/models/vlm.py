@@ -95,14 +95,12 @@ class Vlm(NamedTuple):
 
         def flat(leaf: Array) -> Array:
             leaf = leaf.reshape(batch * count, *leaf.shape[2:])
-            stored = views.pixels is None and jnp.issubdtype(leaf.dtype, jnp.floating)
-            return leaf.astype(self.compute.dtype) if stored else leaf
+            to_cast = views.pixels is None and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf.astype(self.compute.dtype) if to_cast else leaf
 
         vector = self.question_vector(params, flat(views.question)) if self.reads_question else None
-        if views.pixels is None:
-            visual = jax.tree.map(flat, views.features)
-        else:
-            visual = self.encode(params, flat(views.pixels))
+        is_stored = views.pixels is None
+        visual = jax.tree.map(flat, views.features) if is_stored else self.encode(params, flat(views.pixels))
         out = connector.compress(params["connector"], visual, vector, self.spec)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, -1, *leaf.shape[2:]), out)
 

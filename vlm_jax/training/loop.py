@@ -65,10 +65,10 @@ def run(
 
     `batches` yields (batch, cursor). `on_log` must not block: it gets device arrays. `on_save` is called every
     `save_every_steps` (0: never), never at the last step or where the loop stops: what happens there is the caller's
-    to decide. `on_evaluate` is called every `evaluate_every_steps` (0: never), ahead of a save at the same step. `check`
-    gets every step once, in order, as device arrays: at a log those before the log before it, which
-    the device has left behind, and all before a save and at the end, so that what is saved has been checked. `unlogged`
-    is what was saved with the state.
+    to decide. `on_evaluate` is called every `evaluate_every_steps` (0: never), ahead of a save at the same step.
+    `check` gets every step once, in order, as device arrays: at a log those before the log before it, which the device
+    has left behind, and all before a save and at the end, so that what is saved has been checked. `unlogged` is what
+    was saved with the state.
     """
     (sums, since), cursor, number, stopped = unlogged, None, first_step, False
     unchecked: list[Step] = []
