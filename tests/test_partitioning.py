@@ -21,7 +21,7 @@ from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.structs import TrainState, Visual
+from vlm_jax.core.structs import TrainState, Views, Visual
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.ops import placement
@@ -86,7 +86,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tuple[int, int, int], microbatches: int):
-    """(losses, last state). Without the encoder among the trained parts, the batch carries features."""
+    """(losses, last state). Without the encoder among the trained parts, the views carry features."""
     compute = builders.compute(strategy=strategy, mesh=mesh, microbatches=microbatches)
     where, model = plan(strategy, *mesh), Vlm(builders.model(compressor, qkv_bias=True), compute)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE, momentum=0.9))
@@ -100,7 +100,7 @@ def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tu
     shardings = where.shardings(jax.eval_shape(start, boxed))
     state = where.jit(start, out_shardings=shardings)(params)
     step = training_step.make_step(
-        lambda params, batch: loss.sums(model.states(params, batch), model.head(params), batch),
+        lambda params, inputs: loss.sums(model.forward(params, inputs)[0], model.head(params), inputs),
         optimiser,
         train,
         microbatches,
@@ -108,11 +108,11 @@ def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tu
     step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=QUICK)
     losses = []
     for seed in range(3):
-        batch = builders.batch(rows=8, seed=seed)
+        inputs = builders.inputs(rows=8, seed=seed)
         if "encoder" not in train:
-            features = np.random.default_rng(seed).standard_normal((8, 16, 16)).astype(np.float16)
-            batch = batch._replace(image=None, features=Visual(features))
-        state, sums, _ = step(state, where.put(batch))
+            features = np.random.default_rng(seed).standard_normal((8, 1, 16, 16)).astype(np.float16)
+            inputs = inputs._replace(views=Views(features=Visual(features)))
+        state, sums, _ = step(state, where.put(inputs))
         losses.append(float(sums.nll) / float(sums.count))
     return losses, state
 

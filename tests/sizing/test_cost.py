@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from builders import COMPUTE, batch, causal, model
+from builders import COMPUTE, causal, inputs, model
 from flax.linen import unbox
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec, EncoderSpec
+from vlm_jax.core.structs import Views
 from vlm_jax.core.tree import count
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vision import Encoder
@@ -47,21 +48,20 @@ def test_training_agrees_with_xla(train):
         name: getattr(WIDE, name) for name in ("width", "depth", "heads", "kv_heads", "head_dim", "mlp_width", "vocab")
     }
     spec = model("pool", **wide)
-    rows = batch(rows=1, questions=8)
-    rows = rows._replace(text=rows.text % 512)
+    rows = inputs(rows=1, questions=8)
     vlm = Vlm(spec, COMPUTE)
     shapes = jax.eval_shape(lambda key: unbox(vlm.init(key) | {"encoder": vlm.init_encoder(key)}), jax.random.key(0))
     frozen = {k: v for k, v in shapes.items() if k not in train}
 
     def loss(live, rest, rows, features):
-        prefix = vlm.visual_prefix(live | rest, rows._replace(image=None, features=features))
-        hidden, _ = vlm.hidden(live | rest, prefix, rows)
+        hidden, _ = vlm.forward(live | rest, rows._replace(views=Views(features=features)))
         return jnp.mean(jax.nn.log_softmax(vlm.logits(live | rest, hidden))[..., 0])
 
-    features = jax.eval_shape(vlm.encode, shapes, rows.image)
+    features = jax.eval_shape(vlm.encode, shapes, rows.views.pixels[0])
+    features = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), features)
     live = {name: shapes[name] for name in train}
     counted = xla_flops(jax.grad(loss), live, frozen, rows, features)
-    got = cost.train_flops(spec, rows.text.shape[1], train, "stored")
+    got = cost.train_flops(spec, (rows.visual[0] < 0).sum(), train, "stored", questions=8)
     assert got == pytest.approx(counted, rel=0.04)  # the softmax of the loss and its gradient are not products
 
 

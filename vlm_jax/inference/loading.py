@@ -40,7 +40,7 @@ MARK = "<image>"  # stands for the image in a prompt, where a folder names no ot
 
 
 class Model(NamedTuple):
-    """A model that answers. The decoder's layers are unrolled; `models.decoder.stack_layers` gives what training reads."""
+    """A model that answers. Its decoder is unrolled; `models.decoder.stack_layers` gives what training reads."""
 
     spec: ModelSpec  # encoder, compressor and projector are None for text alone
     compute: ComputeSpec
