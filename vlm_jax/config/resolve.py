@@ -91,6 +91,17 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
 
 
+def model_group(spec: ModelSpec) -> dict[str, Any]:
+    """The group `model` of a config that resolves to this spec, every choice spelled out so that it can be set."""
+    compressor = {key: getattr(spec.compressor, key) for key in _COMPRESSOR_KEYS}
+    return {
+        "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
+        "compressor": compressor, "projector": spec.projector, "llm": spec.decoder.name,
+        "vocab": 0,  # as in the zoo
+        "mask": spec.mask,
+    }  # fmt: skip
+
+
 def _check(spec: RunSpec) -> None:
     """What the types cannot say."""
     for field, valid in _CHOICES.items():
