@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.launching.cells import Cell, cells_of
+from result_rows import MODEL
+
 from vlm_jax.core.rows import ResultRow
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +59,7 @@ def row(cell: Cell, train_flops: float = 3e12, train_secs: float = 60.0, device:
     )  # fmt: skip
     return ResultRow(
         cell=cell.name, spec_hash=cell.spec_hash, version="0", device=device, train_flops=train_flops,
-        train_secs=train_secs, **texts, **counts, **numbers,
+        train_secs=train_secs, model=MODEL, **texts, **counts, **numbers,
     )  # fmt: skip
 
 

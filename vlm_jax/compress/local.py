@@ -15,8 +15,8 @@ The h x w grid falls into r x c equal cells, V = r c; r divides h, c divides w, 
 
 where text is the decoder's vector of the question, given by the caller without gradient. The papers' width is that of
 the encoder; here it is `spec.width`, and the attention's output projection returns to E. Both papers take CLIP's last
-block but one (`catalog.model_spec` has the rule); here `tokens` are what the encoder gives. Their last MLP, to the width of the language model, is not
-here: it is the projector of the `ModelSpec`.
+block but one (`catalog.model_spec` has the rule); here `tokens` are what the encoder gives. Their last MLP, to the
+width of the language model, is not here: it is the projector of the `ModelSpec`.
 """
 
 import math
