@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from experiments.launching.cells import Cell, cells_of
 from result_rows import MODEL
 
+from experiments.launching.cells import Cell, cells_of
 from vlm_jax.core.rows import ResultRow
 
 ROOT = Path(__file__).parents[2]

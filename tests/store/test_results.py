@@ -6,13 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import builders
 import pytest
-
 from result_rows import row
 
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.store import results
-
 
 MODEL = specs.to_dict(builders.model())
 
