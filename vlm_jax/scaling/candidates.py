@@ -14,6 +14,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec, ModelSpec
 from vlm_jax.scaling.fitted import FamilyFit, visual_side
 from vlm_jax.sizing import cost, roofline, zoo
+from vlm_jax.sizing.cost import Number
 from vlm_jax.sizing.roofline import PartTime, Request
 
 Names = Collection[str]
@@ -37,8 +38,8 @@ class Price(NamedTuple):
 
     flops: dict[str, float]  # by part
     times: dict[str, PartTime]  # by part; empty without a chip
-    cache_bytes: float
-    memory_bytes: float
+    cache_bytes: Number
+    memory_bytes: Number
 
     @property
     def total_flops(self) -> float:

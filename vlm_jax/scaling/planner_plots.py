@@ -71,7 +71,7 @@ def cost_shares(law: LawFit, family: str | None, request: Request, path: str | P
     return save(figure, path)
 
 
-def _measured(found: Mapping[float, Any], measured: Sequence[float]) -> list[Any]:
+def _measured(found: Mapping[Number, Any], measured: Sequence[Number]) -> list[Any]:
     """What is found at the measured values, or everything where that is nothing; ascending."""
     return [found[value] for value in sorted(set(found) & set(measured) or found)]
 

@@ -302,7 +302,7 @@ def moved_bytes(
     batch: int = 1,
     dtype: str = "bfloat16",
     question: Question = "fresh",
-) -> dict[str, float]:
+) -> dict[str, Number]:
     """Bytes that a batch of requests moves to and from memory, by `PARTS`: `flops` has the work of one of them.
 
     The encoder, the projector and every pass of the decoder read their weights once for the batch; prefill writes the
