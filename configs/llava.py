@@ -14,7 +14,9 @@ data set of your own stands here. Without checkpoints everything starts from ran
 
 from ml_collections import ConfigDict
 
+from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import parse_arg
+from vlm_jax.config.resolve import model_group
 from vlm_jax.sizing import zoo
 
 SEQUENCE = 2048  # image and text together, as in LLaVA
@@ -34,18 +36,9 @@ def get_config(arg: str = "") -> ConfigDict:
         sequence=SEQUENCE,
         seed=0,
     )
-    encoder = zoo.encoder(arg.encoder)
     c = ConfigDict()
-    c.model = dict(
-        encoder=arg.encoder,
-        taps=(),
-        feature_layer=encoder.depth - 1 if encoder.class_token else 0,  # of CLIP, LLaVA reads the last block but one
-        compressor=dict(name=arg.compressor, tokens=arg.tokens, width=1024, heads=16, depth=1, mlp_width=4096),
-        projector="mlp",
-        llm=arg.llm,
-        vocab=0,  # 0: as in the zoo
-        mask="causal",
-    )
+    encoder, llm = zoo.encoder(arg.encoder), zoo.decoder(arg.llm)
+    c.model = model_group(catalog.model_spec(encoder, arg.compressor, arg.tokens, llm))
     c.encoder_checkpoint = c.decoder_checkpoint = ""
     c.data = dict(
         dataset="glyph_ocr",

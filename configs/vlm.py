@@ -9,7 +9,9 @@ decoder together. `stages=2` is LLaVA's order, connector first, for a decoder th
 
 from ml_collections import ConfigDict
 
+from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import parse_arg
+from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
 from vlm_jax.sizing import zoo
 
@@ -51,20 +53,11 @@ def get_config(arg: str = "") -> ConfigDict:
     data, steps, pair_tokens = family["study" if recipe == "study" else "demo"]
     steps = arg.steps or (60 if recipe == "smoke" else steps)
     compressor = arg.compressor or ("resampler" if arg.tokens else "blind")
-    questions = 1 if compressor == "quecc" else family["questions"]  # QueCC's tokens follow one question
+    questions = 1 if catalog.row(compressor).query_dependent else family["questions"]  # its tokens follow one question
 
     c = ConfigDict()
-    c.model = dict(
-        encoder="glyph-64",
-        feature_layer=0,
-        taps=(1, 2, 3, 4) if compressor in ("tokenpacker", "quecc") else (),
-        # Cross-attention over all patches with many heads: with few, a narrow decoder looks worse than it is.
-        compressor=dict(name=compressor, tokens=arg.tokens, width=64, heads=16, depth=1, mlp_width=128),
-        projector="linear",
-        llm=arg.llm,
-        vocab=0,  # 0: as in the zoo
-        mask="causal",
-    )
+    encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
+    c.model = model_group(catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear"))
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
     c.decoder_checkpoint = ""
     c.data = dict(
@@ -82,7 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
     align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)
     c.stages = (both,) if arg.stages == 1 else (align, both)
     # Wider decoders want smaller steps: between 24 and 192 channels the better of two rates fell about as width^-1/2.
-    scale = (24 / zoo.decoder(arg.llm).width) ** 0.5
+    scale = (24 / llm.width) ** 0.5
     c.optim = dict(
         peak_lr=arg.lr,
         weight_decay=1e-4,

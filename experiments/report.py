@@ -15,11 +15,11 @@ import numpy as np
 
 from vlm_jax.core.errors import Flags, UserError, door
 from vlm_jax.core.rows import ResultRow
-from vlm_jax.scaling import fit, frontier, lawfile, plots, table
+from vlm_jax.scaling import fit, frontier, lawfile, plots, scores
 from vlm_jax.scaling import report as scaling_report
 from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.fitted import BASIC, LawFit
-from vlm_jax.scaling.latency import Request
+from vlm_jax.sizing.roofline import Request
 from vlm_jax.store import results
 
 _STYLE = """
@@ -70,12 +70,7 @@ def plans(law: LawFit, rows: list[ResultRow], family: str) -> list[list[str]]:
     """Header and lines: the best of the study's own ladder at a few budgets of FLOPs a question, encoder included."""
     mine = [row for row in rows if row.family == family and row.visual_tokens]
     request = Request(mine[0].question_tokens, mine[0].answer_tokens + 1, dtype="float32")
-    ladder = {
-        "encoders": (mine[0].encoder,),
-        "llms": tuple(sorted({row.llm for row in mine})),
-        "compressors": tuple(sorted({row.compressor for row in mine})),
-        "tokens": tuple(sorted({row.visual_tokens for row in mine})),
-    }
+    ladder = {"llms": tuple(sorted({row.llm for row in mine})), "tokens": tuple({row.visual_tokens for row in mine})}
 
     def within(budget: float, top: int = 1) -> list[frontier.Choice]:
         return frontier.plan(law, Budget("tflops", budget / 1e12), request, family=family, top=top, **ladder).choices
@@ -140,7 +135,7 @@ def report(workdir: Path, loss: str = "squared") -> None:
             raise UserError(
                 f"{workdir / 'rows.jsonl'}: rows of {len(found)} values of {field} in one table; split the file"
             )
-    law = fit.fit(table.of_rows(rows), loss=loss, source="rows.jsonl")
+    law = fit.fit(scores.of_rows(rows), loss=loss, source="rows.jsonl")
     lawfile.write(workdir / "law.json", law)
     (workdir / "figures").mkdir(exist_ok=True)
     console = scaling_report.console()

@@ -180,9 +180,9 @@ def test_planning_and_fitting_touch_no_accelerator(law, tmp_path):
 def test_the_first_screen_of_a_figure_is_not_blank(law, tmp_path):
     from PIL import Image
 
-    from vlm_jax.scaling import lawfile, plots, table
+    from vlm_jax.scaling import lawfile, plots, scores
 
-    fitted, rows = lawfile.read(law), table.read(PUBLISHED)
+    fitted, rows = lawfile.read(law), scores.read(PUBLISHED)
     for draw in (plots.error_curves, plots.error_by_params):
         picture = np.asarray(Image.open(draw(rows, fitted, "reasoning", tmp_path / "one.png")).convert("L"))
         assert picture.std() > 10

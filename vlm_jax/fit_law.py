@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
     if Path(flags.out).is_dir():
         raise UserError(f"--out {flags.out} is a folder; name a file in it")
 
-    from vlm_jax.scaling import fit, lawfile, report, table
+    from vlm_jax.scaling import fit, lawfile, report, scores
 
-    rows = table.read(flags.rows)
+    rows = scores.read(flags.rows)
     with report.progress(fit.stages(rows, flags.form, flags.family)) as progress:
         law = fit.fit(
             rows,

@@ -319,4 +319,5 @@ def evaluate(
         params_sha256=summary["params_sha256"],
         version=vlm_jax.__version__,
         device=jax.devices()[0].device_kind,
+        model=model,
     )

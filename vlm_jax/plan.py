@@ -1,8 +1,9 @@
 """Plans a model for a budget: `python -m vlm_jax.plan --law law.json --question-tokens 50 --answer-tokens 20 --tflops
 2`.
 
-Ranks every combination of encoder, LLM, compressor and visual tokens that the budget allows by the error that the law
-predicts, with the cost and latency of each part. Touches no accelerator.
+Ranks the models that the budget allows by the error that the law predicts, with the cost and latency of each part: the
+encoder and compressor that the law was measured with, any V, any LLM of the measured family. --encoders, --llms and
+--compressors ask for others; what the law was not measured with is marked * and stands last. Touches no accelerator.
 """
 
 import sys
@@ -31,8 +32,10 @@ def parser() -> Flags:
         "--calibrate", help="CSV of measured parts (chip,chips,flops,bytes,secs) to replace the assumed efficiency"
     )
     for name in ("encoders", "llms", "compressors"):
-        flags.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=f"only these {name}")
-    flags.add_argument("--tokens", nargs="+", type=int, metavar="V", help="only these numbers of visual tokens")
+        flags.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=f"these {name}, measured or not")
+    flags.add_argument(
+        "--tokens", nargs="+", type=int, default=[], metavar="V", help="only these numbers of visual tokens"
+    )
     flags.add_argument(
         "--offsets", help="CSV of measured compressors; their differences at equal V are added to the error"
     )
@@ -48,8 +51,9 @@ def main(argv: list[str]) -> int:
     """Parses, searches, prints, draws."""
     flags = parser().parse_args(argv)
 
-    from vlm_jax.scaling import budgets, frontier, latency, lawfile, offsets, report
-    from vlm_jax.sizing import chips
+    from vlm_jax.scaling import budgets, frontier, lawfile, offsets, report
+    from vlm_jax.sizing import calibration, chips
+    from vlm_jax.sizing.roofline import Request
 
     law = lawfile.read(flags.law)
     law.family(flags.family)
@@ -58,16 +62,16 @@ def main(argv: list[str]) -> int:
     budget = budgets.Budget(kind, amount, flags.usd_per_chip_hour)
     if flags.top < 1:
         raise UserError(f"--top {flags.top} must be at least 1")
-    request = latency.Request(
+    request = Request(
         flags.question_tokens, flags.answer_tokens, flags.batch, flags.question,
         on=chips.chip(flags.chip) if flags.chip else None, chips=flags.chips,
-        efficiency=latency.calibrate(flags.calibrate) if flags.calibrate else chips.ASSUMED,
+        efficiency=calibration.calibrate(flags.calibrate) if flags.calibrate else chips.ASSUMED,
     )  # fmt: skip
     limits = {
         "encoders": tuple(flags.encoders),
         "llms": tuple(flags.llms),
         "compressors": tuple(flags.compressors),
-        "tokens": tuple(flags.tokens) if flags.tokens else None,
+        "tokens": tuple(flags.tokens),
         "offsets": offsets.read(flags.offsets) if flags.offsets else {},
     }
     plan = frontier.plan(law, budget, request, family=flags.family, mode=flags.mode, top=flags.top, **limits)

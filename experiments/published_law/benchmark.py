@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax.core.errors import door
-from vlm_jax.scaling import intervals, laws, solve, table
+from vlm_jax.scaling import intervals, laws, scores, solve
 
 HERE = Path(__file__).parent
 GRID = {"A": (0.05, 1.0, 50), "alpha": (0.0, 0.25, 50), "beta": (0.0, 0.1, 50), "D": (0.0, 0.45, 40)}
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "benchmark.json")
     parser.add_argument("--repeats", type=int, default=5, help="of the fit; the median counts")
     args = parser.parse_args(argv)
-    cells = table.read(HERE / "published_scores.csv").of("reasoning").cells
+    cells = scores.read(HERE / "published_scores.csv").of("reasoning").cells
     params, tokens, error = (
         np.array([getattr(c, field) for c in cells], float) for field in ("params", "tokens", "error")
     )

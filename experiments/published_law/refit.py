@@ -10,6 +10,7 @@ experiments.published_law.benchmark` wrote last.
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +22,19 @@ from vlm_jax.scaling import (
     fit,
     frontier,
     intervals,
-    latency,
     lawfile,
     laws,
     offsets,
     planner_plots,
     plots,
     report,
+    scores,
     solve,
-    table,
 )
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, FormFit, LawFit
-from vlm_jax.sizing import chips, cost, zoo
+from vlm_jax.scaling.scores import Scores
+from vlm_jax.sizing import chips, cost, roofline, zoo
+from vlm_jax.sizing.roofline import Request
 
 HERE = Path(__file__).parent
 PUBLISHED = {
@@ -42,7 +44,7 @@ PUBLISHED = {
 QUESTIONS = (0, 50, 100, 500)
 QUESTION, TIMED = 50, (1, 144, 576)  # Q, and the V of the table of prefill times
 HELD = (0.0, 0.1, 0.2, 0.3)  # values of D in the profile's table
-ENCODER, SMALL, LARGE, CHIP = "clip-l14-336", "qwen1.5-0.5b", "qwen1.5-7b", "v6e"
+SMALL, LARGE, CHIP = "qwen1.5-0.5b", "qwen1.5-7b", "v6e"
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=HERE, help="folder for law.json, figures/ and README.md")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rows = table.read(HERE / "published_scores.csv")
+    rows = scores.read(HERE / "published_scores.csv")
     with report.progress(fit.stages(rows) + 1) as progress:
         law = fit.fit(rows, seed=args.seed, source="published_scores.csv", progress=progress)
         progress("figures")
@@ -64,17 +66,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def figures(folder: Path, law: LawFit, rows: table.Table) -> None:
+def figures(folder: Path, law: LawFit, rows: Scores) -> None:
     """Every picture of README.md."""
-    request = latency.Request(QUESTION, 20)
-    limits = {"encoders": (ENCODER,), "compressors": ("tokenpacker", "none")}
-    planner_plots.planner_figures(folder, law, "reasoning", request, limits, rows)
+    planner_plots.planner_figures(folder, law, "reasoning", Request(QUESTION, 20), {}, rows)
     for name in law.families:
         plots.error_curves(rows, law, name, folder / f"error_curves-{name}.png")
         plots.error_by_params(rows, law, name, folder / f"error_by_params-{name}.png")
 
 
-def findings(law: LawFit, rows: table.Table) -> dict[str, Any]:
+def findings(law: LawFit, rows: Scores) -> dict[str, Any]:
     """The names that README.template.md uses."""
     found: dict[str, Any] = {name: _family(name, one, law, rows.of(name)) for name, one in law.families.items()}
     found |= {
@@ -89,10 +89,10 @@ def findings(law: LawFit, rows: table.Table) -> dict[str, Any]:
         if c.extra["provenance_flag"]
     )
     found["optimal"] = "\n".join(_optimal(question, law) for question in QUESTIONS)
-    return found | {"left_out": _left_out_cost(), "compressors": _compressors(), "benchmark": _benchmark()}
+    return found | {"left_out": _left_out_cost(law), "compressors": _compressors(), "benchmark": _benchmark()}
 
 
-def _family(name: str, one: FamilyFit, law: LawFit, rows: table.Table) -> SimpleNamespace:
+def _family(name: str, one: FamilyFit, law: LawFit, rows: Scores) -> SimpleNamespace:
     forms = {key.replace("-", "_"): SimpleNamespace(**form._asdict()) for key, form in one.forms.items()}
     basic, chosen = one.forms[BASIC], one.forms[one.chosen]
     params, tokens, error = (
@@ -171,7 +171,7 @@ def _next_size(one: FamilyFit, tokens: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _without_flags(rows: table.Table, law: LawFit) -> SimpleNamespace:
+def _without_flags(rows: Scores, law: LawFit) -> SimpleNamespace:
     """The multiplicative law without the cells whose provenance is in doubt."""
     kept = rows._replace(cells=tuple(c for c in rows.cells if not c.extra["provenance_flag"]))
     one = fit.fit(kept, BASIC, bootstraps=law.bootstraps, seed=law.seed).family(None)
@@ -204,20 +204,22 @@ def _optimal(question: float, law: LawFit) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _left_out_cost() -> SimpleNamespace:
+def _left_out_cost(law: LawFit) -> SimpleNamespace:
     """The encoder's share of the paper's prefill, and the time of a prefill at the chip's peaks."""
-    encoder = cost.encoder_flops(zoo.encoder(ENCODER))
+    models = {model.decoder.name: model for model in law.family("reasoning").models}
+    encoder = cost.encoder_flops(models[LARGE].encoder)
     paper = {llm: 2 * zoo.nominal_params(llm) * (QUESTION + TIMED[0]) for llm in (SMALL, LARGE)}
     share = {llm: encoder / (encoder + flops) for llm, flops in paper.items()}
-    spec, lines = zoo.decoder(LARGE), []
+    at = [replace(models[LARGE], compressor=replace(models[LARGE].compressor, tokens=v)) for v in TIMED]
+    lines = []
     for batch in (1, 32):
-        request = latency.Request(QUESTION, 20, batch, on=chips.chip(CHIP), efficiency=chips.IDEAL)
-        secs = [latency.time(latency.prefill_work(spec, v, request), request) for v in TIMED]
-        image = latency.time(latency.encoder_work(zoo.encoder(ENCODER), request), request)
-        parts = [f"{each.secs * 1e3:.1f} ({each.binds})" for each in (*secs, image)]
-        lines.append("| " + " | ".join([str(batch), *parts]) + " |")
+        request = Request(QUESTION, 20, batch, on=chips.chip(CHIP), efficiency=chips.IDEAL)
+        times = [roofline.request_times(model, request) for model in at]
+        parts = [*(each["prefill"] for each in times), times[0]["encoder"]]
+        told = [f"{part.secs * 1e3:.1f} ({part.binds})" for part in parts]
+        lines.append("| " + " | ".join([str(batch), *told]) + " |")
     return SimpleNamespace(
-        encoder=ENCODER, encoder_tflops=encoder / 1e12, small=SMALL, large=LARGE, chip=CHIP,
+        encoder=models[LARGE].encoder.name, encoder_tflops=encoder / 1e12, small=SMALL, large=LARGE, chip=CHIP,
         small_share=100 * share[SMALL], large_share=100 * share[LARGE], prefill="\n".join(lines),
         question=QUESTION, least=TIMED[0], heads=" | ".join(f"V = {v}" for v in TIMED), mme=offsets.MME_POINTS,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from result_rows import MODEL
 
 from experiments.launching.cells import Cell, cells_of
 from vlm_jax.core.rows import ResultRow
@@ -57,7 +58,7 @@ def row(cell: Cell, train_flops: float = 3e12, train_secs: float = 60.0, device:
     )  # fmt: skip
     return ResultRow(
         cell=cell.name, spec_hash=cell.spec_hash, version="0", device=device, train_flops=train_flops,
-        train_secs=train_secs, **texts, **counts, **numbers,
+        train_secs=train_secs, model=MODEL, **texts, **counts, **numbers,
     )  # fmt: skip
 
 

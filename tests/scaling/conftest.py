@@ -3,9 +3,9 @@
 import pytest
 from tables import PUBLISHED
 
-from vlm_jax.scaling import fit, table
+from vlm_jax.scaling import fit, scores
 
 
 @pytest.fixture(scope="session")
 def law():
-    return fit.fit(table.read(PUBLISHED), bootstraps=60, seed=0)
+    return fit.fit(scores.read(PUBLISHED), bootstraps=60, seed=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.scaling.table import Cell, Table
+from vlm_jax.scaling.scores import Measurement, Scores
 
 SIZES = (0.5, 1.8, 4.0, 7.0)
 TOKENS = (1, 4, 16, 36, 64, 144, 576)
@@ -22,10 +22,10 @@ def of(errors, params=None, tokens=None, seeds=None, family="made", stderr=None)
     n, v = grid() if params is None else (params, tokens)
     seeds = [None] * len(n) if seeds is None else seeds
     cells = [
-        Cell(family, float(n_), int(v_), float(e), stderr, s, f"made:{i}", {})
+        Measurement(family, float(n_), int(v_), float(e), stderr, s, f"made:{i}", {})
         for i, (n_, v_, e, s) in enumerate(zip(n, v, errors, seeds, strict=True))
     ]
-    return Table(tuple(cells), "nominal")
+    return Scores(tuple(cells), "nominal")
 
 
 def published(family):

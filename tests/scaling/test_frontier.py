@@ -4,30 +4,35 @@ import math
 
 import numpy as np
 import pytest
-import tables
 from scipy.optimize import minimize_scalar
 from tables import PUBLISHED
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling import budgets, catalogue, frontier, latency, laws, offsets
+from vlm_jax.scaling import budgets, frontier, laws, offsets
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.latency import Request
 from vlm_jax.sizing import chips, cost, zoo
+from vlm_jax.sizing.roofline import Request
 
 LLMS = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-7b", "llama2-13b")
 ENCODERS = ("clip-l14-336", "siglip-b16-224")
 COMPRESSORS = ("pool", "quecc", "tokenpacker")
+TOKENS = (1, 4, 14, 16, 49, 144, 576)
 
 
-def combinations():
-    """Every (encoder, compressor, V, LLM), by hand."""
-    for encoder in ENCODERS:
+def models():
+    """Every model of these names, by hand."""
+    for encoder in map(zoo.encoder, ENCODERS):
         for compressor in COMPRESSORS:
-            for tokens in catalog.row(compressor).tokens_out(zoo.encoder(encoder).grid):
-                if tokens in (*catalogue.TOKENS, *tables.TOKENS):
-                    for llm in LLMS:
-                        yield catalogue.Side(encoder, compressor, tokens), llm
+            for tokens in set(catalog.row(compressor).tokens_out(encoder.grid)) & {*TOKENS}:
+                for llm in LLMS:
+                    yield catalog.model_spec(encoder, compressor, tokens, zoo.decoder(llm))
+
+
+def measured(model):
+    return (model.encoder.name, model.compressor.name, model.decoder.name[:7]) == (
+        "clip-l14-336", "tokenpacker", "qwen1.5",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("q", [0.5, 50, 500])
@@ -50,7 +55,7 @@ def test_the_closed_form_at_its_edges():
     assert frontier.optimal_tokens(0, 0.4, 0.1) == 0
 
 
-@pytest.mark.parametrize(("q", "tokens", "nearest"), [(0, 1.0, 1), (50, 13.5, 16), (100, 27.0, 25)])
+@pytest.mark.parametrize(("q", "tokens", "nearest"), [(0, 1.0, 1), (50, 13.5, 12), (100, 27.0, 24)])
 def test_the_paper_mode_gives_the_known_numbers(law, q, tokens, nearest):
     plan = frontier.plan(law, Budget("tflops", 1.0), Request(q, 20), family="reasoning", mode="paper")
     assert plan.closed_form.visual_tokens == pytest.approx(tokens, abs=0.1)
@@ -67,58 +72,23 @@ def test_where_tokens_always_pay_the_closed_form_takes_the_most(law):
 def test_the_ranking_is_that_of_brute_force(law, mode):
     one, budget, request = law.family("reasoning"), Budget("tflops", 0.9), Request(50, 20)
     within = []
-    for side, llm in combinations():
-        params = zoo.nominal_params(llm) / 1e9
-        real = cost.flops(catalogue.model_spec(side, llm), 50, 20).total
-        charged = real if mode == "full" else 2e9 * params * (50 + side.tokens)
-        if charged <= 0.9e12:
-            within.append((float(one.predict(params, side.tokens)), real, side, llm))
-    best = min(within)
+    for model in models():
+        params, tokens = zoo.nominal_params(model.decoder.name) / 1e9, model.compressor.tokens
+        real = cost.flops(model, 50, 20).total
+        if (real if mode == "full" else 2e9 * params * (50 + tokens)) <= 0.9e12:
+            within.append((not measured(model), float(one.predict(params, tokens)), real, model))
     plan = frontier.plan(
-        law,
-        budget,
-        request,
-        family="reasoning",
-        mode=mode,
-        encoders=ENCODERS,
-        llms=LLMS,
-        compressors=COMPRESSORS,
-        top=1000,
-    )
+        law, budget, request, family="reasoning", mode=mode,
+        encoders=ENCODERS, llms=LLMS, compressors=COMPRESSORS, tokens=TOKENS, top=10_000,
+    )  # fmt: skip
     assert plan.feasible == len(within)
-    assert plan.combinations == len(list(combinations()))
-    first = plan.choices[0]
-    assert (first.predicted_error, first.flops) == pytest.approx(best[:2])
-    errors = [choice.predicted_error for choice in plan.choices]
-    assert errors == sorted(errors)
-    assert len(errors) == len({(llm, side.tokens) for _, _, side, llm in within})
-
-
-def test_arrays_cost_what_model_specs_cost():
-    sides = catalogue.sides(ENCODERS, COMPRESSORS, None, tables.TOKENS)
-    grid = catalogue.build(sides, LLMS, Request(37, 9), "nominal")
-    for m in range(0, len(sides), 3):
-        for n, llm in enumerate(LLMS):
-            parts = cost.row_fields(cost.flops(catalogue.model_spec(sides[m], llm), 37, 9))
-            for part in latency.PARTS:
-                assert grid.flops[part][m, n] == pytest.approx(parts[f"{part}_flops"], rel=1e-12)
-
-
-def test_latency_arrays_are_the_roofline_of_each_part():
-    request = Request(50, 20, 8, on=chips.chip("h100"), chips=2)
-    sides = catalogue.sides(("clip-l14-336",), ("quecc",), (4, 16), ())
-    grid = catalogue.build(sides, LLMS, request, "nominal")
-    for m, side in enumerate(sides):
-        for n, llm in enumerate(LLMS):
-            spec = zoo.decoder(llm)
-            for part, work in (
-                ("prefill", latency.prefill_work(spec, side.tokens, request)),
-                ("question", latency.question_work(spec, request)),
-                ("decode", latency.decode_work(spec, side.tokens, request)),
-            ):
-                time = latency.time(work, request)
-                assert grid.secs[part][m, n] == pytest.approx(time.secs)
-                assert grid.by_compute[part][m, n] == (time.binds == "compute")
+    assert plan.candidates == len(list(models()))
+    first, best = plan.choices[0], min(within, key=lambda each: each[:3])
+    assert first.model == best[3]
+    assert (first.predicted_error, first.flops) == pytest.approx(best[1:3])
+    order = [(not measured(choice.model), choice.predicted_error) for choice in plan.choices]
+    assert order == sorted(order)
+    assert len(order) == len({(far, m.decoder.name, m.compressor.tokens) for far, _, _, m in within})
 
 
 def test_pareto_is_what_nothing_beats():
@@ -128,35 +98,6 @@ def test_pareto_is_what_nothing_beats():
         i for i in range(200) if not any((error[j] <= error[i]) & (price[j] <= price[i]) for j in range(200) if j != i)
     }
     assert set(frontier.pareto(error, price)) == want
-
-
-def test_a_question_is_paid_twice_by_what_reads_it_and_cannot_be_cached():
-    sides = catalogue.sides(("clip-l14-336",), ("quecc", "tokenpacker"), (16,), ())
-    fresh, cached = (
-        catalogue.build(sides, ("qwen1.5-7b",), Request(100, 20, question=kind), "nominal")
-        for kind in ("fresh", "cached")
-    )
-    reads = [side.compressor for side in sides].index("quecc")
-    other = 1 - reads
-    assert fresh.flops["question"][other, 0] == 0
-    assert fresh.flops["question"][reads, 0] == pytest.approx(
-        cost.pass_flops(zoo.decoder("qwen1.5-7b"), 100, 100, 0).total
-    )
-    assert cached.flops["prefill"][reads, 0] == fresh.flops["prefill"][reads, 0]
-    assert cached.flops["prefill"][other, 0] < fresh.flops["prefill"][other, 0] / 5
-    assert cached.cache_bytes[other, 0] == fresh.cache_bytes[other, 0]
-
-
-def test_a_7b_prefill_is_bound_by_its_weights_at_batch_1_and_by_compute_at_32():
-    spec, times = zoo.decoder("llama2-7b"), {}
-    for batch in (1, 32):
-        request = Request(50, 20, batch, on=chips.chip("v6e"), efficiency=chips.IDEAL)
-        times[batch] = [latency.time(latency.prefill_work(spec, v, request), request) for v in (1, 144, 576)]
-    assert [t.binds for t in times[1]][:2] == ["memory", "memory"]
-    assert times[1][0].secs * 1e3 == pytest.approx(8.8, rel=0.07)
-    assert times[1][1].secs < 1.1 * times[1][0].secs
-    assert [t.binds for t in times[32]] == ["compute"] * 3
-    assert [t.secs * 1e3 for t in times[32]] == pytest.approx([24.8, 94.5, 304.8], rel=0.08)
 
 
 def test_budgets_follow_from_each_other(law):
@@ -179,25 +120,38 @@ def test_what_does_not_fit_the_chip_is_left_out(law):
     assert {choice.llm for choice in plan.choices} >= {"qwen1.5-4b"}
 
 
-def test_a_law_that_knows_its_models_plans_with_them():
-    measured = {"encoders": ["glyph-64"], "llms": ["d24", "d48", "gone"], "compressors": ["blind", "resampler"]}
-    assert catalogue.names(measured, (), (), ()) == (("glyph-64",), ("d24", "d48"), ("resampler",))
-    assert catalogue.names(measured, (), ("qwen1.5-7b",), ())[1] == ("qwen1.5-7b",)
-    nothing = {"encoders": [], "llms": [], "compressors": []}
-    encoders, llms, compressors = catalogue.names(nothing, (), (), ())
-    assert "clip-l14-336" in encoders
-    assert not {"glyph-64", "d24"} & {*encoders, *llms}
-    assert "blind" not in compressors
-
-
 def test_extrapolation_is_marked(law):
     plan = frontier.plan(
         law, Budget("tflops", 50), Request(50, 20), family="reasoning", llms=("qwen1.5-7b", "qwen1.5-14b"), top=100,
-        encoders=("siglip-so400m14-384",), compressors=("none",), tokens=(729,),
+        tokens=(288, 576),
     )  # fmt: skip
-    for choice in plan.choices:
-        found = {warning.partition(":")[0] for warning in choice.warnings}
-        assert found == {"extrapolates_tokens"} | ({"extrapolates_params"} if choice.llm == "qwen1.5-14b" else set())
+    assert {c.llm: c.extrapolates for c in plan.choices} == {"qwen1.5-7b": (), "qwen1.5-14b": ("params",)}
+    far = frontier.plan(
+        law, Budget("tflops", 50), Request(50, 20), family="reasoning", llms=("llama2-7b",), top=100,
+        encoders=("siglip-so400m14-384",), compressors=("none",),
+    )  # fmt: skip
+    (choice,) = far.choices
+    assert choice.extrapolates == ("encoder", "compressor", "family", "tokens")
+    assert [warning.partition(":")[0] for warning in choice.warnings] == [
+        f"extrapolates_{kind}" for kind in choice.extrapolates
+    ]
+    assert "siglip-so400m14-384, measured with clip-l14-336" in choice.warnings[0]
+
+
+def test_what_was_not_measured_never_stands_above_what_was(law):
+    """Pool is cheaper than TokenPacker at every V, and a small encoder than a large one: no reason to choose them."""
+    plan = frontier.plan(
+        law, Budget("tflops", 2), Request(50, 20), family="reasoning", top=10_000,
+        encoders=ENCODERS, compressors=("pool", "tokenpacker"), llms=("qwen1.5-1.8b", "llama3.2-1b", "qwen1.5-7b"),
+        tokens=TOKENS,
+    )  # fmt: skip
+    beyond = [bool(set(choice.extrapolates) & {"encoder", "compressor", "family"}) for choice in plan.choices]
+    assert beyond == sorted(beyond)
+    assert {False, True} == set(beyond)
+    assert plan.extrapolated._replace(beats_next=None) == plan.choices[beyond.index(True)]._replace(beats_next=None)
+    for choice, far in zip(plan.choices, beyond, strict=True):
+        measured = (choice.encoder, choice.compressor) == ("clip-l14-336", "tokenpacker") and "qwen1.5" in choice.llm
+        assert measured == (not far)
 
 
 def test_choices_know_how_sure_they_are(law):
@@ -256,33 +210,6 @@ def test_offsets_are_added_at_equal_tokens_and_told(law):
 def test_a_plan_that_cannot_be_is_told(law, budget, request_, how, message):
     with pytest.raises(UserError, match=message):
         frontier.plan(law, budget, request_, **{"family": "reasoning", **how})
-
-
-def test_calibration_recovers_planted_efficiencies(tmp_path):
-    rows = ["chip,chips,flops,bytes,secs"]
-    v6e = chips.chip("v6e")
-    for flops, moved in ((1e14, 1e9), (3e14, 1e10), (1e12, 1e11), (1e11, 3e11)):
-        rows.append(f"v6e,1,{flops},{moved},{chips.part_time(flops, moved, v6e, 1, chips.Efficiency(0.45, 0.7)).secs}")
-    path = tmp_path / "measured.csv"
-    path.write_text("\n".join(rows) + "\n")
-    found = latency.calibrate(path)
-    assert (found.compute, found.bandwidth) == pytest.approx((0.45, 0.7))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("chip,flops\nv6e,1\n", "needs a header"),
-        ("chip,chips,flops,bytes,secs\nv6e,1,x,1,1\n", r"measured\.csv:2: .* must be numbers"),
-        ("chip,chips,flops,bytes,secs\nv6e,1,1e15,1,0.1\n", "faster than the peak of v6e"),
-        ("chip,chips,flops,bytes,secs\nv6e,1,1,1,0\n", "must be above 0"),
-        ("chip,chips,flops,bytes,secs\nv9,1,1,1,1\n", "unknown chip"),
-    ],
-)
-def test_a_bad_calibration_is_told(tmp_path, text, message):
-    (tmp_path / "measured.csv").write_text(text)
-    with pytest.raises(UserError, match=message):
-        latency.calibrate(tmp_path / "measured.csv")
 
 
 def test_the_paper_cost_warns_of_a_model_that_does_not_fit(law) -> None:

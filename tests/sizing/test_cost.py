@@ -15,7 +15,7 @@ from vlm_jax.core.tree import count
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vision import Encoder
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.sizing import chips, cost, zoo
+from vlm_jax.sizing import chips, cost, roofline, zoo
 
 # One layer: XLA counts the body of a scan once, so a scan of one is counted right. Wide enough that products rule.
 WIDE = DecoderSpec("wide", 256, 1, 4, 2, 64, 768, 512)
@@ -130,8 +130,8 @@ def test_unknown_names_raise():
 
 def test_a_part_takes_the_slower_of_its_two_limits():
     v6e = chips.chip("V6E")
-    assert chips.part_time(9.2e14, 1.0, v6e, 1, chips.IDEAL) == (1.0, "compute")
-    assert chips.part_time(1.0, 1.6e12, v6e, 1, chips.IDEAL) == (1.0, "memory")
-    assert chips.part_time(9.2e14, 1.0, v6e, 4, chips.Efficiency(0.5, 1.0)).secs == pytest.approx(0.5)
+    assert roofline.part_time(9.2e14, 1.0, v6e, 1, chips.IDEAL) == (1.0, "compute")
+    assert roofline.part_time(1.0, 1.6e12, v6e, 1, chips.IDEAL) == (1.0, "memory")
+    assert roofline.part_time(9.2e14, 1.0, v6e, 4, chips.Efficiency(0.5, 1.0)).secs == pytest.approx(0.5)
     with pytest.raises(UserError, match="did you mean 'v6e'"):
         chips.chip("v6")

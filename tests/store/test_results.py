@@ -4,16 +4,21 @@ import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import builders
 import pytest
+from result_rows import row
 
+from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.rows import FIELDS, ResultRow
 from vlm_jax.store import results
 
+MODEL = specs.to_dict(builders.model())
 
-def row(**fields):
-    types = {field.name: field.type for field in dataclasses.fields(ResultRow)}
-    return ResultRow(**{**{name: types[name](1) for name in FIELDS}, **fields})
+
+def test_a_row_spells_out_its_model(tmp_path):
+    results.append(tmp_path / "rows.jsonl", row(model=builders.model()))
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["model"] == MODEL
+    assert results.read(tmp_path / "rows.jsonl") == [row(model=builders.model())]
 
 
 def test_what_was_appended_is_read(tmp_path):
@@ -55,6 +60,10 @@ def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
         ({"error": "0.5"}, r"rows\.jsonl:1: error is '0\.5'; it must be a finite float"),
         ({"llm_params": 1.5}, "llm_params is 1.5; it must be a finite int"),
         ({"cell": 3}, "cell is 3; it must be text"),
+        ({"model": None}, r"rows\.jsonl:1: missing field\(s\) model; evaluate the cell again"),
+        ({"model": {"encoder": None}}, r"rows\.jsonl:1: model\.compressor is missing"),
+        ({"model": {**MODEL, "mask": 1}}, r"rows\.jsonl:1: model\.mask: expected str, got 1"),
+        ({"model": {**MODEL, "mode": 1}}, r"rows\.jsonl:1: model\.mode: unknown field 'mode'"),
     ],
 )
 def test_a_line_that_is_no_row_is_told(tmp_path, change, message):

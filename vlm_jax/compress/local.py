@@ -14,10 +14,12 @@ The h x w grid falls into r x c equal cells, V = r c; r divides h, c divides w, 
     query  = Conv(LN(Linear(GELU(Linear(u)))))          depthwise, kernel = stride = one cell
 
 where text is the decoder's vector of the question, given by the caller without gradient. The papers' width is that of
-the encoder; here it is `spec.width`, and the attention's output projection returns to E. Both papers take the encoder's
-last layer but one; here `tokens` are what the encoder gives. Their last MLP, to the width of the language model, is not
-here: it is the projector of the `ModelSpec`.
+the encoder; here it is `spec.width`, and the attention's output projection returns to E. Both papers take CLIP's last
+block but one (`catalog.model_spec` has the rule); here `tokens` are what the encoder gives. Their last MLP, to the
+width of the language model, is not here: it is the projector of the `ModelSpec`.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ from jaxtyping import Array, Float
 from vlm_jax.compress import layers
 from vlm_jax.compress.layers import Weights
 from vlm_jax.core.axes import NORM, POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec
+from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.weights import dense, zeros
@@ -34,6 +36,22 @@ from vlm_jax.ops.weights import dense, zeros
 
 def cell_tokens(grid: g.Grid) -> tuple[int, ...]:
     return tuple(g.cell_shapes(grid))
+
+
+def tapped_layers(encoder: EncoderSpec) -> tuple[int, ...]:
+    """The blocks that keys and values read: of n, those at n / 2 and 2 n / 3, the last but two and the last but one,
+    none behind the block of the tokens. 12, 16, 22 and 23 of CLIP-L's 24, as published. Of four or fewer, all."""
+    n, last = encoder.depth, encoder.feature_layer or encoder.depth
+    chosen = (n // 2, 2 * n // 3, n - 2, n - 1) if n > 4 else range(1, n + 1)
+    return tuple(sorted({min(block, last) for block in chosen}))
+
+
+def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
+    """As published: the encoder's width, 8 heads (the most below that divide it), one layer, no MLP inside."""
+    width, taps = encoder.width, len(tapped_layers(encoder))
+    return CompressorSpec(
+        name, tokens, encoder.grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0
+    )  # fmt: skip
 
 
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:

@@ -8,13 +8,22 @@ before the projector).
 import jax
 from jaxtyping import Array, Float
 
-from vlm_jax.core.specs import CompressorSpec
+from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
 
 
 def no_weights(key: jax.Array, spec: CompressorSpec) -> dict:
     return {}
+
+
+def no_taps(encoder: EncoderSpec) -> tuple[int, ...]:
+    return ()
+
+
+def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
+    """No inner size is read: the least that a spec may say."""
+    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, encoder.width, 1, 1, 0)
 
 
 def no_flops(spec: CompressorSpec) -> float:

@@ -23,13 +23,22 @@ from jaxtyping import Array, Float
 from vlm_jax.compress import layers
 from vlm_jax.compress.layers import Weights
 from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
-from vlm_jax.core.specs import CompressorSpec
+from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.weights import boxed, table
 
 _BUMP = 0.7  # standard deviation of a head's first attention, in patches
 _FAR = 2.0  # scores far away are -_FAR - log P: all of them together a small share, and none without a gradient
+
+
+def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
+    """One layer with as many heads as the encoder, of 64 channels as in Flamingo but together no wider than E, and an
+    MLP of four times the width: 1024, 16 and 4096 behind So400m and CLIP-L."""
+    width = min(64 * encoder.heads, encoder.width)
+    return CompressorSpec(
+        name, tokens, encoder.grid, encoder.width, 0, decoder.width, width, encoder.heads, 1, 4 * width
+    )  # fmt: skip
 
 
 def init_resampler(key: jax.Array, spec: CompressorSpec) -> Weights:

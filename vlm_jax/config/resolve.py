@@ -5,8 +5,6 @@ compressor's spec.
 
 import dataclasses
 import operator
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec
+from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, from_dict
 from vlm_jax.sizing import zoo
 
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
@@ -50,7 +48,7 @@ def resolve(config: ConfigDict) -> RunSpec:
     values = config.to_dict()
     if "model" not in values:
         raise UserError("config field model is missing")
-    spec = _dataclass(RunSpec, {**_with_rates(values), "model": _model(values["model"])}, "")
+    spec = from_dict(RunSpec, {**_with_rates(values), "model": _model(values["model"])}, "config field ")
     _check(spec)
     return spec
 
@@ -91,6 +89,17 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     )
     catalog.check(compressor)
     return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+
+
+def model_group(spec: ModelSpec) -> dict[str, Any]:
+    """The group `model` of a config that resolves to this spec, every choice spelled out so that it can be set."""
+    compressor = {key: getattr(spec.compressor, key) for key in _COMPRESSOR_KEYS}
+    return {
+        "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
+        "compressor": compressor, "projector": spec.projector, "llm": spec.decoder.name,
+        "vocab": 0,  # as in the zoo
+        "mask": spec.mask,
+    }  # fmt: skip
 
 
 def _check(spec: RunSpec) -> None:
@@ -137,42 +146,6 @@ def _keys(where: str, values: Mapping[str, Any], wanted: tuple[str, ...]) -> Non
         raise UserError(f"config field {where}.{missing[0]} is missing")
 
 
-def _dataclass(cls: type, values: Any, where: str) -> Any:
-    """Nested mappings -> nested dataclasses, every field present and of its type."""
-    if isinstance(values, cls):
-        return values
-    if not isinstance(values, Mapping):
-        raise UserError(f"config field {where}: a group of fields is wanted, not {values!r}")
-    hints = typing.get_type_hints(cls)
-    required = tuple(f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
-    for key in values:
-        if key not in hints:
-            raise unknown(f"config field {f'{where}.{key}'.lstrip('.')}:", key, hints)
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise UserError(f"config field {f'{where}.{missing[0]}'.lstrip('.')} is missing")
-    return cls(**{key: _value(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, where)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(arg for arg in args if arg is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list | tuple):
-        if args[-1] is Ellipsis:
-            return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
-        if len(args) == len(value):
-            pairs = zip(args, value, strict=True)
-            return tuple(_value(arg, item, f"{where}.{i}") for i, (arg, item) in enumerate(pairs))
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise UserError(f"config field {where}={value!r}: {getattr(hint, '__name__', hint)} is wanted")
-
-
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
     """The inverse of `core.specs.to_dict`, for a spec stored beside a checkpoint. As strict as `resolve`."""
-    return _dataclass(RunSpec, values, "")
+    return from_dict(RunSpec, values, "config field ")

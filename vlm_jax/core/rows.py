@@ -3,10 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
+from vlm_jax.core.specs import ModelSpec
+
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One evaluated cell of a grid on one task. A row without its cost does not exist.
+    """One evaluated cell of a grid on one task. A row without its cost or its model does not exist.
 
     Errors are fractions in [0, 1]; `*_stderr` is the standard error over images (questions on one image are one
     cluster). FLOPs are per question, forward only, by part, and are analytic (`sizing.cost`).
@@ -46,6 +48,7 @@ class ResultRow:
     params_sha256: str
     version: str
     device: str
+    model: ModelSpec  # what was measured, whole; on disk as `specs.to_dict` writes it
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(ResultRow))

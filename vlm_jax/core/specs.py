@@ -8,8 +8,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from vlm_jax.core.errors import UserError, unknown
 
 # What CLIP's pixels were normalised with, for red, green and blue.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -251,6 +256,43 @@ _ADDED = {
 def to_dict(spec: Any) -> dict[str, Any]:
     """A spec as nested plain dicts and lists, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(spec)))
+
+
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """The inverse of `to_dict`, strict both ways: every field without a default is there, none is unknown, each has its
+    type. `where` stands before the names of fields in messages, as "config field " or "rows.jsonl:3: model.". Raises
+    `UserError`."""
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where.rstrip('. ')}: expected a group of fields, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{where}{key}: {unknown('field', key, hints)}")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise UserError(f"{where}{field.name} is missing")
+    return cls(**{key: _value(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, f"{where}.")
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        if args[-1] is Ellipsis:
+            return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
+        if len(args) == len(value):
+            pairs = zip(args, value, strict=True)
+            return tuple(_value(arg, item, f"{where}.{i}") for i, (arg, item) in enumerate(pairs))
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
 def spec_hash(spec: RunSpec) -> str:

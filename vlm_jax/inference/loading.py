@@ -23,14 +23,14 @@ from vlm_jax import build, partitioning
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
+from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.data import chat, text, token_files
 from vlm_jax.data import images as pictures
 from vlm_jax.inference import sampling
 from vlm_jax.models import connector, vision
 from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.importers import weights
-from vlm_jax.models.importers.found import Found, find, found_params
+from vlm_jax.models.importers.found import Found, find, found_params, seen_as
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
 from vlm_jax.store import checkpoint
@@ -126,8 +126,8 @@ def load(
     resized = seeing if own is None else seeing._replace(encoder=vision.at_size(own, image_size))
     spec = _joined_spec(resized, speaking if llm else resized, compressor, tokens)
     if own is not None:
-        # Taps may have come with the compressor; the tensors are still those of the files' own resolution.
-        seeing = seeing._replace(encoder=dataclasses.replace(spec.encoder, image_size=own.image_size))
+        # Which blocks are read is chosen with the compressor; the tensors are those of the files' own resolution.
+        seeing = seen_as(seeing, dataclasses.replace(spec.encoder, image_size=own.image_size))
     parts = () if spec.encoder is None else ("encoder",) if llm else ("encoder", "connector")
     count = _counter(((speaking, ("decoder",)), (seeing, parts)), on_read)
     params = found_params(speaking, ("decoder",), plan, dtype, count, scan_layers=False)
@@ -205,32 +205,8 @@ def _joined_spec(seeing: Found, speaking: Found, name: str | None, tokens: int |
         return ModelSpec(None, None, None, decoder, speaking.mask)
     if name is None and tokens is not None and tokens != encoder.patches:
         raise UserError(f"tokens={tokens}: name the compressor that makes them of {encoder.patches} patches")
-    compressor = compressor_spec(name or "none", encoder, decoder, tokens)
-    encoder = dataclasses.replace(encoder, taps=encoder.taps if not compressor.taps else _taps(encoder))
-    own = seeing is speaking
-    return ModelSpec(encoder, compressor, seeing.projector if own else "mlp", decoder, seeing.mask if own else "causal")
-
-
-def compressor_spec(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int | None) -> CompressorSpec:
-    """A compressor between two given parts, its inner sizes those of the encoder. `tokens` None takes the only V that
-    the method has. Raises `UserError` for what it cannot give.
-    """
-    possible = catalog.row(name).tokens_out(encoder.grid)
-    if tokens is None and len(possible) > 1:
-        raise UserError(f"compressor {name!r} gives several numbers of tokens: set tokens=V")
-    taps = len(_taps(encoder)) if name in ("tokenpacker", "quecc") else 0
-    spec = CompressorSpec(
-        name, possible[0] if tokens is None else tokens, encoder.grid, encoder.width, taps, decoder.width,
-        encoder.width, encoder.heads, 1, encoder.mlp_width,
-    )  # fmt: skip
-    catalog.check(spec)
-    return spec
-
-
-def _taps(encoder: EncoderSpec) -> tuple[int, ...]:
-    """Four layers, evenly spaced up to the last that runs, for methods that read several."""
-    last = encoder.feature_layer or encoder.depth
-    return tuple(sorted({max(1, last * k // 4) for k in (1, 2, 3, 4)}))
+    own = {"projector": seeing.projector, "mask": seeing.mask} if seeing is speaking else {}
+    return catalog.model_spec(encoder, name or "none", tokens, decoder, **own)
 
 
 def _with_words(model: Model, path: Path, speaking: Found, tokenizer: str | Path | None) -> Model:

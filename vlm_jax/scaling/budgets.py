@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.scaling.latency import Request
 from vlm_jax.sizing.cost import Number
+from vlm_jax.sizing.roofline import Request
 
 BUDGETS = ("tflops", "latency_ms", "cache_mb", "usd_per_million_requests")
 

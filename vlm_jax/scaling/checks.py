@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling import laws, solve, table
+from vlm_jax.scaling import laws, scores, solve
 from vlm_jax.scaling.fitted import FormFit
 from vlm_jax.scaling.laws import Floats
-from vlm_jax.scaling.table import Cell, Table, params_label
+from vlm_jax.scaling.scores import Measurement, Scores, params_label
 
 CODES = (
     "above_blind", "blind_missing", "d_not_identified", "duplicated_cells", "exponent_at_bound", "few_cells",
@@ -19,7 +19,7 @@ CODES = (
 _LONG = 6  # decimals of a number that does not come up twice by chance
 
 
-def require_fit(cells: tuple[Cell, ...], family: str, loss: str, fixed_floor: int | float) -> None:
+def require_fit(cells: tuple[Measurement, ...], family: str, loss: str, fixed_floor: int | float) -> None:
     """Raises `UserError` where no law in N and V can be fitted."""
     if not cells:
         raise UserError(f"family {family!r} has no row with visual_tokens above 0")
@@ -61,8 +61,8 @@ def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str
 
 
 def warnings(
-    original: Table,
-    seen: tuple[Cell, ...],
+    original: Scores,
+    seen: tuple[Measurement, ...],
     basic: FormFit,
     forms: Mapping[str, FormFit],
     chosen: str,
@@ -104,8 +104,8 @@ def warnings(
     return sorted(found)
 
 
-def _about_rows(original: Table) -> Iterable[str]:
-    seen, blind = table.seen(original.cells), table.blind_errors(original.cells)
+def _about_rows(original: Scores) -> Iterable[str]:
+    seen, blind = scores.seen(original.cells), scores.blind_errors(original.cells)
     pairs: dict[tuple[float, int, int | None], int] = {}
     values: dict[float, set[tuple[float, int]]] = {}
     for cell in seen:
@@ -126,10 +126,10 @@ def _about_rows(original: Table) -> Iterable[str]:
         yield f"above_blind: the error is above that without an image at {_some(worse)}"
 
 
-def _about_order(seen: tuple[Cell, ...]) -> Iterable[str]:
+def _about_order(seen: tuple[Measurement, ...]) -> Iterable[str]:
     """Means that get worse with a larger LLM, or with more tokens, by more than two standard errors where these are
     known."""
-    groups: dict[tuple[float, int], list[Cell]] = {}
+    groups: dict[tuple[float, int], list[Measurement]] = {}
     for cell in seen:
         groups.setdefault((cell.params, cell.tokens), []).append(cell)
     mean = {key: float(np.mean([c.error for c in cells])) for key, cells in groups.items()}
@@ -145,7 +145,7 @@ def _about_order(seen: tuple[Cell, ...]) -> Iterable[str]:
             yield f"non_monotone: the error rises with {name} at {_some(worse)}"
 
 
-def _variance(cells: list[Cell]) -> float:
+def _variance(cells: list[Measurement]) -> float:
     """Of the mean of replicates: between them, or from their own standard errors where that is more."""
     own = sum((c.stderr or 0) ** 2 for c in cells) / len(cells) ** 2
     return max(own, float(np.var([c.error for c in cells], ddof=1)) / len(cells) if len(cells) > 1 else 0.0)

@@ -10,17 +10,17 @@ import numpy as np
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
-from vlm_jax.scaling import checks, intervals, laws, solve, table
-from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, Interval, LawFit
+from vlm_jax.scaling import checks, intervals, laws, scores, solve
+from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, Interval, LawFit, distinct
 from vlm_jax.scaling.laws import Floats
-from vlm_jax.scaling.table import Cell, Table
+from vlm_jax.scaling.scores import Measurement, Scores
 
 LOSSES = ("squared", "log")
 FLOORS = ("none", "blind")
 
 
 def fit(
-    rows: Iterable[ResultRow] | Table,
+    rows: Iterable[ResultRow] | Scores,
     form: str = "auto",
     *,
     family: str | None = None,
@@ -43,19 +43,19 @@ def fit(
         raise unknown("loss", loss, LOSSES)
     if floor not in FLOORS:
         raise unknown("floor", floor, FLOORS)
-    names, data = _names(form), table.of_rows(rows)
+    names, data = _names(form), scores.of_rows(rows)
     if not data.cells:
         raise UserError("no rows to fit")
     if family is not None:
         data = data.of(family)
-    shifted = table.above_blind(data) if floor == "blind" else data
+    shifted = scores.above_blind(data) if floor == "blind" else data
     families = {}
     for name in data.families():
         say = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
         families[name] = _fit_family(
             shifted.of(name).cells, data.of(name), name, names, form, loss, fixed_floor, bootstraps, seed, say
         )
-    unit = {"llm_params": table.BILLION, "params_are": data.params_are}
+    unit = {"llm_params": scores.BILLION, "params_are": data.params_are}
     return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families)
 
 
@@ -63,7 +63,7 @@ def _names(form: str) -> tuple[str, ...]:
     return tuple(laws.FORMS) if form == "auto" else tuple(dict.fromkeys((laws.form(form).name, BASIC)))
 
 
-def stages(rows: Table, form: str = "auto", family: str | None = None) -> int:
+def stages(rows: Scores, form: str = "auto", family: str | None = None) -> int:
     """How often `fit` will call `progress`."""
     return (len(_names(form)) + 1) * (len(rows.families()) if family is None else 1)
 
@@ -77,7 +77,7 @@ class _Data(NamedTuple):
     cell: Floats  # numbers the (N, V) pairs
 
     @classmethod
-    def of(cls, cells: Iterable[Cell]) -> "_Data":
+    def of(cls, cells: Iterable[Measurement]) -> "_Data":
         params, tokens, error = (
             np.array(values, float) for values in zip(*((c.params, c.tokens, c.error) for c in cells), strict=True)
         )
@@ -86,8 +86,8 @@ class _Data(NamedTuple):
 
 
 def _fit_family(
-    cells: tuple[Cell, ...],
-    original: Table,
+    cells: tuple[Measurement, ...],
+    original: Scores,
     name: str,
     names: tuple[str, ...],
     wanted: str,
@@ -97,7 +97,7 @@ def _fit_family(
     seed: int,
     progress: Callable[[str], None],
 ) -> FamilyFit:
-    seen = table.seen(cells)
+    seen = scores.seen(cells)
     checks.require_fit(seen, name, loss, fixed_floor)
     data = _Data.of(seen)
     forms = {}
@@ -116,18 +116,16 @@ def _fit_family(
         "sizes": sorted(set(data.params.tolist())),
         "tokens": sorted(set(data.tokens.astype(int).tolist())),
         "lowest_error": float(data.error.min()),
-        "blind": {f"{size:g}": error for size, error in table.blind_errors(cells).items()},
+        "blind": {f"{size:g}": error for size, error in scores.blind_errors(cells).items()},
         "noise": noise,
-        **{
-            kind + "s": sorted({c.extra[kind] for c in seen if kind in c.extra})
-            for kind in ("encoder", "llm", "compressor")
-        },
+        "harness": sorted({c.extra["harness"] for c in seen if c.extra.get("harness")}),
     }
+    models = distinct(c.model for c in sorted(seen, key=lambda c: (c.params, c.tokens)) if c.model is not None)
     warnings = checks.warnings(original, seen, forms[BASIC], forms, chosen, ratio, noise)
     forms = {
         key: one if key in (chosen, BASIC) else one._replace(draws={}) for key, one in forms.items()
     }  # draws are long, and only these are used
-    return FamilyFit(rows, forms, chosen, selection, ratio, difference, d_profile, warnings)
+    return FamilyFit(rows, models, forms, chosen, selection, ratio, difference, d_profile, warnings)
 
 
 def _fit_form(

@@ -5,8 +5,9 @@
                 (`scaling.table`)
     loss, seed, bootstraps, floor, source
     families.<name>
-        rows            cells, sizes, tokens (the fitted range), blind (error without an image, by N), noise; the
-                        encoders, llms and compressors they were measured with, where the rows say so
+        rows            cells, sizes, tokens (the fitted range), blind (error without an image, by N), noise, harness
+        models          what the rows were measured with, where they say so: a `ModelSpec` for each encoder, compressor,
+                        projector, mask and language model, at the least V of its rows
         forms.<form>    params, sse, cost, aicc, loo_error, cv_error, largest_out, interval, draws
         chosen, selection, ratio, difference, d_profile, warnings
 
@@ -17,17 +18,34 @@ multiplicative form's (D >= 0); they decide how a budget is shared, and are iden
 not.
 """
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling import laws
 
-VERSION = 1
+VERSION = 2
 BASIC = "multiplicative"
 
 Interval = tuple[float | None, float | None]
+
+
+def visual_side(model: ModelSpec) -> ModelSpec:
+    """The model without what differs between the cells of one grid: V and the language model."""
+    compressor = dataclasses.replace(model.compressor, tokens=0, text_width=0)
+    return dataclasses.replace(model, compressor=compressor, decoder=None)
+
+
+def distinct(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
+    """One model of each visual side and language model: the first."""
+    found: dict[Any, ModelSpec] = {}
+    for model in models:
+        found.setdefault((visual_side(model), model.decoder), model)
+    return tuple(found.values())
 
 
 class FormFit(NamedTuple):
@@ -48,6 +66,7 @@ class FamilyFit(NamedTuple):
     """All forms for one family, and which to believe."""
 
     rows: dict[str, Any]
+    models: tuple[ModelSpec, ...]
     forms: dict[str, FormFit]
     chosen: str
     selection: str

@@ -1,9 +1,9 @@
 """From a law and a budget to a ranked list: this LLM, this many tokens, this compressor.
 
 Two modes. "paper" charges what arXiv 2411.03312 charges, 2 N (Q + V), whatever encoder and compressor do. "full"
-charges every part with its real cost. The law speaks of N and V only: two encoders or compressors at one V get the
-same predicted error (unless measured offsets are given), so within one (LLM, V) only the cheapest visual side is
-listed.
+charges every part with its real cost. The law speaks of N and V only, so it says nothing of an encoder, a compressor or
+a family of language models that its rows were not measured with: such candidates, there only where they are asked for,
+stand behind every measured one. Of those that the law cannot tell apart, at one N and V, the cheapest is listed.
 
 Closed form of the paper's problem: minimise the law at fixed N (Q + V). Along the budget d ln N = -dV / (Q + V), and
 for the multiplicative and the semi-log law alike the error falls with alpha ln N + beta ln V, whose derivative
@@ -16,23 +16,28 @@ tokens always pay; where beta <= 0 they never do.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.scaling import budgets, catalogue
+from vlm_jax.core.specs import ModelSpec
+from vlm_jax.scaling import budgets, candidates
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.catalogue import Grid
+from vlm_jax.scaling.candidates import Candidate, Price
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
-from vlm_jax.scaling.latency import Request
-from vlm_jax.scaling.table import params_label
+from vlm_jax.scaling.scores import params_label
 from vlm_jax.sizing.cost import Number
+from vlm_jax.sizing.roofline import Request
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Offsets = Mapping[tuple[str, int], float]  # (compressor, V) -> difference in error
 MODES = ("paper", "full")
+NO_OFFSETS: Offsets = MappingProxyType({})
 
 
 class Choice(NamedTuple):
@@ -54,7 +59,9 @@ class Choice(NamedTuple):
     memory_bytes: float
     binds: str  # compute, memory, or budget
     beats_next: float | None  # share of bootstraps in which this choice errs less than the one below it
+    extrapolates: tuple[str, ...]  # of "encoder", "compressor", "family", "params", "tokens"
     warnings: list[str]
+    model: ModelSpec
 
 
 class ClosedForm(NamedTuple):
@@ -66,13 +73,29 @@ class ClosedForm(NamedTuple):
     nearest_tokens: int  # the allowed V next to it
 
 
-class Plan(NamedTuple):
+class Ranking(NamedTuple):
+    """What a plan found."""
+
     closed_form: ClosedForm
     choices: list[Choice]
     by_mode: dict[str, Choice | None]  # the best of each mode, side by side
-    combinations: int
+    extrapolated: Choice | None  # the best of those whose encoder, compressor or family was not measured
+    candidates: int
     feasible: int
     notes: list[str]
+
+
+class Priced(NamedTuple):
+    """Candidates, with what each costs and errs."""
+
+    of: list[Candidate]
+    prices: list[Price]
+    shift: Floats  # [n] measured offsets of the compressors
+    error: Floats  # [n] predicted, offsets included
+
+    def each(self, field: str) -> Floats:
+        """[n] of that field of the prices."""
+        return np.array([getattr(price, field) for price in self.prices], float)
 
 
 def optimal_tokens(question_tokens: Number, alpha: Number, beta: Number) -> float:
@@ -82,10 +105,10 @@ def optimal_tokens(question_tokens: Number, alpha: Number, beta: Number) -> floa
     return max(float(question_tokens * beta / (alpha - beta)), 0.0)
 
 
-def closed_form(family: FamilyFit, budget: Budget, request: Request, allowed: tuple[int, ...]) -> ClosedForm:
+def closed_form(family: FamilyFit, budget: Budget, request: Request, allowed: Sequence[int]) -> ClosedForm:
     """The continuous optimum of the multiplicative law, clipped to the allowed V; a cached question counts as Q = 0."""
     params = family.forms[BASIC].params
-    question = 0.0 if request.question == "cached" else request.question_tokens
+    question = _charged_question(request)
     free = optimal_tokens(question, params["alpha"], params["beta"])
     tokens = min(max(free, allowed[0]), allowed[-1])
     flops = budgets.flops(budget, request)
@@ -94,43 +117,69 @@ def closed_form(family: FamilyFit, budget: Budget, request: Request, allowed: tu
     return ClosedForm(tokens, billions, None if math.isinf(free) else free, nearest)
 
 
-def paper_flops(grid: Grid, request: Request) -> Floats:
-    """2 N (Q + V), [M, L], with the law's N; a cached question is not charged."""
-    question = 0.0 if request.question == "cached" else request.question_tokens
-    return 2e9 * grid.params[None, :] * (question + grid.tokens[:, None])
+def _charged_question(request: Request) -> Number:
+    return 0.0 if request.question == "cached" else request.question_tokens
 
 
-def affordable(grid: Grid, budget: Budget, request: Request, mode: str) -> NDArray[np.bool_]:
-    """Which combinations the budget and, in full mode, the chips' memory allow, [M, L]."""
+def price_all(family: FamilyFit, of: list[Candidate], request: Request, offsets: Offsets = NO_OFFSETS) -> Priced:
+    """Prices, and errors between 0 and 1 by the chosen form, with the measured offset of the compressor where there is
+    one."""
+    if request.question not in ("fresh", "cached"):
+        raise unknown("question", request.question, ("fresh", "cached"))
+    shift = np.array([offsets.get((one.model.compressor.name, one.tokens), 0.0) for one in of])
+    error = family.predict(*_law_arguments(of)) + shift
+    return Priced(of, [candidates.price(one.model, request) for one in of], shift, np.clip(error, 0, 1))
+
+
+def _law_arguments(of: Sequence[Candidate]) -> tuple[Floats, Floats]:
+    """N and V, [n]."""
+    params, tokens = (np.array([getattr(one, name) for one in of], float) for name in ("params", "tokens"))
+    return params, tokens
+
+
+def interval(family: FamilyFit, priced: Priced, order: Sequence[int]) -> tuple[Floats, Floats, Floats]:
+    """Of the candidates in that order: the low and the high end of the error at 95 %, and of each but the last the
+    share of bootstraps in which it errs less than the next."""
+    draws = family.predict_draws(*_law_arguments([priced.of[i] for i in order])) + priced.shift[order]
+    low, high = np.clip(np.quantile(draws, (0.025, 0.975), axis=0), 0, 1)
+    return low, high, 0.5 + np.sign(draws[:, 1:] - draws[:, :-1]).mean(axis=0) / 2  # a tie is half a win
+
+
+def paper_flops(priced: Priced, request: Request) -> Floats:
+    """2 N (Q + V), [n], with the law's N; a cached question is not charged."""
+    question = _charged_question(request)
+    return np.array([2e9 * one.params * (question + one.tokens) for one in priced.of])
+
+
+def affordable(priced: Priced, budget: Budget, request: Request, mode: str) -> Bools:
+    """Which candidates the budget and, in full mode, the chips' memory allow, [n]."""
     if mode == "paper":
         limit = budgets.flops(budget, request)
-        return grid.cache_bytes <= budget.amount * 1e6 if limit is None else paper_flops(grid, request) <= limit
-    fits = np.ones(grid.cache_bytes.shape, bool)
-    if request.on is not None:
-        fits = _fits(grid, request)
+        if limit is None:
+            return priced.each("cache_bytes") <= budget.amount * 1e6
+        return paper_flops(priced, request) <= limit
+    fits = _fits(priced, request)
     if budget.kind == "tflops":
-        return fits & (grid.total_flops <= budget.amount * 1e12)
+        return fits & (priced.each("total_flops") <= budget.amount * 1e12)
     if budget.kind == "cache_mb":
-        return fits & (grid.cache_bytes <= budget.amount * 1e6)
-    return fits & (grid.total_secs <= budgets.secs(budget, request))
+        return fits & (priced.each("cache_bytes") <= budget.amount * 1e6)
+    return fits & (priced.each("secs") <= budgets.secs(budget, request))
 
 
-def predicted(family: FamilyFit, grid: Grid, offsets: Mapping[tuple[str, int], float] = {}) -> Floats:
-    """Errors [M, L] by the chosen form, between 0 and 1, with a measured offset of the compressor where there is
-    one."""
-    error = family.predict(grid.params[None, :], grid.tokens[:, None])
-    shift = np.array([offsets.get((side.compressor, side.tokens), 0.0) for side in grid.sides])
-    return np.clip(error + shift[:, None], 0, 1)
+def _fits(priced: Priced, request: Request) -> Bools:
+    limit = math.inf if request.on is None else request.on.memory_bytes * request.chips
+    return priced.each("memory_bytes") <= limit
 
 
-def ranked(error: Floats, cost: Floats, allowed: NDArray[np.bool_], grid: Grid) -> list[tuple[int, int]]:
-    """(m, l) of all affordable combinations, least error first and then least cost; one of each (LLM, V, error)."""
-    m, n = np.nonzero(allowed)
-    order = np.lexsort((m, n, cost[m, n], error[m, n]))
-    best: dict[tuple[int, float, float], tuple[int, int]] = {}
-    for i in order:
-        key = (int(n[i]), float(grid.tokens[m[i]]), float(error[m[i], n[i]]))
-        best.setdefault(key, (int(m[i]), int(n[i])))
+def ranked(priced: Priced, charge: Floats, allowed: Bools) -> list[int]:
+    """Indices of the allowed candidates: measured ones first, then those that extrapolate encoder, compressor or
+    family; among them the least error first, and then the least charge. One of each (LLM, V, error)."""
+    beyond = np.array([bool(one.extrapolates) for one in priced.of])
+    best: dict[tuple[Any, ...], int] = {}
+    for i in np.lexsort((charge, priced.error, beyond)):
+        if allowed[i]:
+            one = priced.of[i]
+            best.setdefault((one.model.decoder.name, one.tokens, float(priced.error[i]), beyond[i]), int(i))
     return list(best.values())
 
 
@@ -149,14 +198,14 @@ def plan(
     *,
     family: str | None = None,
     mode: str = "full",
-    encoders: tuple[str, ...] = (),
-    llms: tuple[str, ...] = (),
-    compressors: tuple[str, ...] = (),
-    tokens: tuple[int, ...] | None = None,
-    offsets: Mapping[tuple[str, int], float] = {},
+    encoders: candidates.Names = (),
+    llms: candidates.Names = (),
+    compressors: candidates.Names = (),
+    tokens: Sequence[int] = (),
+    offsets: Offsets = NO_OFFSETS,
     top: int = 12,
-) -> Plan:
-    """Searches the whole catalogue, or what the law was measured with, or what the arguments name (`catalogue.names`).
+) -> Ranking:
+    """Ranks what the law was measured with, or what the arguments name (`candidates.candidates`).
 
     Raises `UserError` for unknown names and for a budget that nothing meets.
     """
@@ -164,28 +213,28 @@ def plan(
         raise unknown("mode", mode, MODES)
     budgets.check(budget, request)
     fitted = law.family(family)
-    encoders, llms, compressors = catalogue.names(fitted.rows, encoders, llms, compressors)
-    sides = catalogue.sides(encoders, compressors, tokens, tuple(fitted.rows["tokens"]))
-    grid = catalogue.build(sides, llms, request, law.unit["params_are"])
-    error = predicted(fitted, grid, offsets)
-    order = {}
+    found = candidates.candidates(fitted, law.unit["params_are"], encoders, llms, compressors, tokens)
+    priced = price_all(fitted, [_vouched(one, offsets) for one in found], request, offsets)
+    order, allowed = {}, {}
     for each in MODES:
-        allowed = affordable(grid, budget, request, each)
-        order[each] = ranked(error, _charge(grid, request, each), allowed, grid)
-        if each == mode and not order[each]:
-            raise UserError(_nothing(grid, budget, request, mode))
-        if each == mode:
-            feasible = int(allowed.sum())
-    choices = _choices(fitted, grid, error, order[mode][: top + 1], budget, request, offsets)[:top]
-    best = {
-        each: next(iter(_choices(fitted, grid, error, order[each][:2], budget, request, offsets)), None)
-        for each in MODES
-    }
-    allowed_tokens = tuple(sorted({side.tokens for side in sides}))
-    return Plan(
-        closed_form(fitted, budget, request, allowed_tokens), choices, best, grid.cache_bytes.size, feasible,
+        allowed[each] = affordable(priced, budget, request, each)
+        order[each] = ranked(priced, _charge(priced, request, each), allowed[each])
+    if not order[mode]:
+        raise UserError(_nothing(priced, budget, request, mode))
+
+    def choices(of: list[int]) -> list[Choice]:
+        return _choices(fitted, priced, of, budget, request, offsets)
+
+    beyond = [i for i in order[mode] if priced.of[i].extrapolates]
+    return Ranking(
+        closed_form(fitted, budget, request, sorted({one.tokens for one in found})),
+        choices(order[mode][: top + 1])[:top],
+        {each: next(iter(choices(order[each][:2])), None) for each in MODES},
+        next(iter(choices(beyond[:2])), None),
+        len(found),
+        int(allowed[mode].sum()),
         _notes(fitted, offsets),
-    )  # fmt: skip
+    )
 
 
 def best(law: LawFit, budget: Budget, question_tokens: Number, answer_tokens: Number = 20, **how: Any) -> list[Choice]:
@@ -193,119 +242,122 @@ def best(law: LawFit, budget: Budget, question_tokens: Number, answer_tokens: Nu
     return plan(law, budget, Request(question_tokens, answer_tokens), **how).choices
 
 
-def _charge(grid: Grid, request: Request, mode: str) -> Floats:
-    """What a combination costs: the paper's FLOPs, then real ones to break ties; or seconds, or FLOPs."""
+def _vouched(one: Candidate, offsets: Offsets) -> Candidate:
+    """A compressor with a measured offset at this V is no extrapolation."""
+    if (one.model.compressor.name, one.tokens) not in offsets:
+        return one
+    return one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
+
+
+def _charge(priced: Priced, request: Request, mode: str) -> Floats:
+    """What a candidate costs: the paper's FLOPs, then real ones to break ties; or seconds, or FLOPs."""
+    flops = priced.each("total_flops")
     if mode == "paper":
-        return paper_flops(grid, request) * (1 + 1e-9 * grid.total_flops / grid.total_flops.max())
-    return grid.total_secs if grid.secs else grid.total_flops
+        return paper_flops(priced, request) * (1 + 1e-9 * flops / flops.max())
+    return flops if request.on is None else priced.each("secs")
 
 
-def _nothing(grid: Grid, budget: Budget, request: Request, mode: str) -> str:
+def _nothing(priced: Priced, budget: Budget, request: Request, mode: str) -> str:
     """The message for a budget that nothing meets, with the least that would do."""
-    if mode == "full" and request.on is not None and not (fits := _fits(grid, request)).any():
-        need = grid.memory_bytes.min() / 1e9
+    fits = _fits(priced, request)
+    if mode == "full" and not fits.any():
+        need = priced.each("memory_bytes").min() / 1e9
         have = f"{request.chips} {request.on.name} chip(s)"
         return f"nothing fits into {have}: the smallest needs {need:.3g} GB; add --chips"
     if budget.kind == "cache_mb":
-        return f"nothing meets cache_mb={budget.amount:g}; the least is {grid.cache_bytes.min() / 1e6:.3g}"
+        return f"nothing meets cache_mb={budget.amount:g}; the least is {priced.each('cache_bytes').min() / 1e6:.3g}"
     if mode == "paper" or budget.kind == "tflops":
-        flops = paper_flops(grid, request) if mode == "paper" else grid.total_flops
+        flops = paper_flops(priced, request) if mode == "paper" else priced.each("total_flops")
         return f"nothing meets {budget.kind}={budget.amount:g}; the least is {flops.min() / 1e12:.3g} TFLOPs"
-    least = np.where(fits, grid.total_secs, np.inf).min()
+    least = np.where(fits, priced.each("secs"), np.inf).min()
     scale = budget.amount / budgets.secs(budget, request)
     return f"nothing meets {budget.kind}={budget.amount:g}; the least is {least * scale:.3g}"
 
 
-def _fits(grid: Grid, request: Request) -> NDArray[np.bool_]:
-    return grid.memory_bytes <= request.on.memory_bytes * request.chips
-
-
 def _choices(
-    family: FamilyFit,
-    grid: Grid,
-    error: Floats,
-    order: list[tuple[int, int]],
-    budget: Budget,
-    request: Request,
-    offsets: Mapping[tuple[str, int], float],
+    family: FamilyFit, priced: Priced, order: list[int], budget: Budget, request: Request, offsets: Offsets
 ) -> list[Choice]:
     if not order:
         return []
-    m, n = np.array(order).T
-    shift = error[m, n] - family.predict(grid.params[n], grid.tokens[m])
-    draws = family.predict_draws(grid.params[n], grid.tokens[m]) + shift
-    low, high = np.clip(np.quantile(draws, (0.025, 0.975), axis=0), 0, 1)
-    wins = 0.5 + np.sign(draws[:, 1:] - draws[:, :-1]).mean(axis=0) / 2  # a tie is half a win
+    low, high, wins = interval(family, priced, order)
     out = []
-    for i, (side, llm) in enumerate(order):
-        flops = {part: float(values[side, llm]) for part, values in grid.flops.items()}
-        secs = {part: float(values[side, llm]) for part, values in grid.secs.items()}
-        visual = grid.sides[side]
+    for rank, i in enumerate(order):
+        one, price = priced.of[i], priced.prices[i]
+        model, beyond = one.model, extrapolations(family, one)
         out.append(
             Choice(
-                visual.encoder,
-                grid.llms[llm],
-                float(grid.params[llm]),
-                visual.compressor,
-                visual.tokens,
-                float(error[side, llm]),
-                float(low[i]),
-                float(high[i]),
-                sum(flops.values()),
-                flops,
-                sum(secs.values()) * 1e3 if secs else None,
-                {part: value * 1e3 for part, value in secs.items()} if secs else None,
-                float(grid.cache_bytes[side, llm]),
-                float(grid.memory_bytes[side, llm]),
-                _binds(grid, side, llm, budget),
-                float(wins[i]) if i < len(wins) else None,
-                _warnings(family, grid, side, llm, request, offsets),
+                encoder=model.encoder.name,
+                llm=model.decoder.name,
+                llm_params_billion=one.params,
+                compressor=model.compressor.name,
+                visual_tokens=one.tokens,
+                predicted_error=float(priced.error[i]),
+                low=float(low[rank]),
+                high=float(high[rank]),
+                flops=price.total_flops,
+                flops_by_part=price.flops,
+                latency_ms=price.secs * 1e3 if price.times else None,
+                latency_ms_by_part={part: t.secs * 1e3 for part, t in price.times.items()} if price.times else None,
+                cache_bytes=float(price.cache_bytes),
+                memory_bytes=float(price.memory_bytes),
+                binds="memory" if budget.kind == "cache_mb" else limit_of(price) if price.times else "budget",
+                beats_next=float(wins[rank]) if rank < len(wins) else None,
+                extrapolates=tuple(beyond),
+                warnings=_warnings(model, price, beyond, request, offsets),
+                model=model,
             )
         )
     return out
 
 
-def _binds(grid: Grid, side: int, llm: int, budget: Budget) -> str:
-    """What limits the time: compute or memory traffic, by where most of it goes; without a chip, the budget."""
-    if budget.kind == "cache_mb":
-        return "memory"
-    if not grid.secs:
-        return "budget"
-    by_compute = sum(values[side, llm] for part, values in grid.secs.items() if grid.by_compute[part][side, llm])
-    return "compute" if 2 * by_compute >= grid.total_secs[side, llm] else "memory"
+def limit_of(price: Price) -> str:
+    """What limits the time, compute or memory traffic, by where most of it goes."""
+    by_compute = sum(time.secs for time in price.times.values() if time.binds == "compute")
+    return "compute" if 2 * by_compute >= price.secs else "memory"
+
+
+def extrapolations(family: FamilyFit, one: Candidate) -> dict[str, str]:
+    """What of a candidate lies outside the law's rows, each with a sentence."""
+    sizes, tokens, models = family.rows["sizes"], family.rows["tokens"], family.models
+    names = {"encoder": one.model.encoder.name, "compressor": one.model.compressor.name}
+    names["family"] = one.model.decoder.name
+    measured = {
+        "encoder": {model.encoder.name for model in models},
+        "compressor": {f"{model.compressor.name} behind {model.encoder.name}" for model in models},
+        "family": {model.decoder.name for model in models},
+    }
+    found = {
+        kind: f"{names[kind]}, measured with {', '.join(sorted(measured[kind])) or 'what its rows do not say'}"
+        for kind in one.extrapolates
+    }
+    if not sizes[0] <= one.params <= sizes[-1]:
+        span = f"{params_label(sizes[0])} to {params_label(sizes[-1])}"
+        found["params"] = f"N={params_label(one.params)}, fitted from {span}"
+    if not tokens[0] <= one.tokens <= tokens[-1]:
+        found["tokens"] = f"V={one.tokens}, fitted from {tokens[0]} to {tokens[-1]}"
+    return found
 
 
 def _warnings(
-    family: FamilyFit, grid: Grid, side: int, llm: int, request: Request, offsets: Mapping[tuple[str, int], float]
+    model: ModelSpec, price: Price, beyond: Mapping[str, str], request: Request, offsets: Offsets
 ) -> list[str]:
-    sizes, tokens = family.rows["sizes"], family.rows["tokens"]
-    params, visual = grid.params[llm], grid.sides[side]
-    found = []
+    found = [f"extrapolates_{kind}: {text}" for kind, text in beyond.items()]
     # The paper's cost knows no memory; the full one has left these out already.
-    if request.on is not None and not _fits(grid, request)[side, llm]:
-        need = grid.memory_bytes[side, llm] / 1e9
+    if request.on is not None and price.memory_bytes > request.on.memory_bytes * request.chips:
+        need = price.memory_bytes / 1e9
         found.append(f"does_not_fit: needs {need:.3g} GB, more than {request.chips} x {request.on.name} has")
-    if not sizes[0] <= params <= sizes[-1]:
-        span = f"{params_label(sizes[0])} to {params_label(sizes[-1])}"
-        found.append(f"extrapolates_params: N={params_label(params)}, fitted from {span}")
-    if not tokens[0] <= visual.tokens <= tokens[-1]:
-        found.append(f"extrapolates_tokens: V={visual.tokens}, fitted from {tokens[0]} to {tokens[-1]}")
-    for kind, name in (("encoder", visual.encoder), ("compressor", visual.compressor)):
-        measured = family.rows[f"{kind}s"]
-        if measured and name not in measured and not (kind == "compressor" and (name, visual.tokens) in offsets):
-            found.append(f"{kind}_not_measured: the law's rows are of {', '.join(measured)}")
-    if offsets and (name := visual.compressor) not in {key for key, _ in offsets}:
+    if offsets and (name := model.compressor.name) not in {key for key, _ in offsets}:
         found.append(f"compressor_without_offset: no measured offset of {name}")
     return found
 
 
-def _notes(family: FamilyFit, offsets: Mapping[tuple[str, int], float]) -> list[str]:
-    """What holds for every line of the plan."""
+def _notes(family: FamilyFit, offsets: Offsets) -> list[str]:
+    """What holds for every line of the ranking."""
+    sides = sorted({f"{model.encoder.name} + {model.compressor.name}" for model in family.models})
     notes = [
-        f"the law ({family.chosen}) knows N and V only: encoders and compressors at one V differ in cost, not in error"
+        f"the law ({family.chosen}) knows N and V only; it was measured with "
+        f"{', '.join(sides) or 'models that its rows do not name'}"
     ]
-    if not family.rows["encoders"]:
-        notes.append("its rows do not say which encoder and compressor they were measured with")
     if offsets:
         notes.append("compressor offsets are benchmark differences of one published LLM, carried over to all sizes")
     return notes

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling.fitted import VERSION, FamilyFit, FormFit, LawFit
 
 _DIGITS = 10  # significant; draws need fewer
@@ -44,6 +46,8 @@ def _short(value: float, digits: int) -> float:
 
 
 def _text(value: Any, depth: int) -> str:
+    if isinstance(value, ModelSpec):
+        return json.dumps(specs.to_dict(value))  # on one line, with every digit
     pad = "  " * (depth + 1)
     if isinstance(value, dict) and value:
         inner = ",\n".join(f"{pad}{json.dumps(str(key))}: {_text(one, depth + 1)}" for key, one in value.items())
@@ -75,13 +79,15 @@ def read(path: str | Path) -> LawFit:
     try:
         families = {name: _read_family(one) for name, one in values.pop("families").items()}
         return LawFit(**values, families=families)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: is not a whole law ({type(error).__name__}: {error}); {again}") from error
+    except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}: is not a whole law ({kind}{error}); {again}") from error
 
 
 def _read_family(values: dict[str, Any]) -> FamilyFit:
     forms = {name: FormFit(**form) for name, form in values["forms"].items()}
-    family = FamilyFit(**{**values, "forms": forms})
+    models = tuple(specs.from_dict(ModelSpec, one, f"models.{i}.") for i, one in enumerate(values["models"]))
+    family = FamilyFit(**{**values, "forms": forms, "models": models})
     if not family.forms[family.chosen].draws:
         raise ValueError(f"no draws for {family.chosen}")
     return family

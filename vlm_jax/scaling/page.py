@@ -1,8 +1,8 @@
 """The interactive page of a plan: one self-contained HTML file that needs no network.
 
-Error against cost for every LLM and V (with the cheapest encoder and compressor of each), the frontier through them,
-tabs for the length of the question, the batch and the axis. Everything is computed here; the page only picks one of
-the computed tables.
+Error against cost for every candidate of the plan, the frontier through them (solid: through what the law was measured
+with), tabs for the length of the question, the batch and the axis. Everything is computed here; the page only picks
+one of the computed tables.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling import catalogue, frontier
-from vlm_jax.scaling.catalogue import Grid
+from vlm_jax.scaling import candidates, frontier
+from vlm_jax.scaling.candidates import Candidate
 from vlm_jax.scaling.fitted import FamilyFit, LawFit
-from vlm_jax.scaling.latency import PARTS, Request
-from vlm_jax.scaling.table import params_label
+from vlm_jax.scaling.scores import params_label
 from vlm_jax.sizing import chips
+from vlm_jax.sizing.cost import PARTS
+from vlm_jax.sizing.roofline import Request
 
 QUESTIONS = (0, 50, 200, 1000)
 BATCHES = (1, 8, 32)
@@ -38,21 +39,11 @@ def write(path: str | Path, law: LawFit, family: str | None, request: Request, l
     on = request.on or chips.chip(CHIP)
     questions = sorted({*QUESTIONS, request.question_tokens})
     batches = sorted({*BATCHES, request.batch})
-    encoders, llms, compressors = catalogue.names(
-        fitted.rows, *(limits.get(kind, ()) for kind in ("encoders", "llms", "compressors"))
-    )
-    sides = catalogue.sides(encoders, compressors, limits.get("tokens"), tuple(fitted.rows["tokens"]))
+    offsets = limits.get("offsets", {})
+    found = candidates.candidates(fitted, law.unit["params_are"], **candidates.names_of(limits))
     tables = {
         f"{question:g}/{batch}": _table(
-            fitted,
-            catalogue.build(
-                sides,
-                llms,
-                dataclasses.replace(request, question_tokens=question, batch=batch, on=on),
-                law.unit["params_are"],
-            ),
-            limits.get("offsets", {}),
-            on.memory_bytes * request.chips,
+            fitted, found, dataclasses.replace(request, question_tokens=question, batch=batch, on=on), offsets
         )
         for question in questions
         for batch in batches
@@ -75,43 +66,41 @@ def write(path: str | Path, law: LawFit, family: str | None, request: Request, l
 
 def _note(fitted: FamilyFit) -> str:
     sizes, tokens = fitted.rows["sizes"], fitted.rows["tokens"]
+    sides = sorted({f"{model.encoder.name} + {model.compressor.name}" for model in fitted.models})
     return (
         f"Law: {fitted.chosen}, fitted from N = {params_label(sizes[0])} to {params_label(sizes[-1])} and"
-        f" V = {tokens[0]} to {tokens[-1]};"
-        " hollow points lie outside. The law knows N and V only: of encoders and compressors the cheapest is shown."
+        f" V = {tokens[0]} to {tokens[-1]}, with {', '.join(sides) or 'models that its rows do not name'};"
+        " hollow points lie outside of that."
     )
 
 
-def _table(fitted: FamilyFit, grid: Grid, offsets: Mapping[Any, float], memory: float) -> dict[str, Sequence[Any]]:
-    """Columns of one tab, in ascending error."""
-    error = frontier.predicted(fitted, grid, offsets)
-    order = frontier.ranked(error, grid.total_secs, grid.memory_bytes <= memory, grid)
+def _table(
+    fitted: FamilyFit, found: Sequence[Candidate], request: Request, offsets: frontier.Offsets
+) -> dict[str, Sequence[Any]]:
+    """Columns of one tab: measured candidates first, each in ascending error."""
+    priced = frontier.price_all(fitted, list(found), request, offsets)
+    order = frontier.ranked(
+        priced, priced.each("secs"), priced.each("memory_bytes") <= request.on.memory_bytes * request.chips
+    )
     if not order:
         return {"n": []}
-    m, n = np.array(order).T
-    draws = fitted.predict_draws(grid.params[n], grid.tokens[m])
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
-    sizes, tokens = fitted.rows["sizes"], fitted.rows["tokens"]
-    inside = (grid.params >= sizes[0]) & (grid.params <= sizes[-1])
-    outside = ~(inside[n] & (grid.tokens[m] >= tokens[0]) & (grid.tokens[m] <= tokens[-1]))
-    compute = sum(np.where(grid.by_compute[part], grid.secs[part], 0)[m, n] for part in PARTS)
-    secs, flops = grid.total_secs[m, n], grid.total_flops[m, n]
+    low, high, _ = frontier.interval(fitted, priced, order)
+    models, prices = [priced.of[i].model for i in order], [priced.prices[i] for i in order]
+    outside = [frontier.extrapolations(fitted, priced.of[i]) for i in order]
     return {
-        "llm": [grid.llms[j] for j in n],
-        "n": _short(grid.params[n]),
-        "v": [grid.sides[i].tokens for i in m],
-        "side": [f"{grid.sides[i].encoder} + {grid.sides[i].compressor}" for i in m],
-        "error": _short(error[m, n]),
+        "llm": [model.decoder.name for model in models],
+        "n": _short([priced.of[i].params for i in order]),
+        "v": [model.compressor.tokens for model in models],
+        "side": [f"{model.encoder.name} + {model.compressor.name}" for model in models],
+        "error": _short(priced.error[order]),
         "low": _short(low),
         "high": _short(high),
-        "tflops": _short(flops / 1e12),
-        "ms": _short(secs * 1e3),
-        "mb": _short(grid.cache_bytes[m, n] / 1e6),
-        "binds": ["compute" if 2 * c >= s else "memory" for c, s in zip(compute, secs, strict=True)],
-        "outside": outside.astype(int).tolist(),
-        "share": [
-            [round(100 * float(grid.flops[part][i, j] / grid.total_flops[i, j])) for part in PARTS] for i, j in order
-        ],
+        "tflops": _short([price.total_flops / 1e12 for price in prices]),
+        "ms": _short([price.secs * 1e3 for price in prices]),
+        "mb": _short([price.cache_bytes / 1e6 for price in prices]),
+        "binds": [frontier.limit_of(price) for price in prices],
+        "outside": [", ".join(kinds) for kinds in outside],
+        "share": [[round(100 * value / price.total_flops) for value in price.flops.values()] for price in prices],
     }
 
 
@@ -159,7 +148,7 @@ function hover(t, i) {
     `<b>${t.llm[i]}, V = ${t.v[i]}</b>`, t.side[i], `error ${t.error[i]} [${t.low[i]}, ${t.high[i]}]`,
     `${t.tflops[i]} TFLOPs: ${parts.map(pair => `${pair[0]} ${pair[1]} %`).join(", ")}`,
     `${t.ms[i]} ms a batch, bound by ${t.binds[i]}`, `cache ${t.mb[i]} MB a request`,
-  ].concat(t.outside[i] ? ["<i>outside the fitted rows</i>"] : []).join("<br>");
+  ].concat(t.outside[i] ? [`<i>extrapolates ${t.outside[i]}</i>`] : []).join("<br>");
 }
 const bar = {
   title: {text: "V"}, thickness: 12, len: .6,
@@ -189,9 +178,9 @@ function draw() {
   const t = data.tables[state.question + "/" + state.batch], x = t[state.x] || [], rows = t.n.map((_, i) => i);
   const inside = rows.filter(i => !t.outside[i]), outside = rows.filter(i => t.outside[i]);
   Plotly.react("plot", [
-    points(t, x, inside, "inside the fitted rows", "circle", true),
-    points(t, x, outside, "outside", "circle-open", false),
-    frontier(t, x, inside, "frontier, inside", "solid"), frontier(t, x, rows, "frontier, all", "dot"),
+    points(t, x, inside, "measured", "circle", true),
+    points(t, x, outside, "extrapolated", "circle-open", false),
+    frontier(t, x, inside, "frontier, measured", "solid"), frontier(t, x, rows, "frontier, all", "dot"),
   ], {
     margin: {l: 64, r: 20, t: 10, b: 56}, hovermode: "closest", plot_bgcolor: "#fff",
     font: {family: "system-ui, sans-serif", color: "#222"}, legend: {orientation: "h", y: 1.06, x: 0},

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling import budgets, catalogue, frontier
-from vlm_jax.scaling.fitted import LawFit
-from vlm_jax.scaling.latency import PARTS, Request
+from vlm_jax.scaling import budgets, candidates, frontier
+from vlm_jax.scaling.candidates import names_of
+from vlm_jax.scaling.fitted import LawFit, visual_side
 from vlm_jax.scaling.plots import (
     CONTRAST,
     FAINT,
@@ -24,34 +24,39 @@ from vlm_jax.scaling.plots import (
     save,
     styled,
 )  # fmt: skip
-from vlm_jax.scaling.table import Table
-from vlm_jax.sizing import chips, zoo
-from vlm_jax.sizing.cost import Number
+from vlm_jax.scaling.scores import Scores
+from vlm_jax.sizing import chips
+from vlm_jax.sizing.cost import PARTS, Number
+from vlm_jax.sizing.roofline import Request
 
 
 @styled
-def cost_shares(
-    law: LawFit, family: str | None, request: Request, path: str | Path, encoder: str = "clip-l14-336",
-    compressor: str = "tokenpacker", llms: Sequence[str] = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b"),
-    tokens: Sequence[int] = (1, 16, 144, 576),
-) -> Path:  # fmt: skip
-    """Share of a request's FLOPs by part, for several LLMs and V, with one encoder and compressor."""
-    sides = catalogue.sides((encoder,), (compressor,), tuple(tokens), ())
-    grid = catalogue.build(sides, tuple(llms), request, law.unit["params_are"])
+def cost_shares(law: LawFit, family: str | None, request: Request, path: str | Path, limits: Mapping[str, Any]) -> Path:
+    """Share of a request's FLOPs by part, behind the first of the plan's encoders and compressors: of up to four LLMs
+    and a few V, those of the law's rows where the plan has them."""
+    fitted = law.family(family)
+    found = candidates.candidates(fitted, law.unit["params_are"], **names_of(limits))
+    first = found[0].model
+    found = [one for one in found if visual_side(one.model) == visual_side(first)]
+    sizes = _measured({one.params: one.model.decoder.name for one in found}, fitted.rows["sizes"])[-4:]
+    tokens = _measured({one.tokens: one.tokens for one in found}, fitted.rows["tokens"])
+    tokens = tokens[:: -(-len(tokens) // 5)]
+    cells = {(one.model.decoder.name, one.tokens): one.model for one in found}
     figure = Figure(figsize=(9.4, 3.9), layout="constrained")
-    panels = figure.subplots(1, len(llms), sharey=True)
-    total = grid.total_flops
-    unit, word = flops_unit(np.median(total))
-    for n, (axes, llm) in enumerate(zip(panels, llms, strict=True)):
-        bottom = np.zeros(len(sides))
+    panels = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
+    flops = {key: candidates.price(cells[key], request).flops for key in cells if key[0] in sizes and key[1] in tokens}
+    unit, word = flops_unit(np.median([sum(parts.values()) for parts in flops.values()]))
+    for axes, llm in zip(panels, sizes, strict=True):
+        total = np.array([sum(flops[llm, v].values()) for v in tokens])
+        bottom = np.zeros(len(tokens))
         for part, colour in zip(PARTS, CONTRAST, strict=True):
-            share = 100 * grid.flops[part][:, n] / total[:, n]
-            if grid.flops[part].any():
-                axes.bar(range(len(sides)), share, 0.72, bottom=bottom, color=colour, label=part)
+            share = 100 * np.array([flops[llm, v][part] for v in tokens]) / total
+            if share.any():
+                axes.bar(range(len(tokens)), share, 0.72, bottom=bottom, color=colour, label=part)
             bottom += share
-        for m in range(len(sides)):
-            axes.text(m, 101, _short(total[m, n] / unit), ha="center", va="bottom", fontsize=8, color=FAINT)
-        axes.set_xticks(range(len(sides)), [str(side.tokens) for side in sides])
+        for x, value in enumerate(total):
+            axes.text(x, 101, _short(value / unit), ha="center", va="bottom", fontsize=8, color=FAINT)
+        axes.set_xticks(range(len(tokens)), map(str, tokens))
         axes.set_title(llm)
         axes.set_xlabel("V")
         axes.set_ylim(0, 108)
@@ -59,10 +64,16 @@ def cost_shares(
     panels[0].set_ylabel(f"share of FLOPs, %  ({word} above)")
     panels[-1].legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
     figure.suptitle(
-        f"{encoder} + {compressor}, Q = {request.question_tokens:g}, {request.answer_tokens:g} answer tokens",
+        f"{first.encoder.name} + {first.compressor.name}, Q = {request.question_tokens:g}, "
+        f"{request.answer_tokens:g} answer tokens",
         x=0.01, ha="left", fontsize=9, color=FAINT,
     )  # fmt: skip
     return save(figure, path)
+
+
+def _measured(found: Mapping[Number, Any], measured: Sequence[Number]) -> list[Any]:
+    """What is found at the measured values, or everything where that is nothing; ascending."""
+    return [found[value] for value in sorted(set(found) & set(measured) or found)]
 
 
 @styled
@@ -116,13 +127,11 @@ def _best(law: LawFit, budget: Any, request: Request, family: str | None, limits
 
 def planner_figures(
     folder: str | Path, law: LawFit, family: str | None, request: Request, limits: Mapping[str, Any],
-    rows: Table | None = None, progress: Callable[[str], None] | None = None,
+    rows: Scores | None = None, progress: Callable[[str], None] | None = None,
 ) -> list[Path]:  # fmt: skip
     """All figures of a plan, into a folder: `cost_frontier-<family>.png`, `optimal_tokens.png`, `cost_shares.png`,
     `flops_or_latency.png`."""
     folder, progress = Path(folder), progress or (lambda stage: None)
-    measured = law.family(family).rows
-    llms = sorted((name for name in measured["llms"] if name in zoo.DECODERS), key=zoo.nominal_params)
     out = []
     for name in law.families:
         progress(f"cost_frontier, {name}")
@@ -130,12 +139,8 @@ def planner_figures(
     progress("optimal_tokens")
     out.append(optimal_tokens(law, folder / "optimal_tokens.png"))
     progress("cost_shares")
-    own: dict[str, Any] = {}
-    if llms:
-        encoders, _, compressors = catalogue.names(measured, (), (), ())
-        own = {"encoder": encoders[0], "compressor": compressors[0], "llms": llms[-4:], "tokens": measured["tokens"]}
-    out.append(cost_shares(law, family, request, folder / "cost_shares.png", **own))
+    out.append(cost_shares(law, family, request, folder / "cost_shares.png", limits))
     progress("flops_or_latency")
-    if not llms or set(llms) - set(catalogue.STUDY):  # the study's own ladder is too small for any chip to matter
+    if law.family(family).rows["sizes"][-1] > 0.01:  # billions: a smaller LLM is too small for any chip to matter
         out.append(flops_or_latency(law, family, request, folder / "flops_or_latency.png", limits))
     return out

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from vlm_jax.core.rows import ResultRow
-from vlm_jax.scaling import frontier, table
+from vlm_jax.scaling import frontier, scores
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
-from vlm_jax.scaling.table import Cell, Table, params_label
+from vlm_jax.scaling.scores import Measurement, Scores, params_label
 from vlm_jax.sizing.cost import Number
 
 INK, FAINT = "#222222", "#8a8a8a"
@@ -75,10 +75,10 @@ def flops_unit(largest: Number) -> tuple[float, str]:
     return next((unit for unit in units if largest >= unit[0] / 2), units[-1])
 
 
-def _means(cells: Iterable[Cell]) -> list[tuple[float, int, float, float]]:
+def _means(cells: Iterable[Measurement]) -> list[tuple[float, int, float, float]]:
     """(N, V, mean error, standard error) of every cell. Between replicates, or from the rows themselves where there
     is one."""
-    groups: dict[tuple[float, int], list[Cell]] = {}
+    groups: dict[tuple[float, int], list[Measurement]] = {}
     for cell in cells:
         groups.setdefault((cell.params, cell.tokens), []).append(cell)
     out = []
@@ -90,20 +90,20 @@ def _means(cells: Iterable[Cell]) -> list[tuple[float, int, float, float]]:
     return out
 
 
-def error_curves(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, path: str | Path) -> Path:
+def error_curves(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path) -> Path:
     """Error against V, a line for each N: means with 95 % bars, the law's curves with their bands, the blind
     baseline."""
     return _error_figure(rows, law, family, path, across="tokens")
 
 
-def error_by_params(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, path: str | Path) -> Path:
+def error_by_params(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path) -> Path:
     """Error against N, a line for each V: the same cells from the other side."""
     return _error_figure(rows, law, family, path, across="params")
 
 
 @styled
-def _error_figure(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, path: str | Path, across: str) -> Path:
-    cells, fitted = table.of_rows(rows).of(family).cells, law.family(family)
+def _error_figure(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path, across: str) -> Path:
+    cells, fitted = scores.of_rows(rows).of(family).cells, law.family(family)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     _draw_errors(axes, cells, fitted, across)
@@ -111,9 +111,9 @@ def _error_figure(rows: Iterable[ResultRow] | Table, law: LawFit, family: str, p
     return save(figure, path)
 
 
-def _draw_errors(axes: Axes, cells: Iterable[Cell], fitted: FamilyFit, across: str) -> None:
+def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, across: str) -> None:
     """One panel of `error_curves` or `error_by_params`."""
-    means = _means(table.seen(cells))
+    means = _means(scores.seen(cells))
     x_of, line_of = (1, 0) if across == "tokens" else (0, 1)
     lines, xs = sorted({m[line_of] for m in means}), sorted({m[x_of] for m in means})
     fine = np.geomspace(xs[0], xs[-1], 120)
@@ -130,7 +130,7 @@ def _draw_errors(axes: Axes, cells: Iterable[Cell], fitted: FamilyFit, across: s
             [p[x_of] * aside for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
             fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0, label=label,
         )  # fmt: skip
-    blind = table.blind_errors(cells)
+    blind = scores.blind_errors(cells)
     if blind:
         level = float(np.mean(list(blind.values())))
         axes.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -157,7 +157,7 @@ def _draw_errors(axes: Axes, cells: Iterable[Cell], fitted: FamilyFit, across: s
 
 @styled
 def cost_frontier(
-    law: LawFit, rows: Table | None, family: str, path: str | Path, questions: Sequence[Number] = (0, 50)
+    law: LawFit, rows: Scores | None, family: str, path: str | Path, questions: Sequence[Number] = (0, 50)
 ) -> Path:
     """The paper's Figure 1: error against 2 N (Q + V), a curve for each V, one panel for each Q, with 95 % bands.
 

@@ -4,17 +4,20 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vlm_jax.core.specs import to_dict
 from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.fitted import FamilyFit, LawFit
-from vlm_jax.scaling.frontier import Plan
-from vlm_jax.scaling.latency import PARTS, Request
-from vlm_jax.scaling.table import params_label
+from vlm_jax.scaling.frontier import Choice, Ranking
+from vlm_jax.scaling.scores import params_label
+from vlm_jax.sizing.cost import PARTS
+from vlm_jax.sizing.roofline import Request
 
 
 def console() -> Console:
@@ -82,30 +85,36 @@ def _interval(low: float | None, high: float | None) -> str:
     return "(unbounded)" if low is None or high is None else rf"\[{low:.3g}, {high:.3g}]"
 
 
-def plan_json(plan: Plan, budget: Budget, request: Request, mode: str) -> str:
-    """The plan as one JSON object: `closed_form`, `choices` (best first), `by_mode`, and what was asked."""
+def plan_json(plan: Ranking, budget: Budget, request: Request, mode: str) -> str:
+    """The plan as one JSON object: `closed_form`, `choices` (best first, each with its whole `model`), `by_mode`, and
+    what was asked."""
     asked = dataclasses.asdict(request) | {"on": request.on.name if request.on else None}
     values = {
         "closed_form": plan.closed_form._asdict(),
-        "choices": [choice._asdict() for choice in plan.choices],
-        "by_mode": {name: choice._asdict() if choice else None for name, choice in plan.by_mode.items()},
+        "choices": [_choice_values(choice) for choice in plan.choices],
+        "by_mode": {name: choice and _choice_values(choice) for name, choice in plan.by_mode.items()},
+        "extrapolated": plan.extrapolated and _choice_values(plan.extrapolated),
         "mode": mode,
         "budget": dataclasses.asdict(budget),
         "request": asked,
-        "combinations": plan.combinations,
+        "candidates": plan.candidates,
         "feasible": plan.feasible,
         "notes": plan.notes,
     }
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
-def print_plan(plan: Plan, budget: Budget, request: Request, mode: str, console: Console) -> None:
+def _choice_values(choice: Choice) -> dict[str, Any]:
+    return choice._asdict() | {"model": to_dict(choice.model)}
+
+
+def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, console: Console) -> None:
     """The ranking, the cost of each part, and what the other mode would have said."""
     console.print(
         f"[bold]{budget.kind} <= {budget.amount:g}[/bold], Q = {request.question_tokens:g} ({request.question}),"
         f" {request.answer_tokens:g} answer tokens, batch {request.batch}"
         + (f", {request.chips} x {request.on.name}" if request.on else "")
-        + f"; {plan.feasible:,} of {plan.combinations:,} combinations are within it ({mode} mode)"
+        + f"; {plan.feasible:,} of {plan.candidates:,} candidates are within it ({mode} mode)"
     )
     console.print(_ranking(plan))
     console.print(_parts(plan, "GFLOPs a request", [c.flops_by_part for c in plan.choices], 1e-9))
@@ -115,14 +124,13 @@ def print_plan(plan: Plan, budget: Budget, request: Request, mode: str, console:
     billions = "" if form.llm_params_billion is None else f", N = {form.llm_params_billion:.3g} billion"
     console.print(f"closed form of the paper's cost 2 N (Q + V): V* = {form.visual_tokens:.3g}{billions}")
     console.print(
-        "beats: share of bootstraps in which a choice errs less than the next; MB: cache of a request", style="dim"
+        "*: extrapolated; beats: share of bootstraps in which a choice errs less than the next; MB: cache of a request",
+        style="dim",
     )
     for name, choice in plan.by_mode.items():
-        text = "nothing is within the budget"
-        if choice:
-            where = f"{choice.encoder} + {choice.compressor} V={choice.visual_tokens} -> {choice.llm}"
-            text = f"{where}, error {choice.predicted_error:.4f}, {choice.flops / 1e12:.3g} TFLOPs in truth"
-        console.print(f"{name:>5} cost chooses: {text}")
+        console.print(f"{name:>5} cost chooses: {_in_words(choice) if choice else 'nothing is within the budget'}")
+    if plan.extrapolated:
+        console.print(f"best that was not measured, ranked last: {_in_words(plan.extrapolated)}")
     marks = [warning for choice in plan.choices for warning in choice.warnings]
     for warning in dict.fromkeys(marks):
         count = marks.count(warning)
@@ -131,26 +139,35 @@ def print_plan(plan: Plan, budget: Budget, request: Request, mode: str, console:
         console.print(f"note: {note}", style="dim")
 
 
-def _ranking(plan: Plan) -> Table:
+def _in_words(choice: Choice) -> str:
+    where = f"{choice.encoder} + {choice.compressor} V={choice.visual_tokens} -> {choice.llm}"
+    return f"{where}, error {choice.predicted_error:.4f}, {choice.flops / 1e12:.3g} TFLOPs in truth"
+
+
+def _ranking(plan: Ranking) -> Table:
     table = Table(box=None, padding=(0, 1))
     left = ("llm", "compressor", "encoder", "binds")
     columns = ("", "llm", "V", "compressor", "encoder", "error", "95 %", "beats", "TFLOPs", "ms", "MB", "binds")
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     for rank, c in enumerate(plan.choices, start=1):
-        mark = "*" if any(w.startswith("extrapolates") for w in c.warnings) else ""
-        cells = [str(rank), c.llm + mark, str(c.visual_tokens), c.compressor, c.encoder, f"{c.predicted_error:.4f}"]
+        cells = [str(rank), _marked(c.llm, c, "family", "params"), _marked(str(c.visual_tokens), c, "tokens")]
+        cells += [_marked(c.compressor, c, "compressor"), _marked(c.encoder, c, "encoder"), f"{c.predicted_error:.4f}"]
         cells += [rf"\[{c.low:.4f}, {c.high:.4f}]", "-" if c.beats_next is None else f"{c.beats_next:.0%}"]
         cells += [_amount(c.flops / 1e12), _amount(c.latency_ms or 0), _amount(c.cache_bytes / 1e6), c.binds]
         table.add_row(*cells, style="bold green" if rank == 1 else None)
     return table
 
 
+def _marked(text: str, choice: Choice, *kinds: str) -> str:
+    return text + "*" * bool(set(kinds) & set(choice.extrapolates))
+
+
 def _amount(value: int | float) -> str:
     return "-" if value == 0 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _parts(plan: Plan, title: str, values: list[dict[str, float]], scale: float) -> Table:
+def _parts(plan: Ranking, title: str, values: list[dict[str, float]], scale: float) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("", "llm", "V", *PARTS, "total"):
         table.add_column(column, justify="left" if column == "llm" else "right", no_wrap=True)

@@ -1,14 +1,8 @@
-"""Accelerators, and how long a piece of work takes on them.
-
-A part takes max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency)): compute and memory traffic overlap,
-parts do not (the roofline model, doi:10.1145/1498765.1498785). Peaks are the vendors' figures for dense bfloat16.
-Several chips are an ideal division of work and bytes: traffic between chips is left out, so figures for more than one
-chip are lower bounds (`sizing.roofline` has the traffic of compiled programs).
-"""
+"""Accelerators as their vendors describe them; peaks are the figures for dense bfloat16. How long work takes on them
+says `sizing.roofline`."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from vlm_jax.core.errors import unknown
 
@@ -31,7 +25,7 @@ class Chip:
 @dataclass(frozen=True)
 class Efficiency:
     """Shares of the published peaks that a real program reaches. The defaults are an assumption, typical of large
-    dense products, of streaming reads and of ring collectives; `scaling.latency.calibrate` replaces the first two by a
+    dense products, of streaming reads and of ring collectives; `sizing.calibration` replaces the first two by a
     measurement."""
 
     compute: int | float = 0.6
@@ -56,13 +50,6 @@ CHIPS = {
 }
 
 
-class PartTime(NamedTuple):
-    """Seconds of one part, and which of the two limits it."""
-
-    secs: float
-    binds: Literal["compute", "memory"]
-
-
 def chip(name: str) -> Chip:
     """The chip of that name, in either case. Raises `UserError` that suggests the nearest."""
     if name.lower() not in CHIPS:
@@ -76,15 +63,6 @@ def device(name: str) -> Chip:
     fields = ("peak_flops", "bandwidth", "memory_bytes", "interconnect")
     halved = {field: getattr(whole, field) / whole.devices for field in fields}
     return dataclasses.replace(whole, devices=1, usable_bytes=whole.usable_bytes or halved["memory_bytes"], **halved)
-
-
-def part_time(
-    flops: int | float, moved_bytes: int | float, on: Chip, chips: int = 1, efficiency: Efficiency = ASSUMED
-) -> PartTime:
-    """Seconds for `flops` and `moved_bytes`, both summed over the batch, on `chips` chips."""
-    compute = flops / (on.peak_flops * efficiency.compute * chips)
-    memory = moved_bytes / (on.bandwidth * efficiency.bandwidth * chips)
-    return PartTime(compute, "compute") if compute >= memory else PartTime(memory, "memory")
 
 
 _DEVICE_KINDS = (

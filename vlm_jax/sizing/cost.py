@@ -1,4 +1,4 @@
-"""What a model costs, from the fields of its spec alone: parameters, FLOPs by part, bytes. No device is touched.
+"""What a model costs, from the fields of its spec alone: parameters, FLOPs and bytes by part. No device is touched.
 
 Conventions, the same everywhere:
 
@@ -12,10 +12,12 @@ Conventions, the same everywhere:
 4. Looking up an embedding is free in FLOPs.
 5. N of the law is `decoder_params(spec, embedding="excluded")`: everything but the embedding table and the head.
 
-The compressor's FLOPs come from its own row of `compress.catalog`.
+The compressor's FLOPs come from its own row of `compress.catalog`; its weights are left out of the bytes, they are
+small beside the language model's.
 """
 
-from typing import Any, Literal, NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec
@@ -23,6 +25,8 @@ from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSp
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 CHANNELS = 3  # of a pixel
 Number = int | float  # a count of tokens may be a mean
+PARTS = ("encoder", "compressor", "question", "prefill", "decode")  # of a request; the projector with the compressor
+Question = Literal["fresh", "cached"]  # a cached question costs no prefill: its keys and values are kept
 
 
 class Pass(NamedTuple):
@@ -50,6 +54,12 @@ class ModelFlops(NamedTuple):
     @property
     def total(self) -> float:
         return self.encoder + self.compressor + self.projector + sum(part.total for part in self[3:])
+
+    @property
+    def by_part(self) -> dict[str, float]:
+        """By `PARTS`."""
+        passes = (self.question.total, self.prefill.total, self.decode.total)
+        return dict(zip(PARTS, (self.encoder, self.compressor + self.projector, *passes), strict=True))
 
     @property
     def attention(self) -> float:
@@ -95,8 +105,8 @@ def decoder_params(spec: DecoderSpec, embedding: Literal["excluded", "included"]
     return inner + (spec.vocab * spec.width * (1 if spec.tied_head else 2) if embedding == "included" else 0)
 
 
-def projector_params(kind: str, encoder_width: Any, width: Any) -> Any:
-    """Scalars of the projector: E D + D, and for "mlp" another D^2 + D. Integers, or arrays of them that broadcast."""
+def projector_params(kind: str, encoder_width: int, width: int) -> int:
+    """Scalars of the projector: E D + D, and for "mlp" another D^2 + D."""
     if kind not in ("linear", "mlp"):
         raise unknown("projector", kind, ("linear", "mlp"))
     return encoder_width * width + width + (width**2 + width if kind == "mlp" else 0)
@@ -137,13 +147,14 @@ def decode_flops(spec: DecoderSpec, context_tokens: Number, answer_tokens: Numbe
     return pass_flops(spec, steps, mean_keys, steps)
 
 
-def projector_flops(kind: str, encoder_width: Any, width: Any, tokens: Any) -> Any:
-    """FLOPs of V tokens through the projector. Integers, or arrays of them that broadcast."""
+def projector_flops(kind: str, encoder_width: int, width: int, tokens: int) -> float:
+    """FLOPs of V tokens through the projector."""
     if kind not in ("linear", "mlp"):
         raise unknown("projector", kind, ("linear", "mlp"))
     return 2.0 * tokens * (encoder_width * width + (width**2 if kind == "mlp" else 0))
 
 
+@functools.lru_cache(maxsize=100_000)
 def compressor_flops(spec: CompressorSpec) -> float:
     """Forward FLOPs of one image through the compressor, as its catalog row counts them; the question pass is not
     part of it."""
@@ -195,7 +206,14 @@ def _reads_question(spec: CompressorSpec) -> bool:
     return bool(catalog.row(spec.name).query_dependent)
 
 
-def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number) -> ModelFlops:
+def _fresh_tokens(model: ModelSpec, question_tokens: Number, question: Question) -> Number:
+    """Tokens that prefill runs: V, and the question unless it is cached, which behind tokens that follow it it cannot
+    be."""
+    cached = question == "cached" and not _reads_question(model.compressor)
+    return model.compressor.tokens + (0 if cached else question_tokens)
+
+
+def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number, question: Question = "fresh") -> ModelFlops:
     """Forward FLOPs of one question (Q tokens) and its answer, by part. Token counts may be means, hence floats.
 
     V = 0 is the blind baseline: no encoder, no compressor, no projector.
@@ -203,7 +221,7 @@ def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number) -> M
     decoder, tokens = model.decoder, model.compressor.tokens
     nothing = Pass(0.0, 0.0, 0.0)
     prefix = question_tokens + tokens
-    prefill = pass_flops(decoder, prefix, prefix, 1)
+    prefill = pass_flops(decoder, _fresh_tokens(model, question_tokens, question), prefix, 1)
     decode = decode_flops(decoder, prefix, answer_tokens)
     if tokens == 0:
         return ModelFlops(0.0, 0.0, 0.0, nothing, prefill, decode)
@@ -220,13 +238,7 @@ def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number) -> M
 
 def row_fields(parts: ModelFlops) -> dict[str, float]:
     """The cost fields of a `ResultRow`; the projector is booked with the compressor."""
-    return {
-        "encoder_flops": parts.encoder,
-        "compressor_flops": parts.compressor + parts.projector,
-        "question_flops": parts.question.total,
-        "prefill_flops": parts.prefill.total,
-        "decode_flops": parts.decode.total,
-    }
+    return {f"{part}_flops": value for part, value in parts.by_part.items()}
 
 
 def train_flops(
@@ -235,29 +247,31 @@ def train_flops(
     train: tuple[str, ...],
     features: Literal["pixels", "stored"],
     question_tokens: Number = 0,
+    questions: int = 1,
 ) -> float:
-    """FLOPs of one training example, forward and backward, with T text tokens behind its image; times the batch gives
-    a step's.
+    """FLOPs of one row of training, forward and backward: T text tokens of some questions about an image, each with the
+    image's V tokens in front; times the batch gives a step's.
 
     A backward pass costs one forward for the gradients of activations and one for those of weights. A part that
     learns pays both; a frozen part pays the first only if something before it learns (a frozen decoder behind a
     connector that learns), else nothing. Attention multiplies activations with activations, so it pays twice whenever
-    gradients pass it. Every text position is read out. Rematerialisation is repeated work, not progress, and is not
+    gradients pass it. Every position is read out. Rematerialisation is repeated work, not progress, and is not
     counted: divide by this for MFU. `train` names parts of "encoder", "connector", "decoder"; the question pass, if
     the compressor has one, has no gradient.
     """
     decoder, tokens = model.decoder, model.compressor.tokens
     forward = flops(model, question_tokens, 1)
-    length = tokens + text_tokens
-    text = pass_flops(decoder, length, length, text_tokens)
+    views = questions if _reads_question(model.compressor) else 1
+    length = questions * tokens + text_tokens
+    row = pass_flops(decoder, length, length, length)
     parts = {  # (products with weights, products of activations), in the order of the data's flow
-        "encoder": (forward.encoder if features == "pixels" else 0.0, 0.0),
-        "connector": (forward.compressor + forward.projector, 0.0),
-        "decoder": (text.layers + text.head, text.attention),
+        "encoder": (views * forward.encoder if features == "pixels" else 0.0, 0.0),
+        "connector": (views * (forward.compressor + forward.projector), 0.0),
+        "decoder": (row.layers + row.head, row.attention),
     }
     if stray := set(train) - set(parts):
         raise unknown("part", min(stray), parts)
-    total, gradients_pass = forward.question.total, False
+    total, gradients_pass = views * forward.question.total, False
     for name, (weighted, unweighted) in parts.items():
         gradients_pass |= name in train
         total += weighted * (1 + (name in train) + gradients_pass) + unweighted * (1 + 2 * gradients_pass)
@@ -265,10 +279,13 @@ def train_flops(
 
 
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
-    """Model FLOPs of one step of a stage: `train_flops` of every example of the batch."""
+    """Model FLOPs of one step of a stage: `train_flops` of every row of the batch."""
     features = "stored" if spec.data.frozen_features else "pixels"
-    example = train_flops(spec.model, spec.data.text_tokens, stage.train, features, question_tokens)
-    return spec.data.batch_examples * example
+    data = spec.data
+    row = train_flops(
+        spec.model, data.text_tokens, stage.train, features, question_tokens, data.questions_per_example
+    )
+    return data.batch_examples * row
 
 
 def run_flops(spec: RunSpec, question_tokens: float = 0.0) -> float:
@@ -281,6 +298,56 @@ def dtype_bytes(dtype: str) -> int:
     if dtype not in DTYPE_BYTES:
         raise unknown("dtype", dtype, DTYPE_BYTES)
     return DTYPE_BYTES[dtype]
+
+
+def moved_bytes(
+    model: ModelSpec,
+    question_tokens: Number,
+    answer_tokens: Number,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    question: Question = "fresh",
+) -> dict[str, Number]:
+    """Bytes that a batch of requests moves to and from memory, by `PARTS`: `flops` has the work of one of them.
+
+    The encoder, the projector and every pass of the decoder read their weights once for the batch; prefill writes the
+    cache, and each of the A - 1 steps of decoding reads it as far as it has come. The pass of the question reads out no
+    token, so the head stays where it is.
+    """
+    encoder, decoder, tokens = model.encoder, model.decoder, model.compressor.tokens
+    inner = decoder_params(decoder, "excluded")
+    streamed = weight_bytes(inner + decoder.vocab * decoder.width, dtype)  # the head, tied or not
+    fresh, prefix = _fresh_tokens(model, question_tokens, question), question_tokens + tokens
+    steps = max(answer_tokens - 1, 0)
+    step = cache_bytes(decoder, prefix + (steps + 1) / 2, dtype) + decoder_activation_bytes(decoder, 1, dtype)
+    prefill = decoder_activation_bytes(decoder, fresh, dtype) + cache_bytes(decoder, prefix, dtype)
+    moved = {"prefill": streamed + batch * prefill, "decode": steps * (streamed + batch * step)}
+    if tokens == 0:
+        return dict.fromkeys(PARTS, 0.0) | moved
+    image = (encoder.patches + 2 * tokens) * encoder.width + tokens * decoder.width
+    projector = projector_params(model.projector, encoder.width, decoder.width)
+    asks = weight_bytes(inner, dtype) + batch * decoder_activation_bytes(decoder, question_tokens, dtype)
+    return {
+        "encoder": weight_bytes(encoder_params(encoder), dtype) + batch * encoder_activation_bytes(encoder, dtype),
+        "compressor": weight_bytes(projector + batch * image, dtype),
+        "question": asks if _reads_question(model.compressor) else 0.0,
+        **moved,
+    }
+
+
+def request_cache_bytes(
+    model: ModelSpec, question_tokens: Number, answer_tokens: Number, dtype: str = "bfloat16"
+) -> Number:
+    """Keys and values of one request at the end of its answer."""
+    return cache_bytes(model.decoder, model.compressor.tokens + question_tokens + answer_tokens, dtype)
+
+
+def memory_bytes(
+    model: ModelSpec, question_tokens: Number, answer_tokens: Number, batch: int = 1, dtype: str = "bfloat16"
+) -> Number:
+    """What must fit: the weights of encoder and decoder, and a cache for every request of the batch."""
+    weights = weight_bytes(decoder_params(model.decoder) + encoder_params(model.encoder), dtype)
+    return weights + batch * request_cache_bytes(model, question_tokens, answer_tokens, dtype)
 
 
 def weight_bytes(params: int, dtype: str = "bfloat16") -> int:

@@ -1,4 +1,10 @@
-"""How long a compiled program takes at least, and about how long it takes: compute, memory and network of one chip.
+"""How long work takes on a chip: a request part by part, or one call of a compiled program.
+
+A part of a request takes max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency)): compute and memory traffic
+overlap, parts do not (the roofline model, doi:10.1145/1498765.1498785). Several chips are an ideal division of work and
+bytes: traffic between chips, the host and queues are left out, so these times are lower bounds.
+
+For a compiled program: how long it takes at least, and about how long, by compute, memory and network of one chip.
 
 Work is analytic (`sizing.cost`), the network is read from the program (`sizing.hlo`). Assumptions, in order of weight:
 
@@ -12,15 +18,55 @@ Work is analytic (`sizing.cost`), the network is read from the program (`sizing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.core.specs import ModelSpec, RunSpec, StageSpec
 from vlm_jax.sizing import cost
 from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
 from vlm_jax.sizing.hlo import SLICE, Collective
 
 _BETWEEN_SLICES = 3.1e9  # bytes/s of one chip: a share of its host's network card, an assumption
 _RESIDENT = 4  # bytes of a parameter or moment at rest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, an image and a question at a time, and how it is served."""
+
+    question_tokens: cost.Number = 50
+    answer_tokens: cost.Number = 20
+    batch: int = 1
+    question: cost.Question = "fresh"
+    dtype: str = "bfloat16"
+    on: Chip | None = None  # None: no latency
+    chips: int = 1
+    efficiency: Efficiency = ASSUMED
+
+
+class PartTime(NamedTuple):
+    """Seconds of one part, and which of the two limits it."""
+
+    secs: float
+    binds: Literal["compute", "memory"]
+
+
+def part_time(
+    flops: int | float, moved_bytes: int | float, on: Chip, chips: int = 1, efficiency: Efficiency = ASSUMED
+) -> PartTime:
+    """Seconds for `flops` and `moved_bytes`, both summed over the batch, on `chips` chips."""
+    compute = flops / (on.peak_flops * efficiency.compute * chips)
+    memory = moved_bytes / (on.bandwidth * efficiency.bandwidth * chips)
+    return PartTime(compute, "compute") if compute >= memory else PartTime(memory, "memory")
+
+
+def request_times(model: ModelSpec, request: Request) -> dict[str, PartTime]:
+    """Of a batch of requests, by `cost.PARTS`. `request.on` must be a chip."""
+    asked, batch = (request.question_tokens, request.answer_tokens), request.batch
+    flops = cost.flops(model, *asked, request.question).by_part
+    moved = cost.moved_bytes(model, *asked, batch, request.dtype, request.question)
+    how = (request.on, request.chips, request.efficiency)
+    return {part: part_time(batch * flops[part], moved[part], *how) for part in cost.PARTS}
 
 
 class Work(NamedTuple):

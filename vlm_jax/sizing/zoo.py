@@ -150,6 +150,11 @@ def decoder(name: str) -> DecoderSpec:
     return DECODERS[name]
 
 
+def family(name: str) -> str:
+    """The ladder that a decoder is a step of: "qwen1.5-7b" -> "qwen1.5"; "d" is the study's own."""
+    return name.rpartition("-")[0] or name.rstrip("0123456789")
+
+
 def nominal_params(name: str) -> float:
     """Parameters as the published name tells them: "qwen1.5-7b" -> 7e9. The study's ladder counts what is no embedding.
 

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.rows import FIELDS, ResultRow
+from vlm_jax.core.specs import ModelSpec
 
 _TYPES = {field.name: field.type for field in dataclasses.fields(ResultRow)}
 
@@ -117,8 +119,10 @@ def parse(values: Mapping[str, Any], where: str) -> ResultRow:
     return ResultRow(**{name: _typed(values[name], name, where) for name in FIELDS})
 
 
-def _typed(value: Any, name: str, where: str) -> str | int | float:
+def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec:
     wanted = _TYPES[name]
+    if wanted is ModelSpec:
+        return specs.from_dict(ModelSpec, value, f"{where}: {name}.")
     if wanted is str and isinstance(value, str):
         return value
     if wanted is not str and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

@@ -1,9 +1,13 @@
 """Rows for a law: the project's result rows (jsonl), or a plain table of published scores (CSV), as one kind of cell.
 
-    family,llm_params_billion,visual_tokens,mean_score        the CSV's columns; others are kept in `Cell.extra`
+    family,llm_params_billion,visual_tokens,mean_score        the CSV's columns
+    encoder,compressor,llm                                    names in the zoo and the catalog: what was measured
+
+Other columns are kept in `Measurement.extra`; `harness`, what scored the answers, goes into the law. A CSV's models
+have the sizes of `catalog.model_spec`; without those three columns a plan must be told what to choose from.
 
 Two counts of N meet here and are never mixed: result rows count non-embedding parameters, a published table gives the
-nominal size in a model's name. `Table.params_are` says which, and the planner follows it.
+nominal size in a model's name. `Scores.params_are` says which, and the planner follows it.
 """
 
 import csv
@@ -15,13 +19,15 @@ from typing import Literal, NamedTuple
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
+from vlm_jax.core.specs import ModelSpec
+from vlm_jax.sizing import zoo
 from vlm_jax.store import results
 
 COLUMNS = ("family", "llm_params_billion", "visual_tokens", "mean_score")
 BILLION = 1e9
 
 
-class Cell(NamedTuple):
+class Measurement(NamedTuple):
     """One measurement."""
 
     family: str
@@ -32,59 +38,58 @@ class Cell(NamedTuple):
     seed: int | None  # None: the table does not say, so a second row of one cell is a duplicate and not a replicate
     where: str  # "file:line", for messages
     extra: Mapping[str, str]
+    model: ModelSpec | None = None  # what was measured, where the file says
 
 
-class Table(NamedTuple):
+class Scores(NamedTuple):
     """All measurements of one file."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[Measurement, ...]
     params_are: Literal["non_embedding", "nominal"]
 
     def families(self) -> list[str]:
         return sorted({cell.family for cell in self.cells})
 
-    def of(self, family: str) -> "Table":
+    def of(self, family: str) -> "Scores":
         """One family's cells. Raises `UserError` that suggests the nearest."""
         if family not in self.families():
             raise unknown("family", family, self.families())
         return self._replace(cells=tuple(cell for cell in self.cells if cell.family == family))
 
 
-def read(path: str | Path) -> Table:
+def read(path: str | Path) -> Scores:
     """A rows file of either kind, told apart by its ending. Raises `UserError` naming file, row and fix."""
     suffix = Path(path).suffix.lower()
     if suffix == ".jsonl":
         pairs = results.read_lines(path)
         rows = [(results.parse(values, f"{path}:{number}"), f"{path}:{number}") for number, values in pairs]
-        table = Table(tuple(from_row(row, where) for row, where in rows), "non_embedding")
+        scores = Scores(tuple(from_row(row, where) for row, where in rows), "non_embedding")
     elif suffix == ".csv":
-        table = Table(tuple(_read_csv(path)), "nominal")
+        scores = Scores(tuple(_read_csv(path)), "nominal")
     else:
         raise UserError(f"{path}: rows are read from .jsonl (result rows) or .csv ({','.join(COLUMNS)})")
-    if not table.cells:
+    if not scores.cells:
         raise UserError(f"{path}: no rows")
-    return table
+    return scores
 
 
-def of_rows(rows: "Iterable[ResultRow] | Table") -> Table:
-    """Result rows already in memory, as a table; a table stays as it is."""
-    if isinstance(rows, Table):
+def of_rows(rows: "Iterable[ResultRow] | Scores") -> Scores:
+    """Result rows already in memory, as scores; scores stay as they are."""
+    if isinstance(rows, Scores):
         return rows
-    return Table(tuple(from_row(row, f"row {row.cell!r}") for row in rows), "non_embedding")
+    return Scores(tuple(from_row(row, f"row {row.cell!r}") for row in rows), "non_embedding")
 
 
-def from_row(row: ResultRow, where: str) -> Cell:
+def from_row(row: ResultRow, where: str) -> Measurement:
     """A result row as a cell: N is the decoder's non-embedding parameters."""
     if row.llm_params <= 0 or row.visual_tokens < 0:
         raise UserError(f"{where}: llm_params={row.llm_params}, visual_tokens={row.visual_tokens} cannot be")
     _check_fraction(row.error, "error", where)
-    extra = {"encoder": row.encoder, "llm": row.llm, "compressor": row.compressor}
-    return Cell(
-        row.family, row.llm_params / BILLION, row.visual_tokens, row.error, row.stderr, row.seed, where, extra
-    )  # fmt: skip
+    params = row.llm_params / BILLION
+    return Measurement(row.family, params, row.visual_tokens, row.error, row.stderr, row.seed, where, {}, row.model)
 
 
-def _read_csv(path: str | Path) -> Iterable[Cell]:
+def _read_csv(path: str | Path) -> Iterable[Measurement]:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +110,26 @@ def _read_csv(path: str | Path) -> Iterable[Cell]:
         extra = {name: value for name, value in row.items() if name not in COLUMNS}
         seed = int(_number(extra["seed"], "seed", where)) if extra.get("seed") else None
         stderr = _number(extra["stderr"], "stderr", where) if extra.get("stderr") else None
-        yield Cell(row["family"], params, int(tokens), 1 - score, stderr, seed, where, extra)
+        model = _model(extra, params, int(tokens), where)
+        yield Measurement(row["family"], params, int(tokens), 1 - score, stderr, seed, where, extra, model)
+
+
+def _model(row: Mapping[str, str], params: float, tokens: int, where: str) -> ModelSpec | None:
+    """What a line names, or None where it names nothing."""
+    names = [row.get(kind) or "" for kind in ("encoder", "compressor", "llm")]
+    if not any(names):
+        return None
+    if not all(names):
+        raise UserError(f"{where}: expected encoder, compressor and llm, or none of them; got {','.join(names)}")
+    from vlm_jax.compress import catalog  # brings jax along, which a table without names does not need
+
+    encoder, compressor, llm = names
+    try:
+        if zoo.nominal_params(llm) != params * BILLION:
+            raise UserError(f"llm {llm} has {zoo.nominal_params(llm) / BILLION:g} billion, not {params:g}")
+        return catalog.model_spec(zoo.encoder(encoder), compressor if tokens else "blind", tokens, zoo.decoder(llm))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _number(text: str, name: str, where: str) -> float:
@@ -127,12 +151,12 @@ def _check_fraction(value: int | float, name: str, where: str) -> None:
         raise UserError(f"{where}: {name}={value:g} must be between 0 and 1")
 
 
-def seen(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+def seen(cells: Iterable[Measurement]) -> tuple[Measurement, ...]:
     """The cells with an image."""
     return tuple(cell for cell in cells if cell.tokens > 0)
 
 
-def blind_errors(cells: Iterable[Cell]) -> dict[float, float]:
+def blind_errors(cells: Iterable[Measurement]) -> dict[float, float]:
     """Mean error without an image, by N."""
     sums: dict[float, list[float]] = {}
     for cell in cells:
@@ -141,15 +165,15 @@ def blind_errors(cells: Iterable[Cell]) -> dict[float, float]:
     return {params: sum(values) / len(values) for params, values in sorted(sums.items())}
 
 
-def above_blind(table: Table) -> Table:
+def above_blind(scores: Scores) -> Scores:
     """Scores counted from what the same LLM reaches without an image: (score - blind) / (1 - blind), so that blind is
     error 1.
 
     The blind rows stay. Raises `UserError` where a size has no blind row, or a perfect one.
     """
     cells = []
-    for cell in table.cells:
-        blind = blind_errors(other for other in table.cells if other.family == cell.family).get(cell.params)
+    for cell in scores.cells:
+        blind = blind_errors(other for other in scores.cells if other.family == cell.family).get(cell.params)
         if not blind:
             raise UserError(
                 f"{cell.where}: --floor blind needs a row with visual_tokens=0 and an error above 0 for family"
@@ -157,7 +181,7 @@ def above_blind(table: Table) -> Table:
             )
         stderr = None if cell.stderr is None else cell.stderr / blind
         cells.append(cell if cell.tokens == 0 else cell._replace(error=cell.error / blind, stderr=stderr))
-    return table._replace(cells=tuple(cells))
+    return scores._replace(cells=tuple(cells))
 
 
 def params_label(params: int | float) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling import table
+from vlm_jax.scaling import scores
 
 HEAD = "family,llm_params_billion,visual_tokens,mean_score,note\n"
 
@@ -15,11 +15,11 @@ def write(tmp_path, text, name="rows.csv"):
 
 
 def test_a_plain_table_is_read_with_its_extra_columns(tmp_path):
-    rows = table.read(write(tmp_path, HEAD + "ocr,0.5,4,0.25,copied\nocr,0.5,0,0.1,\n"))
+    rows = scores.read(write(tmp_path, HEAD + "ocr,0.5,4,0.25,copied\nocr,0.5,0,0.1,\n"))
     assert rows.params_are == "nominal"
     assert [(c.params, c.tokens, c.error) for c in rows.cells] == [(0.5, 4, 0.75), (0.5, 0, 0.9)]
     assert rows.cells[0].extra == {"note": "copied"}
-    assert table.blind_errors(rows.cells) == {0.5: 0.9}
+    assert scores.blind_errors(rows.cells) == {0.5: 0.9}
 
 
 @pytest.mark.parametrize(
@@ -40,20 +40,20 @@ def test_a_plain_table_is_read_with_its_extra_columns(tmp_path):
 )
 def test_a_bad_table_is_told(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        table.read(write(tmp_path, text))
+        scores.read(write(tmp_path, text))
 
 
 def test_other_files_are_told(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        table.read(tmp_path / "none.csv")
+        scores.read(tmp_path / "none.csv")
     with pytest.raises(UserError, match=r"from \.jsonl .* or \.csv"):
-        table.read(write(tmp_path, HEAD, "rows.txt"))
+        scores.read(write(tmp_path, HEAD, "rows.txt"))
     with pytest.raises(UserError, match="half-written last line"):
-        table.read(write(tmp_path, '{"cell"', "rows.jsonl"))
+        scores.read(write(tmp_path, '{"cell"', "rows.jsonl"))
 
 
 @pytest.mark.parametrize(
     ("params", "text"), [(7, "7B"), (0.5, "0.5B"), (0.135, "135M"), (5.6e-5, "56k"), (1e-7, "100")]
 )
 def test_sizes_read_as_people_say_them(params, text):
-    assert table.params_label(params) == text
+    assert scores.params_label(params) == text
