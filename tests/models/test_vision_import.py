@@ -20,12 +20,13 @@ from vlm_jax import pretrained
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
-from vlm_jax.models import layerwise, vision
+from vlm_jax.core.structs import Inputs, Views
+from vlm_jax.models import vision
 from vlm_jax.models.importers import exporting, hf_encoder
 from vlm_jax.models.importers.found import find, found_params, model_spec
 from vlm_jax.models.importers.weights import load_params, open_weights
 from vlm_jax.models.vision import Encoder
-from vlm_jax.models.vlm import ANSWER, IMAGE, TEXT, Prompt, Vlm
+from vlm_jax.models.vlm import Vlm
 
 HF = np.load(Path(__file__).parents[1] / "golden/peers_vision_hf.npz")
 BV = np.load(Path(__file__).parents[1] / "golden/peers_vision_bv.npz")
@@ -106,26 +107,32 @@ VLMS = ("llava", "llava_siglip", "paligemma", "paligemma2", "paligemma2_narrow")
 
 def whole(path: Path) -> tuple[Vlm, Any]:
     found = find(path)
-    params = found_params(found)
-    model = Vlm(model_spec(found), builders.COMPUTE)
-    return model, {**params, "decoder": layerwise.split(params["decoder"], found.decoder.depth)}
+    return Vlm(model_spec(found), builders.COMPUTE), found_params(found)
 
 
-def prompt(model: Vlm, side: int = 18) -> Prompt:
+def prompt(model: Vlm, side: int = 18) -> Inputs:
     tokens, answer = peers.prompts(image_first=model.spec.mask == "prefix")
-    kind = np.where(tokens == peers.IMAGE_TOKEN, IMAGE, np.where(answer, ANSWER, TEXT))
-    return Prompt(tokens.astype(np.int32), kind.astype(np.int32), peers.pixels(side))
+    here = tokens == peers.IMAGE_TOKEN
+    position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    order = position if model.spec.mask == "causal" else np.where(answer, position, 0)
+    visual = np.where(here, np.cumsum(here, axis=1) - 1, -1)
+    arrays = (part.astype(np.int32) for part in (tokens, np.ones_like(tokens), position, order, visual))
+    return Inputs(*arrays, Views(peers.pixels(side)[:, None]))
+
+
+def logits_and_features(model: Vlm, params: Any, inputs: Inputs) -> tuple[Any, Any]:
+    def run(params: Any, inputs: Inputs) -> tuple[Any, Any]:
+        logits = model.logits(params, model.forward(params, inputs)[0])
+        return logits, model.embed_views(params, inputs.views).tokens
+
+    return jax.jit(run)(params, inputs)
 
 
 @pytest.mark.parametrize("name", VLMS)
 def test_a_whole_model_gives_its_references_logits(tmp_path, name: str) -> None:
     """Image features behind the projector, and the logits of every token of a prompt with its answer."""
     model, params = whole(write(tmp_path, name))
-
-    def run(p: Any, given: Prompt) -> tuple[Any, Any]:
-        return model.logits(p, model.read(p, given)[0]), model._image_tokens(p, given)
-
-    logits, features = jax.jit(run)(params, prompt(model))
+    logits, features = logits_and_features(model, params, prompt(model))
     close(features, HF[f"{name}/features"].reshape(features.shape))
     close(logits, HF[f"{name}/logits"])
 
@@ -150,11 +157,7 @@ def test_a_big_vision_tower_gives_its_references_tokens(tmp_path, name: str) -> 
 def test_a_big_vision_paligemma_gives_its_references_logits(tmp_path, name: str) -> None:
     model, params = whole(write_npz(tmp_path, name))
     assert model.spec.mask == "prefix"
-
-    def run(p: Any, given: Prompt) -> tuple[Any, Any]:
-        return model.logits(p, model.read(p, given)[0]), model._image_tokens(p, given)
-
-    logits, features = jax.jit(run)(params, prompt(model, 16))
+    logits, features = logits_and_features(model, params, prompt(model, 16))
     close(features, BV[f"{name}/features"])
     close(logits[:, peers.PATCHES :], BV[f"{name}/logits"])
 

@@ -282,9 +282,7 @@ def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) ->
     """Model FLOPs of one step of a stage: `train_flops` of every row of the batch."""
     features = "stored" if spec.data.frozen_features else "pixels"
     data = spec.data
-    row = train_flops(
-        spec.model, data.text_tokens, stage.train, features, question_tokens, data.questions_per_example
-    )
+    row = train_flops(spec.model, data.text_tokens, stage.train, features, question_tokens, data.questions_per_example)
     return data.batch_examples * row
 
 

@@ -95,10 +95,10 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1,
     multiplied, `rests_apart` into how many between its uses.
     """
     model, remat = spec.model, spec.compute.remat
-    decoder, text = model.decoder, spec.data.text_tokens
-    examples, length = spec.data.batch_examples, spec.data.text_tokens + model.compressor.tokens
+    decoder, data = model.decoder, spec.data
+    examples, length = data.batch_examples, data.text_tokens + data.questions_per_example * model.compressor.tokens
     useful = cost.step_flops(spec, stage)
-    again = cost.pass_flops(decoder, length, length, text)
+    again = cost.pass_flops(decoder, length, length, length)
     repeated = {"none": again.head, "dots": again.head + again.attention, "block": again.total}[remat]
     sizes = cost.params(model)
     passes = {"none": 2, "dots": 2, "block": 3}[remat]
@@ -113,7 +113,7 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1,
     activations = (passes + 2) * _pass_bytes(spec, length, length)
     if not spec.data.frozen_features:
         activations += cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
-    logits = 9 * 4 * decoder.vocab * text
+    logits = 9 * 4 * decoder.vocab * length
     return Work(useful, useful + examples * repeated, kernels + (activations + logits) * examples / chips)
 
 
