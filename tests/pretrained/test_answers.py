@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
     for told, images, prompts in (
         ("2 images for 3 prompts", list(peers_answers.pictures()[:2]), peers_answers.QUESTIONS),
         ("give a list", None, "What?"),
-        ("is no image", [np.zeros((3, 3))], ["What?"]),
+        ("images have shape", [np.zeros((3, 3))], ["What?"]),
     ):
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, images, prompts)
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
     with pytest.raises(UserError, match="300 tokens is longer than the 256"):
         vlm_jax.forward(model, None, long)
     for told, images, rows in (
-        ("images: not an array", [pixels[0], 3], tokens),
+        ("image 0: expected a path", [pixels[0], 3], tokens),
         ("images have shape", [pixels[0]], tokens),
         ("pixels that are no numbers", np.full_like(pixels, np.nan), tokens),
         ("tokens: not an array", None, [[1], [2, 3]]),

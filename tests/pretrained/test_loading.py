@@ -106,7 +106,7 @@ def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
 def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
     from PIL import Image
 
-    image = peers_answers.pictures()[:1].astype(np.float32) / 255
+    image = peers_answers.pictures()[:1]
     which = sight.shown(joined)
     sight.draw(joined, image, sight.patch_shares(joined, image, which), which, tmp_path / "tokens.png")
     with Image.open(tmp_path / "tokens.png") as figure:

@@ -39,8 +39,8 @@ def forward(
     """Logits of every position, float32; those of padding mean nothing.
 
     Args:
-        images: float[B, H, H, 3], the reference's `pixel_values` with channels last, or uint8 pixels; None for text
-            alone.
+        images: one for each row: paths, PIL images or uint8 arrays of any size; or float[B, H, H, 3], the reference's
+            `pixel_values` with channels last; None for text alone.
         tokens: int[B, T], the reference's `input_ids`: V placeholders where a row's image stands.
         mask: [B, T], 0 on padding; None takes leading and trailing runs of the pad id for padding, unless that id also
             ends answers: then every token is real.
@@ -139,13 +139,12 @@ def generate(
         raise UserError(f"{len(images)} images for {len(prompts)} prompts: one for each is wanted")
     if not prompts:
         return []
-    pixels = None if images is None else inputs.pixels(model, images)
     visual = 0 if images is None else model.visual_tokens
     rows = [chat.prompt_ids(model.layout, model.tokenizer, one, model.image_token, visual) for one in prompts]
     if not all(rows):
         raise UserError(f"prompt {[bool(row) for row in rows].index(False)} is empty")
     tokens, mask = inputs.padded(rows)
-    out = generate_tokens(model, pixels, tokens, max_new_tokens, temperature, seed, mask)
+    out = generate_tokens(model, images, tokens, max_new_tokens, temperature, seed, mask)
     return [model.tokenizer.decode(_until_end(row, model.ends)) for row in out.tolist()]
 
 

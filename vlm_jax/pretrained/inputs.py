@@ -1,14 +1,12 @@
 """What `forward` and `generate` are given: checked on the host, and laid out as programs take it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, UInt8
-from PIL import Image
+from jaxtyping import Bool
 
 from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
@@ -19,24 +17,24 @@ from vlm_jax.pretrained.loading import Model
 
 
 def pixels(model: Model, images: Any) -> Any:
-    """[B, H, H, 3]: images of any kind as the model takes them; float arrays as they are."""
-    if model.image is None:
+    """Images of any kind as the model takes them: uint8[B, H, H, 3]. An array of floats is normalised already, and
+    stays as it is.
+
+    Raises `UserError` for arrays that are neither uint8 nor floating, and what `data.images.read_image` refuses.
+    """
+    encoder = model.spec.encoder
+    if encoder is None:
         raise UserError("this model reads text alone: leave the images out")
-    if isinstance(images, np.ndarray | jax.Array) and images.dtype != np.uint8:
+    several = isinstance(images, list | tuple)
+    if _floating(images) or (several and images and all(map(_floating, images))):
         return images
-    return pictures.prepare([_rgb(one) for one in images], model.image)
+    if not several and not (isinstance(images, np.ndarray | jax.Array) and images.ndim):
+        raise UserError(f"images: expected a list of images or an array, got {type(images).__name__}")
+    return pictures.fit([pictures.read_image(one, f"image {i}") for i, one in enumerate(images)], encoder)
 
 
-def _rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:
-    """A path, a PIL image, or an array that is one already."""
-    if isinstance(image, str | Path):
-        return pictures.read_image(image)
-    if image is None or isinstance(image, list | tuple):
-        raise UserError("images: one for each prompt is wanted, not several and not none")
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else _array("an image", image))
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(f"{array.dtype}{list(array.shape)} is no image: give a path, a PIL image or uint8[h, w, 3]")
-    return array
+def _floating(images: Any) -> bool:
+    return isinstance(images, np.ndarray | jax.Array) and jnp.issubdtype(images.dtype, jnp.floating)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +67,7 @@ def checked(model: Model, images: Any, tokens: Any, mask: Any, answer: Any) -> P
         raise UserError(
             f"a prompt of {longest} tokens is longer than the {context} of this model's context: shorten it"
         )
-    images = None if images is None else _array("images", images)
+    images = None if images is None else _array("images", pixels(model, images))
     _check_images(model, images, here)
     kind = np.where(here, IMAGE, np.where(real, TEXT, 0))
     if answer is not None:
@@ -105,8 +103,6 @@ def _check_images(model: Model, images: Any, here: Bool[np.ndarray, "B T"]) -> N
         if counts.any():
             raise UserError(f"row {np.flatnonzero(counts)[0]} has image placeholders, but there are no images")
         return
-    if model.spec.encoder is None:
-        raise UserError("this model reads text alone: leave the images out")
     side = model.spec.encoder.image_size
     if images.shape != (len(counts), side, side, 3):
         raise UserError(f"images have shape {list(images.shape)}, {[len(counts), side, side, 3]} is wanted")
