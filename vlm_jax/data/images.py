@@ -8,6 +8,8 @@ the processors of Hugging Face that use Pillow; those that use torchvision round
 """
 
 import io
+import struct
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,9 @@ MAX_PIXELS = 2**27  # of one image, as it comes and as it is resized; more is re
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # that are opened, whatever the name says
 RESIZING = ("squash", "crop", "pad")
 INTERPOLATION = {filter.name.lower(): filter for filter in Image.Resampling}
-_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError)  # what Pillow raises over bad files
+# What Pillow raises over bad files; warnings too, where the caller makes errors of them.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, struct.error, Warning)
+_OPENING = threading.Lock()  # filters of warnings are the process's, and training reads in threads
 _DEEP = ("PNG", "PPM")  # formats whose mode "I" holds 16 bits
 
 
@@ -42,7 +46,7 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | Path | bytes):
         name = name if isinstance(image, bytes) else str(image)
         try:
-            with warnings.catch_warnings():
+            with _OPENING, warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by our own limit
                 opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
             with opened:
@@ -51,8 +55,10 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
             raise UserError(f"{name}: no such image") from None
         except Image.DecompressionBombError:
             raise UserError(f"{name}: far more than {MAX_PIXELS:,} pixels are not read: scale it down") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{name}: not a readable image (expected one of {', '.join(FORMATS)})") from None
         except _BROKEN as error:
-            raise UserError(f"{name}: not a readable image ({' '.join(str(error).split())})") from error
+            raise _unreadable(name, error) from error
     kind, shape = getattr(image, "dtype", None), tuple(getattr(image, "shape", ()))
     if kind is None:
         raise UserError(f"{name}: expected a path, a PIL image or uint8[h, w, 3], got {type(image).__name__}")
@@ -67,6 +73,10 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
 
 def _too_large(width: int, height: int, name: str) -> UserError:
     return UserError(f"{name}: {width} x {height} pixels; more than {MAX_PIXELS:,} are not read: scale it down")
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    return UserError(f"{name}: not a readable image ({' '.join(str(error).split())[:200]})")
 
 
 def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -90,7 +100,7 @@ def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
             image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
         return np.asarray(image.convert("RGB"))
     except _BROKEN as error:
-        raise UserError(f"{name}: not a readable image ({' '.join(str(error).split())})") from error
+        raise _unreadable(name, error) from error
 
 
 def fit(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], encoder: EncoderSpec) -> UInt8[np.ndarray, "B H H 3"]:
