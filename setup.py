@@ -31,7 +31,7 @@ setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
-        "pillow",
+        "pillow>=11.3",
         "plotly",
         "protobuf",  # the schema of SentencePiece files
         "pyyaml",

@@ -79,7 +79,7 @@ def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
     """Its whole has a compressor, which no public class has."""
     model = builders.model()
     params = builders.params(Vlm(model, builders.COMPUTE))
-    network = SimpleNamespace(spec=SimpleNamespace(model=model), encoder=params.pop("encoder"))
+    network = SimpleNamespace(model=Vlm(model, builders.COMPUTE), encoder=params.pop("encoder"))
     monkeypatch.setattr(checkpoint, "read_spec", lambda workdir: {})
     monkeypatch.setattr("vlm_jax.config.resolve.spec_from_dict", lambda values: None)
     monkeypatch.setattr(build, "open_network", lambda spec: network)

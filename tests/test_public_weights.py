@@ -1,11 +1,15 @@
 """A run that starts from published weights and words: what it trains on, and what it starts from."""
 
 import dataclasses
+import io
+import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests import builders
@@ -15,6 +19,7 @@ from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec, RunSpec
+from vlm_jax.data import pipeline
 from vlm_jax.models.importers import exporting
 from vlm_jax.models.vlm import Vlm
 
@@ -74,13 +79,31 @@ def test_questions_and_answers_are_in_the_models_own_words(published, tmp_path) 
     assert answer.tolist().index(END) == len(answer) - 1
 
 
-def test_pages_of_any_size_reach_an_encoder(published) -> None:
-    """A page of one colour is the same page at every size."""
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_run_sees_as_its_encoders_folder_says(published, tmp_path, frozen: bool) -> None:
+    """Pages of 64 pixels become the encoder's 16 on the host, by the folder's filter, mean and deviation: in training
+    batches, in stored features, and in what `open_network` gives to those who load the run.
+    """
     spec, params = published
-    vlm = Vlm(spec.model, builders.COMPUTE)
-    small, large = (np.full((1, side, side, 3), 77, np.uint8) for side in (16, 64))
-    encode = jax.jit(lambda image: vlm.encode(params, image).tokens)
-    np.testing.assert_allclose(encode(small), encode(large), atol=1e-5)
+    shutil.copytree(spec.encoder_checkpoint, tmp_path / "encoder")
+    said = {"size": {"height": 16, "width": 16}, "resample": 4, "image_mean": [0.2] * 3, "image_std": [0.3] * 3}
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(said))
+    data = dataclasses.replace(spec.data, frozen_features=frozen)
+    run = build.open_run(
+        dataclasses.replace(spec, encoder_checkpoint=str(tmp_path / "encoder"), data=data), build.default_cache()
+    )
+    batch, _ = next(pipeline.train_batches(run.train, data, 0, features=run.train_features))
+    pages = [Image.open(io.BytesIO(run.train.pngs[i])) for i in batch.example]
+    small = np.stack([np.asarray(page.resize((16, 16), Image.Resampling.BOX)) for page in pages])
+    encode = jax.jit(run.network.model.encode)
+    wanted = encode(params, ((small / 255 - 0.2) / 0.3).astype(np.float32)).tokens
+    if frozen:
+        found = batch.features.tokens
+    else:
+        np.testing.assert_array_equal(batch.image, small)
+        found = encode(params, batch.image).tokens
+    np.testing.assert_allclose(found, wanted, atol=2e-3)  # features are stored in float16
+    assert run.network.spec.model == spec.model  # the name of the experiment stays
 
 
 def test_an_end_that_no_embedding_has_is_told(published, tmp_path) -> None:

@@ -19,10 +19,10 @@ import vlm_jax
 from vlm_jax import partitioning, processes
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, RunSpec, StageSpec
+from vlm_jax.core.specs import PREPARATION, ComputeSpec, DecoderSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
 from vlm_jax.data import pipeline, sources, text
-from vlm_jax.models.importers import big_vision, found
+from vlm_jax.models.importers import big_vision, found, processors
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.store import features as feature_store
 from vlm_jax.training import guard, loss, optim
@@ -31,7 +31,7 @@ from vlm_jax.training import step as training_step
 
 class Network(NamedTuple):
     """A model on a mesh, without data. `encoder` holds the frozen or initial encoder weights, as numpy arrays; None
-    where only shapes are wanted.
+    where only shapes are wanted. `model.spec` is `spec.model` with the image preparation of the encoder's checkpoint.
     """
 
     spec: RunSpec
@@ -83,7 +83,8 @@ def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Networ
         raise UserError(f"model.vocab={vocab}: {spec.data.tokenizer} ends answers with token {end} (eos_token_id)")
     network = lay_out(spec, plan or partitioning.make_plan(spec.compute))
     encoder = _encoder_weights(spec, network.model)
-    return network._replace(encoder=encoder, encoder_sha256=tree.sha256(encoder))
+    model = network.model._replace(spec=dataclasses.replace(spec.model, encoder=_prepared(spec)))
+    return network._replace(model=model, encoder=encoder, encoder_sha256=tree.sha256(encoder))
 
 
 def lay_out(spec: RunSpec, plan: partitioning.Plan) -> Network:
@@ -116,6 +117,7 @@ def open_run(spec: RunSpec, cache_dir: Path) -> Run:
         _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)
         for name in (data.train_split, data.test_split)
     )
+    train, test = (split._replace(encoder=network.model.spec.encoder) for split in (train, test))
     pipeline.check_training(train, data)
     pipeline.check(test, evaluation.questions_per_example)
     if not data.frozen_features:
@@ -150,7 +152,7 @@ def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.
     # Of several processes each encodes on its own devices what it does not find in the cache.
     alone = dataclasses.replace(spec.compute, strategy="replicated", mesh=(-1, 1, 1), slices=1)
     plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(alone, jax.local_devices())
-    how = {**dataclasses.asdict(spec.model.encoder), "dtype": spec.compute.dtype}
+    how = {**dataclasses.asdict(model.spec.encoder), "dtype": spec.compute.dtype}
     key = feature_store.key(split.sha256, network.encoder_sha256, how)
     if (folder, key) not in _READERS:
         weights = jax.device_put({"encoder": network.encoder}, plan.replicated)
@@ -159,6 +161,17 @@ def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.
             folder, key, split.images, split.examples, lambda image: encode(weights, image), split.name
         )
     return _READERS[folder, key]
+
+
+def _prepared(spec: RunSpec) -> EncoderSpec:
+    """The run's encoder, with the image preparation that came with its checkpoint."""
+    encoder, path = spec.model.encoder, _located(spec.encoder_checkpoint)
+    if not spec.encoder_checkpoint:
+        return encoder
+    if path.suffix == ".npz":
+        return processors.prepared(encoder, path)
+    source = processors.prepared(found.find(path).encoder or encoder, path)
+    return dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
 
 
 def _encoder_weights(spec: RunSpec, model: Vlm) -> Any:
@@ -196,7 +209,7 @@ def _public_params(
 
 
 # What does not concern the weights, or is chosen by the run.
-_MAY_DIFFER = ("name", "context", "taps", "feature_layer", "pooling_head", "pixel_mean", "pixel_std")
+_MAY_DIFFER = ("name", "context", "taps", "feature_layer", "pooling_head", *PREPARATION)
 
 
 def init_params(network: Network, key: jax.Array) -> Any:

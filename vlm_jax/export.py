@@ -71,7 +71,7 @@ def _read(
 
     from vlm_jax.core.specs import ModelSpec
     from vlm_jax.models.decoder import stack_layers
-    from vlm_jax.models.importers import exporting, found
+    from vlm_jax.models.importers import exporting, found, processors
 
     if (path / "spec.json").exists():
         from vlm_jax import build, job
@@ -79,7 +79,7 @@ def _read(
         from vlm_jax.store.checkpoint import read_spec
 
         network = build.open_network(spec_from_dict(read_spec(path)))
-        spec = exporting.part_of(network.spec.model, part)
+        spec = exporting.part_of(network.model.spec, part)
         exporting.check(out, spec, None)
         params = {"encoder": network.encoder, **job.restore(network, path)}
         params = {name: params[name] for name in params if part in ("whole", name)}
@@ -88,6 +88,8 @@ def _read(
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
         return spec, params, None
     there = found.find(path)
+    if there.encoder is not None:
+        there = there._replace(encoder=processors.prepared(there.encoder, path))
     whole = there.encoder is not None and there.decoder is not None
     spec = found.model_spec(there) if whole else ModelSpec(there.encoder, None, None, there.decoder, there.mask)
     spec = exporting.part_of(spec, part)

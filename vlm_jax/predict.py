@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 
     import vlm_jax
     from vlm_jax.compress import catalog
-    from vlm_jax.data.images import prepare, read_image
+    from vlm_jax.data.images import fit, read_image
     from vlm_jax.inference import api, token_maps
 
     image = None if args.image is None else read_image(args.image)
@@ -74,12 +74,12 @@ def main(argv: list[str]) -> None:
             args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
             tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
         )  # fmt: skip
-    if image is not None and model.image is None:
+    if image is not None and model.spec.encoder is None:
         raise UserError(f"{args.model}: a language model alone sees no image; leave --image out, or join an encoder")
     if args.llm or (args.compressor and jax.tree.leaves(model.params["connector"]["compressor"])):
         print("note: the connector is fresh, not trained: its answers mean nothing yet", file=sys.stderr)
     if args.show_tokens is not None:
-        which, pixels = token_maps.shown(model), prepare([image], model.image)
+        which, pixels = token_maps.shown(model), fit([image], model.spec.encoder)
         with _progress("what visual tokens read", MofNCompleteColumn()) as on_token:
             method = model.spec.compressor and catalog.row(model.spec.compressor.name)
             asks = args.prompt is not None and method is not None and method.query_dependent

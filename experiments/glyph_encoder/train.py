@@ -29,6 +29,7 @@ from vlm_jax.data import reading
 from vlm_jax.models.importers import big_vision
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import weights
+from vlm_jax.ops.pixels import normalise
 from vlm_jax.sizing import zoo
 from vlm_jax.training import loop, optim
 from vlm_jax.training import step as training_step
@@ -52,8 +53,7 @@ def init_params(key: jax.Array, encoder: Encoder) -> dict[str, Any]:
 
 def read(encoder: Encoder, params: Any, image: jax.Array) -> list[jax.Array]:
     """Logits [B, P, classes] of every task."""
-    pixels = image.astype(jnp.float32) / 127.5 - 1
-    tokens = encoder.apply({"params": params["encoder"]}, pixels, method="encode").tokens
+    tokens = encoder.apply({"params": params["encoder"]}, normalise(image, encoder.spec), method="encode").tokens
     return [tokens @ params["readout"][name]["kernel"] + params["readout"][name]["bias"] for name in TASKS]
 
 

@@ -141,7 +141,7 @@ def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
 def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
     from PIL import Image
 
-    image = peers_answers.pictures()[:1].astype(np.float32) / 255
+    image = peers_answers.pictures()[:1]
     which = token_maps.shown(joined)
     token_maps.draw(joined, image, token_maps.patch_shares(joined, image, which), which, tmp_path / "tokens.png")
     with Image.open(tmp_path / "tokens.png") as figure:

@@ -1,5 +1,6 @@
 """The door that answers, on photographs, with models as their users hold them: what transformers says of the same."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = peers_text.write(case["files"], place / name)
         save_file(weights(case["shapes"]), folder / "model.safetensors")
     export.main(["--model", str(place / "paligemma"), "--out", str(place / "paligemma.npz")])
+    shutil.copy(place / "paligemma" / "processor_config.json", place)  # without, images are scaled as in big_vision
     return place
 
 
@@ -52,7 +54,8 @@ def test_the_answer_to_a_photograph_is_the_references(place: Path, name: str, ca
 def test_big_vision_finds_each_of_our_tokens_the_likeliest(place: Path, photograph: str, monkeypatch) -> None:
     """From the same `.npz`: what its own greedy decoding would say behind the same photograph and prompt."""
     model = vlm_jax.load(place / "paligemma.npz", tokenizer=place / "paligemma")
-    pixels = images.prepare([images.read_image(PHOTOGRAPHS[photograph])], model.image)
+    levels = images.fit([images.read_image(PHOTOGRAPHS[photograph])], model.spec.encoder)
+    pixels = images.normalise(levels, model.spec.encoder)
     asked = np.array([chat.prompt_ids(model.layout, model.tokenizer, QUESTION, model.image_token, model.visual_tokens)])
     said = vlm_jax.generate_tokens(model, pixels, asked, peers_answers.NEW_TOKENS)
     words = np.concatenate([asked[:, model.visual_tokens :], said], axis=1)

@@ -232,7 +232,7 @@ def test_two_models_joined_at_another_resolution(tmp_path) -> None:
     """CLIP of one folder with the language model of another: the reference's tokens at 24 pixels, 36 of them."""
     clip, llm = write(tmp_path / "clip", "clip_vision"), write(tmp_path / "llava", "llava")
     model = vlm_jax.load(clip, llm=llm, dtype="float32", image_size=24)
-    assert (model.visual_tokens, model.image.size) == (36, 24)
+    assert (model.visual_tokens, model.spec.encoder.image_size) == (36, 24)
     visual = jax.jit(Vlm(model.spec, model.compute).encode)(model.params, jnp.asarray(peers.pixels(24)))
     close(visual.tokens, HF["clip_vision/wide"][:, 1:])
     with pytest.raises(UserError, match="image_size=3: encoder"):

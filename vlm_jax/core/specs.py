@@ -19,6 +19,9 @@ from vlm_jax.core.errors import UserError, unknown
 # What CLIP's pixels were normalised with, for red, green and blue.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+# Fields of `EncoderSpec` that say how images are prepared. They come with the weights, and concern none of them.
+PREPARATION = ("pixel_mean", "pixel_std", "pixel_rescale", "resize", "interpolation", "shortest_edge")
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -41,6 +44,10 @@ class EncoderSpec:
     feature_layer: int = 0  # the tokens are this block's output, without the last norm (LLaVA); 0: behind the norm
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue from 0 to 1: what was subtracted ...
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # ... and divided by, when the encoder was trained
+    pixel_rescale: float = 1 / 255  # what takes 8-bit levels to 0 ... 1, before mean and std
+    resize: str = "squash"  # or "crop", "pad": how any image becomes H x H (`data.images.fit`)
+    interpolation: str = "bilinear"  # of Pillow's, antialiased
+    shortest_edge: int = 0  # pixels of the shorter edge before a crop; 0: H
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -239,6 +246,10 @@ _ADDED = {
     "model.encoder.feature_layer": 0,
     "model.encoder.pixel_mean": [0.5, 0.5, 0.5],
     "model.encoder.pixel_std": [0.5, 0.5, 0.5],
+    "model.encoder.pixel_rescale": 1 / 255,
+    "model.encoder.resize": "squash",
+    "model.encoder.interpolation": "bilinear",
+    "model.encoder.shortest_edge": 0,
     "model.decoder.context": 0,
     "model.decoder.rope_bands.ramp": "turns",  # ahead of the group that it is part of
     "model.decoder.rope_bands": None,

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
 
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.data import tokenizer
+from vlm_jax.core.specs import EncoderSpec
+from vlm_jax.data import images, tokenizer
 from vlm_jax.data.text import Text, word_tokenizer
 
 DATASETS = ("glyph_ocr", "glyph_facts", "glyph_scene")
@@ -38,6 +38,7 @@ class Split(NamedTuple):
     answer_tokens: Int[np.ndarray, "n K A"]
     answer_lengths: Int[np.ndarray, "n K"]
     bare_questions: Int[np.ndarray, "n K R"]  # what compressors that read the question are given; padded with -1
+    encoder: EncoderSpec | None = None  # whose images are wanted; None: as they are stored, all of one size
 
     @property
     def examples(self) -> int:
@@ -48,8 +49,9 @@ class Split(NamedTuple):
         return self.question_lengths.shape[1]
 
     def images(self, indices: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n H H 3"]:
-        """Decodes the images of some examples."""
-        return np.stack([np.asarray(Image.open(io.BytesIO(self.pngs[i]))) for i in np.asarray(indices).tolist()])
+        """Decodes the images of some examples, and makes them what the encoder takes."""
+        decoded = [images.read_image(self.pngs[i], self.ids[i]) for i in np.asarray(indices).tolist()]
+        return np.stack(decoded) if self.encoder is None else images.fit(decoded, self.encoder)
 
 
 def configs(dataset: str) -> tuple[str, ...]:

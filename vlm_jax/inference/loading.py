@@ -25,11 +25,10 @@ from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.data import chat, text, token_files
-from vlm_jax.data import images as pictures
 from vlm_jax.inference import sampling
 from vlm_jax.models import connector, vision
 from vlm_jax.models.decoder import unstack_layers
-from vlm_jax.models.importers import weights
+from vlm_jax.models.importers import processors, weights
 from vlm_jax.models.importers.found import Found, find, found_params, seen_as
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
@@ -48,7 +47,6 @@ class Model(NamedTuple):
     plan: Plan
     tokenizer: text.Text | None = None  # None where the folder has none: `forward` and `generate_tokens` need none
     layout: chat.Layout | None = None  # how a question becomes a prompt
-    image: pictures.ImageSpec | None = None  # how pixels are prepared
     image_token: int | None = None  # the placeholder in `tokens`, once for each visual token
     pad: int | None = None
     ends: tuple[int, ...] = ()
@@ -122,7 +120,7 @@ def load(
         raise UserError(f"{path}: holds no image encoder to join with {llm}")
     if image_size is not None and seeing.encoder is None:
         raise UserError(f"{path}: a language model alone has no images: leave image_size out")
-    own = seeing.encoder
+    own = seeing.encoder and processors.prepared(seeing.encoder, path)
     resized = seeing if own is None else seeing._replace(encoder=vision.at_size(own, image_size))
     spec = _joined_spec(resized, speaking if llm else resized, compressor, tokens)
     if own is not None:
@@ -138,7 +136,7 @@ def load(
         how = "bilinear" if path.suffix == ".npz" else "bicubic"
         encoder = vision.params_at_size(read["encoder"], seeing.encoder, spec.encoder.image_size, how)
         params |= {"encoder": encoder, "connector": {**fresh, **_projector(read)}}
-    return _with_words(Model(spec, compute, params, plan), path, speaking, tokenizer)
+    return _with_words(Model(spec, compute, params, plan), speaking, tokenizer)
 
 
 def _dtype(dtype: Any) -> str | None:
@@ -209,16 +207,15 @@ def _joined_spec(seeing: Found, speaking: Found, name: str | None, tokens: int |
     return catalog.model_spec(encoder, name or "none", tokens, decoder, **own)
 
 
-def _with_words(model: Model, path: Path, speaking: Found, tokenizer: str | Path | None) -> Model:
-    """The model with its tokenizer, prompt layout and image preparation."""
+def _with_words(model: Model, speaking: Found, tokenizer: str | Path | None) -> Model:
+    """The model with its tokenizer and prompt layout."""
     spec, config = model.spec, speaking.config
     folder = Path(tokenizer) if tokenizer else Path(speaking.weights.path)
     sees = spec.encoder is not None
     image_token = None
     if sees:
         image_token = spec.decoder.vocab if speaking.image_token is None else speaking.image_token
-        picture = pictures.image_spec(path if path.is_dir() else path.parent, spec.encoder)
-        model = model._replace(image=picture, image_token=image_token)
+        model = model._replace(image_token=image_token)
     if tokenizer is None and token_files.find(folder) is None:
         pad, ends = config.get("pad_token_id"), tuple(token_files.ends(folder, config) or ())
         if pad is not None and type(pad) is not int:
@@ -245,24 +242,24 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     """What `vlm_jax.train` made, with the words it was trained on."""
     run = spec_from_dict(checkpoint.read_spec(workdir))
     context = run.model.decoder.context or run.model.compressor.tokens + run.data.text_tokens
-    spec = dataclasses.replace(run.model, decoder=dataclasses.replace(run.model.decoder, context=context))
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))
         plan = partitioning.make_plan(compute, jax.local_devices()[:1])
     network = build.open_network(dataclasses.replace(run, compute=compute), plan)
     compute = sampling.compute_for_decoding(compute, plan.mesh.devices.flat[0].platform)
+    decoder = dataclasses.replace(run.model.decoder, context=context)
+    spec = dataclasses.replace(network.model.spec, decoder=decoder)
     abstract = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     unboxed, shardings = nn.meta.unbox(abstract), plan.shardings(abstract)
     params = checkpoint.restore_params(workdir, unboxed, shardings, _tell)
     params = {"encoder": jax.device_put(network.encoder, plan.replicated), **params}
     params["decoder"] = unstack_layers(params.pop("decoder"), run.model.decoder.depth)
     words = build.words_of(run.data.tokenizer)
-    picture = pictures.run_spec(run.model.encoder)
     layout = chat.Layout("image first", None, MARK)
     token = spec.decoder.vocab
     return Model(
-        spec, compute, params, plan, words, layout, picture, token, words.pad, words.ends,
+        spec, compute, params, plan, words, layout, token, words.pad, words.ends,
         run.evaluation.max_new_tokens,
     )  # fmt: skip
 

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
-from PIL import Image
+from jaxtyping import Bool, Int
 
 from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
@@ -38,7 +37,9 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         if images.ndim not in (4, 5):
             raise UserError(f"images: expected [B, H, W, 3] or [B, M, H, W, 3], got shape {list(images.shape)}")
         images = list(images if images.ndim == 5 else images[:, None])
-    return [[_prepared(model, one) for one in _several(entry)] for entry in images]
+    return [
+        [_prepared(model, one, f"images: row {row}") for one in _several(entry)] for row, entry in enumerate(images)
+    ]
 
 
 def _several(entry: Any) -> list[Any]:
@@ -48,28 +49,19 @@ def _several(entry: Any) -> list[Any]:
     return list(entry) if isinstance(entry, list | tuple) or (is_array and entry.ndim == 4) else [entry]
 
 
-def _prepared(model: Model, image: Any) -> np.ndarray:
+def _prepared(model: Model, image: Any, name: str) -> np.ndarray:
     side = model.spec.encoder.image_size
     if isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating):
         image = np.asarray(image, np.float32)
         if image.shape != (side, side, 3):
             raise UserError(
-                f"images: expected normalised pixels of shape {[side, side, 3]}, got {list(image.shape)}: give a path, "
+                f"{name}: expected normalised pixels of shape {[side, side, 3]}, got {list(image.shape)}: give a path, "
                 "a PIL image or a uint8 array for images of other sizes"
             )
         if not np.isfinite(image).all():
-            raise UserError("images: expected finite pixels, got inf or nan")
+            raise UserError(f"{name}: expected finite pixels, got inf or nan")
         return image
-    return pictures.prepare([_rgb(image)], model.image)[0]
-
-
-def _rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:
-    if isinstance(image, str | Path):
-        return pictures.read_image(image)
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else array_of("images", image))
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(f"images: expected a path, a PIL image or uint8[h, w, 3], got {array.dtype}{list(array.shape)}")
-    return array
+    return pictures.fit([pictures.read_image(image, name)], model.spec.encoder)[0]
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
@@ -139,7 +131,8 @@ def _views(model: Model, images: list[list[np.ndarray]], questions: Sequence[Seq
     pixels = np.zeros((len(images), count, side, side, 3), dtype)
     for row, some in zip(pixels, images, strict=True):
         for slot, image in zip(row, some, strict=False):
-            slot[...] = image
+            is_raw = image.dtype == np.uint8 and dtype != np.uint8
+            slot[...] = pictures.normalise(image, model.spec.encoder) if is_raw else image
     if not model.reads_question:
         return Views(pixels)
     if not all(questions):

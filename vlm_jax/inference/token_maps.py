@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
@@ -47,7 +47,7 @@ def shown(model: Model) -> Int[np.ndarray, " shown"]:
 
 def patch_shares(
     model: Model,
-    pixels: Float[np.ndarray | Array, "1 H H 3"],
+    pixels: UInt8[np.ndarray, "1 H H 3"] | Float[np.ndarray | Array, "1 H H 3"],
     which: Int[np.ndarray, " shown"],
     vector: Float[Array, "1 D"] | None = None,
     on_token: Callable[[int, int], None] | None = None,
@@ -90,7 +90,7 @@ def patch_shares(
 
 def draw(
     model: Model,
-    pixels: Float[np.ndarray, "1 H H 3"],
+    pixels: UInt8[np.ndarray, "1 H H 3"],
     shares: Float[np.ndarray, "shown r c"],
     which: Int[np.ndarray, " shown"],
     out: Path,
@@ -98,11 +98,10 @@ def draw(
     """A panel for each token of `which`, its shares over the image, as a picture file."""
     import matplotlib.pyplot as plt
 
-    encoder, spec, image = model.spec.encoder, model.spec.compressor, model.image
+    encoder, spec = model.spec.encoder, model.spec.compressor
     assert encoder is not None
     assert spec is not None
-    assert image is not None
-    grey = np.clip(pixels[0] * np.array(image.std) + np.array(image.mean), 0, 1).mean(axis=-1)
+    grey = pixels[0].mean(axis=-1) / 255
     columns = math.ceil(len(which) ** 0.5)
     rows = math.ceil(len(which) / columns)
     # Of one or two panels, large ones: the words below want their width.

@@ -161,7 +161,8 @@ def at_size(spec: EncoderSpec, image_size: int | None) -> EncoderSpec:
         return spec
     if image_size < spec.patch_size:
         raise UserError(f"image_size={image_size}: encoder {spec.name} has patches of {spec.patch_size}")
-    return dataclasses.replace(spec, image_size=image_size)
+    edge = round(spec.shortest_edge * image_size / spec.image_size)  # cut as before
+    return dataclasses.replace(spec, image_size=image_size, shortest_edge=edge)
 
 
 def params_at_size(params: Any, spec: EncoderSpec, image_size: int, method: str) -> Any:

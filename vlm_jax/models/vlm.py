@@ -20,6 +20,7 @@ from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder, Head, head
 from vlm_jax.models.vision import Encoder
+from vlm_jax.ops import pixels
 
 Params = Any
 
@@ -63,13 +64,9 @@ class Vlm(NamedTuple):
         }
 
     def encode(self, params: Params, image: Array) -> Visual:
-        """Pixels -> tokens and taps: uint8[B,h,w,3] of any size, or float[B,H,H,3] as the encoder was trained on."""
-        spec = self.spec.encoder
+        """Pixels -> tokens and taps: uint8[B,H,H,3] as `data.images.fit` leaves them, or float[B,H,H,3], normalised."""
         if image.dtype == jnp.uint8:
-            mean, std = jnp.array(spec.pixel_mean), jnp.array(spec.pixel_std)
-            image = image.astype(jnp.float32) / (255 * std) - mean / std
-            if image.shape[1:3] != (spec.image_size, spec.image_size):
-                image = jax.image.resize(image, (image.shape[0], spec.image_size, spec.image_size, 3), "linear")
+            image = pixels.normalise(image, self.spec.encoder)
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
 
     def forward(

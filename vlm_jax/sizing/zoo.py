@@ -20,7 +20,7 @@ def _clip(
     return EncoderSpec(
         name, image_size, patch_size, width, depth, heads, mlp_width,
         activation="quick_gelu", class_token=True, patch_bias=False, pre_norm=True, pooling_head=False, norm_eps=1e-5,
-        pixel_mean=CLIP_MEAN, pixel_std=CLIP_STD,
+        pixel_mean=CLIP_MEAN, pixel_std=CLIP_STD, resize="crop", interpolation="bicubic",
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""A model of ours as a folder that transformers loads: config.json, safetensors, and the tokenizer's files as given.
+"""A model of ours as a folder that transformers loads: config.json, safetensors, how images are prepared, and the
+tokenizer's files as given.
 
 What no public class computes is refused before anything is written; a folder appears when it is complete.
 """
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
-from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm, processors
 from vlm_jax.models.importers import weights as w
 from vlm_jax.models.importers.found import read_config
 from vlm_jax.models.importers.weights import Table
@@ -87,6 +88,9 @@ def save_folder(
         w.save_params(temporary, parts, max_shard_bytes, wrote)
         if source is not None:
             config |= _companions(source, temporary)
+        if spec.encoder is not None and not any((temporary / name).exists() for name in processors.NAMES):
+            prepared = processors.processor_config(spec.encoder)
+            (temporary / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if out.exists():
             out.rmdir()

@@ -103,7 +103,8 @@ def encoder_spec(config: Mapping[str, Any], where: str) -> EncoderSpec:
         pooling_head=not clip and bool(fields["vision_use_head"]),
         norm_eps=float(eps),
         feature_layer=depth if clip else 0,
-        **({"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD} if clip else {}),
+        interpolation="bicubic",  # the images' preparation is that of the family, where the folder has no processor
+        **({"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD, "resize": "crop"} if clip else {}),
     )
 
 
