@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests import builders
-from vlm_jax import build
+from vlm_jax import build, job
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
@@ -92,16 +92,18 @@ def test_a_run_sees_as_its_encoders_folder_says(published, tmp_path, frozen: boo
     run = build.open_run(
         dataclasses.replace(spec, encoder_checkpoint=str(tmp_path / "encoder"), data=data), build.default_cache()
     )
-    batch, _ = next(pipeline.train_batches(run.train, data, 0, features=run.train_features))
-    pages = [Image.open(io.BytesIO(run.train.pngs[i])) for i in batch.example]
+    layout = job.row_layout(run.network.model)
+    inputs, _ = next(pipeline.train_batches(run.train, data, 0, layout, features=run.train_features))
+    shown = [run.train.ids.index(i) for i in pipeline.drawn_ids(run.train, data, 0, 1)]
+    pages = [Image.open(io.BytesIO(run.train.pngs[i])) for i in shown]
     small = np.stack([np.asarray(page.resize((16, 16), Image.Resampling.BOX)) for page in pages])
     encode = jax.jit(run.network.model.encode)
     wanted = encode(params, ((small / 255 - 0.2) / 0.3).astype(np.float32)).tokens
     if frozen:
-        found = batch.features.tokens
+        found = inputs.views.features.tokens[:, 0]
     else:
-        np.testing.assert_array_equal(batch.image, small)
-        found = encode(params, batch.image).tokens
+        np.testing.assert_array_equal(inputs.views.pixels[:, 0], small)
+        found = encode(params, inputs.views.pixels[:, 0]).tokens
     np.testing.assert_allclose(found, wanted, atol=2e-3)  # features are stored in float16
     assert run.network.spec.model == spec.model  # the name of the experiment stays
 

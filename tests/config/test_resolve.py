@@ -84,7 +84,6 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
         (VLM, {"model.taps": "(3, 3)"}, ("model.taps", "each once")),
         (VLM, {"model.feature_layer": "5"}, ("model.feature_layer", "1 to")),
         (VLM, {"model.mask": "causall"}, ("model.mask", "causal")),
-        (VLM, {"model.mask": "prefix"}, ("questions_per_example=1",)),
         (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),
         (
             VLM,
@@ -96,7 +95,7 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
         (VLM, {"compute.microbatches": "0"}, ("compute.microbatches=0", "at least 1")),
         (VLM, {"optim.peaklr": "1.0"}, ("peaklr", "peak_lr")),
         (f"{VLM}:stages=3", {}, ("stages", "2")),
-        (f"{VLM}:compressor=quecc", {"data.questions_per_example": "2"}, ("quecc", "questions_per_example=1")),
+        (VLM, {"evaluate_every_steps": "-1"}, ("evaluate_every_steps=-1", "at least 0")),
     ],
 )
 def test_bad_input_names_the_fix(location: str, overrides: dict[str, str], words: tuple[str, ...]) -> None:

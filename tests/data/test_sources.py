@@ -77,10 +77,11 @@ def test_the_fingerprint_names_the_content(data_dir):
 def test_pixels_reach_the_batch(data_dir):
     split = sources.load("glyph_scene", "two_tiny", "train", data_dir)
     spec = DataSpec("glyph_scene", "two_tiny", "train", "test", 4, 2, pipeline.longest_row(split, 2), False)
-    batch, _ = next(pipeline.train_batches(split, spec, 0))
-    assert batch.features is None
-    assert batch.image.dtype == np.uint8
-    np.testing.assert_array_equal(batch.image, split.images(batch.example))
+    inputs, _ = next(pipeline.train_batches(split, spec, 0, pipeline.Layout(4)))
+    assert inputs.views.features is None
+    assert inputs.views.pixels.dtype == np.uint8
+    ids = pipeline.drawn_ids(split, spec, 0, 1)
+    np.testing.assert_array_equal(inputs.views.pixels[:, 0], split.images(np.array([split.ids.index(i) for i in ids])))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: s
     for talk in peers.TALKS:
         for images in (0, 1):
             wanted = next(rendered)
-            ids = chat.expanded(tokenizer.encode(wanted), tokenizer.id("<image>"), 999, 2 * images)
+            ids = chat.expanded(tokenizer.encode(wanted), tokenizer.id("<image>"), 999, 2, images)
             assert ids.count(999) == 2 * images
             for given in (talk, peers.in_parts(talk, 0), peers.in_parts(talk, images)):
                 assert chat.prompt_ids(layout, tokenizer, given, 999, 2 * images) == ids, wanted
@@ -152,7 +152,7 @@ def test_parts_become_text_for_a_template_that_reads_texts(folders: Path) -> Non
 @pytest.mark.parametrize(
     ("talk", "told"),
     [
-        ([{"role": "user", "content": [{"type": "image"}]}], "a part of the type 'image', but no image"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "1 places for images: expected 0"),
         ([{"role": "user", "content": [{"type": "video"}]}], "'video'} is no part"),
         ([{"role": "user", "content": [{"type": "text"}]}], "is no part"),
         ([{"role": "user", "content": [3]}], "3 is no part"),
