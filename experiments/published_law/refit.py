@@ -83,6 +83,12 @@ def findings(law: LawFit, rows: Scores) -> dict[str, Any]:
         "cells": len(rows.cells),
         "level": round(100 * intervals.LEVEL),
     }
+    models, harness = law.family("reasoning").models, law.family("reasoning").rows["harness"]
+    sides = sorted({f"{model.encoder.name} and {model.compressor.name}" for model in models})
+    found["measured"] = (
+        f"{', '.join(sides)} in front of {', '.join(model.decoder.name for model in models)} (harness: "
+        f"{', '.join(harness)})"
+    )
     found["flags"] = "\n".join(
         f"| {c.family} | {c.params:g} | {c.tokens} | {1 - c.error:.10g} | {c.extra['provenance_flag']} |"
         for c in rows.cells
