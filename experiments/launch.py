@@ -20,7 +20,8 @@ from experiments.launching import index, local, slurm, tables, tpu
 from experiments.launching.cells import Cell, cells_of, gather, open_workdir, rows_of
 from experiments.launching.follow import conclude
 from vlm_jax import processes
-from vlm_jax.core.errors import Flags, UserError, door, unknown
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.sizing import chips
 
@@ -36,7 +37,7 @@ _OWN_FLAGS = {
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked as far as they can be without the grid."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Flags(prog="python -m experiments.launch", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(prog="python -m experiments.launch", description=__doc__, formatter_class=raw)
     parser.add_argument("--grid", required=True, help="configs/grids/FILE.py[:arguments]")
     parser.add_argument("--workdir", required=True, type=Path, help="rows.jsonl and one folder a cell")
     parser.add_argument("--backend", default="local", help=f"{', '.join(_OWN_FLAGS)} (default: local)")
@@ -171,4 +172,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

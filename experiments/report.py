@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import fit, frontier, lawfile, plots, table
 from vlm_jax.scaling import report as scaling_report
@@ -160,7 +161,7 @@ def report(workdir: Path, loss: str = "squared") -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, type=Path, help="a folder with rows.jsonl")
@@ -172,4 +173,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -25,6 +25,7 @@ FLOORS = {
     "logbook": 7,
     "bad_steps": 7,
     "job": 8,
+    "cli": 8,
     "pretrained": 8,
 }
 DOORS = 9

@@ -14,8 +14,9 @@ import pytest
 
 from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job, processes
+from vlm_jax.cli import ArgumentParser
 from vlm_jax.core import tree
-from vlm_jax.core.errors import Flags, UserError
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.models.importers import big_vision
 
@@ -41,17 +42,17 @@ def spec(cache: Path) -> RunSpec:
 
 def train(words: list[str]) -> None:
     """What each of the two processes does."""
-    parser = Flags()
+    parser = ArgumentParser()
     processes.add_flags(parser)
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args(words)
-    with processes.joined(args):
+    with processes.init_distributed(args):
         run = build.open_run(spec(args.folder), args.folder)
         params = job.train(run, args.folder / "two", lambda log, values: None)
         again = job.restore(run.network, args.folder / "two")
         assert tree.sha256(params, processes.fetch) == tree.sha256(again, processes.fetch)
         row = job.evaluate(run, params, "cell", args.folder / "two")
-        if processes.is_first():
+        if processes.is_primary():
             (args.folder / "row.json").write_text(json.dumps(dataclasses.asdict(row)))
 
 
@@ -141,19 +142,19 @@ def test_every_question_is_asked_once(one: tuple[build.Run, Path], two: Path) ->
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--processes", "two"], "a number or auto"),
+        (["--processes", "two"], "expected a number or auto, got 'two'"),
         (["--processes", "2"], "--process 0 to 1 and --coordinator HOST:PORT"),
         (["--processes", "2", "--process", "2", "--coordinator", "a:1"], "--process 0 to 1"),
         (["--processes", "2", "--process", "0", "--coordinator", "localhost:abc"], "--coordinator HOST:PORT"),
         (["--processes", "2", "--process", "0", "--coordinator", "localhost:65536"], "--coordinator HOST:PORT"),
         (["--processes", "2", "--process", "0", "--coordinator", ":99"], "--coordinator HOST:PORT"),
-        (["--process", "0"], "go with --processes N"),
+        (["--process", "0"], "need --processes N"),
     ],
 )
 def test_flags_that_do_not_fit_are_told(words: list[str], told: str) -> None:
-    parser = Flags()
+    parser = ArgumentParser()
     processes.add_flags(parser)
-    with pytest.raises(UserError, match=told), processes.joined(parser.parse_args(words)):
+    with pytest.raises(UserError, match=told), processes.init_distributed(parser.parse_args(words)):
         pass
 
 

@@ -7,12 +7,13 @@ predicts, with the cost and latency of each part. Touches no accelerator.
 
 import sys
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 
-def parser() -> Flags:
+def parser() -> ArgumentParser:
     """The flags."""
-    flags = Flags(prog="python -m vlm_jax.plan", description=__doc__)
+    flags = ArgumentParser(prog="python -m vlm_jax.plan", description=__doc__)
     flags.add_argument("--law", required=True, help="law.json of vlm_jax.fit_law")
     flags.add_argument("--family", help="family of tasks; needed where the law has several")
     flags.add_argument("--question-tokens", type=float, default=50)
@@ -88,4 +89,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

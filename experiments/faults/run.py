@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import readme, report
 from experiments.faults import bad_batches, damage, kills, together, victim
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 FOLDER = Path(__file__).parent
 KILLS = 50
@@ -99,7 +100,7 @@ def write(parts: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m experiments.faults.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -147,4 +148,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from experiments.launching import states
 from experiments.launching.cells import Cell, write_row
-from vlm_jax.core.errors import LOST, STOPPED, Ended
+from vlm_jax.core.errors import LOST, STOPPED, RunStopped
 from vlm_jax.core.specs import RunSpec, total_steps
 
 _TRAINING_SHARE = 0.95  # of a cell; the rest is its evaluation
@@ -20,13 +20,13 @@ _CHECKPOINTS = 10
 def attempt(cell: Cell, tell: states.Tell, stop: Callable[[int], bool]) -> None:
     """Runs the cell. What goes wrong is written down in its `error.txt`, then raised.
 
-    `stop(step)` says to save and end, which raises `Ended`: a run that was stopped has not gone wrong.
+    `stop(step)` says to save and end, which raises `RunStopped`: a run that was stopped has not gone wrong.
     """
     (cell.folder / "error.txt").unlink(missing_ok=True)
     try:
         _run(cell, tell, stop)
     except Exception as error:
-        stopped = isinstance(error, Ended) and error.code in (LOST, STOPPED)
+        stopped = isinstance(error, RunStopped) and error.code in (LOST, STOPPED)
         if not stopped and not states.error_of(cell):  # of several processes, the first that went wrong knows why
             states.fail(cell, traceback.format_exc())
         raise
@@ -53,7 +53,7 @@ def _run(cell: Cell, tell: states.Tell, stop: Callable[[int], bool]) -> None:
         tell("evaluating", _TRAINING_SHARE + (1 - _TRAINING_SHARE) * done / batches)
 
     row = job.evaluate(run, params, cell.name, cell.folder, on_batch)
-    if processes.is_first():
+    if processes.is_primary():
         write_row(cell, row)
 
 

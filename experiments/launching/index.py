@@ -19,7 +19,7 @@ from experiments.launching import states
 from experiments.launching.attempt import attempt, with_checkpoints
 from experiments.launching.cells import Cell, rows_of
 from vlm_jax import processes
-from vlm_jax.core.errors import STOPPED, Ended, UserError
+from vlm_jax.core.errors import STOPPED, RunStopped, UserError
 
 _NONE = -1  # in place of an index
 _PATIENCE_SECS = 120  # a file server keeps the lock of a machine that died for a while
@@ -48,11 +48,11 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
         return _run_several(left, args, console)
     if not left:
         return 0
-    with processes.joined(args):
-        if processes.is_first():
+    with processes.init_distributed(args):
+        if processes.is_primary():
             return _run_one(left[0], args.workdir, console)
         # Hosts whose last cell ended differently may be out of step: the first one's cell counts.
-        said = processes.first_says(_NONE)
+        said = processes.broadcast_from_primary(_NONE)
         if said != _NONE:
             attempt(_saving(cells[said]), lambda doing, share: None, processes.watch_sigterm())
         return 0
@@ -78,13 +78,13 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with states.taken(cell, _PATIENCE_SECS) as mine:
         to_do = mine and cell.spec_hash not in rows_of([cell], workdir)
-        processes.first_says(cell.index if to_do else _NONE)
+        processes.broadcast_from_primary(cell.index if to_do else _NONE)
         if not to_do:
             console.print(f"cell {cell.index}: {states.state_of(cell).text}", soft_wrap=True)
             return 0 if mine else 1
         try:
             _attempt_with_bar(cell, console)
-        except Ended:
+        except RunStopped:
             raise
         except Exception:
             if jax.process_count() > 1:

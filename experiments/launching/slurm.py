@@ -6,7 +6,6 @@ the cell goes on from its last checkpoint. The workdir is on a file system that 
 """
 
 import contextlib
-import fcntl
 import io
 import os
 import shutil
@@ -17,12 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
 from rich.console import Console
 
 from experiments.launching import states
 from experiments.launching.cells import Cell
 from experiments.launching.follow import follow
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 
 _LOOK_EVERY_SECS, _ASK_EVERY_SECS = 1.0, 5.0
 _GRACE_SECS = 20.0  # until what a node has written is seen here
@@ -52,8 +53,7 @@ def run(left: list[Cell], grid: str, workdir: Path, executor: Any, console: Cons
 
     Raises `UserError` where Slurm refuses.
     """
-    with open(workdir / "submit.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(workdir / "submit.lock"):
         queued = queue()
         new = [cell for cell in left if states.task_of(cell) not in queued and not states.held(cell)]
         submit(executor, new, grid, workdir)
@@ -111,7 +111,7 @@ def submit(executor: Any, cells: Sequence[Cell], grid: str, workdir: Path) -> li
     for cell, job in zip(cells, jobs, strict=True):
         cell.folder.mkdir(parents=True, exist_ok=True)
         (cell.folder / "error.txt").unlink(missing_ok=True)
-        states.write_whole(cell.folder / "job.txt", job.job_id)
+        write_text(cell.folder / "job.txt", job.job_id)
     return jobs
 
 

@@ -11,16 +11,17 @@ while its progress file is young.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from experiments.launching.cells import Cell, row_of
+from vlm_jax.core.files import write_json, write_text
 from vlm_jax.core.rows import ResultRow
 
 Tell = Callable[[str, float], None]  # (what is being done, share of the cell that is done)
@@ -42,31 +43,23 @@ def taken(cell: Cell, patience_secs: float = 0.2) -> Iterator[bool]:
     """Whether this process now holds the cell; it does until the end of the block. `held` takes the lock for an
     instant, so one refusal is no answer."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience_secs
-    with open(cell.folder / "lock", "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield False
-                    return
-                time.sleep(0.05)
-            else:
-                yield True
-                return
+    lock = FileLock(cell.folder / "lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(Timeout):
+            stack.enter_context(lock.acquire(timeout=patience_secs))
+        yield lock.is_locked
 
 
 def held(cell: Cell) -> bool:
     """Whether some process holds the cell."""
-    try:
-        with open(cell.folder / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    if not (cell.folder / "lock").exists():
         return False
-    except BlockingIOError:
+    try:
+        # Tries twice, because another process may be asking too.
+        with FileLock(cell.folder / "lock").acquire(timeout=0.02, poll_interval=0.02):
+            return False
+    except Timeout:
         return True
-    return False
 
 
 def teller(cell: Cell) -> Tell:
@@ -79,16 +72,9 @@ def teller(cell: Cell) -> Tell:
             return
         last = doing, time.monotonic()
         sign = {"doing": doing, "share": share, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        write_whole(cell.folder / "progress.json", json.dumps(sign))
+        write_json(cell.folder / "progress.json", sign)
 
     return tell
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
 
 
 def sign_of(cell: Cell) -> dict[str, Any] | None:
@@ -134,7 +120,7 @@ def task_of(cell: Cell) -> str:
 
 def fail(cell: Cell, text: str) -> None:
     """Says why the cell has failed, and that it no longer runs."""
-    write_whole(cell.folder / "error.txt", text.rstrip())
+    write_text(cell.folder / "error.txt", text.rstrip() + "\n")
     teller(cell)(_FAILED, 0.0)
 
 

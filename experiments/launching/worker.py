@@ -12,7 +12,7 @@ from experiments.launching import states
 from experiments.launching.attempt import attempt
 from experiments.launching.cells import cells_of, rows_of
 from vlm_jax import processes
-from vlm_jax.core.errors import STOPPED, Ended
+from vlm_jax.core.errors import STOPPED, RunStopped
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
             os.close(log)
             try:
                 attempt(cell, states.teller(cell), stop)
-            except Ended as ended:
+            except RunStopped as ended:
                 if ended.code == STOPPED:
                     os._exit(STOPPED)
             except Exception:

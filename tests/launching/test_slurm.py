@@ -70,7 +70,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     write_row(cells[1], row(cells[0]))  # where the fake queue finds it
     finish = f"mv {cells[1].folder / 'row.json'} {cells[0].folder / 'row.json'} 2>/dev/null"
     program("squeue", f"if [ -e {workdir}/asked ]; then {finish}; else touch {workdir}/asked; echo 7_0; fi")
-    states.write_whole(cells[0].folder / "job.txt", "7_0")
+    (cells[0].folder / "job.txt").write_text("7_0")
     slurm.run(cells[:1], grid, workdir, executor(workdir), console())
     assert (workdir / "rows.jsonl").exists()
     assert not calls.exists()

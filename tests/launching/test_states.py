@@ -13,7 +13,7 @@ import pytest
 from experiments.launching import attempt, states
 from experiments.launching.cells import Cell, write_row
 from tests.launching.conftest import ROOT, row
-from vlm_jax.core.errors import BAD_STEP, STOPPED, Ended
+from vlm_jax.core.errors import BAD_STEP, STOPPED, RunStopped
 
 HOLDER = """
 import sys, pathlib
@@ -79,8 +79,8 @@ def test_a_copy_from_another_machine_is_believed_while_it_is_young(cells: list[C
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(ValueError("broken"), "ValueError: broken"), (Ended("not finite", BAD_STEP), "not finite"),
-     (Ended("saved", STOPPED), None)],
+    [(ValueError("broken"), "ValueError: broken"), (RunStopped("not finite", BAD_STEP), "not finite"),
+     (RunStopped("saved", STOPPED), None)],
 )  # fmt: skip
 def test_an_attempt_says_why_it_failed_but_not_that_it_was_stopped(
     cells: list[Cell], monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str | None

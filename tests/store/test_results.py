@@ -5,6 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from filelock import FileLock
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.rows import FIELDS, ResultRow
@@ -31,6 +32,29 @@ def test_writers_do_not_mix_lines(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: results.append(path, row(cell="c" * 500, spec_hash=str(i))), range(64)))
     assert results.done(path) == {str(i) for i in range(64)}
+
+
+def test_a_reader_waits_for_a_writer(tmp_path):
+    """A line that is being written, under the lock that `append` takes, is read whole."""
+    path = tmp_path / "rows.jsonl"
+    results.append(path, row(spec_hash="x"))
+    line = results.to_line(row(spec_hash="y"), path)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(f"{path}.lock"), path.open("a") as file:
+            file.write(line[:20])
+            file.flush()
+            reading = pool.submit(results.done, path)
+            with pytest.raises(TimeoutError):
+                reading.result(timeout=0.1)
+            file.write(line[20:])
+        assert reading.result() == {"x", "y"}
+
+
+def test_reading_leaves_no_trace(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(results.to_line(row(spec_hash="x"), path))
+    assert results.done(path) == {"x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
@@ -66,7 +90,7 @@ def test_a_line_that_is_no_row_is_told(tmp_path, change, message):
 
 
 def test_a_row_that_is_not_finite_is_not_written(tmp_path):
-    with pytest.raises(UserError, match="error=nan"):
+    with pytest.raises(UserError, match="expected a finite number, got error=nan"):
         results.append(tmp_path / "rows.jsonl", row(error=float("nan")))
     assert not (tmp_path / "rows.jsonl").exists()
 

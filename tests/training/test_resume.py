@@ -13,7 +13,7 @@ from vlm_jax import build, job
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
-from vlm_jax.core.errors import Ended
+from vlm_jax.core.errors import RunStopped
 from vlm_jax.core.specs import BadStepSpec, EncoderSpec, RunSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.data import pipeline
@@ -147,7 +147,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on(run, whole, tmp_path) -> None:
     """Where no checkpoint is due, at the end of the first stage."""
     workdir = tmp_path / "stopped"
     rare = run._replace(network=run.network._replace(spec=dataclasses.replace(run.network.spec, save_every_steps=0)))
-    with pytest.raises(Ended, match="saved step 3 of 7; the same command goes on") as ended:
+    with pytest.raises(RunStopped, match="saved step 3 of 7; the same command resumes") as ended:
         job.train(rare, workdir, lambda log, values: None, stop=lambda step: step == 3)
     assert ended.value.code == 143
     assert not (workdir / "summary.json").exists()
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, tmp_path) -> None
     (notice, start) = notices
     assert start == "go"
     assert f"checkpoint 5 is damaged (state/d/{data.name} is not what was written)" in notice
-    assert "going on from step 4" in notice
+    assert "resuming from step 4" in notice
     assert (workdir / "damaged" / "5").is_dir()
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
 
@@ -190,7 +190,7 @@ def poisoned(run: build.Run, **fields: object) -> tuple[build.Run, str, list[int
 def test_a_bad_step_stops_the_run(run, tmp_path) -> None:
     """With the ids of its batch and the state; no checkpoint holds what it spoilt."""
     bad, name, hit = poisoned(run)
-    with pytest.raises(Ended, match=f"step {hit[0]}: loss nan, gradient norm nan") as ended:
+    with pytest.raises(RunStopped, match=f"step {hit[0]}: loss nan, gradient norm nan") as ended:
         job.train(bad, tmp_path, lambda log, values: None)
     assert ended.value.code == 4
     report = json.loads((tmp_path / "bad_step" / "report.json").read_text())

@@ -11,6 +11,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from vlm_jax.core.files import write_text
+
 
 class MetricWriter:
     """`write(step, make)` calls `make()` on the writer's own thread; `close()` waits for what is outstanding.
@@ -69,7 +71,5 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if isinstance(values, dict) and values.get("step", math.inf) <= step:
             kept.append(values)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
     return kept

@@ -9,7 +9,8 @@ from experiments import launch
 from experiments.launching import index, states
 from experiments.launching.cells import Cell, write_row
 from tests.launching.conftest import row
-from vlm_jax.core.errors import UserError, door
+from vlm_jax.cli import run_main
+from vlm_jax.core.errors import UserError
 
 
 def test_a_dry_run_predicts_minutes_from_the_rows_that_are_there(
@@ -81,7 +82,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for argv, expected in cases.items():
         monkeypatch.setattr(sys, "argv", ["launch", *argv])
         with pytest.raises(SystemExit) as stopped:
-            door(launch.main)()
+            run_main(launch.main)
         said = capsys.readouterr().err
         assert stopped.value.code == 2, (argv, said)
         assert expected in said, (argv, said)
@@ -95,8 +96,8 @@ def test_a_process_that_is_not_the_first_helps_with_the_cell_of_the_first(
 ) -> None:
     """Whatever its own index says: the hosts of a slice may be out of step."""
     helped: list[str] = []
-    monkeypatch.setattr(index.processes, "is_first", lambda: False)
-    monkeypatch.setattr(index.processes, "first_says", lambda value: said)
+    monkeypatch.setattr(index.processes, "is_primary", lambda: False)
+    monkeypatch.setattr(index.processes, "broadcast_from_primary", lambda value: said)
     monkeypatch.setattr(index.processes, "watch_sigterm", lambda: lambda step: False)
     monkeypatch.setattr(index, "attempt", lambda cell, tell, stop: helped.append(cell.name))
     assert launch.main(["--grid", grid, "--workdir", str(workdir), "--index", "0"]) == 0
