@@ -26,13 +26,21 @@ _PATIENCE_SECS = 120  # a file server keeps the lock of a machine that died for 
 
 
 def parse(text: str, cells: list[Cell]) -> list[Cell]:
-    """`"3"`, `"3,7"` or `"all"`. Raises `UserError` for what the grid does not have."""
+    """`"3"`, `"3,7"`, `"all"`, or `"1/4"`, the second of four shares of about the same cost.
+
+    Raises `UserError` for what the grid does not have.
+    """
     if text == "all":
         return cells
+    number, slash, shares = text.partition("/")
+    if slash:
+        if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+            raise UserError(f"--index {text}: expected share I/N with I from 0 to N - 1, as in 0/4")
+        return sorted(cells, key=lambda cell: -cell.flops)[int(number) :: int(shares)]
     chosen = []
     for word in text.split(","):
         if not word.isdecimal() or int(word) >= len(cells):
-            raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1}; several: 3,7 or all")
+            raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1} (several: 3,7 or 0/4 or all)")
         chosen.append(cells[int(word)])
     return chosen
 

@@ -56,6 +56,12 @@ def test_an_index_that_is_done_does_nothing(
         index.parse("-1", cells)
 
 
+def test_shares_of_a_grid_are_disjoint_and_complete(cells: list[Cell]) -> None:
+    shares = [index.parse(f"{number}/2", cells) for number in range(2)]
+    assert [[cell.index for cell in share] for share in shares] == [[2, 0], [1]]  # the dearest first
+    assert index.parse("3/4", cells) == []
+
+
 def test_bad_input_is_one_line_and_exit_code_2(
     grid: str, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,9 +75,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (*here, "--index", "one"): "cells 0 to 2",
         (*here, "--workers", "0"): "at least 1",
         (*here, "--partition", "gpu"): "--backend slurm",
-        (*here, "--backend", "slurm", "--zone", "us-east5-b"): "--backend tpu",
+        (*here, "--accelerator", "v6e-16"): "--dry-run",
         (*here, "--backend", "slurm", "--slurm", "account"): "NAME=VALUE",
-        (*here, "--backend", "tpu"): "give --accelerator TYPE, such as v6e-16, and --bucket gs://NAME/study",
+        (*here, "--index", "4/4"): "share I/N",
         ("--grid", grid, "--workdir", str(in_the_way), "--dry-run"): "is not a folder",
         (*here, "--processes", "2"): "--index",
         ("--grid", str(broken), "--workdir", str(workdir)): "cell llm=1",
