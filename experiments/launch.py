@@ -81,11 +81,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def slurm_wishes(args: argparse.Namespace) -> slurm.Wishes:
+def slurm_options(args: argparse.Namespace) -> slurm.Options:
     if wrong := [option for option in args.slurm if "=" not in option.strip("=")]:
         raise UserError(f"--slurm {wrong[0]}: write it as NAME=VALUE")
     more = dict(option.split("=", 1) for option in args.slurm)
-    return slurm.Wishes(args.minutes, args.partition, args.gpus, args.cpus, args.workers, more)
+    return slurm.Options(args.minutes, args.partition, args.gpus, args.cpus, args.workers, more)
 
 
 def speed_of(args: argparse.Namespace, rows: dict[str, ResultRow]) -> tables.Speed | None:
@@ -100,7 +100,7 @@ def speed_of(args: argparse.Namespace, rows: dict[str, ResultRow]) -> tables.Spe
 def starter(left: list[Cell], args: argparse.Namespace, console: Console) -> Callable[[], None]:
     """What runs the cells on the backend. What that lacks or cannot do is said here, before anything is written."""
     if args.backend == "slurm":
-        executor = slurm.make_executor(args.workdir / "slurm", slurm_wishes(args))
+        executor = slurm.make_executor(args.workdir / "slurm", slurm_options(args))
         slurm.queue()
         return lambda: slurm.run(left, args.grid, args.workdir, executor, console)
     return lambda: local.run(left, args.grid, args.workdir, args.workers, console)
@@ -109,7 +109,7 @@ def starter(left: list[Cell], args: argparse.Namespace, console: Console) -> Cal
 def show_commands(left: list[Cell], args: argparse.Namespace, console: Console) -> None:
     """What a dry run can say of the backend."""
     if args.backend == "slurm" and left:
-        console.print(f"one array of {len(left)} tasks, {slurm_wishes(args)}; the first task runs:", soft_wrap=True)
+        console.print(f"one array of {len(left)} tasks, {slurm_options(args)}; the first task runs:", soft_wrap=True)
         console.print(
             *slurm.command(args.grid, args.workdir, left[0].index), soft_wrap=True, highlight=False, markup=False
         )

@@ -84,7 +84,7 @@ def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -
 def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
     # Slurm's warning before the time limit is for submitit, which puts the task back in the queue; then comes SIGTERM.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    with states.taken(cell, _PATIENCE_SECS) as mine:
+    with states.try_lock(cell, _PATIENCE_SECS) as mine:
         to_do = mine and cell.spec_hash not in rows_of([cell], workdir)
         processes.broadcast_from_primary(cell.index if to_do else _NONE)
         if not to_do:
@@ -106,7 +106,7 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
 
 def _attempt_with_bar(cell: Cell, console: Console) -> None:
     """In a log, a line for each tenth instead of a bar."""
-    write, started, said = states.teller(cell), time.monotonic(), ""
+    write, started, said = states.reporter(cell), time.monotonic(), ""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -114,14 +114,14 @@ def _attempt_with_bar(cell: Cell, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=1.0)
 
-        def tell(doing: str, share: float) -> None:
+        def report(doing: str, share: float) -> None:
             nonlocal said
             write(doing, share)
             progress.update(bar, description=doing, completed=share)
             if not console.is_terminal and said != (said := f"{doing}, {int(10 * share) * 10} %"):
                 console.print(f"{time.monotonic() - started:7.0f} s  {said}")
 
-        attempt(_saving(cell), tell, processes.watch_sigterm())
+        attempt(_saving(cell), report, processes.watch_sigterm())
 
 
 def _saving(cell: Cell) -> Cell:

@@ -105,6 +105,6 @@ def test_a_process_that_is_not_the_first_helps_with_the_cell_of_the_first(
     monkeypatch.setattr(index.processes, "is_primary", lambda: False)
     monkeypatch.setattr(index.processes, "broadcast_from_primary", lambda value: said)
     monkeypatch.setattr(index.processes, "watch_sigterm", lambda: lambda step: False)
-    monkeypatch.setattr(index, "attempt", lambda cell, tell, stop: helped.append(cell.name))
+    monkeypatch.setattr(index, "attempt", lambda cell, report, stop: helped.append(cell.name))
     assert launch.main(["--grid", grid, "--workdir", str(workdir), "--index", "0"]) == 0
     assert helped == attempted

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,9 +14,9 @@ from tests import builders
 from vlm_jax import partitioning
 from vlm_jax.core import tree
 from vlm_jax.core.axes import EMBED, MLP
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.structs import TrainState
-from vlm_jax.store.checkpoint import Checkpoints, lock_workdir, read_spec
+from vlm_jax.store.checkpoint import Checkpoints, disk_errors, lock_workdir, read_spec
 
 SPEC = {"seed": 0, "data": {"dataset": "glyph_ocr", "batch_examples": 32}, "stages": [{"name": "both", "train": ["a"]}]}
 CURSOR = {"next_index": 17, "nested": {"position": [1, 2]}}
@@ -107,6 +108,23 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run: cannot write here .*: name another --workdir"):
         lock_workdir(tmp_path / "file" / "run", SPEC)
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path) -> None:
+    """A real one, and as Orbax passes it on from its threads; other errors stay what they are."""
+
+    def fails(error: Exception | None = None) -> None:
+        with disk_errors(tmp_path):
+            if error is not None:
+                raise error
+            Path("/dev/full").write_text("x")
+
+    for error in (None, ValueError("INTERNAL: write failed: No space left on device [/run/checkpoints]")):
+        with pytest.raises(UserError, match=r"cannot write here \(No space left.*make room or name another --workdir"):
+            fails(error)
+    for error in (ValueError("broken"), RunStopped("saved", 143)):
+        with pytest.raises(type(error), match=str(error)):
+            fails(error)
 
 
 def test_a_missing_or_broken_spec_is_told(tmp_path) -> None:
