@@ -60,7 +60,7 @@ def row_of(cell: Cell) -> ResultRow | None:
 
 
 def write_row(cell: Cell, row: ResultRow) -> None:
-    """Puts the row in the cell's folder, whole or not at all."""
+    """Writes the row to the cell's folder."""
     path = cell.folder / "row.json"
     write_text(path, results.to_line(row, path))
 

@@ -59,10 +59,10 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
     with processes.init_distributed(args):
         if processes.is_primary():
             return _run_one(left[0], args.workdir, console)
-        # Hosts whose last cell ended differently may be out of step: the first one's cell counts.
-        said = processes.broadcast_from_primary(_NONE)
-        if said != _NONE:
-            attempt(_saving(cells[said]), lambda doing, share: None, processes.watch_sigterm())
+        # Hosts whose last cell ended differently may be out of step: the cell of the primary counts.
+        shared = processes.broadcast_from_primary(_NONE)
+        if shared != _NONE:
+            attempt(_saving(cells[shared]), lambda doing, share: None, processes.watch_sigterm())
         return 0
 
 
@@ -106,7 +106,7 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
 
 def _attempt_with_bar(cell: Cell, console: Console) -> None:
     """In a log, a line for each tenth instead of a bar."""
-    write, started, said = states.reporter(cell), time.monotonic(), ""
+    write, started, printed = states.reporter(cell), time.monotonic(), ""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -115,11 +115,11 @@ def _attempt_with_bar(cell: Cell, console: Console) -> None:
         bar = progress.add_task("starting", total=1.0)
 
         def report(doing: str, share: float) -> None:
-            nonlocal said
+            nonlocal printed
             write(doing, share)
             progress.update(bar, description=doing, completed=share)
-            if not console.is_terminal and said != (said := f"{doing}, {int(10 * share) * 10} %"):
-                console.print(f"{time.monotonic() - started:7.0f} s  {said}")
+            if not console.is_terminal and printed != (printed := f"{doing}, {int(10 * share) * 10} %"):
+                console.print(f"{time.monotonic() - started:7.0f} s  {printed}")
 
         attempt(_saving(cell), report, processes.watch_sigterm())
 

@@ -76,9 +76,9 @@ def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
     [
         ({"error": None}, r"rows\.jsonl:1: missing field\(s\) error"),
         ({"colour": "red"}, r"rows\.jsonl:1: unknown field\(s\) colour"),
-        ({"error": "0.5"}, r"rows\.jsonl:1: error is '0\.5'; it must be a finite float"),
-        ({"llm_params": 1.5}, "llm_params is 1.5; it must be a finite int"),
-        ({"cell": 3}, "cell is 3; it must be text"),
+        ({"error": "0.5"}, r"rows\.jsonl:1: error: expected a finite float, got '0\.5'"),
+        ({"llm_params": 1.5}, r"llm_params: expected a finite int, got 1\.5"),
+        ({"cell": 3}, "cell: expected text, got 3"),
     ],
 )
 def test_a_line_that_is_no_row_is_told(tmp_path, change, message):

@@ -1,7 +1,7 @@
 """Result rows on disk: one JSON object a line, append-only, safe for several writers on one file system.
 
-A row is written by a single append under a lock and reaches the disk before `append` returns. Reading is strict: a line
-that is not a whole row stops with its number and what to do, and nothing is dropped in silence.
+A row is written by a single append under a lock (`PATH.lock`) and is on disk before `append` returns. Reading is
+strict: a line that is not a whole row is an error that names its number and the fix; nothing is dropped in silence.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ def append(path: str | Path, row: ResultRow) -> None:
     """Adds the row at the end. A half-written last line (a crash) gets its own line first, so that it cannot swallow
     this one.
 
-    Raises `UserError` if a number of the row is not finite (JSON has no word for it, and a law cannot use it), or if
-    the disk does not take the row.
+    Raises `UserError` if a number of the row is not finite (not JSON, and no use to a law), or if the disk does not
+    take the row.
     """
     line = to_line(row, path).encode()
     try:
@@ -118,7 +118,7 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
                 f"{path}:{number}: {cause} ({error.msg}); the lines before it are whole: delete it, run its cell again"
             ) from error
         if not isinstance(values, dict):
-            raise UserError(f"{path}:{number}: a row is a JSON object, not {type(values).__name__}")
+            raise UserError(f"{path}:{number}: expected a JSON object, got {type(values).__name__}")
         objects.append((number, values))
     return objects
 
@@ -142,4 +142,4 @@ def _typed(value: Any, name: str, where: str) -> str | int | float:
         if value == int(value):
             return int(value)
     kind = "text" if wanted is str else f"a finite {wanted.__name__}"
-    raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
+    raise UserError(f"{where}: {name}: expected {kind}, got {value!r}")
