@@ -17,8 +17,7 @@ setup(
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={"vlm_jax": ["py.typed"]},
     install_requires=[
-        "array-record",
-        "etils[epath]",
+        "filelock>=4",
         "flax>=0.12",
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
@@ -34,7 +33,6 @@ setup(
         "pillow>=11.3",
         "plotly",
         "protobuf",  # the schema of SentencePiece files
-        "pyyaml",
         "rich",
         "safetensors",
         "scikit-image",
@@ -49,7 +47,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "slurm": ["submitit>=1.5.2"],
-        "tpu-launch": ["skypilot[gcp]>=0.14"],
         "dev": ["beartype", "pytest", "pytest-xdist", "ruff", "submitit>=1.5.2"],
     },
 )

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from experiments import launch, report
 from experiments.launching import local
-from vlm_jax.core.errors import Flags, door
+from vlm_jax.cli import ArgumentParser, run_main
 
 GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.py"
 
 
 def main(argv: list[str]) -> int:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m experiments.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/demo"))
@@ -30,4 +30,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

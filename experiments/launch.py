@@ -5,8 +5,8 @@
     python -m experiments.launch --grid configs/grids/size_by_tokens.py --workdir workdirs/study --status
 
 Run it again to do what is missing; run it twice at once and the two share the cells. Rows go to WORKDIR/rows.jsonl.
-On a cluster add --backend slurm --partition gpu --gpus 1; on TPUs --backend tpu --accelerator v6e-16 --bucket
-gs://NAME/study. experiments/launching/README.md shows each.
+On a cluster add --backend slurm --partition gpu --gpus 1; on TPU slices use experiments/pod.sh.
+experiments/launching/README.md shows each.
 """
 
 import argparse
@@ -16,39 +16,38 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.launching import index, local, slurm, tables, tpu
+from experiments.launching import index, local, slices, slurm, tables
 from experiments.launching.cells import Cell, cells_of, gather, open_workdir, rows_of
 from experiments.launching.follow import conclude
 from vlm_jax import processes
-from vlm_jax.core.errors import Flags, UserError, door, unknown
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.sizing import chips
 
 _LOG_WIDTH = 160
-# The flags of each backend, with what they mean where they are not given.
-_OWN_FLAGS = {
-    "local": {},
-    "slurm": {"partition": None, "minutes": 240, "gpus": None, "cpus": None, "slurm": []},
-    "tpu": {"accelerator": "", "bucket": "", "zone": None, "capacity": "spot"},
-}
+_BACKENDS = ("local", "slurm")
+# The flags of Slurm, with their defaults.
+_OF_SLURM = {"partition": None, "minutes": 240, "gpus": None, "cpus": None, "slurm": []}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked as far as they can be without the grid."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Flags(prog="python -m experiments.launch", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(prog="python -m experiments.launch", description=__doc__, formatter_class=raw)
     parser.add_argument("--grid", required=True, help="configs/grids/FILE.py[:arguments]")
     parser.add_argument("--workdir", required=True, type=Path, help="rows.jsonl and one folder a cell")
-    parser.add_argument("--backend", default="local", help=f"{', '.join(_OWN_FLAGS)} (default: local)")
+    parser.add_argument("--backend", default="local", help=f"{', '.join(_BACKENDS)} (default: local)")
     parser.add_argument(
         "--workers", type=int, metavar="N",
         help="cells at a time: local, processes (default: one a GPU or TPU host, else one a core); slurm, tasks "
-        "(default: 64); tpu, slices (default: 1)",
+        "(default: 64)",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the cells and what they cost, run nothing")
     what.add_argument("--status", action="store_true", help="gather rows, show how far each cell is, run nothing")
-    what.add_argument("--index", metavar="I", help="run cell I (or I,J or all) here and now, whatever the backend")
+    what.add_argument("--index", metavar="I", help="run cell I (or I,J, or share I/N, or all) here and now")
+    parser.add_argument("--accelerator", metavar="TYPE", help="with --dry-run: minutes on a TPU slice, such as v6e-16")
     of_slurm = parser.add_argument_group("--backend slurm")
     of_slurm.add_argument("--partition")
     of_slurm.add_argument("--minutes", type=int, help="time limit of a task (default: 240); a longer cell goes on anew")
@@ -57,53 +56,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     of_slurm.add_argument(
         "--slurm", action="append", metavar="NAME=VALUE", help="any other option of sbatch, such as account=lab"
     )
-    of_tpu = parser.add_argument_group("--backend tpu")
-    of_tpu.add_argument("--accelerator", metavar="TYPE", help="slice of one job, as Google names it: v6e-16")
-    of_tpu.add_argument("--bucket", metavar="gs://NAME/PATH", help="workdir of the machines; --workdir gets the rows")
-    of_tpu.add_argument("--zone", help="default: where there is room")
-    of_tpu.add_argument("--capacity", choices=("spot", "on-demand"), help="default: spot, begun anew when taken away")
     processes.add_flags(parser)
     args = parser.parse_args(argv)
     if args.processes != "1" and args.index is None:
         raise UserError(
             f"--processes {args.processes} goes with --index: a launch is one process, its cells may be more"
         )
-    if args.backend not in _OWN_FLAGS:
-        raise unknown("backend", args.backend, _OWN_FLAGS)
-    for backend, flags in _OWN_FLAGS.items():
-        for name, default in flags.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
-            elif backend != args.backend:
-                raise UserError(f"--{name} belongs to --backend {backend}, not to {args.backend}")
+    if args.backend not in _BACKENDS:
+        raise unknown("backend", args.backend, _BACKENDS)
+    for name, default in _OF_SLURM.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.backend != "slurm":
+            raise UserError(f"--{name} belongs to --backend slurm, got --backend {args.backend}")
+    if args.accelerator and not args.dry_run:
+        raise UserError("--accelerator goes with --dry-run; experiments/pod.sh runs a grid on a TPU slice")
     if args.workers is None:
-        args.workers = {"local": local.default_workers(), "slurm": 64, "tpu": 1}[args.backend]
+        args.workers = 64 if args.backend == "slurm" else 1 if args.accelerator else local.default_workers()
     if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1")
-    if args.backend == "tpu" and not args.accelerator and args.index is None and not args.status:
-        raise UserError("--backend tpu: give --accelerator TYPE, such as v6e-16, and --bucket gs://NAME/study")
+        raise UserError(f"--workers: expected at least 1, got {args.workers}")
     there = next(path for path in (args.workdir, *args.workdir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UserError(f"--workdir {args.workdir}: cannot be made ({there} is not a folder); choose another")
     return args
 
 
-def slurm_wishes(args: argparse.Namespace) -> slurm.Wishes:
+def slurm_options(args: argparse.Namespace) -> slurm.Options:
     if wrong := [option for option in args.slurm if "=" not in option.strip("=")]:
         raise UserError(f"--slurm {wrong[0]}: write it as NAME=VALUE")
     more = dict(option.split("=", 1) for option in args.slurm)
-    return slurm.Wishes(args.minutes, args.partition, args.gpus, args.cpus, args.workers, more)
-
-
-def tpu_wishes(args: argparse.Namespace) -> tpu.Wishes:
-    return tpu.Wishes(args.accelerator, args.bucket, args.zone, args.capacity, args.workers)
+    return slurm.Options(args.minutes, args.partition, args.gpus, args.cpus, args.workers, more)
 
 
 def speed_of(args: argparse.Namespace, rows: dict[str, ResultRow]) -> tables.Speed | None:
-    """How fast cells will train there: as measured in this workdir, else as a TPU's figures say."""
-    if args.backend != "tpu":
+    """How fast cells will train: as measured in this workdir, else as the figures of the TPU say."""
+    if not args.accelerator:
         return tables.measured(rows.values())
-    chip, count, _ = tpu.parts(args.accelerator)
+    chip, count = slices.parse(args.accelerator)
     measured = tables.measured(row for row in rows.values() if chips.of_device(row.device) == chip)
     return measured or tables.assumed(chip, count)
 
@@ -111,32 +100,24 @@ def speed_of(args: argparse.Namespace, rows: dict[str, ResultRow]) -> tables.Spe
 def starter(left: list[Cell], args: argparse.Namespace, console: Console) -> Callable[[], None]:
     """What runs the cells on the backend. What that lacks or cannot do is said here, before anything is written."""
     if args.backend == "slurm":
-        executor = slurm.make_executor(args.workdir / "slurm", slurm_wishes(args))
+        executor = slurm.make_executor(args.workdir / "slurm", slurm_options(args))
         slurm.queue()
         return lambda: slurm.run(left, args.grid, args.workdir, executor, console)
-    if args.backend == "tpu":
-        wishes = tpu_wishes(args)
-        tasks, sky = tpu.tasks_of(left, args.grid, wishes), tpu.load_sky()
-        return lambda: tpu.run(left, tasks, args.workdir, wishes, sky, console)
     return lambda: local.run(left, args.grid, args.workdir, args.workers, console)
 
 
 def show_commands(left: list[Cell], args: argparse.Namespace, console: Console) -> None:
     """What a dry run can say of the backend."""
     if args.backend == "slurm" and left:
-        console.print(f"one array of {len(left)} tasks, {slurm_wishes(args)}; the first task runs:", soft_wrap=True)
+        console.print(f"one array of {len(left)} tasks, {slurm_options(args)}; the first task runs:", soft_wrap=True)
         console.print(
             *slurm.command(args.grid, args.workdir, left[0].index), soft_wrap=True, highlight=False, markup=False
         )
-    if args.backend == "tpu" and left:
-        tpu.show(tpu.tasks_of(left, args.grid, tpu_wishes(args)), console)
 
 
 def show_status(cells: list[Cell], args: argparse.Namespace, console: Console) -> None:
     if not args.workdir.is_dir():
         raise UserError(f"--workdir {args.workdir}: no such folder, so no grid was launched there")
-    if args.bucket:
-        tpu.fetch(args.bucket, args.workdir)
     open_workdir(args.workdir)
     tables.show_status(cells, gather(cells, args.workdir), console)
 
@@ -156,6 +137,8 @@ def main(argv: list[str]) -> int:
         return index.run(chosen, cells, args, console)
     rows = rows_of(cells, args.workdir)
     left = [cell for cell in cells if cell.spec_hash not in rows]
+    if args.accelerator:
+        slices.check_batches(left, args.accelerator)
     tables.show_plan(cells, rows, speed_of(args, rows), args.workers, console)
     if args.dry_run:
         show_commands(left, args, console)
@@ -171,4 +154,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

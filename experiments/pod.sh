@@ -10,7 +10,8 @@
 #   experiments/pod.sh fetch     copy rows and progress from the bucket to $WORKDIR; show the grid
 #   experiments/pod.sh delete    give the slice back (what it costs ends here)
 #
-# Other settings: WORKDIR (default workdirs/$POD), CAPACITY (spot or on-demand), PROJECT, IMAGE (of the hosts).
+# Other settings: WORKDIR (default workdirs/$POD), CAPACITY (spot or on-demand), PROJECT, IMAGE (of the hosts),
+# SHARE (of several slices, the part of the grid that is for this one: 0/4, 1/4, ...; each slice has a POD of its own).
 # Rows and checkpoints are in $BUCKET, so nothing is lost with a machine. Run it from the repository.
 set -euo pipefail
 
@@ -26,10 +27,12 @@ settings() {
         [ -n "${!name:-}" ] || refuse "$name is not set; the head of $0 has an example"
     done
     command -v gcloud >/dev/null || refuse "gcloud is not installed (cloud.google.com/sdk)"
-    [[ $BUCKET =~ ^gs://[^/]+/[^/].*$ ]] || refuse "BUCKET=$BUCKET: a folder of a bucket is wanted, as in gs://NAME/study"
+    [[ $BUCKET =~ ^gs://[^/]+/[^/].*$ ]] || refuse "BUCKET=$BUCKET: expected a folder of a bucket, as in gs://NAME/study"
     [ -f "${GRID%%:*}" ] || refuse "GRID=$GRID: no such file; run this from the repository"
     [[ ${GRID%%:*} != /* ]] || refuse "GRID=$GRID: write it relative to the repository, which is what is sent"
     WORKDIR=${WORKDIR:-workdirs/$POD}
+    SHARE=${SHARE:-all}
+    [[ $SHARE =~ ^(all|[0-9]+/[0-9]+)$ ]] || refuse "SHARE=$SHARE: expected I/N, as in 0/4"
     case ${CAPACITY:=spot} in
         spot | on-demand) ;;
         *) refuse "CAPACITY=$CAPACITY: spot or on-demand" ;;
@@ -109,11 +112,11 @@ bash experiments/launching/host_setup.sh $(printf %q "$BUCKET_NAME")"
 
 run() {
     local words command=.venv/bin/python
-    printf -v words '%q ' -m experiments.launch --grid "$GRID" --workdir "bucket/$FOLDER" --index all --processes auto
+    printf -v words '%q ' -m experiments.launch --grid "$GRID" --workdir "bucket/$FOLDER" --index "$SHARE" --processes auto
     say "running the grid; it goes on if this connection ends, and this command comes back to it"
     # What an earlier connection started is waited for, then what is still missing is done.
     on_all_hosts "cd vlm_jax && ln -sfn ~/bucket bucket
-old=\$(pgrep -f '^$command -m experiments.launch .*--index all' | head -n 1)
+old=\$(pgrep -f '^$command -m experiments.launch .*--index $SHARE' | head -n 1)
 [ -z \"\$old\" ] || tail -n +1 -f --pid=\$old ~/launch.log
 : >~/launch.log
 nohup $command $words </dev/null >>~/launch.log 2>&1 & new=\$!
@@ -123,7 +126,7 @@ wait \$new"
 
 fetch() {
     mkdir -p "$WORKDIR/cells"
-    gcloud storage rsync --recursive --exclude='.*/(checkpoints|tensorboard)/.*|.*\.tmp$|.*/lock$' \
+    gcloud storage rsync --recursive --exclude='.*/(checkpoints|tensorboard)/.*|.*\.partial-.*|.*/lock$' \
         "${BUCKET%/}/cells" "$WORKDIR/cells"
     if [ -x .venv/bin/python ]; then
         .venv/bin/python -m experiments.launch --grid "$GRID" --workdir "$WORKDIR" --status
@@ -137,7 +140,14 @@ delete() {
     queued delete "$POD" --force --quiet
 }
 
+# A grid that the slice cannot run is refused before it is paid for, where the package is installed here.
+check() {
+    [ ! -x .venv/bin/python ] || .venv/bin/python -m experiments.launch --grid "$GRID" --workdir "$WORKDIR" --dry-run \
+        --accelerator "$TYPE" || exit 2
+}
+
 up() {
+    check
     local tries=0 code=1 since=$SECONDS
     local -r patience=${PATIENCE_SECS:-$((10 * ${POLL_SECS:-30}))}
     # Begun anew as often as the slice is taken away. Where it is there and the grid still does not end well: three times

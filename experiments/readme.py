@@ -10,7 +10,8 @@ from pathlib import Path
 
 from experiments import report
 from vlm_jax import plan
-from vlm_jax.core.errors import UserError, door
+from vlm_jax.cli import run_main
+from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import lawfile
 from vlm_jax.store import results
 
@@ -88,4 +89,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

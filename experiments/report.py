@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import fit, frontier, lawfile, plots, scores
 from vlm_jax.scaling import report as scaling_report
@@ -155,7 +156,7 @@ def report(workdir: Path, loss: str = "squared") -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, type=Path, help="a folder with rows.jsonl")
@@ -167,4 +168,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

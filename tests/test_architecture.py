@@ -27,6 +27,7 @@ FLOORS = {
     "logbook": 8,
     "bad_steps": 8,
     "job": 9,
+    "cli": 9,
     "inference": 9,
 }
 DOORS = 10

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.core.errors import door
+from vlm_jax.cli import run_main
 from vlm_jax.store import results
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for (module, *argv), expected in cases.items():
         monkeypatch.setattr(sys, "argv", [module, *argv])
         with pytest.raises(SystemExit) as stopped:
-            door(importlib.import_module(module).main)()
+            run_main(importlib.import_module(module).main)
         shown, said = capsys.readouterr()
         assert "compiling" not in shown
         assert stopped.value.code == 2, (argv, said)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vlm_jax import fit_law, plan
-from vlm_jax.core.errors import UserError, door
+from vlm_jax.cli import run_main
+from vlm_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "experiments" / "published_law" / "published_scores.csv"
@@ -137,7 +138,7 @@ def test_bad_rows_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, 
     out = tmp_path / "law.json"
     monkeypatch.setattr(sys, "argv", ["fit_law", "--rows", str(tmp_path / "rows.csv"), "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
-        door(fit_law.main)()
+        run_main(fit_law.main)
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2
     assert len(said) == 1

@@ -7,6 +7,7 @@ import builders
 import jax.numpy as jnp
 import pytest
 from safetensors.numpy import save_file
+from vlm_jax.pretrained import loading
 
 import vlm_jax
 from tests.golden import drawn, peers_answers, peers_text
@@ -19,7 +20,6 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.vision import Encoder
-from vlm_jax.pretrained import loading
 from vlm_jax.scaling import candidates, lawfile
 from vlm_jax.sizing import zoo
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -14,8 +16,9 @@ import pytest
 
 from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job, processes
+from vlm_jax.cli import ArgumentParser
 from vlm_jax.core import tree
-from vlm_jax.core.errors import Flags, UserError
+from vlm_jax.core.errors import LOST, STOPPED, UserError
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.models.importers import big_vision
 
@@ -39,20 +42,66 @@ def spec(cache: Path) -> RunSpec:
     )
 
 
-def train(words: list[str]) -> None:
+def main(words: list[str]) -> None:
     """What each of the two processes does."""
-    parser = Flags()
+    parser = ArgumentParser()
     processes.add_flags(parser)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--lost", type=int)
     args = parser.parse_args(words)
-    with processes.joined(args):
+    with processes.init_distributed(args):
+        if args.lost is not None:
+            return lose(args.lost)
         run = build.open_run(spec(args.folder), args.folder)
         params = job.train(run, args.folder / "two", lambda log, values: None)
         again = job.restore(run.network, args.folder / "two")
         assert tree.sha256(params, processes.fetch) == tree.sha256(again, processes.fetch)
         row = job.evaluate(run, params, "cell", args.folder / "two")
-        if processes.is_first():
+        if processes.is_primary():
             (args.folder / "row.json").write_text(json.dumps(dataclasses.asdict(row)))
+
+
+def lose(lost: int) -> None:
+    """That process is killed: 1 while the other waits for it in a collective, 0 while the other is busy on its own."""
+    processes.barrier("both are there")
+    if jax.process_index() == lost:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if lost == 0:
+        threading.Event().wait()
+    processes.broadcast_from_primary(1)
+
+
+def start_both(*words: str, devices: int = 4) -> list[subprocess.Popen[str]]:
+    """Two processes of this file, connected to each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.test_processes", *words, "--processes", "2"]
+    return [
+        subprocess.Popen(
+            [*command, "--process", str(i), "--coordinator", f"localhost:{port}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def end_both(both: list[subprocess.Popen[str]], timeout_secs: float) -> tuple[list[int], list[str]]:
+    """Their exit codes, and what they printed."""
+    try:
+        said = [process.communicate(timeout=timeout_secs)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [process.returncode for process in both], said
 
 
 @pytest.fixture(scope="module")
@@ -73,30 +122,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[build.Run, Path]:
 @pytest.fixture(scope="module")
 def two(one: tuple[build.Run, Path]) -> Path:
     """The folder, when two processes have trained too."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tests.test_processes", "--folder", str(one[1]), "--processes", "2"]
-    both = [
-        subprocess.Popen(
-            [*command, "--process", str(i), "--coordinator", f"localhost:{port}"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    codes, said = end_both(start_both("--folder", str(one[1])), 400)
+    assert codes == [0, 0], "\n".join(said)
     return one[1]
 
 
@@ -138,24 +165,62 @@ def test_every_question_is_asked_once(one: tuple[build.Run, Path], two: Path) ->
         assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [(1, "process 0 lost another process ("), (0, "process 1 was aborted, as when another one is lost")],
+)
+def test_where_one_process_is_lost_the_other_exits_and_says_how_to_resume(lost: int, reason: str) -> None:
+    codes, said = end_both(start_both("--lost", str(lost), devices=1), 100)
+    assert codes[lost] == -signal.SIGKILL
+    assert codes[1 - lost] == LOST, said[1 - lost]
+    assert f"error: {reason}" in said[1 - lost]
+    assert "start all processes again, they resume from the newest checkpoint" in said[1 - lost]
+
+
+SIGTERM = """
+import os, signal, threading
+from vlm_jax import processes
+
+stop = processes.watch_sigterm()
+assert not stop(1)
+os.kill(os.getpid(), signal.SIGTERM)
+{then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "said"),
+    [
+        ("while not stop(2): pass", 0, ""),
+        ("processes._GRACE_SECS = 0.1; threading.Event().wait()", STOPPED, "without saving: no step ended in time"),
+    ],
+    ids=["between_steps", "while_it_compiles"],
+)
+def test_sigterm_is_heard(then: str, code: int, said: str) -> None:
+    words = [sys.executable, "-c", SIGTERM.format(then=then)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--processes", "two"], "a number or auto"),
+        (["--processes", "two"], "expected a number or auto, got 'two'"),
         (["--processes", "2"], "--process 0 to 1 and --coordinator HOST:PORT"),
         (["--processes", "2", "--process", "2", "--coordinator", "a:1"], "--process 0 to 1"),
         (["--processes", "2", "--process", "0", "--coordinator", "localhost:abc"], "--coordinator HOST:PORT"),
         (["--processes", "2", "--process", "0", "--coordinator", "localhost:65536"], "--coordinator HOST:PORT"),
         (["--processes", "2", "--process", "0", "--coordinator", ":99"], "--coordinator HOST:PORT"),
-        (["--process", "0"], "go with --processes N"),
+        (["--process", "0"], "need --processes N"),
     ],
 )
 def test_flags_that_do_not_fit_are_told(words: list[str], told: str) -> None:
-    parser = Flags()
+    parser = ArgumentParser()
     processes.add_flags(parser)
-    with pytest.raises(UserError, match=told), processes.joined(parser.parse_args(words)):
+    with pytest.raises(UserError, match=told), processes.init_distributed(parser.parse_args(words)):
         pass
 
 
 if __name__ == "__main__":
-    train(sys.argv[1:])
+    main(sys.argv[1:])

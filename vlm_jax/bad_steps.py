@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from vlm_jax import processes
-from vlm_jax.core.errors import BAD_STEP, Ended
+from vlm_jax.core.errors import BAD_STEP, RunStopped
+from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
 from vlm_jax.data.sources import Split
 from vlm_jax.store import checkpoint, metrics
-from vlm_jax.store.files import write_json
 from vlm_jax.training import guard
 
 _SKIPPED = "skipped.jsonl"
@@ -22,7 +22,7 @@ _SKIPPED = "skipped.jsonl"
 
 def forget_after(workdir: Path, step: int) -> None:
     """Drops what a run that resumes at `step` will meet again."""
-    if processes.is_first():
+    if processes.is_primary():
         metrics.keep_until(workdir / _SKIPPED, step)
 
 
@@ -31,8 +31,8 @@ def make_check(
 ) -> Callable[[Sequence[guard.Step], TrainState], None]:
     """`check(steps, state)` for the loop. `skipped` counts what the stage has left out before.
 
-    Each step that was left out is a line of `skipped.jsonl`, with the ids of its examples. Raises `Ended` at the first
-    step that the spec's policy stops at; `bad_step/` then holds why, the ids, and the state where it was noticed.
+    Each step that was left out is a line of `skipped.jsonl`, with the ids of its examples. Raises `RunStopped` at the
+    first step that the spec's policy stops at; `bad_step/` then holds why, the ids, and the state where it was noticed.
     """
 
     def ids(step: int) -> list[str]:
@@ -44,7 +44,7 @@ def make_check(
         for step in steps:
             if step.norms.skipped is not None and step.norms.skipped > skipped:
                 skipped = int(step.norms.skipped)
-                if processes.is_first():
+                if processes.is_primary():
                     with open(workdir / _SKIPPED, "a") as file:
                         file.write(json.dumps({"step": step.number, "examples": ids(step.number)}) + "\n")
         if bad := guard.first_bad(steps, spec.bad_step):
@@ -57,13 +57,13 @@ def _stop(workdir: Path, bad: tuple[int, str], ids: list[str], split: str, state
     step, why = bad
     folder = workdir / "bad_step"
     checkpoint.save_state(folder / "state", state)
-    if processes.is_first():
+    if processes.is_primary():
         noticed = int(jax.device_get(state.step))
         write_json(
             folder / "report.json",
             {"step": step, "why": why, "noticed_at_step": noticed, "split": split, "examples": ids},
         )
-    raise Ended(
+    raise RunStopped(
         f"step {step}: {why}. The ids of its batch and the state are in {folder}; the checkpoints are of steps before "
         "it. A run with bad_step.policy=skip_update, in a workdir of its own, leaves such steps out",
         BAD_STEP,

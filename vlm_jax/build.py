@@ -75,7 +75,7 @@ def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Networ
     """The model of a spec on this machine's devices, or on the given plan. Raises `UserError` for a mesh or checkpoint
     that does not fit.
     """
-    processes.check_joined()
+    processes.check_initialized()
     vocab, words = spec.model.decoder.vocab, words_of(spec.data.tokenizer)
     if vocab < words.size:
         raise UserError(f"model.vocab={vocab}: the tokenizer has {words.size} words")

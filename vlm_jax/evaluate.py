@@ -5,16 +5,16 @@ import dataclasses
 import json
 from pathlib import Path
 
-from vlm_jax.core.errors import CODES, Flags, door
+from vlm_jax.cli import EXIT_CODES, ArgumentParser, run_main
 
 
 def main(argv: list[str]) -> None:
     from vlm_jax import processes
 
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m vlm_jax.evaluate",
         description=__doc__,
-        epilog=CODES,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=Path, help="append the row here (default: WORKDIR/rows.jsonl)")
     processes.add_flags(parser)
     args = parser.parse_args(argv)
-    with processes.joined(args):
+    with processes.init_distributed(args):
         _evaluate(args.workdir, args.rows or args.workdir / "rows.jsonl")
 
 
@@ -37,16 +37,16 @@ def _evaluate(workdir: Path, rows: Path) -> None:
 
     spec = spec_from_dict(read_spec(workdir))
     done = results.done(rows)
-    if processes.is_first() and spec_hash(spec) not in done:
+    if processes.is_primary() and spec_hash(spec) not in done:
         results.check_writable(rows)
     cache = build.default_cache()
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
     params = job.restore(run.network, workdir, least_step=total_steps(spec))
     batches = range(job.evaluation_batches(run))
-    shown = iter(track(batches, description="evaluating", transient=True, disable=not processes.is_first()))
+    shown = iter(track(batches, description="evaluating", transient=True, disable=not processes.is_primary()))
     row = job.evaluate(run, params, workdir.name, workdir, lambda rows: next(shown, None))
-    if not processes.is_first():
+    if not processes.is_primary():
         return
     if row.spec_hash not in done:
         results.append(rows, row)
@@ -54,4 +54,4 @@ def _evaluate(workdir: Path, rows: Path) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

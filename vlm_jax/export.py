@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 _MOST_GB = 1e9  # the bytes of which are still a number
 
 
 def main(argv: list[str]) -> None:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m vlm_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     from vlm_jax.core import tree
     from vlm_jax.models.importers import exporting
 
-    exporting.claim(args.out)
+    exporting.check_vacant(args.out)
     screen = Console(stderr=True)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         bars = [
@@ -101,4 +102,4 @@ def _read(
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

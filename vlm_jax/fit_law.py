@@ -7,12 +7,13 @@ Prints the law of each family with its doubts, and writes everything to `law.jso
 import math
 from pathlib import Path
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 
-def parser() -> Flags:
+def parser() -> ArgumentParser:
     """The flags."""
-    flags = Flags(prog="python -m vlm_jax.fit_law", description=__doc__)
+    flags = ArgumentParser(prog="python -m vlm_jax.fit_law", description=__doc__)
     flags.add_argument("--rows", required=True, help="result rows (.jsonl) or a table of scores (.csv)")
     flags.add_argument("--out", required=True, help="where to write law.json")
     flags.add_argument("--family", help="one family only")
@@ -60,4 +61,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

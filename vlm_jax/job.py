@@ -20,7 +20,7 @@ import vlm_jax
 from vlm_jax import bad_steps, build, logbook, processes
 from vlm_jax.build import Network, Run
 from vlm_jax.core import specs, tree
-from vlm_jax.core.errors import STOPPED, Ended, UserError
+from vlm_jax.core.errors import STOPPED, RunStopped, UserError
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import TrainState
@@ -31,7 +31,7 @@ from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost
 from vlm_jax.store import checkpoint
-from vlm_jax.store.checkpoint import Checkpoints, claim, told
+from vlm_jax.store.checkpoint import Checkpoints, disk_errors, lock_workdir
 from vlm_jax.store.metrics import MetricWriter
 from vlm_jax.training import guard, loop
 from vlm_jax.training import step as training_step
@@ -62,39 +62,39 @@ def train(
 
     Raises:
         UserError: `workdir` belongs to another spec or cannot be written, or no checkpoint of it can be used.
-        Ended: `stop(step)` was true, and the state is saved; or a bad step, see `bad_steps`.
+        RunStopped: `stop(step)` was true, and the state is saved; or a bad step, see `bad_steps`.
     """
     spec, started = run.network.spec, time.monotonic()
-    claim(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
-    with told(workdir), contextlib.ExitStack() as stack:
+    lock_workdir(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
+    with disk_errors(workdir), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, spec.keep_checkpoints, spec.keep_every_steps)
         stack.enter_context(contextlib.closing(checkpoints))
         restored = _sound_step(checkpoints, on_notice)
         metrics = None
-        if processes.is_first():
+        if processes.is_primary():
             metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
         bad_steps.forget_after(workdir, restored)
         on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     # A run may have died behind its last checkpoint, but before this.
-    if processes.first_says(end.step > restored or not (workdir / "summary.json").exists()):
+    if processes.broadcast_from_primary(end.step > restored or not (workdir / "summary.json").exists()):
         sha256 = tree.sha256(end.state.params, processes.fetch)
         if metrics is not None:
-            with told(workdir):
+            with disk_errors(workdir):
                 logbook.write_summary(
                     workdir / "summary.json", spec, metrics.last, sha256, end.secs, _question_tokens(run)
                 )
-    processes.meet("end of training")
+    processes.barrier("end of training")
     return end.state.params
 
 
 def _sound_step(checkpoints: Checkpoints, on_notice: Callable[[str], None]) -> int:
-    """The step to go on from; 0 for the start. What is damaged on the way is moved aside."""
+    """The step to resume from; 0 for the start. Damaged checkpoints are moved aside."""
     damaged = {}
     step = checkpoints.newest_sound(damaged.__setitem__)
     for other, what in damaged.items():
         aside = checkpoints.set_aside(other)
-        on_notice(f"checkpoint {other} is damaged ({what}): moved to {aside}, going on from step {step}")
+        on_notice(f"checkpoint {other} is damaged ({what}): moved to {aside}, resuming from step {step}")
     return step or 0
 
 
@@ -179,7 +179,7 @@ def _train_stages(
         if end.stopped and step < specs.total_steps(spec):
             save(step, state, cursor, unlogged)
             checkpoints.wait()
-            raise Ended(f"saved step {step} of {specs.total_steps(spec)}; the same command goes on from it", STOPPED)
+            raise RunStopped(f"saved step {step} of {specs.total_steps(spec)}; the same command resumes", STOPPED)
     if restored < last:
         save(last, state, cursor, unlogged)
     return _End(step, state, secs())
@@ -229,7 +229,7 @@ def restore(
     """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: no checkpoint here; train this run first, or name its --workdir")
-    claim(workdir, specs.to_dict(network.spec), specs.MAY_CHANGE)
+    lock_workdir(workdir, specs.to_dict(network.spec), specs.MAY_CHANGE)
     boxed = build.abstract_state(network, network.spec.stages[0])
     return checkpoint.restore_params(
         workdir,

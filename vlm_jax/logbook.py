@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from vlm_jax.core import specs
+from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
 from vlm_jax.evaluation import harness
 from vlm_jax.partitioning import Plan
 from vlm_jax.sizing import chips, cost
-from vlm_jax.store.files import write_json
 from vlm_jax.training import loop, optim
 
 

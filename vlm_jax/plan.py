@@ -8,12 +8,13 @@ encoder and compressor that the law was measured with, any V, any LLM of the mea
 
 import sys
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 
-def parser() -> Flags:
+def parser() -> ArgumentParser:
     """The flags."""
-    flags = Flags(prog="python -m vlm_jax.plan", description=__doc__)
+    flags = ArgumentParser(prog="python -m vlm_jax.plan", description=__doc__)
     flags.add_argument("--law", required=True, help="law.json of vlm_jax.fit_law")
     flags.add_argument("--family", help="family of tasks; needed where the law has several")
     flags.add_argument("--question-tokens", type=float, default=50)
@@ -92,4 +93,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 _PICTURES = (".png", ".pdf", ".svg", ".jpg")
 _PATIENCE_SECS = 5.0  # what takes longer says how far it is
@@ -24,7 +25,7 @@ _PATIENCE_SECS = 5.0  # what takes longer says how far it is
 
 def _asked(argv: list[str]) -> argparse.Namespace:
     """The flags, as far as they can be checked before anything is loaded."""
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m vlm_jax.predict",
         description=__doc__,
         allow_abbrev=False,
@@ -132,4 +133,4 @@ def _progress(doing: str, amount: Any) -> Iterator[Callable[[int, int], None]]:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.core.errors import CODES, Flags, door
+from vlm_jax.cli import EXIT_CODES, ArgumentParser, run_main
 
 
 def main(argv: list[str]) -> None:
@@ -14,10 +14,10 @@ def main(argv: list[str]) -> None:
     from vlm_jax.config.arguments import load_config, split_overrides
     from vlm_jax.config.resolve import resolve
 
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m vlm_jax.train",
         description=__doc__,
-        epilog=CODES,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     argv, overrides = split_overrides(argv)
     args = parser.parse_args(argv)
     spec = resolve(load_config(args.config, overrides))
-    with processes.joined(args):
+    with processes.init_distributed(args):
         _train(spec, args.workdir)
 
 
@@ -48,7 +48,7 @@ def _train(spec: Any, workdir: Path) -> None:
     run = build.open_run(spec, cache)
     text = TextColumn("step {task.completed}/{task.total}  {task.fields[note]}")
     columns = (BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, disable=not processes.is_first())
+    progress = Progress(*columns, disable=not processes.is_primary())
     bar = progress.add_task("", total=total_steps(spec), note="compiling")
     with contextlib.ExitStack() as stack:
 
@@ -62,9 +62,9 @@ def _train(spec: Any, workdir: Path) -> None:
             stack.enter_context(progress)
 
         job.train(run, workdir, on_log, processes.watch_sigterm(), on_start=on_start)
-    if processes.is_first():
+    if processes.is_primary():
         print(f"{workdir / 'summary.json'}")
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -21,8 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments.glyph_encoder.pages import Page, pages
 from vlm_jax import partitioning
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.axes import VISION, VOCAB
-from vlm_jax.core.errors import Flags, door
 from vlm_jax.core.specs import ComputeSpec, OptimSpec, StageSpec
 from vlm_jax.core.structs import LossSums
 from vlm_jax.data import reading
@@ -81,7 +81,7 @@ def held_out(encoder: Encoder, params: Any, seed: int, batches: int = 16) -> dic
 
 
 def main(argv: list[str]) -> None:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m experiments.glyph_encoder.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -133,4 +133,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from experiments.inference_speed import measuring
-from vlm_jax.core.errors import door
+from vlm_jax.cli import run_main
 
 # By how much the layers of tower and language model, and the vocabulary, are divided.
 MODELS = {"paligemma-3b-third": 3, "paligemma-3b": 1}
@@ -123,4 +123,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

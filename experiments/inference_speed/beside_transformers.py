@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.inference_speed import measuring
-from vlm_jax.core.errors import door
+from vlm_jax.cli import run_main
 
 
 def versions() -> dict[str, str]:
@@ -90,4 +90,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

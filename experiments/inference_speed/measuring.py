@@ -22,7 +22,9 @@ import numpy as np
 
 from experiments.readme import write_block
 from experiments.report import markdown_table
-from vlm_jax.core.errors import Flags, UserError
+from vlm_jax.cli import ArgumentParser
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_json
 
 HERE = Path(__file__).parent
 KEY = ("model", "threads", "batch")  # of a row: a new measurement takes the place of the one before
@@ -46,7 +48,9 @@ class Peer(NamedTuple):
 def main(argv: list[str], peer: Peer, doc: str) -> None:
     """Measures, row by row, and renews the rows and the table after each."""
     module = f"experiments.inference_speed.beside_{peer.name}"
-    parser = Flags(prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1, help="cores that each side may use")
     parser.add_argument("--models", nargs="+", default=list(peer.models[:1]), choices=peer.models)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -133,9 +137,7 @@ def keep(path: Path, row: Row) -> list[Row]:
     rows = json.loads(path.read_text()) if path.is_file() else []
     rows = [old for old in rows if any(old[name] != row[name] for name in KEY)]
     rows = sorted([*rows, row], key=lambda one: [one[name] for name in KEY])
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(part, path)
+    write_json(path, rows)
     return rows
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.inference_speed import measuring
 from experiments.readme import write_block
 from experiments.report import markdown_table
-from vlm_jax.core.errors import Flags, door
+from vlm_jax.cli import ArgumentParser, run_main
 
 KERNELS = ((896, 896), (896, 4864), (4864, 896), (2048, 2048), (2048, 16384), (16384, 2048))
 ONE, MANY = (1,), (256, 2048)
@@ -24,7 +24,7 @@ _BYTES_OF_ONE, _BYTES_OF_MANY = 1e9, 1e8  # of all kernels of a shape together; 
 
 
 def main(argv: list[str]) -> None:
-    parser = Flags(
+    parser = ArgumentParser(
         prog="python -m experiments.inference_speed.products",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,4 +76,4 @@ def by_turns(sides: list[Callable[[], Any]], pairs: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

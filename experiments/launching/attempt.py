@@ -1,7 +1,7 @@
-"""One attempt at one cell, in this process: train it or go on with it, evaluate it, write its row.
+"""One attempt at one cell, in this process: train or resume it, evaluate it, write its row.
 
-The caller holds the cell. Several processes that share one training (the hosts of a TPU slice) all make the attempt;
-the first of them alone tells and writes the row.
+The caller holds the lock of the cell. The hosts of a TPU slice, which train a cell together, all make the attempt; the
+primary alone reports progress and writes the row.
 """
 
 import dataclasses
@@ -10,55 +10,55 @@ from collections.abc import Callable
 
 from experiments.launching import states
 from experiments.launching.cells import Cell, write_row
-from vlm_jax.core.errors import LOST, STOPPED, Ended
+from vlm_jax.core.errors import LOST, STOPPED, RunStopped
 from vlm_jax.core.specs import RunSpec, total_steps
 
 _TRAINING_SHARE = 0.95  # of a cell; the rest is its evaluation
 _CHECKPOINTS = 10
 
 
-def attempt(cell: Cell, tell: states.Tell, stop: Callable[[int], bool]) -> None:
-    """Runs the cell. What goes wrong is written down in its `error.txt`, then raised.
+def attempt(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None:
+    """Runs the cell. An error is written to its `error.txt`, then raised.
 
-    `stop(step)` says to save and end, which raises `Ended`: a run that was stopped has not gone wrong.
+    `stop(step)` asks to save and end, which raises `RunStopped`; that is no failure.
     """
     (cell.folder / "error.txt").unlink(missing_ok=True)
     try:
-        _run(cell, tell, stop)
+        _run(cell, report, stop)
     except Exception as error:
-        stopped = isinstance(error, Ended) and error.code in (LOST, STOPPED)
-        if not stopped and not states.error_of(cell):  # of several processes, the first that went wrong knows why
+        stopped = isinstance(error, RunStopped) and error.code in (LOST, STOPPED)
+        if not stopped and not states.error_of(cell):  # of several processes, the first to fail knows why
             states.fail(cell, traceback.format_exc())
         raise
     (cell.folder / "progress.json").unlink(missing_ok=True)
 
 
-def _run(cell: Cell, tell: states.Tell, stop: Callable[[int], bool]) -> None:
-    tell("starting", 0.0)
+def _run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None:
+    report("starting", 0.0)
     from vlm_jax import build, job, processes
 
     cache, steps = build.default_cache(), total_steps(cell.spec)
     build.use_compilation_cache(cache)
-    tell("data and features", 0.0)
+    report("data and features", 0.0)
     run = build.open_run(cell.spec, cache)
-    tell("first program", 0.0)
-    on_log = lambda log, values: tell("training", _TRAINING_SHARE * log.step / steps)  # noqa: E731
+    report("first program", 0.0)
+    on_log = lambda log, values: report("training", _TRAINING_SHARE * log.step / steps)  # noqa: E731
     params = job.train(run, cell.folder, on_log, stop)
-    tell("evaluating", _TRAINING_SHARE)
+    report("evaluating", _TRAINING_SHARE)
     batches, done = job.evaluation_batches(run), 0
 
     def on_batch(rows: int) -> None:
         nonlocal done
         done += 1
-        tell("evaluating", _TRAINING_SHARE + (1 - _TRAINING_SHARE) * done / batches)
+        report("evaluating", _TRAINING_SHARE + (1 - _TRAINING_SHARE) * done / batches)
 
     row = job.evaluate(run, params, cell.name, cell.folder, on_batch)
-    if processes.is_first():
+    if processes.is_primary():
         write_row(cell, row)
 
 
 def with_checkpoints(spec: RunSpec) -> RunSpec:
-    """The same experiment on a machine that may be taken away: a spec that saves only at its end saves in between."""
+    """The same experiment on a machine that may be preempted: a spec that saves only at its end saves in between."""
     return dataclasses.replace(
         spec, save_every_steps=spec.save_every_steps or max(total_steps(spec) // _CHECKPOINTS, 1)
     )

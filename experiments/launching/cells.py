@@ -5,15 +5,17 @@ other commands read: `gather` adds what is missing. So the machines that train s
 bucket or a copied folder will do.
 """
 
-import fcntl
 import os
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock
 
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.config.sweep import cell_name, load_grid
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, spec_hash
 from vlm_jax.sizing import cost
@@ -58,11 +60,9 @@ def row_of(cell: Cell) -> ResultRow | None:
 
 
 def write_row(cell: Cell, row: ResultRow) -> None:
-    """Puts the row in the cell's folder, whole or not at all."""
-    temporary = cell.folder / "row.tmp"
-    temporary.unlink(missing_ok=True)
-    results.append(temporary, row)
-    temporary.replace(cell.folder / "row.json")
+    """Writes the row to the cell's folder."""
+    path = cell.folder / "row.json"
+    write_text(path, results.to_line(row, path))
 
 
 def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
@@ -78,8 +78,7 @@ def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
 
 def gather(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
     """Adds to `rows.jsonl` the rows of cells that it lacks, each once, however many launchers do so at a time."""
-    with open(workdir / "rows.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(workdir / "rows.lock"):
         table = workdir / "rows.jsonl"
         there = results.done(table)
         rows = rows_of(cells, workdir)

@@ -19,20 +19,28 @@ from experiments.launching import states
 from experiments.launching.attempt import attempt, with_checkpoints
 from experiments.launching.cells import Cell, rows_of
 from vlm_jax import processes
-from vlm_jax.core.errors import STOPPED, Ended, UserError
+from vlm_jax.core.errors import STOPPED, RunStopped, UserError
 
 _NONE = -1  # in place of an index
 _PATIENCE_SECS = 120  # a file server keeps the lock of a machine that died for a while
 
 
 def parse(text: str, cells: list[Cell]) -> list[Cell]:
-    """`"3"`, `"3,7"` or `"all"`. Raises `UserError` for what the grid does not have."""
+    """`"3"`, `"3,7"`, `"all"`, or `"1/4"`, the second of four shares of about the same cost.
+
+    Raises `UserError` for what the grid does not have.
+    """
     if text == "all":
         return cells
+    number, slash, shares = text.partition("/")
+    if slash:
+        if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+            raise UserError(f"--index {text}: expected share I/N with I from 0 to N - 1, as in 0/4")
+        return sorted(cells, key=lambda cell: -cell.flops)[int(number) :: int(shares)]
     chosen = []
     for word in text.split(","):
         if not word.isdecimal() or int(word) >= len(cells):
-            raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1}; several: 3,7 or all")
+            raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1} (several: 3,7 or 0/4 or all)")
         chosen.append(cells[int(word)])
     return chosen
 
@@ -48,13 +56,13 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
         return _run_several(left, args, console)
     if not left:
         return 0
-    with processes.joined(args):
-        if processes.is_first():
+    with processes.init_distributed(args):
+        if processes.is_primary():
             return _run_one(left[0], args.workdir, console)
-        # Hosts whose last cell ended differently may be out of step: the first one's cell counts.
-        said = processes.first_says(_NONE)
-        if said != _NONE:
-            attempt(_saving(cells[said]), lambda doing, share: None, processes.watch_sigterm())
+        # Hosts whose last cell ended differently may be out of step: the cell of the primary counts.
+        shared = processes.broadcast_from_primary(_NONE)
+        if shared != _NONE:
+            attempt(_saving(cells[shared]), lambda doing, share: None, processes.watch_sigterm())
         return 0
 
 
@@ -76,15 +84,15 @@ def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -
 def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
     # Slurm's warning before the time limit is for submitit, which puts the task back in the queue; then comes SIGTERM.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    with states.taken(cell, _PATIENCE_SECS) as mine:
+    with states.try_lock(cell, _PATIENCE_SECS) as mine:
         to_do = mine and cell.spec_hash not in rows_of([cell], workdir)
-        processes.first_says(cell.index if to_do else _NONE)
+        processes.broadcast_from_primary(cell.index if to_do else _NONE)
         if not to_do:
             console.print(f"cell {cell.index}: {states.state_of(cell).text}", soft_wrap=True)
             return 0 if mine else 1
         try:
             _attempt_with_bar(cell, console)
-        except Ended:
+        except RunStopped:
             raise
         except Exception:
             if jax.process_count() > 1:
@@ -98,7 +106,7 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
 
 def _attempt_with_bar(cell: Cell, console: Console) -> None:
     """In a log, a line for each tenth instead of a bar."""
-    write, started, said = states.teller(cell), time.monotonic(), ""
+    write, started, printed = states.reporter(cell), time.monotonic(), ""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -106,14 +114,14 @@ def _attempt_with_bar(cell: Cell, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=1.0)
 
-        def tell(doing: str, share: float) -> None:
-            nonlocal said
+        def report(doing: str, share: float) -> None:
+            nonlocal printed
             write(doing, share)
             progress.update(bar, description=doing, completed=share)
-            if not console.is_terminal and said != (said := f"{doing}, {int(10 * share) * 10} %"):
-                console.print(f"{time.monotonic() - started:7.0f} s  {said}")
+            if not console.is_terminal and printed != (printed := f"{doing}, {int(10 * share) * 10} %"):
+                console.print(f"{time.monotonic() - started:7.0f} s  {printed}")
 
-        attempt(_saving(cell), tell, processes.watch_sigterm())
+        attempt(_saving(cell), report, processes.watch_sigterm())
 
 
 def _saving(cell: Cell) -> Cell:

@@ -72,7 +72,7 @@ def run(left: list[Cell], grid: str, workdir: Path, workers: int, console: Conso
     if workers < 1 or (here.tpu and workers > 1):
         raise UserError(f"--workers {workers}: " + ("at least 1" if workers < 1 else "a TPU belongs to one process"))
     for cell in left:
-        if not states.held(cell):  # tried again
+        if not states.is_locked(cell):  # tried again
             (cell.folder / "error.txt").unlink(missing_ok=True)
     workers = min(workers, len(left))
     log = workdir / "workers.log"
@@ -120,7 +120,7 @@ def _tender(
             if code in (0, STOPPED):  # somebody asked it to stop, and it has saved
                 continue
             me = (socket.gethostname(), process.pid)
-            dead = [cell for cell in left if (sign := states.sign_of(cell)) and (sign["host"], sign["pid"]) == me]
+            dead = [cell for cell in left if (last := states.progress_of(cell)) and (last["host"], last["pid"]) == me]
             if not dead:
                 raise UserError(f"worker {index} ended outside a cell: see {log}")
             said = (dead[0].folder / "log.txt").read_text(errors="replace").splitlines()[-5:]

@@ -1,12 +1,11 @@
 """Cells as the tasks of a Slurm job array, submitted through submitit. A task runs `experiments.launch --index I`.
 
 Slurm puts a task back in its queue when it takes the machine away, submitit does when the time limit nears; either way
-the cell goes on from its last checkpoint. The workdir is on a file system that all nodes see and that knows `flock`
+the cell resumes from its last checkpoint. The workdir is on a file system that all nodes see and that has `flock`
 (NFS version 4, Lustre mounted with `flock`).
 """
 
 import contextlib
-import fcntl
 import io
 import os
 import shutil
@@ -17,12 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
 from rich.console import Console
 
 from experiments.launching import states
 from experiments.launching.cells import Cell
 from experiments.launching.follow import follow
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 
 _LOOK_EVERY_SECS, _ASK_EVERY_SECS = 1.0, 5.0
 _GRACE_SECS = 20.0  # until what a node has written is seen here
@@ -30,7 +31,7 @@ _REQUEUES = 1000  # at the time limit, while there is progress to be made
 _LOG_LINES = 5
 
 
-class Wishes(NamedTuple):
+class Options(NamedTuple):
     """What a task asks of Slurm; None leaves it to the cluster."""
 
     minutes: int
@@ -52,10 +53,9 @@ def run(left: list[Cell], grid: str, workdir: Path, executor: Any, console: Cons
 
     Raises `UserError` where Slurm refuses.
     """
-    with open(workdir / "submit.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(workdir / "submit.lock"):
         queued = queue()
-        new = [cell for cell in left if states.task_of(cell) not in queued and not states.held(cell)]
+        new = [cell for cell in left if states.task_of(cell) not in queued and not states.is_locked(cell)]
         submit(executor, new, grid, workdir)
     if new:
         array = states.task_of(new[0]).split("_")[0]
@@ -66,7 +66,7 @@ def run(left: list[Cell], grid: str, workdir: Path, executor: Any, console: Cons
     follow(left, workdir, _watcher(left, workdir), console, _LOOK_EVERY_SECS)
 
 
-def make_executor(folder: Path, wishes: Wishes, cluster: str = "slurm") -> Any:
+def make_executor(folder: Path, options: Options, cluster: str = "slurm") -> Any:
     """submitit's executor; other clusters than Slurm ("local", "debug") run the same commands on this machine.
 
     Raises `UserError` without submitit or Slurm.
@@ -79,14 +79,14 @@ def make_executor(folder: Path, wishes: Wishes, cluster: str = "slurm") -> Any:
         raise UserError("--backend slurm: this machine has no sbatch; run it on a login node of the cluster")
     executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_REQUEUES)
     asked = {
-        "slurm_partition": wishes.partition, "gpus_per_node": wishes.gpus, "cpus_per_task": wishes.cpus,
-        "slurm_array_parallelism": wishes.at_once,
+        "slurm_partition": options.partition, "gpus_per_node": options.gpus, "cpus_per_task": options.cpus,
+        "slurm_array_parallelism": options.at_once,
     }  # fmt: skip
     executor.update_parameters(
         name="vlm_jax",
-        timeout_min=wishes.minutes,
+        timeout_min=options.minutes,
         stderr_to_stdout=True,
-        slurm_additional_parameters={"requeue": True, **wishes.more},
+        slurm_additional_parameters={"requeue": True, **options.more},
         **{name: value for name, value in asked.items() if value is not None},
     )
     return executor
@@ -111,7 +111,7 @@ def submit(executor: Any, cells: Sequence[Cell], grid: str, workdir: Path) -> li
     for cell, job in zip(cells, jobs, strict=True):
         cell.folder.mkdir(parents=True, exist_ok=True)
         (cell.folder / "error.txt").unlink(missing_ok=True)
-        states.write_whole(cell.folder / "job.txt", job.job_id)
+        write_text(cell.folder / "job.txt", job.job_id)
     return jobs
 
 

@@ -12,7 +12,7 @@ from experiments.launching import states
 from experiments.launching.attempt import attempt
 from experiments.launching.cells import cells_of, rows_of
 from vlm_jax import processes
-from vlm_jax.core.errors import STOPPED, Ended
+from vlm_jax.core.errors import STOPPED, RunStopped
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which asks us to save
     stop = processes.watch_sigterm()
     for cell in cells_of(args.grid, args.workdir):
-        with states.taken(cell) as mine:
+        with states.try_lock(cell) as mine:
             # The launcher removed what earlier launches left, so an error here is one of this launch.
             if not mine or states.error_of(cell) or rows_of([cell], args.workdir):
                 continue
@@ -32,8 +32,8 @@ def main() -> None:
             os.dup2(log, 2)
             os.close(log)
             try:
-                attempt(cell, states.teller(cell), stop)
-            except Ended as ended:
+                attempt(cell, states.reporter(cell), stop)
+            except RunStopped as ended:
                 if ended.code == STOPPED:
                     os._exit(STOPPED)
             except Exception:

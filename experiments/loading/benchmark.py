@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from experiments.readme import write_block
-from vlm_jax.core.errors import Flags, UserError, door
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 HERE = Path(__file__).parent
 WAYS = ("ours", "sharded", "copy", "transformers")
@@ -26,7 +27,7 @@ GIB = 2**30
 
 
 def main(argv: list[str]) -> None:
-    parser = Flags(prog="python -m experiments.loading.benchmark", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m experiments.loading.benchmark", description=__doc__, allow_abbrev=False)
     parser.add_argument("--llm", default="qwen1.5-1.8b", help="whose shape; see vlm_jax/sizing/zoo.py")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written for a while, if not in /tmp")
     parser.add_argument("--repeats", type=int, default=3, help="loads of each kind, in turn; the median counts")
@@ -108,4 +109,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm_jax.aot import ENVIRONMENT
-from vlm_jax.core.errors import Flags, door
+from vlm_jax.cli import ArgumentParser, run_main
 
 HERE = Path(__file__).parent
 LLMS = ("qwen1.5-7b", "qwen1.5-0.5b", "qwen1.5-14b", "qwen1.5-1.8b", "qwen1.5-4b")
@@ -56,7 +56,7 @@ def cells() -> list[Cell]:
 def main(argv: list[str]) -> None:
     """Compiles what is missing."""
     os.environ.update(ENVIRONMENT)
-    flags = Flags(prog="python -m experiments.pod_fit.sweep", description=__doc__)
+    flags = ArgumentParser(prog="python -m experiments.pod_fit.sweep", description=__doc__)
     flags.add_argument("--part", default="0/1", help="i/n: every n-th cell, from the i-th")
     flags.add_argument("--hlo", type=Path, help="keep the programs' texts in this folder")
     args = flags.parse_args(argv)
@@ -91,4 +91,4 @@ def read() -> list[dict]:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.pod_fit.sweep import HERE, LLMS, PODS, TOKENS, cells, read, train_cell
 from vlm_jax.aot import ENVIRONMENT
-from vlm_jax.core.errors import Flags, door
+from vlm_jax.cli import ArgumentParser, run_main
 
 GIB = 2**30
 CHIPS = (16, 32, 64, 128, 256)
@@ -164,7 +164,7 @@ def figure(rows: dict[str, Row]) -> None:
 def main(argv: list[str]) -> int:
     """Writes the page; prints the checks."""
     os.environ.update(ENVIRONMENT)
-    Flags(prog="python -m experiments.pod_fit.table", description=__doc__).parse_args(argv)
+    ArgumentParser(prog="python -m experiments.pod_fit.table", description=__doc__).parse_args(argv)
     from vlm_jax.config.arguments import load_config
     from vlm_jax.config.resolve import resolve
     from vlm_jax.sizing.chips import ASSUMED
@@ -199,4 +199,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.core.errors import door
+from vlm_jax.cli import run_main
 from vlm_jax.scaling import intervals, laws, scores, solve
 
 HERE = Path(__file__).parent
@@ -105,4 +105,4 @@ def search_vectorised(points: np.ndarray, params: np.ndarray, tokens: np.ndarray
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -9,7 +9,6 @@ experiments.published_law.benchmark` wrote last.
 
 import argparse
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.core.errors import UserError, door
+from vlm_jax.cli import run_main
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 from vlm_jax.scaling import (
     fit,
     frontier,
@@ -59,9 +60,7 @@ def main(argv: list[str]) -> int:
         lawfile.write(args.out / "law.json", law)
         figures(args.out / "figures", law, rows)
     text = (HERE / "README.template.md").read_text().format(**findings(law, rows))
-    new = args.out / "README.md.new"
-    new.write_text(text)
-    os.replace(new, args.out / "README.md")
+    write_text(args.out / "README.md", text)
     print(f"wrote {args.out / 'README.md'}, {args.out / 'law.json'} and {args.out / 'figures'}")
     return 0
 
@@ -250,4 +249,4 @@ def _benchmark() -> SimpleNamespace:
 
 
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

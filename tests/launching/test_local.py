@@ -63,7 +63,7 @@ from experiments.launching import cells, states
 cell = cells.cells_of(sys.argv[5], pathlib.Path(sys.argv[7]))[1]
 if not states.error_of(cell):
     (cell.folder / "log.txt").write_text("out of memory")
-    states.teller(cell)("training", 0.5)
+    states.reporter(cell)("training", 0.5)
     os.kill(os.getpid(), 9)
 """
     monkeypatch.setattr(local, "devices", lambda: Devices((), False, (0,)))

@@ -130,6 +130,23 @@ def test_a_slice_that_cannot_be_made_is_not_asked_for_for_ever(pod: Pod) -> None
     assert "--spot" not in pod.calls.read_text()
 
 
+def test_of_several_slices_each_has_its_share(pod: Pod) -> None:
+    done = pod("up", SHARE="1/4")
+    assert done.returncode == 0, done.stderr
+    assert "--index 1/4 --processes auto" in pod.calls.read_text()
+
+
+def test_a_grid_that_the_slice_cannot_run_is_refused_before_it_is_made(pod: Pod) -> None:
+    python = pod.home / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/bash\necho error: $* >&2\nexit 2\n")
+    python.chmod(0o755)
+    done = pod("up")
+    assert done.returncode == 2
+    assert "--dry-run --accelerator v6e-16" in done.stderr
+    assert pod.steps() == []
+
+
 def test_each_step_alone(pod: Pod) -> None:
     for step, wanted in {
         "create": ["create"], "install": ["send", "prepare"], "run": ["run"], "fetch": ["fetch"], "delete": ["delete"],
@@ -142,6 +159,7 @@ def test_each_step_alone(pod: Pod) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("POD", ""), ("TYPE", "v6e"), ("BUCKET", "gs://b"), ("GRID", "nothing.py"), ("CAPACITY", "cheap"),
+     ("SHARE", "4"),
      ("GRID", str(ROOT / "configs" / "grids" / "demo.py"))],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line_and_asks_nobody(pod: Pod, setting: str, value: str) -> None:

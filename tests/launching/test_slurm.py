@@ -16,11 +16,11 @@ from tests.launching.conftest import ROOT, row
 from vlm_jax.core.errors import UserError
 
 submitit = pytest.importorskip("submitit")
-WISHES = slurm.Wishes(minutes=30, partition="spot", gpus=1, cpus=2, at_once=2, more={"account": "lab"})
+OPTIONS = slurm.Options(minutes=30, partition="spot", gpus=1, cpus=2, at_once=2, more={"account": "lab"})
 
 
 def executor(workdir: Path) -> Any:
-    return slurm.make_executor(workdir / "slurm", WISHES)
+    return slurm.make_executor(workdir / "slurm", OPTIONS)
 
 
 def console() -> Console:
@@ -33,7 +33,7 @@ def test_a_task_runs_one_cell_by_its_index(
     """The command itself, through submitit's pickle, on this machine: its cell is done already."""
     monkeypatch.chdir(ROOT)
     write_row(cells[1], row(cells[1]))
-    local = slurm.make_executor(workdir / "slurm", WISHES._replace(gpus=None), cluster="local")
+    local = slurm.make_executor(workdir / "slurm", OPTIONS._replace(gpus=None), cluster="local")
     (job,) = slurm.submit(local, cells[1:2], grid, workdir)
     assert f"cell 1 is done: {cells[1].name}" in job.result()
     assert (cells[1].folder / "job.txt").read_text().strip() == job.job_id
@@ -70,7 +70,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     write_row(cells[1], row(cells[0]))  # where the fake queue finds it
     finish = f"mv {cells[1].folder / 'row.json'} {cells[0].folder / 'row.json'} 2>/dev/null"
     program("squeue", f"if [ -e {workdir}/asked ]; then {finish}; else touch {workdir}/asked; echo 7_0; fi")
-    states.write_whole(cells[0].folder / "job.txt", "7_0")
+    (cells[0].folder / "job.txt").write_text("7_0")
     slurm.run(cells[:1], grid, workdir, executor(workdir), console())
     assert (workdir / "rows.jsonl").exists()
     assert not calls.exists()
@@ -81,10 +81,10 @@ def test_what_is_missing_on_the_machine_is_said(
 ) -> None:
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="no sbatch"):
-        slurm.make_executor(workdir, WISHES)
+        slurm.make_executor(workdir, OPTIONS)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"vlm_jax\[slurm\]"):
-        slurm.make_executor(workdir, WISHES)
+        slurm.make_executor(workdir, OPTIONS)
 
 
 def test_what_slurm_refuses_is_said(

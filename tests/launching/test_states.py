@@ -13,14 +13,14 @@ import pytest
 from experiments.launching import attempt, states
 from experiments.launching.cells import Cell, write_row
 from tests.launching.conftest import ROOT, row
-from vlm_jax.core.errors import BAD_STEP, STOPPED, Ended
+from vlm_jax.core.errors import BAD_STEP, STOPPED, RunStopped
 
 HOLDER = """
 import sys, pathlib
 from experiments.launching import cells, states
 cell = cells.cells_of(sys.argv[1], pathlib.Path(sys.argv[2]))[0]
-with states.taken(cell) as mine:
-    states.teller(cell)("training", 0.5)
+with states.try_lock(cell) as mine:
+    states.reporter(cell)("training", 0.5)
     print(mine, flush=True)
     sys.stdin.read()
 """
@@ -36,7 +36,7 @@ def test_a_cell_is_held_by_one_process_until_that_is_killed(grid: str, cells: li
     cell = cells[0]
     with holder(grid, workdir) as first:
         assert first.stdout.readline() == "True\n"
-        with states.taken(cell) as mine:
+        with states.try_lock(cell) as mine:
             assert not mine
         state = states.state_of(cell)
         assert (state.kind, state.share, state.doing) == ("running", 0.5, "training")
@@ -45,16 +45,16 @@ def test_a_cell_is_held_by_one_process_until_that_is_killed(grid: str, cells: li
     state = states.state_of(cell)
     assert state.kind == "waiting"
     assert "training, 50%" in state.text
-    with states.taken(cell) as mine:
+    with states.try_lock(cell) as mine:
         assert mine
 
 
 def test_looking_at_a_cell_does_not_keep_it_from_anybody(cells: list[Cell]) -> None:
-    with states.taken(cells[0]) as mine:
+    with states.try_lock(cells[0]) as mine:
         assert mine
-        assert states.held(cells[0])
-    assert not states.held(cells[0])
-    assert not states.held(cells[1])
+        assert states.is_locked(cells[0])
+    assert not states.is_locked(cells[0])
+    assert not states.is_locked(cells[1])
 
 
 def test_states_of_a_cell(cells: list[Cell]) -> None:
@@ -79,19 +79,19 @@ def test_a_copy_from_another_machine_is_believed_while_it_is_young(cells: list[C
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(ValueError("broken"), "ValueError: broken"), (Ended("not finite", BAD_STEP), "not finite"),
-     (Ended("saved", STOPPED), None)],
+    [(ValueError("broken"), "ValueError: broken"), (RunStopped("not finite", BAD_STEP), "not finite"),
+     (RunStopped("saved", STOPPED), None)],
 )  # fmt: skip
 def test_an_attempt_says_why_it_failed_but_not_that_it_was_stopped(
     cells: list[Cell], monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str | None
 ) -> None:
-    def run(cell: Cell, tell: states.Tell, stop: Callable[[int], bool]) -> None:
-        tell("training", 0.5)
+    def run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None:
+        report("training", 0.5)
         raise error
 
     monkeypatch.setattr(attempt, "_run", run)
     (cells[0].folder / "error.txt").write_text("an earlier attempt")
     with pytest.raises(type(error)):
-        attempt.attempt(cells[0], states.teller(cells[0]), lambda step: False)
+        attempt.attempt(cells[0], states.reporter(cells[0]), lambda step: False)
     assert states.state_of(cells[0]).kind == ("failed" if reason else "waiting")
     assert (reason in states.error_of(cells[0])[-1]) if reason else not states.error_of(cells[0])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,9 +14,9 @@ from tests import builders
 from vlm_jax import partitioning
 from vlm_jax.core import tree
 from vlm_jax.core.axes import EMBED, MLP
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.structs import TrainState
-from vlm_jax.store.checkpoint import Checkpoints, claim, read_spec
+from vlm_jax.store.checkpoint import Checkpoints, disk_errors, lock_workdir, read_spec
 
 SPEC = {"seed": 0, "data": {"dataset": "glyph_ocr", "batch_examples": 32}, "stages": [{"name": "both", "train": ["a"]}]}
 CURSOR = {"next_index": 17, "nested": {"position": [1, 2]}}
@@ -86,15 +87,15 @@ def test_the_newest_are_kept_and_the_incomplete_do_not_count(tmp_path) -> None:
 def test_a_workdir_belongs_to_one_spec(tmp_path) -> None:
     """The same spec may come again; another is refused, with the fields that differ and their values."""
     workdir = tmp_path / "deep" / "run"
-    claim(workdir, SPEC)
+    lock_workdir(workdir, SPEC)
     assert read_spec(workdir) == SPEC
     assert [path.name for path in workdir.iterdir()] == ["spec.json"]
-    claim(workdir, copy.deepcopy(SPEC))
+    lock_workdir(workdir, copy.deepcopy(SPEC))
     other = copy.deepcopy(SPEC)
     other["data"]["batch_examples"] = 64
     other["stages"][0]["train"].append("b")
     with pytest.raises(UserError) as told:
-        claim(workdir, other)
+        lock_workdir(workdir, other)
     message = str(told.value)
     assert "data.batch_examples: 32 there, 64 asked" in message
     assert "stages.0.train.1: None there, 'b' asked" in message
@@ -105,8 +106,25 @@ def test_a_workdir_belongs_to_one_spec(tmp_path) -> None:
 
 def test_a_workdir_that_cannot_be_written_is_told(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run: cannot write here .*: choose another --workdir"):
-        claim(tmp_path / "file" / "run", SPEC)
+    with pytest.raises(UserError, match=r"file/run: cannot write here .*: name another --workdir"):
+        lock_workdir(tmp_path / "file" / "run", SPEC)
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path) -> None:
+    """A real one, and as Orbax passes it on from its threads; other errors stay what they are."""
+
+    def fails(error: Exception | None = None) -> None:
+        with disk_errors(tmp_path):
+            if error is not None:
+                raise error
+            Path("/dev/full").write_text("x")
+
+    for error in (None, ValueError("INTERNAL: write failed: No space left on device [/run/checkpoints]")):
+        with pytest.raises(UserError, match=r"cannot write here \(No space left.*make room or name another --workdir"):
+            fails(error)
+    for error in (ValueError("broken"), RunStopped("saved", 143)):
+        with pytest.raises(type(error), match=str(error)):
+            fails(error)
 
 
 def test_a_missing_or_broken_spec_is_told(tmp_path) -> None:
@@ -114,4 +132,4 @@ def test_a_missing_or_broken_spec_is_told(tmp_path) -> None:
         read_spec(tmp_path)
     (tmp_path / "spec.json").write_text(json.dumps(SPEC, indent=1)[:-9])
     with pytest.raises(UserError, match=r"spec\.json, line \d+: not valid JSON"):
-        claim(tmp_path, SPEC)
+        lock_workdir(tmp_path, SPEC)

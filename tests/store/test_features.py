@@ -75,7 +75,7 @@ def test_of_two_at_once_one_computes(tmp_path) -> None:
 
 def test_what_was_half_written_is_ignored(tmp_path) -> None:
     """Neither the folder of an interrupted computation nor a folder without its last file is taken for features."""
-    for name in ("key.partial", "key"):
+    for name in ("key.partial-1", "key"):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "tokens.npy", np.zeros((COUNT, 16, 48), np.float16))
     counted = Counted(brightness)

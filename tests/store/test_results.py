@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import builders
 import pytest
+from filelock import FileLock
 from result_rows import row
 
 from vlm_jax.core import specs
@@ -38,6 +39,29 @@ def test_writers_do_not_mix_lines(tmp_path):
     assert results.done(path) == {str(i) for i in range(64)}
 
 
+def test_a_reader_waits_for_a_writer(tmp_path):
+    """A line that is being written, under the lock that `append` takes, is read whole."""
+    path = tmp_path / "rows.jsonl"
+    results.append(path, row(spec_hash="x"))
+    line = results.to_line(row(spec_hash="y"), path)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(f"{path}.lock"), path.open("a") as file:
+            file.write(line[:20])
+            file.flush()
+            reading = pool.submit(results.done, path)
+            with pytest.raises(TimeoutError):
+                reading.result(timeout=0.1)
+            file.write(line[20:])
+        assert reading.result() == {"x", "y"}
+
+
+def test_reading_leaves_no_trace(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(results.to_line(row(spec_hash="x"), path))
+    assert results.done(path) == {"x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
     path = tmp_path / "rows.jsonl"
     results.append(path, row(spec_hash="x"))
@@ -57,9 +81,9 @@ def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
     [
         ({"error": None}, r"rows\.jsonl:1: missing field\(s\) error"),
         ({"colour": "red"}, r"rows\.jsonl:1: unknown field\(s\) colour"),
-        ({"error": "0.5"}, r"rows\.jsonl:1: error is '0\.5'; it must be a finite float"),
-        ({"llm_params": 1.5}, "llm_params is 1.5; it must be a finite int"),
-        ({"cell": 3}, "cell is 3; it must be text"),
+        ({"error": "0.5"}, r"rows\.jsonl:1: error: expected a finite float, got '0\.5'"),
+        ({"llm_params": 1.5}, r"llm_params: expected a finite int, got 1\.5"),
+        ({"cell": 3}, "cell: expected text, got 3"),
         ({"model": None}, r"rows\.jsonl:1: missing field\(s\) model; evaluate the cell again"),
         ({"model": {"encoder": None}}, r"rows\.jsonl:1: model\.compressor is missing"),
         ({"model": {**MODEL, "mask": 1}}, r"rows\.jsonl:1: model\.mask: expected str, got 1"),
@@ -75,7 +99,7 @@ def test_a_line_that_is_no_row_is_told(tmp_path, change, message):
 
 
 def test_a_row_that_is_not_finite_is_not_written(tmp_path):
-    with pytest.raises(UserError, match="error=nan"):
+    with pytest.raises(UserError, match="expected a finite number, got error=nan"):
         results.append(tmp_path / "rows.jsonl", row(error=float("nan")))
     assert not (tmp_path / "rows.jsonl").exists()
 

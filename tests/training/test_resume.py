@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +18,7 @@ from vlm_jax import build, job
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
-from vlm_jax.core.errors import Ended
+from vlm_jax.core.errors import RunStopped
 from vlm_jax.core.specs import BadStepSpec, EncoderSpec, RunSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.data import pipeline
@@ -50,12 +55,22 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def open_tiny(folder: Path) -> build.Run:
+    """The run, with its data, features and encoder in `folder`."""
+    return build.open_run(dataclasses.replace(tiny_spec(), encoder_checkpoint=str(folder / "encoder.npz")), folder)
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> build.Run:
+def cache(tmp_path_factory) -> Path:
     folder, spec = tmp_path_factory.mktemp("cache"), tiny_spec()
     encoder = builders.params(Vlm(spec.model, spec.compute))["encoder"]
     big_vision.save_encoder(folder / "encoder.npz", encoder, spec.model.encoder)
-    return build.open_run(dataclasses.replace(spec, encoder_checkpoint=str(folder / "encoder.npz")), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path) -> build.Run:
+    return open_tiny(cache)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +134,31 @@ def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: lis
     assert logged(workdir) == logged(whole)
 
 
+def killed_at_log(step: int, cache: Path, workdir: Path) -> None:
+    """What a process of its own does: trains, and gets kill -9 while that step is logged and later ones are saved."""
+
+    def on_log(log, values) -> None:
+        if log.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    job.train(open_tiny(cache), workdir, on_log)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(run, whole, cache, tmp_path) -> None:
+    """Whatever the kill left half-written; here the process is killed in the second stage, with a save under way."""
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "tests.training.test_resume", "4", cache, tmp_path / "killed"]
+    assert subprocess.run(words, env=environment, check=False, timeout=300).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    assert any((tmp_path / "killed" / "checkpoints").iterdir())
+    job.train(run, tmp_path / "killed", lambda log, values: None)
+    assert summary(tmp_path / "killed")["params_sha256"] == summary(whole)["params_sha256"]
+    assert logged(tmp_path / "killed") == logged(whole)
+
+
 def test_a_run_that_is_done_is_not_trained_again(run, whole) -> None:
     before = summary(whole)
     params = job.train(run, whole, lambda log, values: pytest.fail("a step was taken"))
@@ -147,7 +187,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on(run, whole, tmp_path) -> None:
     """Where no checkpoint is due, at the end of the first stage."""
     workdir = tmp_path / "stopped"
     rare = run._replace(network=run.network._replace(spec=dataclasses.replace(run.network.spec, save_every_steps=0)))
-    with pytest.raises(Ended, match="saved step 3 of 7; the same command goes on") as ended:
+    with pytest.raises(RunStopped, match="saved step 3 of 7; the same command resumes") as ended:
         job.train(rare, workdir, lambda log, values: None, stop=lambda step: step == 3)
     assert ended.value.code == 143
     assert not (workdir / "summary.json").exists()
@@ -167,7 +207,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, tmp_path) -> None
     (notice, start) = notices
     assert start == "go"
     assert f"checkpoint 5 is damaged (state/d/{data.name} is not what was written)" in notice
-    assert "going on from step 4" in notice
+    assert "resuming from step 4" in notice
     assert (workdir / "damaged" / "5").is_dir()
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
 
@@ -190,7 +230,7 @@ def poisoned(run: build.Run, **fields: object) -> tuple[build.Run, str, list[int
 def test_a_bad_step_stops_the_run(run, tmp_path) -> None:
     """With the ids of its batch and the state; no checkpoint holds what it spoilt."""
     bad, name, hit = poisoned(run)
-    with pytest.raises(Ended, match=f"step {hit[0]}: loss nan, gradient norm nan") as ended:
+    with pytest.raises(RunStopped, match=f"step {hit[0]}: loss nan, gradient norm nan") as ended:
         job.train(bad, tmp_path, lambda log, values: None)
     assert ended.value.code == 4
     report = json.loads((tmp_path / "bad_step" / "report.json").read_text())
@@ -209,3 +249,7 @@ def test_a_bad_step_is_left_out(run, tmp_path) -> None:
     assert all(name in line["examples"] for line in lines)
     assert logged(tmp_path)[-1]["skipped"] == len(hit)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
+
+
+if __name__ == "__main__":
+    killed_at_log(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

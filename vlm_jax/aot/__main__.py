@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.aot import ENVIRONMENT
-from vlm_jax.core.errors import Flags, UserError, door, unknown
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.files import write_text
 from vlm_jax.core.specs import RunSpec, StageSpec
 
 _MESH = re.compile(r"-\d+(,-?\d+)+")
 
 
-def parser() -> Flags:
+def parser() -> ArgumentParser:
     """The flags."""
-    flags = Flags(prog="python -m vlm_jax.aot", description=__doc__, allow_abbrev=False)
+    flags = ArgumentParser(prog="python -m vlm_jax.aot", description=__doc__, allow_abbrev=False)
     flags.add_argument(
         "--config", required=True, help="FILE.py:name=value,... ; single fields: --config.compute.remat=dots"
     )
@@ -88,22 +90,15 @@ def _compile(
                 continue
             rows.append(row)
             if flags.json:
-                _write(flags.json, json.dumps(rows if len(cells) > 1 else row, indent=1) + "\n")
+                write_text(flags.json, json.dumps(rows if len(cells) > 1 else row, indent=1) + "\n")
             if flags.hlo:
                 more = "." + variants.name(topology, cell).replace(" ", ".").replace(":", "-") if len(cells) > 1 else ""
-                _write(flags.hlo.with_name(f"{flags.hlo.stem}{more}{flags.hlo.suffix}"), program)
+                write_text(flags.hlo.with_name(f"{flags.hlo.stem}{more}{flags.hlo.suffix}"), program)
             progress.advance(bar)
             text = "\n".join([*report.lines(row), *([] if row["fits"] else [report.advice(row)])])
             progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
     return rows, refused
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 if __name__ == "__main__":
-    door(main)()
+    run_main(main)

@@ -6,15 +6,14 @@ PNG bytes until they are asked for.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from jaxtyping import Int, UInt8
 
 from vlm_jax.core.errors import UserError, unknown
@@ -85,15 +84,6 @@ def _unreadable(folder: Path, error: object) -> UserError:
     )
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file next to the data."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def _open(dataset: str, config: str, data_dir: str | Path) -> Any:
     """The builder; `UserError` if its folder is there but is not what this code would build."""
     folder = _folder(dataset, config, data_dir)
@@ -123,7 +113,8 @@ def build(dataset: str, config: str, data_dir: str | Path) -> Path:
 
     folder = _folder(dataset, config, data_dir)
     try:
-        with _locked(Path(data_dir) / f".{dataset}-{config}.lock"):
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(data_dir) / f".{dataset}-{config}.lock"):
             builder = _open(dataset, config, data_dir)
             if not folder.exists():
                 tfds.disable_progress_bar()  # the builder shows its own; TFDS announces downloads, which there are none

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import atomic_write
 from vlm_jax.core.structs import Visual
 from vlm_jax.inference.loading import Model
 from vlm_jax.models.vlm import Vlm
@@ -128,12 +129,10 @@ def draw(
         "(norm of its derivative with respect to the patch, relative to its largest)",
         fontsize=8,
     )
-    temporary = out.with_name(f"{out.stem}.partial{out.suffix}")
     try:
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(out)
+        with atomic_write(out) as new:
+            figure.savefig(new, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)

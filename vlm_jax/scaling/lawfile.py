@@ -2,12 +2,12 @@
 law."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling.fitted import VERSION, FamilyFit, FormFit, LawFit
 
@@ -17,13 +17,10 @@ _DRAW_DIGITS = 6
 
 def write(path: str | Path, law: LawFit) -> None:
     """Writes the law, or nothing."""
-    new = Path(f"{path}.new")
     try:
-        new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(dumps(law))
-        os.replace(new, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(path), dumps(law))
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 

@@ -7,7 +7,6 @@ one of the computed tables.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 from vlm_jax.scaling import candidates, frontier
 from vlm_jax.scaling.candidates import Candidate
 from vlm_jax.scaling.fitted import FamilyFit, LawFit
@@ -55,12 +55,9 @@ def write(path: str | Path, law: LawFit, family: str | None, request: Request, l
     title = f"{name}: error against cost, {request.answer_tokens:g} answer tokens, {request.chips} x {on.name}"
     text = _PAGE.replace("$TITLE", escape(title)).replace("$NOTE", escape(_note(fitted)))
     text = text.replace("$DATA", json.dumps(data, allow_nan=False).replace("</", "<\\/"))
-    new = Path(f"{path}.new")
     try:
-        new.write_text(text.replace("$PLOTLY", get_plotlyjs()))
-        os.replace(new, path)
+        write_text(Path(path), text.replace("$PLOTLY", get_plotlyjs()))
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 

@@ -2,7 +2,6 @@
 screen."""
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from vlm_jax.core.files import atomic_write
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import frontier, scores
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
@@ -47,9 +47,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Writes the PNG, or nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new.png")
-    figure.savefig(new, dpi=160, bbox_inches="tight", metadata={"Software": None})
-    os.replace(new, path)
+    with atomic_write(path) as new:
+        figure.savefig(new, dpi=160, bbox_inches="tight", metadata={"Software": None})
     return path
 
 

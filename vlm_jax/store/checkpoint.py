@@ -1,8 +1,7 @@
 """Orbax checkpoints of (state, data cursor, progress): written in the background, complete or not there at all.
 
-A checkpoint holds the SHA-256 of each of its files (`integrity`), so that a byte that changed on disk is told before it
-is used. Of several processes each writes what its devices hold into the one folder that all of them share; process 0
-writes and compares the digests.
+A checkpoint holds the SHA-256 of each of its files (`integrity`), so that a byte that changed on disk is reported
+before it is used. Each process writes its shards into one shared folder; process 0 writes and compares the digests.
 """
 
 import contextlib
@@ -19,9 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from vlm_jax.core import specs
-from vlm_jax.core.errors import Ended, UserError
+from vlm_jax.core.errors import RunStopped, UserError
+from vlm_jax.core.files import write_json
 from vlm_jax.store import integrity
-from vlm_jax.store.files import write_json
 
 _DISK = ("No space left", "Read-only file system", "Permission denied", "Disk quota exceeded", "File too large")
 _DISK_CODES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
@@ -40,7 +39,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 1, keep_every_steps: int = 0):
         self.directory = workdir.absolute() / "checkpoints"
-        with told(self.directory):
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -60,7 +59,7 @@ class Checkpoints:
     def newest_sound(self, on_damage: Callable[[int, str], None]) -> int | None:
         """Step of the newest checkpoint whose files are as they were written; None where there is none at all.
 
-        Damaged ones on the way are told to `on_damage(step, what)`. Raises `UserError` where all are damaged.
+        Calls `on_damage(step, what)` for each damaged one that is newer. Raises `UserError` where all are damaged.
         """
         return _newest_sound(self.directory, on_damage)
 
@@ -68,7 +67,7 @@ class Checkpoints:
         """Moves a damaged checkpoint to `damaged/`, so that its step can be saved again."""
         aside = self.directory.parent / "damaged" / str(step)
         if jax.process_index() == 0:
-            with told(aside):
+            with disk_errors(aside):
                 aside.parent.mkdir(exist_ok=True)
                 while aside.exists():
                     aside = aside.with_name(f"{aside.name}.again")
@@ -85,7 +84,7 @@ class Checkpoints:
             cursor=ocp.args.JsonSave(cursor),
             progress=ocp.args.JsonSave(progress),
         )
-        with told(self.directory):
+        with disk_errors(self.directory):
             self._manager.wait_until_finished()
             self._saving = step
             self._manager.save(step, args=args)
@@ -109,7 +108,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was saved is on disk. Raises `UserError` if the disk did not take it."""
-        with told(self.directory):
+        with disk_errors(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -142,8 +141,8 @@ def restore_params(
     if step < least_step:
         why = "".join(f"; step {other} is damaged: {what}" for other, what in damaged.items())
         raise UserError(
-            f"{directory}: the newest sound checkpoint is of step {step}, that of step {least_step} is wanted{why}: "
-            "run vlm_jax.train again"
+            f"{directory}: expected a checkpoint of step {least_step}, the newest intact one is of step {step}{why} "
+            "(run vlm_jax.train again)"
         )
     for other, what in damaged.items():
         on_damage(other, what)
@@ -166,7 +165,7 @@ def _newest_sound(directory: Path, on_damage: Callable[[int, str], None]) -> int
         sound = int(multihost_utils.broadcast_one_to_all(np.int32(sound)))
     if steps and sound == len(steps):
         raise UserError(
-            f"{directory}: no checkpoint is sound (step {steps[0]}: {damage[0] or 'as process 0 says'}): restore the "
+            f"{directory}: every checkpoint is damaged (step {steps[0]}: {damage[0] or 'see process 0'}): restore the "
             "folder from a copy, or delete it to train from the start"
         )
     for step, what in zip(steps[:sound], damage, strict=False):
@@ -176,16 +175,16 @@ def _newest_sound(directory: Path, on_damage: Callable[[int, str], None]) -> int
 
 def save_state(folder: Path, state: Any) -> None:
     """A state alone, for a later look; replaces what is there."""
-    with told(folder), ocp.StandardCheckpointer() as checkpointer:
+    with disk_errors(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), state, force=True)
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses (full, read-only, forbidden) into one line."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses (full, read-only, forbidden) into a `UserError`."""
     try:
         yield
-    except (UserError, Ended):
+    except (UserError, RunStopped):
         raise
     except Exception as error:
         text = str(error)
@@ -195,8 +194,8 @@ def told(path: Path) -> Iterator[None]:
         if said is None:
             raise
         raise UserError(
-            f"{path}: cannot write here ({said}): the checkpoints that are there are whole; make room or name another "
-            "--workdir, and run again"
+            f"{path}: cannot write here ({said}): earlier checkpoints are intact; make room or name another --workdir, "
+            "and run again"
         ) from error
 
 
@@ -206,7 +205,7 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"{folder}: cannot be read ({_line(error)}): move the folder away to go on from the checkpoint before it"
+            f"{folder}: cannot be read ({_line(error)}): move the folder away to resume from the checkpoint before it"
         ) from error
 
 
@@ -214,7 +213,7 @@ def _line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error))[:200] or type(error).__name__
 
 
-def claim(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -> None:
+def lock_workdir(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -> None:
     """Writes `spec.json` into a new workdir, or checks that it is this spec's, but for the fields that may change.
 
     A field that came after the file was written counts as what it then meant. Only process 0 writes. Raises `UserError`
@@ -227,7 +226,7 @@ def claim(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -
         differing = [name for name in differing if not name.startswith(tuple(may_change) or "\0")]
         if differing:
             changes = ", ".join(f"{n}: {there.get(n)!r} there, {asked.get(n)!r} asked" for n in differing[:6])
-            raise UserError(f"{workdir} holds a run of another spec ({changes}): choose another --workdir")
+            raise UserError(f"{workdir} holds a run of another spec ({changes}): name another --workdir")
         return
     if jax.process_index():
         return
@@ -235,7 +234,7 @@ def claim(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, spec)
     except OSError as error:
-        raise UserError(f"{workdir}: cannot write here ({error.strerror}): choose another --workdir") from error
+        raise UserError(f"{workdir}: cannot write here ({error.strerror}): name another --workdir") from error
 
 
 def read_spec(workdir: Path) -> dict[str, Any]:
@@ -251,7 +250,7 @@ def read_spec(workdir: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{workdir}/spec.json, line {error.lineno}: not valid JSON ({error.msg})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{workdir}/spec.json: an object of fields is wanted, not {type(values).__name__}")
+        raise UserError(f"{workdir}/spec.json: expected a JSON object, got {type(values).__name__}")
     return values
 
 

@@ -4,19 +4,19 @@ A folder per key holds `tokens.npy` [n,P,E], `taps.npy` [n,A,P,E] (float16, memo
 folder appears under its name only when it is complete; a lock lets one process compute while others wait.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import atomic_write
 from vlm_jax.core.structs import Visual
 
 Encode = Callable[[np.ndarray], Visual]  # uint8[B,H,H,3] -> Visual
@@ -44,10 +44,13 @@ def open_or_compute(
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root / name
-    with open(root / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(root / f"{name}.lock"):
         if not (folder / "meta.json").exists():
-            _compute(folder, images, count, encode, label)
+            for stale in root.glob(f"{name}.partial-*"):
+                shutil.rmtree(stale)  # of a process that was killed; they are large
+            with atomic_write(folder) as new:
+                new.mkdir()
+                _compute(new, images, count, encode, label)
     try:
         tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         taps = np.load(folder / "taps.npy", mmap_mode="r") if (folder / "taps.npy").exists() else None
@@ -62,9 +65,6 @@ def open_or_compute(
 
 
 def _compute(folder: Path, images: Callable[[np.ndarray], np.ndarray], count: int, encode: Encode, label: str) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     stores: dict[str, np.ndarray] = {}
     for start in track(range(0, count, _BATCH), description=f"features of {label}", transient=True):
         # The last batch is filled up so that one compiled program serves all.
@@ -76,14 +76,12 @@ def _compute(folder: Path, images: Callable[[np.ndarray], np.ndarray], count: in
             array = np.asarray(value).astype(np.float16)
             if field not in stores:
                 stores[field] = np.lib.format.open_memmap(
-                    partial / f"{field}.npy", mode="w+", dtype=np.float16, shape=(count, *array.shape[1:])
+                    folder / f"{field}.npy", mode="w+", dtype=np.float16, shape=(count, *array.shape[1:])
                 )
             stores[field][start : start + _BATCH] = array[: min(_BATCH, count - start)]
     for store in stores.values():
         store.flush()
-    (partial / "meta.json").write_text(json.dumps({"examples": count, "source": label}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    (folder / "meta.json").write_text(json.dumps({"examples": count, "source": label}) + "\n")
 
 
 def _check(

@@ -9,7 +9,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlm_jax.store.files import write_json
+from vlm_jax.core.files import write_json
 
 _DIGESTS = "sha256.json"
 # Written by Orbax when the digests have been taken, and not needed to restore.

@@ -1,5 +1,5 @@
-"""Metrics to `metrics.jsonl` and TensorBoard, off the critical path: a thread waits for the device, the training loop
-does not.
+"""Metrics to `metrics.jsonl` and TensorBoard, off the critical path: a thread waits for the device, not the training
+loop.
 """
 
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from vlm_jax.core.files import write_text
 
 
 class MetricWriter:
@@ -45,12 +47,12 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def wait(self) -> None:
-        """Until all that was handed over is written: what a checkpoint has behind it must not be logged again."""
+        """Until everything is written: the steps before a checkpoint must not be logged again."""
         for future in self._outstanding:
             future.result()
 
     def close(self) -> None:
-        """Raises what `make` raised, if nothing has told it yet; the files are closed all the same."""
+        """Raises what `make` raised, unless `write` or `wait` did; the files are closed in any case."""
         self._thread.shutdown(wait=True)
         self._lines.close()
         self._board.close()
@@ -70,7 +72,5 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if isinstance(values, dict) and values.get("step", math.inf) <= step:
             kept.append(values)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(values) + "\n" for values in kept))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
     return kept

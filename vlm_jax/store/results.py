@@ -1,11 +1,11 @@
 """Result rows on disk: one JSON object a line, append-only, safe for several writers on one file system.
 
-A row is written by a single append under a lock and reaches the disk before `append` returns. Reading is strict: a line
-that is not a whole row stops with its number and what to do, and nothing is dropped in silence.
+A row is written by a single append under a lock (`PATH.lock`) and is on disk before `append` returns. Reading is
+strict: a line that is not a whole row is an error that names its number and the fix; nothing is dropped in silence.
 """
 
+import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
@@ -26,19 +28,26 @@ def append(path: str | Path, row: ResultRow) -> None:
     """Adds the row at the end. A half-written last line (a crash) gets its own line first, so that it cannot swallow
     this one.
 
-    Raises `UserError` if a number of the row is not finite (JSON has no word for it, and a law cannot use it), or if
-    the disk does not take the row.
+    Raises `UserError` if a number of the row is not finite (not JSON, and no use to a law), or if the disk does not
+    take the row.
     """
+    line = to_line(row, path).encode()
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+        with _lock(path):
+            _append(path, line)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def to_line(row: ResultRow, path: str | Path) -> str:
+    """The row as a line of the file `path`. Raises `UserError` where a number of it is not finite."""
     values = dataclasses.asdict(row)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path}: row {row.cell!r} has {name}={value}; fix the run that made it")
-    line = json.dumps(values, allow_nan=False).encode() + b"\n"
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _append(path, line)
-    except OSError as error:
-        raise _refused(path, error) from error
+            raise UserError(f"{path}: row {row.cell!r}: expected a finite number, got {name}={value} (fix its run)")
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def check_writable(path: str | Path) -> None:
@@ -58,10 +67,14 @@ def _refused(path: str | Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot write rows here ({error.strerror or error}): make room or name another file")
 
 
+def _lock(path: str | Path) -> FileLock:
+    """Taken before the file is opened and given back after it is closed: only then does NFS show what others wrote."""
+    return FileLock(f"{path}.lock", poll_interval=0.01)
+
+
 def _append(path: str | Path, line: bytes) -> None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
@@ -70,7 +83,7 @@ def _append(path: str | Path, line: bytes) -> None:
             raise OSError(f"only {written} of {len(line)} bytes of a row were written")
         os.fsync(handle)
     finally:
-        os.close(handle)  # gives the lock back
+        os.close(handle)
 
 
 def read(path: str | Path) -> list[ResultRow]:
@@ -86,10 +99,12 @@ def done(path: str | Path) -> set[str]:
 
 def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank; waits for a writer that is in the middle of a line."""
+    lock = Path(f"{path}.lock")
+    # Rows that nobody appends to have no lock; those of another user are read without theirs.
+    waits = lock.exists() and os.access(lock, os.W_OK)
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            text = file.read().decode()
+        with _lock(path) if waits else contextlib.nullcontext():
+            text = Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as rows: {error}") from error
     lines = text.split("\n")
@@ -105,7 +120,7 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
                 f"{path}:{number}: {cause} ({error.msg}); the lines before it are whole: delete it, run its cell again"
             ) from error
         if not isinstance(values, dict):
-            raise UserError(f"{path}:{number}: a row is a JSON object, not {type(values).__name__}")
+            raise UserError(f"{path}:{number}: expected a JSON object, got {type(values).__name__}")
         objects.append((number, values))
     return objects
 
@@ -131,4 +146,4 @@ def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec:
         if value == int(value):
             return int(value)
     kind = "text" if wanted is str else f"a finite {wanted.__name__}"
-    raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
+    raise UserError(f"{where}: {name}: expected {kind}, got {value!r}")

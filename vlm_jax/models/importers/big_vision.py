@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.importers.weights import Leaf, Table, Weights, load_params, open_weights, same, tensors
@@ -82,16 +83,10 @@ def model_tables(spec: ModelSpec) -> dict[str, Table]:
 
 def write_npz(path: Path, named: Iterable[tuple[str, np.ndarray]]) -> None:
     """numpy's archive, one array in memory at a time; nothing stands at `path` before all of it does."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in named:
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in named:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
 
 def find_npz(weights: Weights) -> Found:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm, processors
 from vlm_jax.models.importers import weights as w
@@ -65,7 +66,7 @@ def save_folder(
     image_token: int | None = None,
     source: Path | None = None,
     max_shard_bytes: int = w.MAX_SHARD_BYTES,
-    wrote: w.Told = w.quiet,
+    wrote: w.OnTensor = w.noop,
 ) -> None:
     """Writes the parts that `spec` has, in the dtype of their parameters.
 
@@ -75,28 +76,23 @@ def save_folder(
     Raises `UserError` where `out` holds something already, or where no architecture of transformers fits.
     """
     config, tables = layout(spec, image_token)
-    claim(out)
+    check_vacant(out)
     parts = [(params[part], table) for part, table in tables.items()]
     if spec.encoder is not None and spec.encoder.feature_layer:
         parts.append(hf_encoder.idle_norm(tables["encoder"], params["encoder"]["position"]))
     kinds = {str(jnp.dtype(leaf.dtype)) for part, _ in parts for leaf in tree.flatten(part).values()}
     config["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
-    temporary = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        w.save_params(temporary, parts, max_shard_bytes, wrote)
-        if source is not None:
-            config |= _companions(source, temporary)
-        if spec.encoder is not None and not any((temporary / name).exists() for name in processors.NAMES):
-            prepared = processors.processor_config(spec.encoder)
-            (temporary / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if out.exists():
-            out.rmdir()
-        temporary.replace(out)
+        with atomic_write(out) as folder:
+            folder.mkdir(parents=True)
+            w.save_params(folder, parts, max_shard_bytes, wrote)
+            if source is not None:
+                config |= _companions(source, folder)
+            if spec.encoder is not None and not any((folder / name).exists() for name in processors.NAMES):
+                prepared = processors.processor_config(spec.encoder)
+                (folder / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
 
@@ -114,7 +110,7 @@ def _companions(source: Path, out: Path) -> dict[str, Any]:
 def save_npz(out: Path, spec: ModelSpec, params: Mapping[str, Any]) -> None:
     """The image tower, or a whole PaliGemma, as a big_vision checkpoint."""
     check_npz(out, spec)
-    claim(out)
+    check_vacant(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if spec.decoder is None:
@@ -143,7 +139,7 @@ def check_npz(out: Path, spec: ModelSpec) -> None:
         big_vision.model_tables(spec)
 
 
-def claim(out: Path) -> None:
+def check_vacant(out: Path) -> None:
     """Raises `UserError` where a file or a folder with something in it stands at `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: there is something already; name a new folder")

@@ -4,6 +4,7 @@ safetensors are memory-mapped one tensor at a time, so that a page which was rea
 formats keep no more than the tensor that was read last. Writes safetensors, in shards, one tensor at a time.
 """
 
+import contextlib
 import json
 import math
 import mmap
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import atomic_write
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 # safetensors' names of the types that parameters come in.
@@ -130,7 +132,7 @@ def open_safetensors(path: Path) -> Weights:
     return Weights(path, shapes, read)
 
 
-def let_go(array: np.ndarray) -> None:
+def free(array: np.ndarray) -> None:
     """Gives back the memory of a mapped tensor's pages; they are read again if they are wanted again."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
@@ -260,24 +262,24 @@ def write_safetensors(
     count = len(shards)
     files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [_WHOLE]
     coming = iter(arrays)
-    for file_name, shard in zip(files, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name in shard:
-            shape, kind = shapes[name]
-            header[name] = {"dtype": names[kind], "shape": shape, "data_offsets": [start, start + sizes[name]]}
-            start += sizes[name]
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / f"{file_name}.partial").open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+    with contextlib.ExitStack() as stack:
+        for file_name, shard in zip(files, shards, strict=True):
+            new = stack.enter_context(atomic_write(folder / file_name))
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            start = 0
             for name in shard:
-                told, array = next(coming)
-                if told != name or array.shape != shapes[name][0] or array.dtype != shapes[name][1]:
-                    raise ValueError(f"{told} {array.shape} {array.dtype} comes where {name} {shapes[name]} is due")
-                file.write(np.ascontiguousarray(array).view(np.uint8).data)
-    for file_name in files:
-        os.replace(folder / f"{file_name}.partial", folder / file_name)
+                shape, kind = shapes[name]
+                header[name] = {"dtype": names[kind], "shape": shape, "data_offsets": [start, start + sizes[name]]}
+                start += sizes[name]
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with new.open("wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                for name in shard:
+                    told, array = next(coming)
+                    if told != name or array.shape != shapes[name][0] or array.dtype != shapes[name][1]:
+                        raise ValueError(f"{told} {array.shape} {array.dtype} comes where {name} {shapes[name]} is due")
+                    file.write(np.ascontiguousarray(array).view(np.uint8).data)
     if count > 1:
         where = {name: file_name for file_name, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

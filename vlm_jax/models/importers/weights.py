@@ -25,7 +25,7 @@ import numpy as np
 
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.models.importers.tensor_files import Weights, cores, let_go, open_weights, write_safetensors
+from vlm_jax.models.importers.tensor_files import Weights, cores, free, open_weights, write_safetensors
 
 __all__ = [
     "Leaf", "Table", "Weights", "check", "conv_patch", "expected", "linear", "load_params", "open_weights", "same",
@@ -34,7 +34,7 @@ __all__ = [
 
 Shape = tuple[int, ...]
 Each = Callable[..., Iterable[None]]  # `map`, or that of a pool of threads
-Told = Callable[[int], None]  # called with the bytes of each tensor that went by
+OnTensor = Callable[[int], None]  # called with the bytes of each tensor that went by
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _TOLD = 4  # differences that a message spells out
@@ -44,7 +44,7 @@ _BATCH = 32  # pieces behind which the pages of the file are given back
 _MOST_THREADS = 8  # memory is the limit long before
 
 
-def quiet(size: int) -> None:
+def noop(size: int) -> None:
     """Tells nobody."""
 
 
@@ -159,7 +159,7 @@ def load_params(
     plan: Any | None,
     dtype: str | None = "float32",
     ignore: Iterable[str] = (),
-    on_tensor: Told | None = None,
+    on_tensor: OnTensor | None = None,
 ) -> dict[str, Any]:
     """Our parameters, read shard by shard into the placements of `plan`; None puts them on the first device.
 
@@ -182,7 +182,7 @@ def load_params(
         places = dict.fromkeys(shapes, one)
     else:
         places = tree.flatten(plan.shardings(boxed_abstract))
-    told = on_tensor or quiet
+    told = on_tensor or noop
     with ThreadPoolExecutor(min(_MOST_THREADS, cores())) as pool:
         flat = {
             # In the file's order, so that a tensor which several of ours are cut from is read once.
@@ -197,7 +197,7 @@ def load_params(
 
 
 def _place(
-    weights: Weights, leaf: Leaf, shape: Shape, place: Any, dtype: str | None, on_tensor: Told, each: Each
+    weights: Weights, leaf: Leaf, shape: Shape, place: Any, dtype: str | None, on_tensor: OnTensor, each: Each
 ) -> jax.Array:
     """One of our parameters, device by device; devices that hold the same part share one host buffer."""
     stored = weights.shapes[leaf.names()[0]][1]
@@ -208,7 +208,7 @@ def _place(
         parts.setdefault(bounds, []).append(device)
     arrays = []
     for number, (bounds, devices) in enumerate(parts.items()):
-        buffer = _shard(weights, leaf, shape, bounds, kind, on_tensor if number == 0 else quiet, each)
+        buffer = _shard(weights, leaf, shape, bounds, kind, on_tensor if number == 0 else noop, each)
         arrays += [jax.device_put(buffer, device) for device in devices]
         # On an accelerator the host's copy goes before the next one comes.
         jax.block_until_ready(arrays)
@@ -217,7 +217,7 @@ def _place(
 
 
 def _shard(
-    weights: Weights, leaf: Leaf, shape: Shape, bounds: Any, kind: np.dtype, on_tensor: Told, each: Each
+    weights: Weights, leaf: Leaf, shape: Shape, bounds: Any, kind: np.dtype, on_tensor: OnTensor, each: Each
 ) -> np.ndarray:
     """The part of our parameter that lies within `bounds`, a (start, stop) for each axis."""
     into = _aligned(tuple(stop - start for start, stop in bounds), kind)
@@ -257,7 +257,7 @@ def _copy(into: np.ndarray, view: np.ndarray, each: Each) -> None:
     for batch in range(0, len(pieces), _BATCH):
         for _ in each(copy, pieces[batch : batch + _BATCH]):
             pass
-        let_go(view)
+        free(view)
 
 
 def tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
@@ -282,7 +282,7 @@ def _by_tensor(table: Table) -> list[list[tuple[str, Leaf]]]:
 
 
 def save_params(
-    folder: Path, parts: Iterable[tuple[Any, Table]], max_shard_bytes: int = MAX_SHARD_BYTES, wrote: Told = quiet
+    folder: Path, parts: Iterable[tuple[Any, Table]], max_shard_bytes: int = MAX_SHARD_BYTES, wrote: OnTensor = noop
 ) -> None:
     """Writes parts of a model, each (parameters, table), as the safetensors of one folder, in the parameters' dtype.
 

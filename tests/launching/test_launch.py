@@ -9,7 +9,8 @@ from experiments import launch
 from experiments.launching import index, states
 from experiments.launching.cells import Cell, write_row
 from tests.launching.conftest import row
-from vlm_jax.core.errors import UserError, door
+from vlm_jax.cli import run_main
+from vlm_jax.core.errors import UserError
 
 
 def test_a_dry_run_predicts_minutes_from_the_rows_that_are_there(
@@ -55,6 +56,12 @@ def test_an_index_that_is_done_does_nothing(
         index.parse("-1", cells)
 
 
+def test_shares_of_a_grid_are_disjoint_and_complete(cells: list[Cell]) -> None:
+    shares = [index.parse(f"{number}/2", cells) for number in range(2)]
+    assert [[cell.index for cell in share] for share in shares] == [[2, 0], [1]]  # the dearest first
+    assert index.parse("3/4", cells) == []
+
+
 def test_bad_input_is_one_line_and_exit_code_2(
     grid: str, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,9 +75,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (*here, "--index", "one"): "cells 0 to 2",
         (*here, "--workers", "0"): "at least 1",
         (*here, "--partition", "gpu"): "--backend slurm",
-        (*here, "--backend", "slurm", "--zone", "us-east5-b"): "--backend tpu",
+        (*here, "--accelerator", "v6e-16"): "--dry-run",
         (*here, "--backend", "slurm", "--slurm", "account"): "NAME=VALUE",
-        (*here, "--backend", "tpu"): "give --accelerator TYPE, such as v6e-16, and --bucket gs://NAME/study",
+        (*here, "--index", "4/4"): "share I/N",
         ("--grid", grid, "--workdir", str(in_the_way), "--dry-run"): "is not a folder",
         (*here, "--processes", "2"): "--index",
         ("--grid", str(broken), "--workdir", str(workdir)): "cell llm=1",
@@ -81,7 +88,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for argv, expected in cases.items():
         monkeypatch.setattr(sys, "argv", ["launch", *argv])
         with pytest.raises(SystemExit) as stopped:
-            door(launch.main)()
+            run_main(launch.main)
         said = capsys.readouterr().err
         assert stopped.value.code == 2, (argv, said)
         assert expected in said, (argv, said)
@@ -95,9 +102,9 @@ def test_a_process_that_is_not_the_first_helps_with_the_cell_of_the_first(
 ) -> None:
     """Whatever its own index says: the hosts of a slice may be out of step."""
     helped: list[str] = []
-    monkeypatch.setattr(index.processes, "is_first", lambda: False)
-    monkeypatch.setattr(index.processes, "first_says", lambda value: said)
+    monkeypatch.setattr(index.processes, "is_primary", lambda: False)
+    monkeypatch.setattr(index.processes, "broadcast_from_primary", lambda value: said)
     monkeypatch.setattr(index.processes, "watch_sigterm", lambda: lambda step: False)
-    monkeypatch.setattr(index, "attempt", lambda cell, tell, stop: helped.append(cell.name))
+    monkeypatch.setattr(index, "attempt", lambda cell, report, stop: helped.append(cell.name))
     assert launch.main(["--grid", grid, "--workdir", str(workdir), "--index", "0"]) == 0
     assert helped == attempted
