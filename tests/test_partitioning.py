@@ -61,10 +61,6 @@ def test_every_axis_of_every_parameter_is_named(compressor: str) -> None:
         assert len(set(names)) == len(names), path
 
 
-# Compiled without optimisation: a third of the time, and the same mathematics.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tuple[int, int, int], microbatches: int):
     """(losses, last state). Without the encoder among the trained parts, the batch carries features."""
     compute = builders.compute(strategy=strategy, mesh=mesh, microbatches=microbatches)
@@ -85,7 +81,7 @@ def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tu
         train,
         microbatches,
     )
-    step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=QUICK)
+    step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
     losses = []
     for seed in range(3):
         batch = builders.batch(rows=8, seed=seed)

@@ -12,6 +12,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.rows import FIELDS, ResultRow
 from vlm_jax.scaling import fit, lawfile, laws, table
 
+pytestmark = pytest.mark.xdist_group("law")  # of one fit
 FEW = {"bootstraps": 60, "seed": 0}
 
 

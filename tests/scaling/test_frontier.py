@@ -15,6 +15,7 @@ from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.latency import Request
 from vlm_jax.sizing import chips, cost, zoo
 
+pytestmark = pytest.mark.xdist_group("law")  # of one fit
 LLMS = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-7b", "llama2-13b")
 ENCODERS = ("clip-l14-336", "siglip-b16-224")
 COMPRESSORS = ("pool", "quecc", "tokenpacker")
