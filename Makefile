@@ -10,7 +10,7 @@ demo: .venv/installed  ## data, a grid of small models, a law, a plan and a repo
 	$(BIN)/python -m experiments.demo --workdir workdirs/demo
 
 test: .venv/installed  ## every test; needs no accelerator
-	$(BIN)/python -m pytest -n auto tests
+	$(BIN)/python -m pytest -n auto --dist loadgroup tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

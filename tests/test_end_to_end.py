@@ -1,6 +1,7 @@
 """The river, for real and small: train, evaluate, predict, a grid of two cells, and what is said to bad input.
 
-Everything runs as a user runs it, on the tiny data sets; what is meant to fail runs in this process, to save its start.
+Everything runs as a user runs it, on the tiny data sets; what is meant to fail, and the launcher, whose workers train,
+run in this process, to save their start.
 """
 
 import importlib
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import launch
 from vlm_jax.cli import run_main
 from vlm_jax.store import results
 
+pytestmark = pytest.mark.xdist_group("end to end")  # of one training
 ROOT = Path(__file__).parents[1]
 TINY = ("--config.data.config=rows4_tiny", "--config.stages.0.total_steps=6", "--config.stages.0.warmup_steps=1")
 TWO_SAVED = ("--config.save_every_steps=3", "--config.keep_checkpoints=2")
@@ -35,13 +38,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+def settings(home: Path) -> dict[str, str]:
+    """Of every process."""
+    return {"VLM_JAX_CACHE": str(home / "cache"), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "VLM_JAX_CACHE": str(home / "cache"), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     return subprocess.run(
         [sys.executable, "-m", *words],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **settings(home)},
         capture_output=True,
         text=True,
         check=False,
@@ -94,27 +100,30 @@ def test_predict_answers(home: Path, trained: Path) -> None:
     assert "'two'" in bad.stderr
 
 
-def test_a_grid_runs_once_and_survives_a_failing_cell(home: Path) -> None:
+def test_a_grid_runs_once_and_survives_a_failing_cell(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid, workdir = home / "grid.py", home / "study"
     grid.write_text(GRID.format(config=ROOT / "configs" / "vlm.py"))
-    words = ("experiments.launch", "--grid", str(grid), "--workdir", str(workdir), "--workers", "2")
-    dry = run(home, *words, "--dry-run")
-    assert "2 cells, 2 to do" in dry.stdout
+    words = ["--grid", str(grid), "--workdir", str(workdir), "--workers", "2"]
+    monkeypatch.chdir(ROOT)
+    for name, value in settings(home).items():
+        monkeypatch.setenv(name, value)
+    assert launch.main([*words, "--dry-run"]) == 0
+    assert "2 cells, 2 to do" in capsys.readouterr().out
     assert not workdir.exists()
     # A file where the second cell wants its folder for checkpoints: that cell fails, the other one does not.
     blocked = workdir / "cells" / "llm=d24,tokens=0,data=rows4_tiny,steps=4"
     blocked.mkdir(parents=True)
     (blocked / "checkpoints").write_text("in the way")
-    first = run(home, *words)
-    assert first.returncode == 1, first.stdout
-    assert "failed" in first.stdout
+    assert launch.main(words) == 1
+    assert "failed" in capsys.readouterr().out
     assert [row.visual_tokens for row in results.read(workdir / "rows.jsonl")] == [1]
     (blocked / "checkpoints").unlink()
-    second = run(home, *words)
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert launch.main(words) == 0
     assert sorted(row.visual_tokens for row in results.read(workdir / "rows.jsonl")) == [0, 1]
-    third = run(home, *words)
-    assert "0 to do" in third.stdout
+    assert launch.main(words) == 0
+    assert "0 to do" in capsys.readouterr().out
     assert len(results.read(workdir / "rows.jsonl")) == 2
 
 
@@ -131,7 +140,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (home / "lost" / "rows.jsonl").unlink(missing_ok=True)
     cases = {
         ("vlm_jax.train", "--config", "configs/vlm.py:llm=d25", "--workdir", workdir): "d24",
-        ("vlm_jax.train", "--config", config, "--workdir", str(trained)): "another spec",
+        ("vlm_jax.train", "--config", tiny, "--workdir", str(trained)): "another spec",
         ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
         ("vlm_jax.train", "--config", config, "--config.encoder_checkpoint=no.npz", "--workdir", workdir): "no.npz",
         ("vlm_jax.train", "--config", tiny, "--config.data.text_tokens=5", "--workdir", workdir): "set it to 32",

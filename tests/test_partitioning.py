@@ -81,10 +81,6 @@ def test_unrolled_layers_are_cut_as_the_rows_of_scanned_ones(strategy: str) -> N
     )
 
 
-# Compiled without optimisation: a third of the time, and the same mathematics.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tuple[int, int, int], microbatches: int):
     """(losses, last state). Without the encoder among the trained parts, the views carry features."""
     compute = builders.compute(strategy=strategy, mesh=mesh, microbatches=microbatches)
@@ -105,7 +101,7 @@ def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tu
         train,
         microbatches,
     )
-    step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=QUICK)
+    step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
     losses = []
     for seed in range(3):
         inputs = builders.inputs(rows=8, seed=seed)

@@ -22,6 +22,7 @@ from vlm_jax.core.errors import LOST, STOPPED, UserError
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.models.importers import big_vision
 
+pytestmark = pytest.mark.xdist_group("processes")  # of one training
 ROOT = Path(__file__).parents[1]
 # The same rows in the same order, but sums over devices are added in another order: some roundings of float32 (6e-8)
 # in each of four steps.

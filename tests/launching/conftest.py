@@ -1,6 +1,6 @@
 """Three cells of a grid, none of which is ever trained here, and rows made up for them."""
 
-import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -62,18 +62,30 @@ def row(cell: Cell, train_flops: float = 3e12, train_secs: float = 60.0, device:
     )  # fmt: skip
 
 
-@pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """`program("gcloud", body)` puts a shell script of that name first on the PATH; its calls go to the returned file,
-    one a line."""
+# What the scripts under test and the fakes call, beside what bash has built in.
+SHELL = ["bash", "cat", "cp", "date", "env", "head", "mkdir", "mktemp", "mv", "rm", "sed", "sleep", "touch", "wc"]
+
+
+@pytest.fixture(autouse=True)
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder on the PATH: the tools of a shell and what `program` puts there, and nothing of the host."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in SHELL:
+        (folder / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+@pytest.fixture
+def program(path: Path, tmp_path: Path) -> Callable[[str, str], Path]:
+    """`program("gcloud", body)` puts a shell script of that name on the PATH; its calls go to the returned file, one a
+    line."""
 
     def make(name: str, body: str = "") -> Path:
         calls = tmp_path / f"{name}.calls"
-        script = folder / name
-        script.write_text(f"#!/bin/bash\necho \"${{*//$'\\n'/ }}\" >>{calls}\n{body}\n")
+        script = path / name
+        script.write_text(f"#!/usr/bin/env bash\necho \"${{*//$'\\n'/ }}\" >>{calls}\n{body}\n")
         script.chmod(script.stat().st_mode | stat.S_IEXEC)
         return calls
 

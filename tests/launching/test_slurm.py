@@ -67,6 +67,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     monkeypatch.setattr(slurm, "_ASK_EVERY_SECS", 0.0)
     monkeypatch.setattr(slurm, "_LOOK_EVERY_SECS", 0.0)
     calls = program("sbatch")
+    program("srun")
     write_row(cells[1], row(cells[0]))  # where the fake queue finds it
     finish = f"mv {cells[1].folder / 'row.json'} {cells[0].folder / 'row.json'} 2>/dev/null"
     program("squeue", f"if [ -e {workdir}/asked ]; then {finish}; else touch {workdir}/asked; echo 7_0; fi")

@@ -11,6 +11,7 @@ from tables import PUBLISHED
 from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import fit, lawfile, laws, scores
 
+pytestmark = pytest.mark.xdist_group("law")  # of one fit
 FEW = {"bootstraps": 60, "seed": 0}
 
 

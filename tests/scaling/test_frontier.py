@@ -14,6 +14,7 @@ from vlm_jax.scaling.budgets import Budget
 from vlm_jax.sizing import chips, cost, zoo
 from vlm_jax.sizing.roofline import Request
 
+pytestmark = pytest.mark.xdist_group("law")  # of one fit
 LLMS = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-7b", "llama2-13b")
 ENCODERS = ("clip-l14-336", "siglip-b16-224")
 COMPRESSORS = ("pool", "quecc", "tokenpacker")

@@ -19,12 +19,13 @@ from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
 from vlm_jax.core.errors import RunStopped
-from vlm_jax.core.specs import BadStepSpec, EncoderSpec, RunSpec
+from vlm_jax.core.specs import BadStepSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.data import pipeline
 from vlm_jax.models.importers import big_vision
 from vlm_jax.models.vlm import Vlm
 
+pytestmark = pytest.mark.xdist_group("resume")  # of one training
 # Two stages of three and four steps, the connector's first; every step is saved but the last of a stage.
 OVERRIDES = {
     "data.config": "rows4_tiny",
@@ -47,12 +48,17 @@ def tiny_spec() -> RunSpec:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """A bit-for-bit comparison needs the same program twice, not a fast one."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def compiled_once():
+    """Every run of a spec takes the steps that the first one compiled: what differs is where it starts."""
+    made, make = {}, build.train_step
+
+    def train_step(network: build.Network, stage: StageSpec) -> build.TrainStep:
+        key = (dataclasses.replace(network.spec, save_every_steps=0), stage)
+        return made[key] if key in made else made.setdefault(key, make(network, stage))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "train_step", train_step)
+        yield
 
 
 def open_tiny(folder: Path) -> build.Run:
