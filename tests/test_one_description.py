@@ -7,7 +7,6 @@ import builders
 import jax.numpy as jnp
 import pytest
 from safetensors.numpy import save_file
-from vlm_jax.pretrained import loading
 
 import vlm_jax
 from tests.golden import drawn, peers_answers, peers_text
@@ -18,6 +17,7 @@ from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import model_group, resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CompressorSpec
+from vlm_jax.inference import loading
 from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.vision import Encoder
 from vlm_jax.scaling import candidates, lawfile

@@ -4,7 +4,7 @@ The public face, loaded when it is asked for, so that planning needs neither JAX
 
     vlm_jax.load(path, dtype=..., plan=None)      a Hugging Face folder, a big_vision .npz or a run's workdir -> Model
     vlm_jax.forward(model, images, tokens)        float[B,H,W,3] or None, int[B,T] -> float32[B,T,W]
-    vlm_jax.generate(model, images, prompts)      -> texts                            (`pretrained`)
+    vlm_jax.generate(model, images, prompts)      -> texts                            (`inference.api`)
     vlm_jax.fit(rows)                             rows.jsonl's rows -> LawFit         (`scaling.fit`)
     vlm_jax.best(law, budget, question_tokens)    -> ranked choices                   (`scaling.frontier`)
     vlm_jax.RunSpec, ModelSpec, ...               the types that say what a run is    (`core.specs`)

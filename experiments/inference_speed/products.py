@@ -1,7 +1,7 @@
 """What two choices of ours are worth on this CPU, product by product: `python -m experiments.inference_speed.products`.
 
 One row times a kernel that lies in memory, in groups (`ops/one_row.py`) beside XLA's own product; and many rows, by
-the compiler options that loaded models read prompts with (`pretrained/answering.py`) beside XLA's own choice. A product
+the compiler options that loaded models read prompts with (`inference/sampling.py`) beside XLA's own choice. A product
 goes through several kernels in turn, one row through more than a cache holds; both sides are measured by turns, on one
 core.
 Writes the table `products` in README.md.
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
 def line(rows: int, shape: tuple[int, int], pairs: int) -> list[str]:
     """Of one row the speed at which kernels are read; of many that of arithmetic."""
     import jax
-    from vlm_jax.pretrained.answering import tall_products
 
+    from vlm_jax.inference.sampling import compiler_options
     from vlm_jax.ops import one_row
 
     inner, outer = shape
@@ -60,7 +60,7 @@ def line(rows: int, shape: tuple[int, int], pairs: int) -> list[str]:
         ours = jax.jit(lambda x, kernels: [one_row.contract(x, kernel, 1) for kernel in kernels])
     else:
         work, unit = 2 * rows * inner * outer * count / 1e9, "GFLOP/s"
-        ours = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels], compiler_options=tall_products())
+        ours = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels], compiler_options=compiler_options("cpu"))
     own = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels])
     times = by_turns([lambda run=run: jax.block_until_ready(run(x, kernels)) for run in (own, ours)], pairs)
     ratio = np.median(times[0] / times[1])

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 
 def ours(folder: str) -> dict:
     """All of it on one device."""
-    from vlm_jax.pretrained import load
+    from vlm_jax import load
 
     return _measure(lambda: load(folder, dtype="bfloat16").params)
 
@@ -28,9 +28,7 @@ def ours(folder: str) -> dict:
 def sharded(folder: str) -> dict:
     """Split over the devices of this host. Nothing of it is held twice, so the shards are as large as the file."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-    from vlm_jax.pretrained import load
-
-    from vlm_jax import partitioning
+    from vlm_jax import load, partitioning
     from vlm_jax.core.specs import ComputeSpec
 
     plan = partitioning.make_plan(ComputeSpec("bfloat16", "none", "xla", 1, "fsdp", (1, DEVICES, 1)))

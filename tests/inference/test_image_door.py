@@ -130,7 +130,7 @@ def test_levels_of_other_widths_are_refused_by_name(model: vlm_jax.Model, kind: 
     """Neither white, nor black, nor taken for normalised."""
     tokens = np.array(CASES["llava"]["input_ids"])[:1]
     batch = np.zeros((1, SIDE, SIDE, 3), kind)
-    told = rf"^image 0: expected .* got {np.dtype(kind)}\[12, 12, 3\]"
+    told = rf"^images\[0\]: expected .* got {np.dtype(kind)}\[12, 12, 3\]"
     for given in (batch, list(batch)):
         with pytest.raises(UserError, match=told):
             vlm_jax.forward(model, given, tokens)

@@ -16,7 +16,6 @@ import vlm_jax
 from tests import builders
 from tests.golden import drawn
 from tests.golden import peers_vision as peers
-from vlm_jax import pretrained
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
@@ -224,16 +223,16 @@ def test_a_loaded_model_says_what_its_reference_says(tmp_path, name: str) -> Non
     tokens, answer = peers.prompts(image_first=name.startswith("pali"))
     close(vlm_jax.forward(model, peers.pixels(18), tokens, answer=answer), HF[f"{name}/logits"])
     asked = tokens[:, :-4].astype(np.int32)
-    found = pretrained.generate_tokens(model, peers.pixels(18), asked, max_new_tokens=6)
+    found = vlm_jax.generate_tokens(model, peers.pixels(18), asked, max_new_tokens=6)
     np.testing.assert_array_equal(found, HF[f"{name}/generated"])
 
 
 def test_two_models_joined_at_another_resolution(tmp_path) -> None:
-    """CLIP of one folder with the language model of another: the reference's tokens at 24 pixels, 36 of them."""
-    clip, llm = write(tmp_path / "clip", "clip_vision"), write(tmp_path / "llava", "llava")
-    model = vlm_jax.load(clip, llm=llm, dtype="float32", image_size=24)
+    """SigLIP of one folder with the language model of another: the reference's tokens at 24 pixels, 36 of them."""
+    siglip, llm = write(tmp_path / "siglip", "siglip_vision"), write(tmp_path / "llava", "llava")
+    model = vlm_jax.load(siglip, llm=llm, dtype="float32", image_size=24)
     assert (model.visual_tokens, model.spec.encoder.image_size) == (36, 24)
     visual = jax.jit(Vlm(model.spec, model.compute).encode)(model.params, jnp.asarray(peers.pixels(24)))
-    close(visual.tokens, HF["clip_vision/wide"][:, 1:])
+    close(visual.tokens, HF["siglip_vision/wide"])
     with pytest.raises(UserError, match="image_size=3: encoder"):
-        vlm_jax.load(clip, llm=llm, image_size=3)
+        vlm_jax.load(siglip, llm=llm, image_size=3)

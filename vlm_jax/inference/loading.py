@@ -3,7 +3,7 @@
     model = load("llava-folder")                    # a Hugging Face folder, a big_vision .npz, or a run's workdir
     model = load("so400m-folder", llm="qwen-folder", compressor="tokenpacker", tokens=16)      # two, joined
 
-Weights stream from the file into the placements of a plan, one tensor at a time. `pretrained.answering` is what
+Weights stream from the file into the placements of a plan, one tensor at a time. `inference.api` is what
 models are for.
 """
 

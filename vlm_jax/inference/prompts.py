@@ -37,9 +37,7 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         if images.ndim not in (4, 5):
             raise UserError(f"images: expected [B, H, W, 3] or [B, M, H, W, 3], got shape {list(images.shape)}")
         images = list(images if images.ndim == 5 else images[:, None])
-    return [
-        [_prepared(model, one, f"images: row {row}") for one in _several(entry)] for row, entry in enumerate(images)
-    ]
+    return [[_prepared(model, one, f"images[{row}]") for one in _several(entry)] for row, entry in enumerate(images)]
 
 
 def _several(entry: Any) -> list[Any]:
