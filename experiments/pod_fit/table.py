@@ -125,15 +125,22 @@ def variants(rows: dict[str, Row]) -> str:
 
 
 def answering(rows: dict[str, Row]) -> str:
-    """Prefill and one decoded word."""
-    lines = [["program", "GiB", "ms a call", "bound by"]]
+    """Prefill, and one decoded token."""
+    lines = [["program", "GiB", "ms", "bound by"]]
     for cell in cells():
         row = rows.get(cell.name)
         if cell.mode != "train" and row:
             what = (
                 f"{row['mode']}, {row['llm']}, V = {row['tokens']}, {row['batch_examples']} rows on {row['topology']}"
             )
-            lines.append([what, f"{row['peak_bytes'] / GIB:.1f}", f"{1e3 * row['step_secs']:.1f}", row["binds"]])
+            lines.append(
+                [
+                    what,
+                    f"{row['peak_bytes'] / GIB:.1f}",
+                    f"{1e3 * row['step_secs'] / row.get('tokens_per_call', 1):.1f}",
+                    row["binds"],
+                ]
+            )
     return markdown(lines) if len(lines) > 1 else "Not compiled yet."
 
 

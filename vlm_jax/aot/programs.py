@@ -203,10 +203,7 @@ def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
 def _held(tree: Any) -> float:
     """Bytes of a placed tree on one chip."""
     return float(
-        sum(
-            np.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
+        sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     )
 
 

@@ -45,17 +45,19 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
     }  # fmt: skip
     if not program.text:
         return out
-    found = hlo.collectives(program.text, mesh_axes(plan))
+    steps = spec.evaluation.max_new_tokens if mode == "decode" else 1  # of the longest answer
+    found = hlo.collectives(program.text, mesh_axes(plan), steps)
     apart, rests = plan.parts(axes.at_work(axes.MLP)), plan.parts(axes.EMBED) * plan.parts(axes.MLP)
     if mode == "train":
         work = roofline.train_work(spec, stage, count, apart, rests)
     else:
         work = (roofline.prefill_work if mode == "prefill" else roofline.decode_work)(spec, count, apart, rests)
-    cycles = hlo.compiler_cycles(program.text)
+    work = roofline.Work(*(steps * amount for amount in work))
+    cycles = hlo.compiler_cycles(program.text, steps)
     predicted = roofline.predict(work, found, chip, count, lambda spanned: link_share(plan, chip, spanned), cycles)
     return out | {
         "model_flops": work.model_flops, "flops": work.flops, "memory_traffic_bytes": work.chip_bytes,
-        "wire_bytes": sum(each.wire_bytes for each in found), "collectives": summed(found),
+        "tokens_per_call": steps, "wire_bytes": sum(each.wire_bytes for each in found), "collectives": summed(found),
         "checks": checks(spec, found, out["batch_examples"] / count), **predicted._asdict(),
     }  # fmt: skip
 
@@ -128,7 +130,8 @@ def lines(r: dict[str, Any]) -> list[str]:
         f"at vendor peaks, ms: compute {1e3 * r['compute_secs']:.1f}, memory {1e3 * r['memory_secs']:.1f}, "
         f"network beside products {1e3 * r['hidden_secs']:.1f}, network alone {1e3 * r['exposed_secs']:.1f}"
     )
-    eff, per = chips.ASSUMED, "token" if r["mode"] == "decode" else "call"
+    eff, steps = chips.ASSUMED, r["tokens_per_call"]
+    per = f"answer of {steps} tokens ({1e3 * r['step_secs'] / steps:.1f} a token)" if r["mode"] == "decode" else "call"
     out.append(
         f"predicted: {1e3 * r['step_secs']:.1f} ms a {per}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
         f"(assumed shares of the peaks: compute {eff.compute}, memory {eff.bandwidth}, network {eff.interconnect})"

@@ -77,10 +77,12 @@ def _bits(kind: str) -> int:
     return _BITS.get(kind, int(found[1]) if found else 0)
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective of a compiled program, the heaviest first. `mesh` names the axes, slowest first."""
+def collectives(text: str, mesh: Mapping[str, int], open_trips: int = 1) -> list[Collective]:
+    """Every collective of a compiled program, the heaviest first. `mesh` names the axes, slowest first; `open_trips` is
+    how often a loop runs of which the program does not say it (decoding, until every row has ended).
+    """
     rooms, entry = _computations(text)
-    trips = _trips(rooms, entry)
+    trips = _trips(rooms, entry, open_trips)
     seen: dict[tuple[str, str], Collective] = {}
     for room, lines in rooms.items():
         for line in lines:
@@ -102,13 +104,13 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted((found for found in seen.values() if found.group > 1), key=lambda found: -found.wire_bytes)
 
 
-def compiler_cycles(text: str) -> float:
+def compiler_cycles(text: str, open_trips: int = 1) -> float:
     """Cycles that XLA:TPU itself expects a chip to compute and to move memory for, in one call; 0 if it does not say.
 
     Its estimates stand at the fusions; what they call is part of them.
     """
     rooms, entry = _computations(text)
-    trips = _trips(rooms, entry)
+    trips = _trips(rooms, entry, open_trips)
     scheduled = {entry} | {
         name for lines in rooms.values() for line in lines if line.opcode == "while"
         for name in re.findall(r"(?:body|condition)=%?([\w.-]+)", line.text)
@@ -164,12 +166,12 @@ def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
     return rooms, entry
 
 
-def _trips(rooms: Mapping[str, list[_Line]], entry: str) -> dict[str, int]:
+def _trips(rooms: Mapping[str, list[_Line]], entry: str, open_trips: int) -> dict[str, int]:
     """How often each computation runs in one call. One that several places call counts for all of them."""
     calls: dict[str, list[tuple[str, int]]] = {}
     for room, lines in rooms.items():
         for line in lines:
-            times = _loop_trips(line.text, rooms) if line.opcode == "while" else 1
+            times = _loop_trips(line.text, rooms, open_trips) if line.opcode == "while" else 1
             callees = [(name, times) for _, name in _CALLS.findall(line.text)]
             callees += [(name.strip(" %"), 1) for group in _LISTS.findall(line.text) for name in group.split(",")]
             calls.setdefault(room, []).extend((name, times) for name, times in callees if name in rooms)
@@ -191,7 +193,7 @@ def _trips(rooms: Mapping[str, list[_Line]], entry: str) -> dict[str, int]:
     return trips
 
 
-def _loop_trips(line: str, rooms: Mapping[str, list[_Line]]) -> int:
+def _loop_trips(line: str, rooms: Mapping[str, list[_Line]], open_trips: int) -> int:
     """Of a while: what XLA knows of it, else the constant that its condition compares a counter from zero with."""
     known = re.search(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)', line)
     if known:
@@ -199,7 +201,7 @@ def _loop_trips(line: str, rooms: Mapping[str, list[_Line]]) -> int:
     condition = re.search(r"condition=%?([\w.-]+)", line)
     lines = rooms.get(condition[1], []) if condition else []
     bounds = [re.search(r"constant\((\d+)\)", each.text) for each in lines if each.opcode == "constant"]
-    return max((int(bound[1]) for bound in bounds if bound), default=1)
+    return max((int(bound[1]) for bound in bounds if bound), default=open_trips)
 
 
 def _group(text: str, mesh: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
