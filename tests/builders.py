@@ -72,6 +72,15 @@ def apart(packed: Inputs) -> list[Inputs]:
     return out
 
 
+def share_image(packed: Inputs, visual_tokens: int) -> Inputs:
+    """The same rows with the image's tokens once, in front of all questions."""
+    first = (packed.segment == 1) & (packed.visual >= 0)
+    kept = first | (packed.visual < 0)
+    fields = [part[kept].reshape(len(kept), -1) for part in (*packed[:5], packed.weight)]
+    fields[1] = np.where(fields[4] >= 0, -1, fields[1])
+    return Inputs(*fields[:5], packed.views, fields[5])
+
+
 def causal(segment: Any) -> AttentionMetadata:
     """Where the tokens of rows of these segments stand, all of them causal; padding (0) may stand anywhere."""
     segment = np.array(segment, np.int32)

@@ -19,6 +19,7 @@ import jax
 import vlm_jax
 from vlm_jax import bad_steps, build, logbook, processes
 from vlm_jax.build import Network, Run
+from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import STOPPED, RunStopped, UserError
 from vlm_jax.core.rows import ResultRow
@@ -242,7 +243,8 @@ def restore(
 
 def row_layout(model: Vlm) -> pipeline.Layout:
     """How rows are laid out for a model."""
-    return pipeline.Layout(model.visual_tokens, model.spec.mask, model.reads_question)
+    shares_image = catalog.shares_image(model.spec, model.compute)
+    return pipeline.Layout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
 
 
 def evaluation_batches(run: Run) -> int:
@@ -269,7 +271,7 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
     def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:
         params = {**params, "decoder": unstack_layers(params["decoder"], spec.model.decoder.depth)}
         batches = pipeline.evaluation_batches(
-            run.test, spec.evaluation, row_layout(model), run.test_features, rows, examples
+            run.test, spec.evaluation, row_layout(model)._replace(shares_image=False), run.test_features, rows, examples
         )
         return harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
 

@@ -86,6 +86,19 @@ def test_the_drawn_example():
         np.testing.assert_array_equal(getattr(packed, name)[0], row, err_msg=name)
     prefix = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT._replace(mask="prefix"), 18)
     np.testing.assert_array_equal(prefix.order[0], ([0] * 5 + [5, 6, 7, 8, 9]) * 2 + [0, 0])
+    once = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT._replace(shares_image=True), 18)
+    expected = {
+        "tokens": words(f"I I read row two 4 7 1 9 {end} read row one 3 3 8 0 {end} . ."),
+        "weight": [0, 0, *[0, 0, 1, 1, 1, 1, 1, 0] * 2, 0, 0],
+        "segment": [-1] * 2 + [1] * 8 + [2] * 8 + [0, 0],
+        "position": [0, 1, *range(2, 10), *range(2, 10), 0, 0],
+        "visual": [0, 1] + [-1] * 18,
+    }
+    for name, row in expected.items():
+        np.testing.assert_array_equal(getattr(once, name)[0], row, err_msg=name)
+    assert not pipeline.pack(
+        split, np.array([-1]), np.array([[1, 0]]), LAYOUT._replace(shares_image=True), 18
+    ).segment.any()
     own = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT._replace(reads_question=True), 18)
     np.testing.assert_array_equal(own.visual[0], [0, 1, *[-1] * 8, 2, 3, *[-1] * 8, -1, -1])
 

@@ -51,6 +51,27 @@ def test_packed_equals_alone(compressor: str, tokens: int, views: int, mask: str
         np.testing.assert_allclose(whole, sum(each), rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_questions_may_share_the_image(window: int | None) -> None:
+    """With the image's tokens once in front of all, every token of text has the state, and the loss the value and the
+    gradient, that copies give.
+    """
+    model, params = built(window=window, window_pattern=2)
+    packed = builders.inputs(questions=3)
+    shared = builders.share_image(packed, 4)
+    assert shared.tokens.shape[1] == packed.tokens.shape[1] - 2 * 4
+    hidden = jax.jit(lambda inputs: model.forward(params, inputs)[0])
+    ours, theirs = (hidden(row)[(row.visual < 0) & (row.segment > 0)] for row in (shared, packed))
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    nll = jax.jit(
+        jax.value_and_grad(
+            lambda params, inputs: loss.sums(model.forward(params, inputs)[0], model.head(params), inputs).nll
+        )
+    )
+    for one, other in zip(jax.tree.leaves(nll(params, shared)), jax.tree.leaves(nll(params, packed)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_any_number_of_images_in_a_conversation() -> None:
     """Two images in one conversation: its states follow both, each image's tokens stand where its placeholders are."""
     model, params = built(compressor="pool")
@@ -71,12 +92,14 @@ def test_any_number_of_images_in_a_conversation() -> None:
     np.testing.assert_allclose(read(swapped._replace(views=Views(pixels))), expected, atol=1e-6)
 
 
-def test_dead_visual_tokens_move_nothing() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_dead_visual_tokens_move_nothing(shared: bool) -> None:
     """With masked patches, rows are as if the dead tokens had never stood in them: no logit follows what they hold, and
     positions count the living.
     """
     model, params = built(compressor="none", tokens=16)
     inputs = builders.inputs(questions=2, visual_tokens=16)
+    inputs = builders.share_image(inputs, 16) if shared else inputs
     alive = np.random.default_rng(1).random((4, 1, 16)) < 0.6
     tokens = np.random.default_rng(2).standard_normal((4, 1, 16, 16)).astype(np.float32)
 
@@ -88,12 +111,13 @@ def test_dead_visual_tokens_move_nothing() -> None:
 
     found = logits(tokens, inputs, alive)
     changed = logits(np.where(alive[..., None], tokens, 9.0), inputs, alive)
-    stands = (inputs.segment > 0) & ((inputs.visual < 0) | np.take_along_axis(alive[:, 0], inputs.visual % 16, axis=1))
+    stands = (inputs.segment != 0) & ((inputs.visual < 0) | np.take_along_axis(alive[:, 0], inputs.visual % 16, axis=1))
     np.testing.assert_array_equal(found[stands], changed[stands])
     for row in range(4):
         kept = stands[row]
         alone = Inputs(*(part[row][kept][None] for part in inputs[:5]))
-        position = np.concatenate([np.arange((alone.segment == s).sum()) for s in (1, 2)])[None]
+        counts = [(alone.segment == s).sum() for s in (-1, 1, 2)]
+        position = np.concatenate([np.arange(n) + (k > 0) * counts[0] for k, n in enumerate(counts)])[None]
         expected = logits(tokens[row, None], alone._replace(position=position, order=position), None)
         np.testing.assert_allclose(found[row, kept], expected[0], atol=2e-5)
 

@@ -8,24 +8,26 @@ from vlm_jax.core.structs import AttentionMetadata
 from vlm_jax.ops import masks
 
 
-def test_the_drawing_in_the_module_is_the_mask() -> None:
+def test_the_drawings_in_the_module_are_the_mask() -> None:
     """Rows see the columns marked x."""
-    lines = masks.__doc__.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.split()[:4] == ["I", "a", "b", "c"])
-    columns = [at for at, letter in enumerate(lines[start]) if letter != " "]
-    drawn = [[line.ljust(99)[at] == "x" for at in columns] for line in lines[start + 1 : start + 1 + len(columns)]]
-    fields = {line.split()[0]: line.split()[1:] for line in lines[:start] if line.startswith("    ")}
-    row = AttentionMetadata(*(jnp.array([list(map(int, fields[name]))]) for name in AttentionMetadata._fields))
-    np.testing.assert_array_equal(masks.attention_mask(row, row)[0, 0], drawn)
+    drawings = masks.__doc__.split("    segment ")[1:]
+    assert len(drawings) == 2
+    for drawing in drawings:
+        segment, position, order, letters, *lines = f"    segment {drawing}".splitlines()
+        columns = [at for at, letter in enumerate(letters) if letter != " "]
+        drawn = [[line.ljust(99)[at] == "x" for at in columns] for line in lines[: len(columns)]]
+        fields = (jnp.array([list(map(int, line.split()[1:]))]) for line in (segment, position, order))
+        row = AttentionMetadata(*fields)
+        np.testing.assert_array_equal(masks.attention_mask(row, row)[0, 0], drawn)
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_the_rule_against_loops(window: int | None) -> None:
-    """Queries beside other keys, with two-way prefixes longer than the window, and padding."""
+    """Queries beside other keys, with shared segments, two-way prefixes longer than the window, and padding."""
     rng = np.random.default_rng(0)
 
     def rows(length: int) -> AttentionMetadata:
-        segment, position = rng.integers(0, 3, (4, length)), rng.integers(0, 6, (4, length))
+        segment, position = rng.integers(-1, 3, (4, length)), rng.integers(0, 6, (4, length))
         return AttentionMetadata(*map(jnp.asarray, (segment, position, np.where(position < 4, 0, position))))
 
     query, key = rows(5), rows(9)
@@ -33,7 +35,7 @@ def test_the_rule_against_loops(window: int | None) -> None:
     assert mask.shape == (4, 1, 5, 9)
     for b, i, j in np.ndindex(4, 5, 9):
         ours, theirs = (AttentionMetadata(*(int(leaf[b, at]) for leaf in row)) for row, at in ((query, i), (key, j)))
-        sees = ours.segment == theirs.segment != 0 and theirs.order <= ours.order
+        sees = ours.segment != 0 and theirs.segment in (ours.segment, -1) and theirs.order <= ours.order
         if window is not None and theirs.order != ours.order:
             sees = sees and ours.position - theirs.position < window
         assert bool(mask[b, 0, i, j]) == sees

@@ -23,6 +23,7 @@ from vlm_jax.inference import sampling
 from vlm_jax.models.cache import cache_axes, init_cache
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
+from vlm_jax.sizing import cost
 
 MODES = ("train", "prefill", "decode")
 # Examples, for the message about a name that the compiler does not know, and for advice.
@@ -115,9 +116,9 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def train_inputs(spec: RunSpec, plan: Plan) -> Inputs:
-    """Shapes of a batch of training: each question has the image's V tokens in front."""
+    """Shapes of a batch of training."""
     data = spec.data
-    length = data.questions_per_example * spec.model.compressor.tokens + data.text_tokens
+    length = cost.image_copies(spec) * spec.model.compressor.tokens + data.text_tokens
     return _inputs(spec, plan, data.batch_examples, length, data.questions_per_example, learned=True)
 
 

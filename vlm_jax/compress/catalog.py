@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from vlm_jax.compress import local, pooling, querying
 from vlm_jax.compress.layers import Weights
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec
+from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import Visual
 
 TextVector = Float[Array, "B D"]
@@ -71,6 +71,14 @@ def row(name: str) -> Compressor:
     if name not in ROWS:
         raise unknown("compressor", name, ROWS)
     return ROWS[name]
+
+
+def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
+    """Whether several questions about an image can share its tokens in a row of training: where these follow the
+    question neither through the compressor nor through a two-way prefix, and no fused kernel compares segments.
+    """
+    reads = model.compressor is not None and row(model.compressor.name).query_dependent
+    return model.mask == "causal" and not reads and compute.attention in ("xla", "merged")
 
 
 def model_spec(

@@ -42,12 +42,14 @@ class Inputs(NamedTuple):
         visual     -1   -1  0  1   -1  -1  -1  -1 -1  -1 |  -1   -1  0  1  -1 -1 -1   -1  -1  |  -1
         weight      0    0  0  0    0   0   1   1  1   0 |   0    0  0  0   0  0  1    1   0  |   0
 
-    Padding may stand on either side of a row that holds one conversation.
+    Causal conversations about one image may share its tokens instead, in a segment in front that all of them see
+    (`ops.masks.SHARED`): the same numbers, and a shorter row. Padding may stand on either side of a row that holds one
+    conversation.
     """
 
     tokens: Int[Array, "B L"]
     segment: Int[Array, "B L"]
-    position: Int[Array, "B L"]  # counts from 0 in each segment
+    position: Int[Array, "B L"]  # counts from 0 in each segment, behind what it shares
     order: Int[Array, "B L"]  # a token sees those of no higher order: the position where causal, 0 in a two-way prefix
     visual: Int[Array, "B L"]  # -1 for text
     views: Views | None = None  # None: text alone
@@ -57,7 +59,7 @@ class Inputs(NamedTuple):
 class AttentionMetadata(NamedTuple):
     """Where each token of a row stands; `ops.masks` turns two of these into an attention mask."""
 
-    segment: Int[Array, "B L"]  # tokens see those of their own segment; 0 is padding, seen by none
+    segment: Int[Array, "B L"]  # tokens see those of their own segment and of -1; 0 is padding, seen by none
     position: Int[Array, "B L"]  # for rotary angles and sliding windows
     order: Int[Array, "B L"]  # a token sees those of no higher order
 

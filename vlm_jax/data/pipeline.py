@@ -19,6 +19,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, EvaluationSpec
 from vlm_jax.core.structs import Inputs, Views, Visual
 from vlm_jax.data.sources import Split
+from vlm_jax.ops import masks
 
 Cursor = dict[str, Any]  # Grain's iterator state; JSON can hold it
 Features = Callable[[Int[np.ndarray, " B"]], Visual]
@@ -33,6 +34,7 @@ class Layout(NamedTuple):
     visual_tokens: int  # V
     mask: str = "causal"  # or "prefix": image and question see each other both ways
     reads_question: bool = False  # each question has a view of its own, which carries it
+    shares_image: bool = False  # the image stands in front of all questions once, else in front of each
 
 
 class Questions(NamedTuple):
@@ -51,12 +53,12 @@ def pack(
     text_tokens: int,
     answers: bool = True,
 ) -> Inputs:
-    """Rows of k V + T tokens, without their views: each chosen question of an example is a segment of its own, with the
-    image's tokens in front and, if wanted, the answer behind.
+    """Rows without their views: each chosen question of an example is a segment of its own, if wanted with its answer
+    behind. The image's V tokens stand in front of each, a row then has k V + T tokens, or once in front of all: V + T.
 
     Rows whose example is -1 stay empty. Raises `UserError` where the text of a row is longer than `text_tokens`.
     """
-    visual, count = layout.visual_tokens, chosen.shape[1]
+    visual, count, shared = layout.visual_tokens, chosen.shape[1], layout.visual_tokens * layout.shares_image
     filler = example < 0
     rows = np.where(filler, 0, example)[:, None]
     question, answer = split.question_lengths[rows, chosen], split.answer_lengths[rows, chosen] * answers
@@ -66,15 +68,18 @@ def pack(
             f"data.text_tokens: expected at least {needed} for {count} questions of {split.name}, got {text_tokens}: "
             f"set it to {longest_row(split, count)}, or pack fewer questions"
         )
-    length = np.where(filler[:, None], 0, visual + text)
-    ends = np.cumsum(length, axis=1)
-    at = np.arange(count * visual + text_tokens)
+    length = np.where(filler[:, None], 0, visual - shared + text)
+    ends = shared + np.cumsum(length, axis=1)
+    at = np.arange(shared + count * (visual - shared) + text_tokens)
     # Segment s covers [ends[s-1], ends[s]): the number of ends at or before a slot is the segment it lies in.
     nth = (at[None, :, None] >= ends[:, None, :]).sum(axis=2)
-    real = nth < count
+    in_front = (at < shared) & ~filler[:, None]
+    real = (nth < count) & ~((at < shared) & filler[:, None])
     which = np.where(real, nth, 0)
-    position = np.where(real, at - np.take_along_axis(ends - length, which, axis=1), 0)
-    question, length = (np.take_along_axis(a, which, axis=1) for a in (question, length))
+    position = np.where(
+        real, np.where(at < shared, at, at - np.take_along_axis(ends - length, which, axis=1) + shared), 0
+    )
+    question, length = (np.take_along_axis(a, which, axis=1) for a in (question, shared + length))
     picked = np.take_along_axis(chosen, which, axis=1)
     in_text = position - visual
     is_visual, asked = real & (in_text < 0), real & (in_text < question)
@@ -86,7 +91,7 @@ def pack(
     learned = real & (in_text >= question - 1) & (position < length - 1)
     return Inputs(
         tokens=np.where(real & ~is_visual, token, 0).astype(np.int32),
-        segment=np.where(real, nth + 1, 0).astype(np.int32),
+        segment=np.where(in_front, masks.SHARED, np.where(real, nth + 1, 0)).astype(np.int32),
         position=position.astype(np.int32),
         order=np.where(asked & (layout.mask == "prefix"), 0, position).astype(np.int32),
         visual=np.where(is_visual, position + visual * which * layout.reads_question, -1).astype(np.int32),

@@ -20,7 +20,7 @@ from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder, Head, head
 from vlm_jax.models.vision import Encoder
-from vlm_jax.ops import pixels
+from vlm_jax.ops import masks, pixels
 
 Params = Any
 
@@ -136,10 +136,9 @@ def drop_dead(metadata: AttentionMetadata, alive: Bool[Array, "B L"]) -> Attenti
     segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
     position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
     """
-    dead = (~alive & (metadata.segment != 0)).astype(metadata.position.dtype)
-    before = jnp.cumsum(dead, axis=1) - dead
-    start = jnp.maximum(jnp.arange(dead.shape[1]) - metadata.position, 0)
-    position = metadata.position - (before - jnp.take_along_axis(before, start, axis=1))
+    by_position = metadata._replace(order=metadata.position)
+    gone = masks.attention_mask(by_position, by_position)[:, 0] & ~alive[:, None, :]
+    position = metadata.position - jnp.sum(gone, axis=-1, dtype=metadata.position.dtype)
     order = jnp.where(metadata.order == metadata.position, position, metadata.order)
     return AttentionMetadata(jnp.where(alive, metadata.segment, 0), position, order)
 

@@ -1,10 +1,10 @@
 """Who sees whom. One rule covers causal and prefix masks, packed conversations, padding, the cache and sliding windows.
 
-Token i sees token j iff  segment_i == segment_j != 0  and  order_j <= order_i.
+Token i sees token j iff  order_j <= order_i,  segment_i != 0,  and  segment_j is segment_i or SHARED (-1).
 
-Two conversations packed in one row, each an image I of one token and what follows it, then padding; rows see
-columns. The first is causal: its order is its position. The second has a two-way prefix, the image and the question d,
-of order 0, and is causal behind it:
+Two conversations packed in one row, each an image I of one token and what follows it, then padding; rows see columns.
+The first is causal: its order is its position. The second has a two-way prefix, the image and the question d, of order
+0, and is causal behind it:
 
     segment      1 1 1 1  2 2 2 2  0
     position     0 1 2 3  0 1 2 3  0
@@ -19,11 +19,27 @@ of order 0, and is causal behind it:
              e            x x x
              f            x x x x
              .
+
+Two questions that share an image of two tokens:
+
+    segment     -1 -1  1 1  2 2  0
+    position     0  1  2 3  2 3  0
+    order        0  1  2 3  2 3  0
+                 I  I  a b  c d  .
+             I   x
+             I   x  x
+             a   x  x  x
+             b   x  x  x x
+             c   x  x       x
+             d   x  x       x x
+             .
 """
 
 from jaxtyping import Array, Bool
 
 from vlm_jax.core.structs import AttentionMetadata
+
+SHARED = -1  # the segment that all segments of a row see
 
 
 def attention_mask(
@@ -35,7 +51,7 @@ def attention_mask(
         prefixes longer than Gemma 2's window).
     """
     i, j = query.segment[:, :, None], key.segment[:, None, :]
-    visible = (i == j) & (j != 0)
+    visible = (i != 0) & ((i == j) | (j == SHARED))
     visible &= key.order[:, None, :] <= query.order[:, :, None]
     if window is not None:
         near = query.position[:, :, None] - key.position[:, None, :] < window

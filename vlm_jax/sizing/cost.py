@@ -247,10 +247,10 @@ def train_flops(
     train: tuple[str, ...],
     features: Literal["pixels", "stored"],
     question_tokens: Number = 0,
-    questions: int = 1,
+    copies: int = 1,
 ) -> float:
-    """FLOPs of one row of training, forward and backward: T text tokens of some questions about an image, each with the
-    image's V tokens in front; times the batch gives a step's.
+    """FLOPs of one row of training, forward and backward: T text tokens of some questions about an image, and so many
+    copies of the image's V tokens; times the batch gives a step's.
 
     A backward pass costs one forward for the gradients of activations and one for those of weights. A part that
     learns pays both; a frozen part pays the first only if something before it learns (a frozen decoder behind a
@@ -261,8 +261,8 @@ def train_flops(
     """
     decoder, tokens = model.decoder, model.compressor.tokens
     forward = flops(model, question_tokens, 1)
-    views = questions if _reads_question(model.compressor) else 1
-    length = questions * tokens + text_tokens
+    views = copies if _reads_question(model.compressor) else 1
+    length = copies * tokens + text_tokens
     row = pass_flops(decoder, length, length, length)
     parts = {  # (products with weights, products of activations), in the order of the data's flow
         "encoder": (views * forward.encoder if features == "pixels" else 0.0, 0.0),
@@ -281,9 +281,15 @@ def train_flops(
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
     """Model FLOPs of one step of a stage: `train_flops` of every row of the batch."""
     features = "stored" if spec.data.frozen_features else "pixels"
-    data = spec.data
-    row = train_flops(spec.model, data.text_tokens, stage.train, features, question_tokens, data.questions_per_example)
-    return data.batch_examples * row
+    row = train_flops(spec.model, spec.data.text_tokens, stage.train, features, question_tokens, image_copies(spec))
+    return spec.data.batch_examples * row
+
+
+def image_copies(spec: RunSpec) -> int:
+    """How often the image's V tokens stand in a row of training: once, or once for each question."""
+    from vlm_jax.compress import catalog
+
+    return 1 if catalog.shares_image(spec.model, spec.compute) else spec.data.questions_per_example
 
 
 def run_flops(spec: RunSpec, question_tokens: float = 0.0) -> float:

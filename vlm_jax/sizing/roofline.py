@@ -96,7 +96,7 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1,
     """
     model, remat = spec.model, spec.compute.remat
     decoder, data = model.decoder, spec.data
-    examples, length = data.batch_examples, data.text_tokens + data.questions_per_example * model.compressor.tokens
+    examples, length = data.batch_examples, data.text_tokens + cost.image_copies(spec) * model.compressor.tokens
     useful = cost.step_flops(spec, stage)
     again = cost.pass_flops(decoder, length, length, length)
     repeated = {"none": again.head, "dots": again.head + again.attention, "block": again.total}[remat]
