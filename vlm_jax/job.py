@@ -259,13 +259,9 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
     one program for all its calls.
     """
     spec, plan, network = run.network.spec, run.network.plan, run.network
-    platform = plan.mesh.devices.flat[0].platform
-    model = network.model._replace(compute=sampling.compute_for_decoding(network.model.compute, platform))
+    model = network.model._replace(compute=sampling.compute_for_decoding(network.model.compute))
     end = build.words_of(spec.data.tokenizer).ends[0]
-    program = plan.jit(
-        harness.make_evaluate(model, spec.evaluation.max_new_tokens, end),
-        compiler_options=sampling.compiler_options(platform),
-    )
+    program = plan.jit(harness.make_evaluate(model, spec.evaluation.max_new_tokens, end))
     rows = plan.rows(spec.evaluation.batch_examples)
 
     def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:

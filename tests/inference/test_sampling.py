@@ -71,7 +71,7 @@ def test_greedy_equals_the_naive_loop(case: str) -> None:
         if end in row:
             row[row.tolist().index(end) :] = end
     assert len(np.unique(free)) > 3  # a decoder that repeats one word would prove little
-    model = Vlm(spec, sampling.compute_for_decoding(builders.COMPUTE, "cpu"))
+    model = Vlm(spec, sampling.compute_for_decoding(builders.COMPUTE))
     unrolled = {**params, "decoder": unstack_layers(params["decoder"], spec.decoder.depth)}
 
     @jax.jit

@@ -20,7 +20,7 @@ from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
-from vlm_jax.models.cache import cache_axes, init_cache
+from vlm_jax.models.cache import CACHE_AXES, init_cache
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
 from vlm_jax.sizing import cost
@@ -154,9 +154,8 @@ def _views(spec: RunSpec, shape: Any, questions: int) -> Views | None:
     return Views(features=features, question=question)
 
 
-def _decoding_model(spec: RunSpec, plan: Plan) -> Vlm:
-    platform = plan.mesh.devices.flat[0].platform
-    return Vlm(spec.model, sampling.compute_for_decoding(spec.compute, platform))
+def _decoding_model(spec: RunSpec) -> Vlm:
+    return Vlm(spec.model, sampling.compute_for_decoding(spec.compute))
 
 
 def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
@@ -170,13 +169,13 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
 
 
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
-    model = _decoding_model(spec, plan)
+    model = _decoding_model(spec)
     run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
     return run, (_params(spec, plan, model), prompt_inputs(spec, plan))
 
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
-    model, rows, room = _decoding_model(spec, plan), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
+    model, rows, room = _decoding_model(spec), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
     size = (rows, 1, spec.model.decoder.width)
     hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
     prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
@@ -192,11 +191,10 @@ def _key_shape(plan: Plan) -> jax.ShapeDtypeStruct:
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
     """Keys and values of a batch: rows split as examples are, heads as heads are."""
-    compute, rows = _decoding_model(spec, plan).compute, spec.evaluation.batch_examples
+    compute, rows = _decoding_model(spec).compute, spec.evaluation.batch_examples
     length = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
     shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
-    names = cache_axes(compute)
-    heads = tuple(plan.sharding(names, leaf.shape) for leaf in shapes.key)
+    heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in shapes.key)
     metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))
     return placed(shapes, Cache(heads, heads, metadata, plan.sharding((), ())))
 

@@ -78,7 +78,7 @@ def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
     question neither through the compressor nor through a two-way prefix, and no fused kernel compares segments.
     """
     reads = model.compressor is not None and row(model.compressor.name).query_dependent
-    return model.mask == "causal" and not reads and compute.attention in ("xla", "merged")
+    return model.mask == "causal" and not reads and compute.attention == "xla"
 
 
 def model_spec(

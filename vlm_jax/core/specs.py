@@ -145,7 +145,7 @@ class ComputeSpec:
 
     dtype: str  # of activations: float32 or bfloat16; parameters and optimiser state are float32
     remat: str  # "none", "dots" or "block"
-    attention: str  # "xla", "cudnn" or "splash"; "merged" where a loaded model answers on a CPU
+    attention: str  # "xla", "cudnn" or "splash"
     microbatches: int  # gradient accumulation: equal parts of a batch
     strategy: str  # a table of partitioning.TABLES, or "auto": by the kind of device
     mesh: tuple[int, int, int]  # (data, fsdp, tensor); one -1 takes the devices that are left

@@ -67,8 +67,7 @@ class AttentionMetadata(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of S positions, one array for each layer; the decoder's layers are unrolled where it is used.
 
-    Arrays are [B, S, K, C], or [B, K, S, C] where `ComputeSpec.attention` is "merged". What is not yet written has
-    segment 0, so no query sees it.
+    What is not yet written has segment 0, so no query sees it.
     """
 
     key: tuple[Float[Array, "B S K C"], ...]

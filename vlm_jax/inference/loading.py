@@ -111,7 +111,7 @@ def load(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ComputeSpec(dtype, "none", "xla", 1, "replicated", (1, 1, 1))
     plan = plan or partitioning.make_plan(compute, jax.local_devices()[:1])
-    compute = sampling.compute_for_decoding(compute, plan.mesh.devices.flat[0].platform)
+    compute = sampling.compute_for_decoding(compute)
     seeing = find(path)
     speaking = find(llm) if llm else seeing
     if speaking.decoder is None:
@@ -247,7 +247,7 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))
         plan = partitioning.make_plan(compute, jax.local_devices()[:1])
     network = build.open_network(dataclasses.replace(run, compute=compute), plan)
-    compute = sampling.compute_for_decoding(compute, plan.mesh.devices.flat[0].platform)
+    compute = sampling.compute_for_decoding(compute)
     decoder = dataclasses.replace(run.model.decoder, context=context)
     spec = dataclasses.replace(network.model.spec, decoder=decoder)
     abstract = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))

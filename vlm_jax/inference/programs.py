@@ -12,18 +12,11 @@ from vlm_jax.models.vlm import Vlm
 from vlm_jax.partitioning import Plan
 
 
-def _platform(plan: Plan) -> str:
-    return plan.mesh.devices.flat[0].platform
-
-
 @functools.lru_cache(maxsize=32)
 def hidden_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callable[..., Any]:
     """`(params, inputs) -> hidden states [B, L, D]`."""
     vlm = Vlm(spec, compute)
-    return plan.jit(
-        lambda params, inputs: vlm.forward(params, inputs)[0],
-        compiler_options=sampling.compiler_options(_platform(plan)),
-    )
+    return plan.jit(lambda params, inputs: vlm.forward(params, inputs)[0])
 
 
 @functools.lru_cache(maxsize=32)
@@ -36,10 +29,7 @@ def logits_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callabl
 def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int) -> Callable[..., Any]:
     """`(params, inputs) -> Prefilled`, with `room` tokens more in the cache."""
     vlm = Vlm(spec, compute)
-    return plan.jit(
-        lambda params, inputs: sampling.prefill(vlm, params, inputs, room),
-        compiler_options=sampling.compiler_options(_platform(plan)),
-    )
+    return plan.jit(lambda params, inputs: sampling.prefill(vlm, params, inputs, room))
 
 
 @functools.lru_cache(maxsize=32)

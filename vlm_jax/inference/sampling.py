@@ -9,7 +9,6 @@ the rows beside it nor padding change what it sees, and each row draws from a ke
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,12 +31,9 @@ class Prefilled(NamedTuple):
     cache: Cache
 
 
-def compute_for_decoding(compute: ComputeSpec, platform: str) -> ComputeSpec:
-    """How a decoder runs with a cache: layers unrolled, nothing rematerialised, on CPUs the attention that is made for
-    them.
-    """
-    attention = "merged" if platform == "cpu" else "xla" if compute.attention == "merged" else compute.attention
-    return dataclasses.replace(compute, attention=attention, scan_layers=False, remat="none")
+def compute_for_decoding(compute: ComputeSpec) -> ComputeSpec:
+    """How a decoder runs with a cache: layers unrolled, nothing rematerialised."""
+    return dataclasses.replace(compute, scan_layers=False, remat="none")
 
 
 def prefill(model: Vlm, params: Params, inputs: Inputs, room: int) -> Prefilled:
@@ -48,7 +44,7 @@ def prefill(model: Vlm, params: Params, inputs: Inputs, room: int) -> Prefilled:
     cache = init_cache(model.spec.decoder, model.compute, batch, length)
     hidden, cache = model.forward(params, inputs, cache)
     last = last_token(cache.metadata.segment)[:, None, None]
-    return Prefilled(jnp.take_along_axis(hidden, last, axis=1), pad_cache(cache, model.compute, length + room))
+    return Prefilled(jnp.take_along_axis(hidden, last, axis=1), pad_cache(cache, length + room))
 
 
 def continuation(tokens: Int[Array, "B L"], cache: Cache, real: Bool[Array, "B L"] | bool = True) -> Inputs:
@@ -128,19 +124,3 @@ def nucleus(logits: Float[Array, "B W"], top_p: float | Array) -> Float[Array, "
     kept = jnp.cumsum(probability, axis=-1) - probability < top_p
     least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-@functools.cache
-def compiler_options(platform: str) -> dict[str, str]:
-    """Options for programs that read whole texts. On CPUs XLA gives every product to YNNPACK by default, which is right
-    for the few rows and the transposed table of one token; for many rows its older way is quicker
-    (experiments/inference_speed).
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    if platform != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # another version's compiler, without this option
-        return {}
-    return options

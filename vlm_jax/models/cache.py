@@ -1,7 +1,5 @@
-"""The decoder's cache of keys and values: made empty, given more room, written into.
-
-One array a layer, so that a layer's part is updated in place. Attention "merged" keeps keys and values head by head
-(`ops.merged`), every other attention position by position.
+"""The decoder's cache of keys and values: made empty, given more room, written into. One array a layer, so that a
+layer's part is updated in place.
 """
 
 from typing import TypeVar
@@ -17,52 +15,41 @@ from vlm_jax.ops.placement import constrain
 
 Arrays = TypeVar("Arrays")
 
-
-def length_axis(attention: str) -> int:
-    """The axis of positions in the keys and values of that `ComputeSpec.attention`."""
-    return 2 if attention == "merged" else 1
-
-
-def cache_axes(compute: ComputeSpec) -> tuple[str | None, ...]:
-    """Logical names of the axes of keys and values: rows split as examples are, heads as heads are."""
-    names: list[str | None] = [BATCH, ACT_HEADS, None]
-    names.insert(length_axis(compute.attention), None)
-    return tuple(names)
+CACHE_AXES = (BATCH, None, ACT_HEADS, None)  # of keys and values: rows split as examples are, heads as heads are
 
 
 def init_cache(spec: DecoderSpec, compute: ComputeSpec, batch: int, length: int) -> Cache:
     """A cache of `length` positions for `batch` rows, in the dtype of the activations; nothing is written yet."""
-    shape = [batch, spec.kv_heads, spec.head_dim]
-    shape.insert(length_axis(compute.attention), length)
-    names = cache_axes(compute)
-    key, value = (tuple(constrain(jnp.zeros(shape, compute.dtype), names) for _ in range(spec.depth)) for _ in range(2))
+    shape = (batch, length, spec.kv_heads, spec.head_dim)
+    key, value = (
+        tuple(constrain(jnp.zeros(shape, compute.dtype), CACHE_AXES) for _ in range(spec.depth)) for _ in range(2)
+    )
     # An array for each field: a cache is donated to the step that extends it.
     metadata = AttentionMetadata(*(jnp.zeros((batch, length), jnp.int32) for _ in range(3)))
     return Cache(key, value, metadata, jnp.zeros((), jnp.int32))
 
 
-def pad_cache(cache: Cache, compute: ComputeSpec, length: int) -> Cache:
+def pad_cache(cache: Cache, length: int) -> Cache:
     """The cache with room for `length` positions: a prompt is prefilled in a cache of its own length, so that it does
     not attend to what is still to be written. Raises `ValueError` where the cache is longer already.
     """
-    axis, more = length_axis(compute.attention), length - cache.metadata.segment.shape[1]
+    more = length - cache.metadata.segment.shape[1]
     if more < 0:
         raise ValueError(f"pad_cache: expected a length of at least {length - more}, the cache's own, got {length}")
 
-    def pad(leaf: Array, at: int) -> Array:
-        return jnp.pad(leaf, [(0, more if i == at else 0) for i in range(leaf.ndim)])
+    def pad(leaf: Array) -> Array:
+        return jnp.pad(leaf, [(0, more if axis == 1 else 0) for axis in range(leaf.ndim)])
 
-    names = cache_axes(compute)
-    key, value = (tuple(constrain(pad(leaf, axis), names) for leaf in leaves) for leaves in (cache.key, cache.value))
-    return cache._replace(key=key, value=value, metadata=AttentionMetadata(*(pad(leaf, 1) for leaf in cache.metadata)))
+    key, value = (tuple(constrain(pad(leaf), CACHE_AXES) for leaf in leaves) for leaves in (cache.key, cache.value))
+    return cache._replace(key=key, value=value, metadata=AttentionMetadata(*map(pad, cache.metadata)))
 
 
-def update_cache(held: Arrays, new: Arrays, index: Int[Array, ""], axis: int = 1) -> Arrays:
-    """Arrays of a cache with `new` written from `index` on along `axis`. They must have room for it: XLA would move a
-    write that runs over the end.
+def update_cache(held: Arrays, new: Arrays, index: Int[Array, ""]) -> Arrays:
+    """Arrays of a cache with `new` written from position `index` on. They must have room for it: XLA would move a write
+    that runs over the end.
     """
 
     def write(old: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis)
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
 
     return jax.tree.map(write, held, new)

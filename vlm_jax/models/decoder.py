@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.core import axes
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache
-from vlm_jax.models.cache import length_axis, update_cache
+from vlm_jax.models.cache import update_cache
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
-from vlm_jax.ops import masks, merged, rotary, splash
+from vlm_jax.ops import masks, rotary, splash
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.placement import constrain, parts, working
 
@@ -65,15 +65,9 @@ class Attention(nn.Module):
             q = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="query_norm")(q)
             k = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="key_norm")(k)
         q, k = rotary.rotate(q, inputs.angles), rotary.rotate(k, inputs.angles)
-        is_merged = self.implementation == "merged"
-        if is_merged:
-            k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
-            k, v = cache = update_cache(cache, (k, v), inputs.cache_index, length_axis(self.implementation))
-        if is_merged:
-            x = merged.attend(q, k, v, inputs.mask, spec.query_scale, spec.attention_softcap)
-        else:
-            x = attend(q, k, v, inputs.mask, spec.query_scale, spec.attention_softcap, self.implementation)
+            k, v = cache = update_cache(cache, (k, v), inputs.cache_index)
+        x = attend(q, k, v, inputs.mask, spec.query_scale, spec.attention_softcap, self.implementation)
         return Linear(heads, width, name="out")(x), cache
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.core.axes import NORM
-from vlm_jax.ops import one_row
 from vlm_jax.ops.placement import working
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -47,7 +46,8 @@ class Linear(nn.Module):
         count = len(self.inputs)
         init = nn.initializers.lecun_normal(in_axis=range(count), out_axis=range(count, len(sizes)))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, tuple(names)), tuple(sizes))
-        x = one_row.contract(x, working(kernel, tuple(names), x.dtype), count)
+        contracted = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
+        x = jax.lax.dot_general(x, working(kernel, tuple(names), x.dtype), (contracted, ((), ())))
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(names[count:]))
             x = x + self.param("bias", zeros, tuple(sizes[count:])).astype(x.dtype)

@@ -32,7 +32,7 @@ def attend(
     softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2). No
         fused kernel knows it, so it takes our own path and `implementation` does not matter.
     implementation: "xla", "cudnn" (fused, NVIDIA GPUs, 16-bit inputs) or "splash" (fused, TPUs, for a `Causal` mask;
-        the plain path for every other). "merged" is a decoder's choice (`ops.merged`), and "xla" here.
+        the plain path for every other).
     bias: added to the scaled scores; not together with a softcap.
     """
     if bias is not None and softcap is not None:
@@ -46,7 +46,7 @@ def attend(
         if implementation == "splash" and bias is None and splash.applies(q.shape[1], q.shape[2], k.shape[2]):
             return splash.attend(q, k, v, mask, scale, softcap, plain)
         return plain(q, k, v, mask)
-    implementation = "xla" if implementation in ("splash", "merged") else implementation
+    implementation = "xla" if implementation == "splash" else implementation
     if softcap is None:
         out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
     else:
