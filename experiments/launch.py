@@ -19,10 +19,10 @@ from rich.console import Console
 from experiments.launching import index, local, slices, slurm, tables
 from experiments.launching.cells import Cell, cells_of, gather, open_workdir, rows_of
 from experiments.launching.follow import conclude
-from vlm_jax import processes
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
+from vlm_jax.distributed import processes
 from vlm_jax.sizing import chips
 
 _LOG_WIDTH = 160

@@ -12,8 +12,8 @@ from experiments import report
 from vlm_jax import plan
 from vlm_jax.cli import run_main
 from vlm_jax.core.errors import UserError
+from vlm_jax.evaluation import results
 from vlm_jax.scaling import lawfile
-from vlm_jax.store import results
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "experiments" / "size_by_tokens"

@@ -16,12 +16,12 @@ import numpy as np
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.rows import ResultRow
+from vlm_jax.evaluation import results
 from vlm_jax.scaling import fit, frontier, lawfile, plots, scores
 from vlm_jax.scaling import report as scaling_report
 from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.fitted import BASIC, LawFit
 from vlm_jax.sizing.roofline import Request
-from vlm_jax.store import results
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }

@@ -18,7 +18,7 @@ from PIL import Image
 
 from experiments import launch
 from vlm_jax.cli import run_main
-from vlm_jax.store import results
+from vlm_jax.evaluation import results
 
 pytestmark = pytest.mark.xdist_group("end to end")  # of one training
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,10 @@ from tests import builders
 from tests.golden import peers_decoders as peers
 from tests.golden.drawn import weights
 from vlm_jax import build, export, job
+from vlm_jax.checkpoints import inspection, orbax
+from vlm_jax.checkpoints.tensor_tables import open_weights
 from vlm_jax.core.errors import UserError
-from vlm_jax.models.importers import found
-from vlm_jax.models.importers.weights import open_weights
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.store import checkpoint
 
 CASE = peers.read()["qwen2"]
 
@@ -48,7 +47,7 @@ def test_the_same_tensors_and_words_come_out(tmp_path, published: Path, capsys) 
         "bos_token_id": 1,
         "torch_dtype": "float32",
     }
-    ours, theirs = found.find(out).decoder, found.find(published).decoder
+    ours, theirs = inspection.find(out).decoder, inspection.find(published).decoder
     assert dataclasses.replace(ours, name="") == dataclasses.replace(theirs, name="")
 
 
@@ -80,7 +79,7 @@ def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
     model = builders.model()
     params = builders.params(Vlm(model, builders.COMPUTE))
     network = SimpleNamespace(model=Vlm(model, builders.COMPUTE), encoder=params.pop("encoder"))
-    monkeypatch.setattr(checkpoint, "read_spec", lambda workdir: {})
+    monkeypatch.setattr(orbax, "read_spec", lambda workdir: {})
     monkeypatch.setattr("vlm_jax.config.resolve.spec_from_dict", lambda values: None)
     monkeypatch.setattr(build, "open_network", lambda spec: network)
     monkeypatch.setattr(job, "restore", lambda network, workdir: params)
@@ -90,12 +89,12 @@ def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="compressor resampler"):
         export.main(["--model", str(run), "--out", str(tmp_path / "whole")])
     export.main(["--model", str(run), "--out", str(tmp_path / "text"), "--part", "decoder"])
-    there = found.find(tmp_path / "text")
+    there = inspection.find(tmp_path / "text")
     assert there.kind == "LlamaForCausalLM"
-    up = found.found_params(there)["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    up = inspection.found_params(there)["decoder"]["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(up, params["decoder"]["blocks"]["mlp"]["up"]["kernel"])
     export.main(["--model", str(run), "--out", str(tmp_path / "eye"), "--part", "encoder"])
-    patch = found.found_params(found.find(tmp_path / "eye"))["encoder"]["patch"]["kernel"]
+    patch = inspection.found_params(inspection.find(tmp_path / "eye"))["encoder"]["patch"]["kernel"]
     np.testing.assert_array_equal(patch, network.encoder["patch"]["kernel"])
     named = ["--model", str(run), "--part", "encoder", "--out"]
     export.main([*named, str(tmp_path / "new" / "eye.npz")])

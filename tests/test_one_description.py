@@ -12,13 +12,13 @@ import vlm_jax
 from tests.golden import drawn, peers_answers, peers_text
 from tests.golden import peers_vision as peers
 from tests.models import test_vision_import as vision
+from vlm_jax.checkpoints.info import Found
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import model_group, resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.inference import loading
-from vlm_jax.models.importers.parts import Found
 from vlm_jax.models.vision import Encoder
 from vlm_jax.scaling import candidates, lawfile
 from vlm_jax.sizing import zoo

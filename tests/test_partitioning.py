@@ -15,16 +15,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import builders
-from vlm_jax import partitioning
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import TrainState, Views, Visual
+from vlm_jax.distributed import partitioning
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.ops import placement
+from vlm_jax.ops import sharding
 from vlm_jax.training import loss
 from vlm_jax.training import step as training_step
 
@@ -180,7 +180,7 @@ def test_a_second_plan_is_honoured_in_the_same_process() -> None:
     """jit's own cache knows neither mesh nor rules: the same function under other rules must be traced anew."""
 
     def logits(x: jax.Array) -> jax.Array:
-        return placement.constrain(2 * x, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
+        return sharding.constrain(2 * x, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
 
     x = jnp.ones((8, 3, 8))
     seen = []
@@ -313,7 +313,7 @@ def test_what_auto_means(kind: tuple, meaning: tuple) -> None:
 def test_without_a_plan_kernels_are_only_cast() -> None:
     """And their gradients come back in the dtype that they rest in."""
     kernel = jnp.arange(6.0).reshape(2, 3)
-    work = lambda k: placement.working(k, (axes.EMBED, axes.MLP), jnp.bfloat16)  # noqa: E731
+    work = lambda k: sharding.working(k, (axes.EMBED, axes.MLP), jnp.bfloat16)  # noqa: E731
     assert work(kernel).dtype == jnp.bfloat16
     np.testing.assert_array_equal(work(kernel), kernel)
     gradient = jax.grad(lambda k: work(k).astype(jnp.float32).sum())(kernel)

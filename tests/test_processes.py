@@ -15,12 +15,13 @@ import jax
 import pytest
 
 from tests.training.test_resume import tiny_spec
-from vlm_jax import build, job, processes
+from vlm_jax import build, job
+from vlm_jax.checkpoints import big_vision
 from vlm_jax.cli import ArgumentParser
 from vlm_jax.core import tree
 from vlm_jax.core.errors import LOST, STOPPED, UserError
 from vlm_jax.core.specs import RunSpec
-from vlm_jax.models.importers import big_vision
+from vlm_jax.distributed import processes
 
 pytestmark = pytest.mark.xdist_group("processes")  # of one training
 ROOT = Path(__file__).parents[1]
@@ -181,7 +182,7 @@ def test_where_one_process_is_lost_the_other_exits_and_says_how_to_resume(lost: 
 
 SIGTERM = """
 import os, signal, threading
-from vlm_jax import processes
+from vlm_jax.distributed import processes
 
 stop = processes.watch_sigterm()
 assert not stop(1)

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests import builders
 from vlm_jax import build, job
+from vlm_jax.checkpoints.huggingface import exporting
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec, RunSpec
 from vlm_jax.data import pipeline
-from vlm_jax.models.importers import exporting
 from vlm_jax.models.vlm import Vlm
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

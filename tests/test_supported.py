@@ -10,8 +10,9 @@ import pytest
 from tests.golden import peers_decoders
 from tests.models import test_importers_decoders as decoders
 from tests.models import test_vision_import as vision
+from vlm_jax.checkpoints import inspection
+from vlm_jax.checkpoints.huggingface import exporting
 from vlm_jax.core.specs import ModelSpec
-from vlm_jax.models.importers import exporting, found
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 TABLE = README.partition("| read | which are | written | proven by, in `tests/models/` |\n")[2].partition("\n\n")[0]
@@ -36,7 +37,7 @@ def architecture(case: str) -> str:
 
 def test_every_architecture_has_a_row() -> None:
     names = [name.strip("`") for name, *_ in ROWS if ".npz" not in name]
-    assert sorted(names) == sorted(found.architectures())
+    assert sorted(names) == sorted(inspection.architectures())
     assert sorted(kind for name, kind, *_ in ROWS if ".npz" in name) == sorted(OF_BIG_VISION)
 
 
@@ -66,13 +67,13 @@ def test_a_model_is_written_as_its_row_says(row: list[str], tmp_path: Path) -> N
     for case in named(proof)[2]:
         place = tmp_path / case
         if case in DECODERS:
-            there = found.find(decoders.folder(place, DECODERS[case]))
+            there = inspection.find(decoders.folder(place, DECODERS[case]))
         else:
             place.mkdir()
-            there = found.find((vision.write_npz if ".npz" in name else vision.write)(place, case))
+            there = inspection.find((vision.write_npz if ".npz" in name else vision.write)(place, case))
         whole = there.encoder is not None and there.decoder is not None
         parts = ModelSpec(there.encoder, None, None, there.decoder, there.mask)
-        spec = found.model_spec(there) if whole else parts
+        spec = inspection.model_spec(there) if whole else parts
         if ".npz" in name:
             exporting.check_npz(place / "out.npz", spec)
         else:

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 
-from vlm_jax import processes
+from vlm_jax.checkpoints import orbax
 from vlm_jax.core.errors import BAD_STEP, RunStopped
 from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
 from vlm_jax.data.sources import Split
-from vlm_jax.store import checkpoint, metrics
-from vlm_jax.training import guard
+from vlm_jax.distributed import processes
+from vlm_jax.training import guard, metrics
 
 _SKIPPED = "skipped.jsonl"
 
@@ -56,7 +56,7 @@ def make_check(
 def _stop(workdir: Path, bad: tuple[int, str], ids: list[str], split: str, state: Any) -> None:
     step, why = bad
     folder = workdir / "bad_step"
-    checkpoint.save_state(folder / "state", state)
+    orbax.save_state(folder / "state", state)
     if processes.is_primary():
         noticed = int(jax.device_get(state.step))
         write_json(

@@ -16,15 +16,16 @@ import flax.linen as nn
 import jax
 
 import vlm_jax
-from vlm_jax import partitioning, processes
+from vlm_jax.checkpoints import big_vision, inspection
+from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import PREPARATION, ComputeSpec, DecoderSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
-from vlm_jax.data import pipeline, sources, text
-from vlm_jax.models.importers import big_vision, found, processors
+from vlm_jax.data import features as feature_store
+from vlm_jax.data import pipeline, sources, tokenizers
+from vlm_jax.distributed import partitioning, processes
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.store import features as feature_store
 from vlm_jax.training import guard, loss, optim
 from vlm_jax.training import step as training_step
 
@@ -136,12 +137,12 @@ def _split(dataset: str, config: str, name: str, data_dir: Path, words: str) -> 
 
 
 @functools.lru_cache(maxsize=4)
-def words_of(folder: str) -> text.Text:
+def words_of(folder: str) -> tokenizers.Text:
     """The tokenizer of a language model's folder; "" is the project's own."""
     if not folder:
-        return text.word_tokenizer()
+        return tokenizers.word_tokenizer()
     there = Path(folder)
-    words = text.read_tokenizer(there, found.read_config(there) if (there / "config.json").is_file() else {})
+    words = tokenizers.read_tokenizer(there, inspection.read_config(there) if (there / "config.json").is_file() else {})
     if not words.ends:
         raise UserError(f"{folder}: names no token that ends an answer (eos_token); training wants one")
     return words
@@ -170,7 +171,7 @@ def _prepared(spec: RunSpec) -> EncoderSpec:
         return encoder
     if path.suffix == ".npz":
         return processors.prepared(encoder, path)
-    source = processors.prepared(found.find(path).encoder or encoder, path)
+    source = processors.prepared(inspection.find(path).encoder or encoder, path)
     return dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
 
 
@@ -194,7 +195,7 @@ def _public_params(
     path: Path, part: str, wanted: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None, scan_layers: bool = True
 ) -> Any:
     """One part of a published model, float32. Raises `UserError` where it is not the model that the spec describes."""
-    there = found.find(path)
+    there = inspection.find(path)
     has = getattr(there, part)
     if has is None:
         raise UserError(f"{path}: holds no {part}")
@@ -204,8 +205,8 @@ def _public_params(
             raise UserError(
                 f"{path}: its {part} has {field.name}={theirs}, {wanted.name} has {ours}: name its own size"
             )
-    there = found.seen_as(there, wanted) if part == "encoder" else there
-    return found.found_params(there, (part,), plan, "float32", scan_layers=scan_layers)[part]
+    there = inspection.seen_as(there, wanted) if part == "encoder" else there
+    return inspection.found_params(there, (part,), plan, "float32", scan_layers=scan_layers)[part]
 
 
 # What does not concern the weights, or is chosen by the run.

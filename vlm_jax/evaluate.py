@@ -9,7 +9,7 @@ from vlm_jax.cli import EXIT_CODES, ArgumentParser, run_main
 
 
 def main(argv: list[str]) -> None:
-    from vlm_jax import processes
+    from vlm_jax.distributed import processes
 
     parser = ArgumentParser(
         prog="python -m vlm_jax.evaluate",
@@ -29,11 +29,12 @@ def main(argv: list[str]) -> None:
 def _evaluate(workdir: Path, rows: Path) -> None:
     from rich.progress import track
 
-    from vlm_jax import build, job, processes
+    from vlm_jax import build, job
+    from vlm_jax.checkpoints.orbax import read_spec
     from vlm_jax.config.resolve import spec_from_dict
     from vlm_jax.core.specs import spec_hash, total_steps
-    from vlm_jax.store import results
-    from vlm_jax.store.checkpoint import read_spec
+    from vlm_jax.distributed import processes
+    from vlm_jax.evaluation import results
 
     spec = spec_from_dict(read_spec(workdir))
     done = results.done(rows)

@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vlm_jax.checkpoints.huggingface import exporting
     from vlm_jax.core import tree
-    from vlm_jax.models.importers import exporting
 
     exporting.check_vacant(args.out)
     screen = Console(stderr=True)
@@ -70,14 +70,15 @@ def _read(
     """(spec, parameters of its parts, image token). What cannot be exported is refused before weights are read."""
     import jax
 
+    from vlm_jax.checkpoints import inspection
+    from vlm_jax.checkpoints.huggingface import exporting, processors
     from vlm_jax.core.specs import ModelSpec
     from vlm_jax.models.decoder import stack_layers
-    from vlm_jax.models.importers import exporting, found, processors
 
     if (path / "spec.json").exists():
         from vlm_jax import build, job
+        from vlm_jax.checkpoints.orbax import read_spec
         from vlm_jax.config.resolve import spec_from_dict
-        from vlm_jax.store.checkpoint import read_spec
 
         network = build.open_network(spec_from_dict(read_spec(path)))
         spec = exporting.part_of(network.model.spec, part)
@@ -88,16 +89,16 @@ def _read(
             params["decoder"] = stack_layers(params["decoder"])
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
         return spec, params, None
-    there = found.find(path)
+    there = inspection.find(path)
     if there.encoder is not None:
         there = there._replace(encoder=processors.prepared(there.encoder, path))
     whole = there.encoder is not None and there.decoder is not None
-    spec = found.model_spec(there) if whole else ModelSpec(there.encoder, None, None, there.decoder, there.mask)
+    spec = inspection.model_spec(there) if whole else ModelSpec(there.encoder, None, None, there.decoder, there.mask)
     spec = exporting.part_of(spec, part)
     exporting.check(out, spec, there.image_token)
-    parts = found.PARTS if part == "whole" else (part,)
-    total = found.size_bytes(there, parts)
-    params = found.found_params(there, parts, None, dtype, lambda size: read(size, total))
+    parts = inspection.PARTS if part == "whole" else (part,)
+    total = inspection.size_bytes(there, parts)
+    params = inspection.found_params(there, parts, None, dtype, lambda size: read(size, total))
     return spec, params, there.image_token
 
 

@@ -17,8 +17,10 @@ import flax.linen as nn
 import jax
 
 import vlm_jax
-from vlm_jax import bad_steps, build, logbook, processes
+from vlm_jax import bad_steps, build, logbook
 from vlm_jax.build import Network, Run
+from vlm_jax.checkpoints import orbax
+from vlm_jax.checkpoints.orbax import Checkpoints, disk_errors, lock_workdir
 from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import STOPPED, RunStopped, UserError
@@ -26,16 +28,15 @@ from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
+from vlm_jax.distributed import processes
 from vlm_jax.evaluation import harness
 from vlm_jax.inference import sampling
 from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost
-from vlm_jax.store import checkpoint
-from vlm_jax.store.checkpoint import Checkpoints, disk_errors, lock_workdir
-from vlm_jax.store.metrics import MetricWriter
 from vlm_jax.training import guard, loop
 from vlm_jax.training import step as training_step
+from vlm_jax.training.metrics import MetricWriter
 
 OnLog = Callable[[loop.Log, dict[str, float]], None]
 
@@ -232,7 +233,7 @@ def restore(
         raise UserError(f"{workdir}: no checkpoint here; train this run first, or name its --workdir")
     lock_workdir(workdir, specs.to_dict(network.spec), specs.MAY_CHANGE)
     boxed = build.abstract_state(network, network.spec.stages[0])
-    return checkpoint.restore_params(
+    return orbax.restore_params(
         workdir,
         nn.meta.unbox(boxed).params,
         network.plan.shardings(boxed).params,

@@ -10,8 +10,8 @@ from vlm_jax.core import specs
 from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
+from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.evaluation import harness
-from vlm_jax.partitioning import Plan
 from vlm_jax.sizing import chips, cost
 from vlm_jax.training import loop, optim
 

@@ -10,9 +10,9 @@ from vlm_jax.cli import EXIT_CODES, ArgumentParser, run_main
 
 
 def main(argv: list[str]) -> None:
-    from vlm_jax import processes
     from vlm_jax.config.arguments import load_config, split_overrides
     from vlm_jax.config.resolve import resolve
+    from vlm_jax.distributed import processes
 
     parser = ArgumentParser(
         prog="python -m vlm_jax.train",
@@ -40,8 +40,9 @@ def _train(spec: Any, workdir: Path) -> None:
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from vlm_jax import build, job, processes
+    from vlm_jax import build, job
     from vlm_jax.core.specs import total_steps
+    from vlm_jax.distributed import processes
 
     cache = build.default_cache()
     build.use_compilation_cache(cache)

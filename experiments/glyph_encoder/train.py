@@ -20,15 +20,15 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.glyph_encoder.pages import Page, pages
-from vlm_jax import partitioning
+from vlm_jax.checkpoints import big_vision
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.axes import VISION, VOCAB
 from vlm_jax.core.specs import ComputeSpec, OptimSpec, StageSpec
 from vlm_jax.core.structs import LossSums
 from vlm_jax.data import reading
-from vlm_jax.models.importers import big_vision
+from vlm_jax.distributed import partitioning
 from vlm_jax.models.vision import Encoder
-from vlm_jax.ops import weights
+from vlm_jax.ops import initializers
 from vlm_jax.ops.pixels import normalise
 from vlm_jax.sizing import zoo
 from vlm_jax.training import loop, optim
@@ -45,7 +45,7 @@ def init_params(key: jax.Array, encoder: Encoder) -> dict[str, Any]:
     side, width = encoder.spec.image_size, encoder.spec.width
     keys = jax.random.split(key, 4)
     readout = {
-        name: {"kernel": weights.dense(k, (width, n), (VISION, VOCAB)), "bias": weights.zeros((n,), (VOCAB,))}
+        name: {"kernel": initializers.dense(k, (width, n), (VISION, VOCAB)), "bias": initializers.zeros((n,), (VOCAB,))}
         for name, k, n in zip(TASKS, keys[1:], reading.CLASSES, strict=True)
     }
     return {"encoder": encoder.init(keys[0], jnp.zeros((1, side, side, 3)))["params"], "readout": readout}

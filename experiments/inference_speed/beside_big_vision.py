@@ -56,7 +56,7 @@ def write_weights(path: Path, network: Any) -> None:
     import jax
     from big_vision import utils
 
-    from vlm_jax.models.importers.big_vision import write_npz
+    from vlm_jax.checkpoints.big_vision import write_npz
 
     one = (np.zeros((1, SIDE, SIDE, 3), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
     abstract = jax.eval_shape(network.init, jax.random.key(0), *one)["params"]

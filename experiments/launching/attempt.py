@@ -35,7 +35,8 @@ def attempt(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> N
 
 def _run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None:
     report("starting", 0.0)
-    from vlm_jax import build, job, processes
+    from vlm_jax import build, job
+    from vlm_jax.distributed import processes
 
     cache, steps = build.default_cache(), total_steps(cell.spec)
     build.use_compilation_cache(cache)

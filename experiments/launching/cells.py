@@ -18,8 +18,8 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, spec_hash
+from vlm_jax.evaluation import results
 from vlm_jax.sizing import cost
-from vlm_jax.store import results
 
 
 class Cell(NamedTuple):

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from experiments.launching import states
 from experiments.launching.attempt import attempt, with_checkpoints
 from experiments.launching.cells import Cell, rows_of
-from vlm_jax import processes
 from vlm_jax.core.errors import STOPPED, RunStopped, UserError
+from vlm_jax.distributed import processes
 
 _NONE = -1  # in place of an index
 _PATIENCE_SECS = 120  # a file server keeps the lock of a machine that died for a while

@@ -1,8 +1,8 @@
 """A TPU slice before it is paid for: how fast cells train on it, and whether it can run them at all."""
 
 from experiments.launching.cells import Cell
-from vlm_jax import partitioning
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.distributed import partitioning
 from vlm_jax.sizing import chips
 
 # Name in Google's accelerator types -> chip, how many of the type's count make one chip.

@@ -11,8 +11,8 @@ from pathlib import Path
 from experiments.launching import states
 from experiments.launching.attempt import attempt
 from experiments.launching.cells import cells_of, rows_of
-from vlm_jax import processes
 from vlm_jax.core.errors import STOPPED, RunStopped
+from vlm_jax.distributed import processes
 
 
 def main() -> None:

@@ -65,19 +65,20 @@ def run(python: str, way: str, folder: str) -> dict[str, float]:
 
 def write(folder: Path, llm: str) -> tuple[int, int]:
     """A folder of random bfloat16 weights, tensor by tensor -> (its bytes, those of its largest tensor)."""
-    from vlm_jax.models.importers import hf_decoder, tensor_files, weights
+    from vlm_jax.checkpoints import tensor_files, tensor_tables
+    from vlm_jax.checkpoints.huggingface import hf_decoder
     from vlm_jax.sizing import zoo
 
     spec = zoo.decoder(llm)
     kind = np.dtype(ml_dtypes.bfloat16)
-    shapes = {name: (s, kind) for name, s in weights.expected([hf_decoder.decoder_table(spec)]).items()}
+    shapes = {name: (s, kind) for name, s in tensor_tables.expected([hf_decoder.decoder_table(spec)]).items()}
     noise = (0.02 * np.random.default_rng(0).standard_normal(2**20)).astype(kind)
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for name, (shape, _) in shapes.items():
             yield name, np.resize(noise, shape)
 
-    tensor_files.write_safetensors(folder, shapes, arrays(), weights.MAX_SHARD_BYTES)
+    tensor_files.write_safetensors(folder, shapes, arrays(), tensor_tables.MAX_SHARD_BYTES)
     (folder / "config.json").write_text(json.dumps({**hf_decoder.hf_config(spec), "torch_dtype": "bfloat16"}))
     sizes = [int(np.prod(shape)) * kind.itemsize for shape, _ in shapes.values()]
     return sum(sizes), max(sizes)

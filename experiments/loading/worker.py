@@ -28,8 +28,9 @@ def ours(folder: str) -> dict:
 def sharded(folder: str) -> dict:
     """Split over the devices of this host. Nothing of it is held twice, so the shards are as large as the file."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-    from vlm_jax import load, partitioning
+    from vlm_jax import load
     from vlm_jax.core.specs import ComputeSpec
+    from vlm_jax.distributed import partitioning
 
     plan = partitioning.make_plan(ComputeSpec("bfloat16", "none", "xla", 1, "fsdp", (1, DEVICES, 1)))
     return _measure(lambda: load(folder, dtype="bfloat16", plan=plan).params)
@@ -49,10 +50,10 @@ def copy(folder: str) -> dict:
     """The bytes of the file in fresh memory, in the file's order: what no loader that owns its weights can go below."""
     import numpy as np
 
-    from vlm_jax.models.importers import weights
+    from vlm_jax.checkpoints import tensor_tables
 
     before, cpu, start = _memory("VmRSS"), time.process_time(), time.perf_counter()
-    there = weights.open_weights(folder)
+    there = tensor_tables.open_weights(folder)
     held = [np.copy(there.read(name)) for name in there.shapes]
     return _result(start, cpu, before, sum(array.nbytes for array in held))
 

@@ -54,9 +54,10 @@ def state_bytes(llm: str, chips: int) -> float:
     import numpy as np
     from jax.sharding import AbstractMesh
 
-    from vlm_jax import build, partitioning
+    from vlm_jax import build
     from vlm_jax.config.arguments import load_config
     from vlm_jax.config.resolve import resolve
+    from vlm_jax.distributed import partitioning
 
     spec = resolve(load_config(f"configs/llava.py:llm={llm},tokens=144"))
     table = tuple(partitioning.TABLES[spec.compute.strategy].items())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax import aot, partitioning
+from vlm_jax import aot
 from vlm_jax.aot import __main__ as door
 from vlm_jax.aot import programs, report, variants
 from vlm_jax.config.arguments import load_config
@@ -15,6 +15,7 @@ from vlm_jax.config.resolve import resolve
 from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec
+from vlm_jax.distributed import partitioning
 from vlm_jax.sizing import cost
 
 with_compiler = pytest.mark.skipif(

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from tests.golden import peers_vision as peers
+from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 from vlm_jax.data import images
 from vlm_jax.models import vision
-from vlm_jax.models.importers import processors
 
 HF = np.load(Path(__file__).parents[1] / "golden/peers_vision_hf.npz")
 

@@ -10,7 +10,7 @@ import pytest
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, EvaluationSpec
 from vlm_jax.core.structs import Visual
-from vlm_jax.data import pipeline, tokenizer
+from vlm_jax.data import glyph_tokenizer, pipeline
 from vlm_jax.data.sources import Split
 
 
@@ -18,8 +18,8 @@ def _split(examples):
     """A split from [[(question, answer), ...], ...]."""
     shape = len(examples), len(examples[0])
     pairs = [pair for example in examples for pair in example]
-    questions, asked = tokenizer.encode_table([q for q, _ in pairs])
-    answers, replied = tokenizer.encode_table([a for _, a in pairs], end=(tokenizer.END_ID,))
+    questions, asked = glyph_tokenizer.encode_table([q for q, _ in pairs])
+    answers, replied = glyph_tokenizer.encode_table([a for _, a in pairs], end=(glyph_tokenizer.END_ID,))
     return Split(
         "made/up:train",
         "ocr",
@@ -38,7 +38,7 @@ def _split(examples):
 def split():
     """37 examples with 5 questions each, of uneven lengths."""
     rng = np.random.default_rng(0)
-    words = tokenizer.vocabulary.WORDS[2:]
+    words = glyph_tokenizer.vocabulary.WORDS[2:]
     text = lambda most: " ".join(rng.choice(words, rng.integers(1, most + 1)))  # noqa: E731
     return _split([[(text(5), text(4)) for _ in range(5)] for _ in range(37)])
 
@@ -72,8 +72,8 @@ def _examples(inputs):
 def test_the_drawn_example():
     split = _split([[("read row one", "3 3 8 0"), ("read row two", "4 7 1 9")]])
     packed = pipeline.pack(split, np.array([0]), np.array([[1, 0]]), LAYOUT, 18)
-    words = lambda text: [0 if w in "I." else tokenizer.vocabulary.WORDS.index(w) for w in text.split()]  # noqa: E731
-    end = tokenizer.vocabulary.END
+    words = lambda text: [0 if w in "I." else glyph_tokenizer.vocabulary.WORDS.index(w) for w in text.split()]  # noqa: E731
+    end = glyph_tokenizer.vocabulary.END
     expected = {
         "tokens": words(f"I I read row two 4 7 1 9 {end} I I read row one 3 3 8 0 {end} . ."),
         "weight": [0, 0, 0, 0, 1, 1, 1, 1, 1, 0] * 2 + [0, 0],
@@ -175,7 +175,7 @@ def test_questions_are_chosen_evenly_without_repeats_and_by_the_seed(split):
     )
     asked = (
         np.concatenate([b.tokens[:, 5::7] for b, _ in _take(split, _spec(8, 2, 12), 100)])[:, :2]
-        - tokenizer.encode("0")[0]
+        - glyph_tokenizer.encode("0")[0]
     )
     assert (asked[:, 0] != asked[:, 1]).all()
     assert np.ptp(np.bincount(asked.ravel(), minlength=4)) < 0.15 * asked.size / 4

@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec
-from vlm_jax.data import pipeline, sources, tokenizer
+from vlm_jax.data import glyph_tokenizer, pipeline, sources
 from vlm_jax.data.glyph_facts.builder import GlyphFacts
 
 from .conftest import TINY
@@ -38,10 +38,10 @@ def test_a_split_holds_the_records_of_its_builder(dataset, config, name, data_di
     for i, record in enumerate(records):
         for k, (question, answer) in enumerate(zip(record["questions"], record["answers"], strict=True)):
             tokens = split.question_tokens[i, k]
-            assert tokens[: split.question_lengths[i, k]].tolist() == tokenizer.encode(question)
+            assert tokens[: split.question_lengths[i, k]].tolist() == glyph_tokenizer.encode(question)
             assert not tokens[split.question_lengths[i, k] :].any()
             tokens = split.answer_tokens[i, k, : split.answer_lengths[i, k]].tolist()
-            assert tokens == [*tokenizer.encode(answer), tokenizer.END_ID]
+            assert tokens == [*glyph_tokenizer.encode(answer), glyph_tokenizer.END_ID]
     chosen = np.array([5, 0, 31])
     drawn = builder.chunk(name, 0, np.random.default_rng([1, ["train", "test"].index(name), 0]), split.examples).images
     np.testing.assert_array_equal(split.images(chosen), drawn[chosen])

@@ -10,7 +10,7 @@ import pytest
 from tests.golden import peers_answers
 from tests.golden import peers_text as peers
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import chat, text
+from vlm_jax.data import chat, tokenizers
 
 CASES, ANSWERS = peers.read(), peers_answers.read()
 
@@ -24,9 +24,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def opened(folder: Path) -> text.Text:
+def opened(folder: Path) -> tokenizers.Text:
     config = folder / "config.json"
-    return text.read_tokenizer(folder, json.loads(config.read_text()) if config.exists() else {})
+    return tokenizers.read_tokenizer(folder, json.loads(config.read_text()) if config.exists() else {})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,14 +57,14 @@ def test_templates_render_as_the_reference(folders: Path, name: str, kind: str) 
 @pytest.mark.parametrize("name", ["chatml", "pieces"])
 def test_a_mark_of_ours_does_not_make_the_vocabulary_larger(folders: Path, name: str) -> None:
     """Two models joined: the embeddings may have no row to spare."""
-    tokenizer = text.read_tokenizer(folders / name, {}, ("<image>",))
-    assert tokenizer.size == text.read_tokenizer(folders / name, {}).size
+    tokenizer = tokenizers.read_tokenizer(folders / name, {}, ("<image>",))
+    assert tokenizer.size == tokenizers.read_tokenizer(folders / name, {}).size
     assert len(tokenizer.plain("a <image> b")) == len(tokenizer.plain("a ")) + 1 + len(tokenizer.plain("<image> b")[1:])
 
 
 def test_several_tokens_may_end_an_answer(folders: Path) -> None:
     assert opened(folders / "chatml").ends == (2, 0)  # generation_config.json has the first word
-    assert text.read_tokenizer(folders / "llama3", {"text_config": {"eos_token_id": 7}}).ends == (7,)
+    assert tokenizers.read_tokenizer(folders / "llama3", {"text_config": {"eos_token_id": 7}}).ends == (7,)
     assert opened(folders / "llama3").ends == (1,)  # the tokenizer's own
 
 
@@ -73,7 +73,7 @@ def test_prompts_are_the_processors(folders: Path, kind: str) -> None:
     """The ids of a question, and of a text that names the image itself, with the placeholders expanded."""
     folder, case = folders / kind, ANSWERS[kind]
     config = json.loads((folder / "config.json").read_text())
-    tokenizer = text.read_tokenizer(folder, config, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folder, config, ("<image>",))
     layout = chat.layout_of(config["architectures"][0], tokenizer)
     wanted = [
         [token for token, real in zip(*pair, strict=True) if real]
@@ -86,7 +86,7 @@ def test_prompts_are_the_processors(folders: Path, kind: str) -> None:
 
 def test_a_family_without_a_template_has_ours(folders: Path) -> None:
     """LLaVA-1.5 was trained on "USER: <image>\\n... ASSISTANT:", and what a base model reads is the prompt."""
-    tokenizer = text.read_tokenizer(folders / "llama2", {}, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
     layout = chat.layout_of("LlavaForConditionalGeneration", tokenizer)
     framed = chat.prompt_ids(layout, tokenizer, "What?", 500, 2)
     head, tail = tokenizer.encode("USER: "), tokenizer.plain("<image>\nWhat? ASSISTANT:")
@@ -97,7 +97,7 @@ def test_a_family_without_a_template_has_ours(folders: Path) -> None:
 
 def test_a_text_template_gets_the_image_as_a_mark(folders: Path) -> None:
     """Two models joined: the language model's template knows no parts."""
-    tokenizer = text.read_tokenizer(folders / "chatml", {}, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folders / "chatml", {}, ("<image>",))
     layout = chat.Layout("template", "<|im_start|>{{ messages[0].content }}<|im_end|>", "<image>")
     start, end = map(tokenizer.plain, ("<|im_start|>", "\nHi<|im_end|>"))
     assert chat.prompt_ids(layout, tokenizer, "Hi", 999, 3) == [*start, 999, 999, 999, *end]
@@ -107,7 +107,7 @@ def test_a_text_template_gets_the_image_as_a_mark(folders: Path) -> None:
 @pytest.mark.parametrize("name", ["chatml", "llama2"])
 def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: str) -> None:
     """Messages of texts and of parts, several turns with a system's: as transformers renders them given as parts."""
-    tokenizer = text.read_tokenizer(folders / name, {}, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folders / name, {}, ("<image>",))
     layout = chat.Layout("template", peers.PART_TEMPLATES[kind], "<image>")
     rendered = iter(CASES[name]["rendered_parts"][kind])
     for talk in peers.TALKS:
@@ -125,7 +125,7 @@ def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: s
 
 def test_words_of_a_template_are_not_taken_for_a_part(folders: Path) -> None:
     """One that reads parts and says what JSON says, and one that prints whatever it is given, in capitals."""
-    tokenizer = text.read_tokenizer(folders / "llama2", {}, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
     loop = "{% for part in messages[0].content if part is mapping %}{{ part.text }}{% endfor %}"
     for template, wanted in (
         ('{"type": "object"} ' + loop, '{"type": "object"} Hi'),
@@ -137,7 +137,7 @@ def test_words_of_a_template_are_not_taken_for_a_part(folders: Path) -> None:
 
 def test_parts_become_text_for_a_template_that_reads_texts(folders: Path) -> None:
     """Ours for LLaVA without one, a language model's, and one whose mark for an image is another."""
-    tokenizer = text.read_tokenizer(folders / "llama2", {}, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
     layout = chat.layout_of("LlavaForConditionalGeneration", tokenizer)
     seen = [{"type": "text", "text": "Look:"}, {"type": "image"}, "well"]
     talk = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, {"role": "user", "content": seen}]
@@ -169,7 +169,7 @@ def test_a_prompt_begins_once(folders: Path) -> None:
     """With the template's begin token or, where that writes none and the model sees, with the tokenizer's: a processor
     adds it with or without a picture, a language model's tokenizer never.
     """
-    tokenizer = text.read_tokenizer(folders / "llama3", {}, ("<image>",))
+    tokenizer = tokenizers.read_tokenizer(folders / "llama3", {}, ("<image>",))
     rendered = CASES["llama3"]["rendered"]["marks"][0]
     begin = tokenizer.id("<s>")
     assert rendered.startswith("<s>")
@@ -195,7 +195,7 @@ def test_a_prompt_begins_once(folders: Path) -> None:
 def test_bad_files_are_named(tmp_path: Path, make: object, told: str) -> None:
     make(tmp_path)
     with pytest.raises(UserError, match=told):
-        text.read_tokenizer(tmp_path, {})
+        tokenizers.read_tokenizer(tmp_path, {})
 
 
 SETTINGS = "tokenizer_config.json"
@@ -211,7 +211,7 @@ def test_files_that_hold_no_object_are_named(folders: Path, tmp_path: Path, name
     folder = shutil.copytree(folders / "llama3", tmp_path / "one")
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}: (an object is wanted|not valid JSON)"):
-        text.read_tokenizer(folder, {})
+        tokenizers.read_tokenizer(folder, {})
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_fields_of_the_wrong_kind_are_named(
     there = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     (folder / name).write_text(json.dumps({**there, **change}))
     with pytest.raises(UserError, match=told):
-        text.read_tokenizer(folder, {})
+        tokenizers.read_tokenizer(folder, {})
 
 
 def test_text_that_is_not_utf_8_is_told(folders: Path, tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_sentencepiece_file_gives_what_the_library_gives(folders: Path, tmp_pa
 
     content = base64.b64decode(CASES["pieces"]["files"]["tokenizer.model"])
     (tmp_path / "some.model").write_bytes(content)
-    ours, theirs = text.read_tokenizer(tmp_path / "some.model", {}), sentencepiece.SentencePieceProcessor()
+    ours, theirs = tokenizers.read_tokenizer(tmp_path / "some.model", {}), sentencepiece.SentencePieceProcessor()
     theirs.LoadFromSerializedProto(content)
     for said in peers.LINES:
         assert ours.plain(said) == theirs.encode(said)

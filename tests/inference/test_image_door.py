@@ -21,11 +21,11 @@ from tests import builders
 from tests.golden import peers_answers, peers_text, peers_vision
 from tests.golden.drawn import weights
 from vlm_jax import export
+from vlm_jax.checkpoints.huggingface import exporting, processors
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images
 from vlm_jax.data.sources import Split
 from vlm_jax.inference import prompts
-from vlm_jax.models.importers import exporting, processors
 from vlm_jax.models.vlm import Vlm
 
 CASES = peers_answers.read()

@@ -15,10 +15,11 @@ import vlm_jax
 from tests import builders
 from tests.golden import peers_answers, peers_text
 from tests.golden.drawn import weights
-from vlm_jax import partitioning, predict
+from vlm_jax import predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import chat
+from vlm_jax.distributed import partitioning
 from vlm_jax.inference import api, token_maps
 from vlm_jax.models.decoder import stack_layers, unstack_layers
 from vlm_jax.models.vlm import Vlm

@@ -13,8 +13,8 @@ from experiments.launching.cells import Cell
 from tests.launching.conftest import ROOT, row
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import spec_hash
+from vlm_jax.evaluation import results
 from vlm_jax.sizing import chips
-from vlm_jax.store import results
 
 
 def test_rows_are_gathered_once_in_the_order_of_the_grid(cells: list[Cell], workdir: Path) -> None:

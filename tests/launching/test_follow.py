@@ -9,7 +9,7 @@ from experiments.launching import states
 from experiments.launching.cells import Cell, write_row
 from experiments.launching.follow import conclude, follow
 from tests.launching.conftest import row
-from vlm_jax.store import results
+from vlm_jax.evaluation import results
 
 
 def test_cells_are_said_once_when_they_end_and_gathered_at_once(cells: list[Cell], workdir: Path) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests import builders
+from vlm_jax.checkpoints import big_vision
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import EncoderSpec
-from vlm_jax.models.importers import big_vision
 from vlm_jax.models.vlm import Vlm
 
 SPEC = dataclasses.replace(

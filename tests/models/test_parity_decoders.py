@@ -11,10 +11,11 @@ from tests.golden.drawn import redrawn, weights
 from tests.models.test_importers_decoders import program
 from tests.parity import MARKS, with_transformers
 from vlm_jax import export
+from vlm_jax.checkpoints import inspection
+from vlm_jax.checkpoints.huggingface import hf_config
+from vlm_jax.checkpoints.huggingface.fields import harmless
+from vlm_jax.checkpoints.tensor_tables import open_weights
 from vlm_jax.core.errors import UserError
-from vlm_jax.models.importers import found, hf_config
-from vlm_jax.models.importers.fields import harmless
-from vlm_jax.models.importers.weights import open_weights
 
 pytestmark = [*MARKS, with_transformers]
 CASES = peers.read()
@@ -59,8 +60,8 @@ def test_the_text_part_of_a_whole_gemma3_is_what_transformers_computes(tmp_path)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
     model = transformers.Gemma3ForConditionalGeneration(config)
     logits, greedy = peers.ask(redrawn(model, tmp_path, attn_implementation="eager")[0])
-    loaded = found.find(tmp_path)
-    ours, said = program(loaded.decoder)({"params": found.found_params(loaded, scan_layers=False)["decoder"]})
+    loaded = inspection.find(tmp_path)
+    ours, said = program(loaded.decoder)({"params": inspection.found_params(loaded, scan_layers=False)["decoder"]})
     miss = np.abs(np.asarray(ours) * peers.prompts()[1][..., None] - logits).max()
     assert miss <= 1e-4 * logits.std()
     np.testing.assert_array_equal(said, greedy)

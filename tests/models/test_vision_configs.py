@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tests.models.test_vision_import import write
+from vlm_jax.checkpoints.huggingface import hf_encoder, hf_vlm
+from vlm_jax.checkpoints.huggingface.hf_config import FAMILIES
+from vlm_jax.checkpoints.info import Found
+from vlm_jax.checkpoints.inspection import find, found_params, model_spec
+from vlm_jax.checkpoints.tensor_tables import Weights, expected
 from vlm_jax.core.errors import UserError
-from vlm_jax.models.importers import hf_encoder, hf_vlm
-from vlm_jax.models.importers.found import find, found_params, model_spec
-from vlm_jax.models.importers.hf_config import FAMILIES
-from vlm_jax.models.importers.parts import Found
-from vlm_jax.models.importers.weights import Weights, expected
 from vlm_jax.sizing import cost, zoo
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "published_configs.json").read_text())

@@ -16,14 +16,14 @@ import vlm_jax
 from tests import builders
 from tests.golden import drawn
 from tests.golden import peers_vision as peers
+from vlm_jax.checkpoints.huggingface import exporting, hf_encoder
+from vlm_jax.checkpoints.inspection import find, found_params, model_spec
+from vlm_jax.checkpoints.tensor_tables import load_params, open_weights
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.models import vision
-from vlm_jax.models.importers import exporting, hf_encoder
-from vlm_jax.models.importers.found import find, found_params, model_spec
-from vlm_jax.models.importers.weights import load_params, open_weights
 from vlm_jax.models.vision import Encoder
 from vlm_jax.models.vlm import Vlm
 

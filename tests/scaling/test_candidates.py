@@ -10,10 +10,10 @@ from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import spec_hash
+from vlm_jax.evaluation import results
 from vlm_jax.scaling import candidates, lawfile, scores
 from vlm_jax.sizing import chips, cost, roofline, zoo
 from vlm_jax.sizing.roofline import Request
-from vlm_jax.store import results
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "experiments" / "published_law" / "published_scores.csv"

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tests import builders
-from vlm_jax import partitioning
+from vlm_jax.checkpoints.orbax import Checkpoints, disk_errors, lock_workdir, read_spec
 from vlm_jax.core import tree
 from vlm_jax.core.axes import EMBED, MLP
 from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.structs import TrainState
-from vlm_jax.store.checkpoint import Checkpoints, disk_errors, lock_workdir, read_spec
+from vlm_jax.distributed import partitioning
 
 SPEC = {"seed": 0, "data": {"dataset": "glyph_ocr", "batch_examples": 32}, "stages": [{"name": "both", "train": ["a"]}]}
 CURSOR = {"next_index": 17, "nested": {"position": [1, 2]}}

@@ -10,8 +10,8 @@ import pytest
 from tests import builders
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Visual
+from vlm_jax.data import features
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.store import features
 
 COUNT = 130  # more than the store encodes at once
 

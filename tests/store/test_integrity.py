@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from tests.store.test_checkpoint import CURSOR, boxed, placed, plan
+from vlm_jax.checkpoints import integrity
+from vlm_jax.checkpoints.orbax import Checkpoints, restore_params
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.store import integrity
-from vlm_jax.store.checkpoint import Checkpoints, restore_params
 
 # Orbax writes these when the digests have been taken, and does not need them to restore.
 UNSIGNED = ("_CHECKPOINT_METADATA", "commit_success.txt", "sha256.json")

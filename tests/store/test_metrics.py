@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_jax.store.metrics import MetricWriter
+from vlm_jax.training.metrics import MetricWriter
 
 
 def lines(workdir) -> list[dict]:

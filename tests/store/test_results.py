@@ -11,7 +11,7 @@ from result_rows import row
 
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
-from vlm_jax.store import results
+from vlm_jax.evaluation import results
 
 MODEL = specs.to_dict(builders.model())
 

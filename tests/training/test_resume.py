@@ -15,6 +15,7 @@ import pytest
 
 from tests import builders
 from vlm_jax import build, job
+from vlm_jax.checkpoints import big_vision
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
@@ -22,7 +23,6 @@ from vlm_jax.core.errors import RunStopped
 from vlm_jax.core.specs import BadStepSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.data import pipeline
-from vlm_jax.models.importers import big_vision
 from vlm_jax.models.vlm import Vlm
 
 pytestmark = pytest.mark.xdist_group("resume")  # of one training

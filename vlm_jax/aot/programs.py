@@ -13,16 +13,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vlm_jax import build, partitioning
+from vlm_jax import build
 from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
+from vlm_jax.distributed import partitioning
+from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
 from vlm_jax.models.cache import CACHE_AXES, init_cache
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.partitioning import Plan
 from vlm_jax.sizing import cost
 
 MODES = ("train", "prefill", "decode")

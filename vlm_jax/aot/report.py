@@ -8,7 +8,7 @@ import numpy as np
 from vlm_jax.aot.programs import TOPOLOGIES, Program, mesh_axes
 from vlm_jax.core import axes
 from vlm_jax.core.specs import RunSpec, StageSpec, spec_hash
-from vlm_jax.partitioning import Plan
+from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.sizing import chips, cost, hlo, roofline
 
 GIB = 2**30

@@ -7,7 +7,7 @@ from typing import Any
 from vlm_jax.aot import programs, report
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
-from vlm_jax.partitioning import make_plan
+from vlm_jax.distributed.partitioning import make_plan
 
 
 def variants(

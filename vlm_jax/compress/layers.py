@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, VISION, VISION_HEADS, VISION_MLP
-from vlm_jax.ops import weights as w
+from vlm_jax.ops import initializers as w
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.placement import Names, working
+from vlm_jax.ops.sharding import Names, working
 
 Weights = dict[str, Any]  # nested, arrays at the leaves
 

@@ -31,7 +31,7 @@ from vlm_jax.core.axes import NORM, POSITION, VISION
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
-from vlm_jax.ops.weights import dense, zeros
+from vlm_jax.ops.initializers import dense, zeros
 
 
 def cell_tokens(grid: g.Grid) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import grid as g
-from vlm_jax.ops.weights import boxed, table
+from vlm_jax.ops.initializers import boxed, table
 
 _BUMP = 0.7  # standard deviation of a head's first attention, in patches
 _FAR = 2.0  # scores far away are -_FAR - log P: all of them together a small share, and none without a gradient

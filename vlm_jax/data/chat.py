@@ -20,7 +20,7 @@ from jinja2 import ext, nodes, sandbox
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import messages
 from vlm_jax.data.messages import Message
-from vlm_jax.data.text import Text
+from vlm_jax.data.tokenizers import Text
 
 # Our words for prompts that a family was trained with, for folders that hold no template.
 FAMILIES = {

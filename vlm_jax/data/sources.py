@@ -18,8 +18,8 @@ from jaxtyping import Int, UInt8
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import EncoderSpec
-from vlm_jax.data import images, tokenizer
-from vlm_jax.data.text import Text, word_tokenizer
+from vlm_jax.data import glyph_tokenizer, images
+from vlm_jax.data.tokenizers import Text, word_tokenizer
 
 DATASETS = ("glyph_ocr", "glyph_facts", "glyph_scene")
 
@@ -153,9 +153,9 @@ def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Tex
     texts = {name: [text.decode() for r in records for text in r[name]] for name in ("questions", "answers")}
     words = words or word_tokenizer()
     asked = [f"{text}\n" for text in texts["questions"]]
-    questions, question_lengths = tokenizer.encode_table(asked, encode=words.encode)
-    answers, answer_lengths = tokenizer.encode_table(texts["answers"], words.ends[:1], words.plain)
-    bare, bare_lengths = tokenizer.encode_table(texts["questions"], encode=words.encode)
+    questions, question_lengths = glyph_tokenizer.encode_table(asked, encode=words.encode)
+    answers, answer_lengths = glyph_tokenizer.encode_table(texts["answers"], words.ends[:1], words.plain)
+    bare, bare_lengths = glyph_tokenizer.encode_table(texts["questions"], encode=words.encode)
     bare = np.where(np.arange(bare.shape[1]) < bare_lengths[:, None], bare, -1)
     return Split(
         name=f"{dataset}/{config}:{split}",

@@ -19,20 +19,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax import build, partitioning
+from vlm_jax import build
+from vlm_jax.checkpoints import orbax, tensor_tables
+from vlm_jax.checkpoints.huggingface import processors
+from vlm_jax.checkpoints.inspection import Found, find, found_params, seen_as
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
-from vlm_jax.data import chat, text, token_files
+from vlm_jax.data import chat, token_files, tokenizers
+from vlm_jax.distributed import partitioning
+from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import sampling
 from vlm_jax.models import connector, vision
 from vlm_jax.models.decoder import unstack_layers
-from vlm_jax.models.importers import processors, weights
-from vlm_jax.models.importers.found import Found, find, found_params, seen_as
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.partitioning import Plan
-from vlm_jax.store import checkpoint
 
 DTYPES = ("float32", "bfloat16")
 MARK = "<image>"  # stands for the image in a prompt, where a folder names no other text
@@ -45,7 +46,9 @@ class Model(NamedTuple):
     compute: ComputeSpec
     params: Any  # {"encoder", "connector", "decoder"}, as far as there are
     plan: Plan
-    tokenizer: text.Text | None = None  # None where the folder has none: `forward` and `generate_tokens` need none
+    tokenizer: tokenizers.Text | None = (
+        None  # None where the folder has none: `forward` and `generate_tokens` need none
+    )
     layout: chat.Layout | None = None  # how a question becomes a prompt
     image_token: int | None = None  # the placeholder in `tokens`, once for each visual token
     pad: int | None = None
@@ -176,7 +179,7 @@ def _counter(
     """Sums up the bytes of single tensors, against those of all parts that are wanted."""
     if on_read is None:
         return None
-    names = [(found.weights, weights.expected([found.tables[p] for p in parts])) for found, parts in wanted]
+    names = [(found.weights, tensor_tables.expected([found.tables[p] for p in parts])) for found, parts in wanted]
     total = sum(
         math.prod(shape) * files.shapes[name][1].itemsize for files, some in names for name, shape in some.items()
     )
@@ -221,7 +224,7 @@ def _with_words(model: Model, speaking: Found, tokenizer: str | Path | None) -> 
         if pad is not None and type(pad) is not int:
             raise UserError(f"{folder}: config.json: pad_token_id={str(pad)[:80]!r}: a whole number is wanted")
         return model._replace(pad=pad, ends=_inside(ends, spec, folder))
-    words = text.read_tokenizer(folder, config, (MARK,) if sees else ())
+    words = tokenizers.read_tokenizer(folder, config, (MARK,) if sees else ())
     if words.size > spec.decoder.vocab:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {words.size - 1}, the language model only {spec.decoder.vocab} "
@@ -240,7 +243,7 @@ def _inside(ends: tuple[int, ...], spec: ModelSpec, folder: Path) -> tuple[int, 
 
 def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     """What `vlm_jax.train` made, with the words it was trained on."""
-    run = spec_from_dict(checkpoint.read_spec(workdir))
+    run = spec_from_dict(orbax.read_spec(workdir))
     context = run.model.decoder.context or run.model.compressor.tokens + run.data.text_tokens
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
@@ -252,7 +255,7 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     spec = dataclasses.replace(network.model.spec, decoder=decoder)
     abstract = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     unboxed, shardings = nn.meta.unbox(abstract), plan.shardings(abstract)
-    params = checkpoint.restore_params(workdir, unboxed, shardings, _tell)
+    params = orbax.restore_params(workdir, unboxed, shardings, _tell)
     params = {"encoder": jax.device_put(network.encoder, plan.replicated), **params}
     params["decoder"] = unstack_layers(params.pop("decoder"), run.model.decoder.depth)
     words = build.words_of(run.data.tokenizer)

@@ -7,9 +7,9 @@ from typing import Any
 from jaxtyping import Array
 
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
+from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import sampling
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.partitioning import Plan
 
 
 @functools.lru_cache(maxsize=32)

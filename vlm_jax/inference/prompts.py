@@ -13,8 +13,8 @@ from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import images as pictures
+from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference.loading import Model
-from vlm_jax.partitioning import Plan
 
 
 def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]] | None:

@@ -10,8 +10,8 @@ from vlm_jax.core.axes import ACT_EMBED, BATCH, EMBED, LENGTH, MLP, VISION, VISI
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.core.structs import Visual
-from vlm_jax.ops import weights as w
-from vlm_jax.ops.placement import constrain, working
+from vlm_jax.ops import initializers as w
+from vlm_jax.ops.sharding import constrain, working
 
 PROJECTORS = ("linear", "mlp")
 _IN, _OUT = (VISION, VISION_MLP), (MLP, EMBED)  # of the projector's kernels

@@ -24,7 +24,7 @@ from vlm_jax.models.cache import update_cache
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
 from vlm_jax.ops import masks, rotary, splash
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.placement import constrain, parts, working
+from vlm_jax.ops.sharding import constrain, parts, working
 
 Params = Any
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.core.axes import NORM
-from vlm_jax.ops.placement import working
+from vlm_jax.ops.sharding import working
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,

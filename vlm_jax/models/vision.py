@@ -21,7 +21,7 @@ from vlm_jax.core.specs import ComputeSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.placement import constrain
+from vlm_jax.ops.sharding import constrain
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_VISION)
 

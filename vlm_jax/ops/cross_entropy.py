@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax.core import axes
-from vlm_jax.ops.placement import constrain, parts, working
+from vlm_jax.ops.sharding import constrain, parts, working
 
 _LEAST_WORDS = 8192  # of a block: enough work for each product, few enough for its logits to be small
 _ALIGN = 128  # a TPU's tile: XLA scatters gradients of whole tiles, and sums others in full on every chip

@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import ModelSpec
+from vlm_jax.evaluation import results
 from vlm_jax.sizing import zoo
-from vlm_jax.store import results
 
 COLUMNS = ("family", "llm_params_billion", "visual_tokens", "mean_score")
 BILLION = 1e9

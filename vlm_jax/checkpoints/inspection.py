@@ -12,15 +12,16 @@ from typing import Any
 
 import jax
 
+from vlm_jax.checkpoints import big_vision
+from vlm_jax.checkpoints import tensor_tables as w
+from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.checkpoints.info import Found
+from vlm_jax.checkpoints.tensor_tables import Table, Weights
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import AttentionMetadata
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder
-from vlm_jax.models.importers import big_vision, fields, hf_decoder, hf_encoder, hf_vlm
-from vlm_jax.models.importers import weights as w
-from vlm_jax.models.importers.parts import Found
-from vlm_jax.models.importers.weights import Table, Weights
 from vlm_jax.models.vision import Encoder
 
 PARTS = ("encoder", "connector", "decoder")

@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder
+from vlm_jax.checkpoints.info import Found
+from vlm_jax.checkpoints.tensor_tables import Table, Weights, linear, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import EncoderSpec, ModelSpec
-from vlm_jax.models.importers import fields, hf_decoder, hf_encoder
-from vlm_jax.models.importers.parts import Found
-from vlm_jax.models.importers.weights import Table, Weights, linear, same
 
 _PROJECTOR = "multi_modal_projector."
 LLAVA, PALIGEMMA = "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"

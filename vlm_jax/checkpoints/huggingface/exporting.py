@@ -13,14 +13,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vlm_jax.checkpoints import big_vision
+from vlm_jax.checkpoints import tensor_tables as w
+from vlm_jax.checkpoints.huggingface import hf_decoder, hf_encoder, hf_vlm, processors
+from vlm_jax.checkpoints.inspection import read_config
+from vlm_jax.checkpoints.tensor_tables import Table
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ModelSpec
-from vlm_jax.models.importers import big_vision, hf_decoder, hf_encoder, hf_vlm, processors
-from vlm_jax.models.importers import weights as w
-from vlm_jax.models.importers.found import read_config
-from vlm_jax.models.importers.weights import Table
 
 # Files beside the weights that belong to the words and the pictures, not to the parameters.
 COMPANIONS = (

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.checkpoints.info import Found
+from vlm_jax.checkpoints.tensor_tables import Leaf, Table, Weights, load_params, open_weights, same, tensors
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.models.importers.parts import Found
-from vlm_jax.models.importers.weights import Leaf, Table, Weights, load_params, open_weights, same, tensors
 from vlm_jax.models.vision import Encoder
 from vlm_jax.sizing import zoo
 

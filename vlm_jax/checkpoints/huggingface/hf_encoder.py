@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.checkpoints.huggingface.fields import check as check_fields
+from vlm_jax.checkpoints.tensor_tables import Leaf, Table, Weights, conv_patch, linear, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
-from vlm_jax.models.importers.fields import check as check_fields
-from vlm_jax.models.importers.weights import Leaf, Table, Weights, conv_patch, linear, same
 
 ALONE = ("SiglipVisionModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 BESIDE_TEXT = ("SiglipModel", "CLIPModel")

@@ -17,10 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from vlm_jax.checkpoints import integrity
 from vlm_jax.core import specs
 from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.files import write_json
-from vlm_jax.store import integrity
 
 _DISK = ("No space left", "Read-only file system", "Permission denied", "Disk quota exceeded", "File too large")
 _DISK_CODES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)

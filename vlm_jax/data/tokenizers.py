@@ -22,8 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.pre_tokenizers import Metaspace
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.data import glyph_tokenizer as words
 from vlm_jax.data import token_files
-from vlm_jax.data import tokenizer as words
 from vlm_jax.data.token_files import Said, written
 
 _SPACE = "\u2581"  # how SentencePiece writes a space

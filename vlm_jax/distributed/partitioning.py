@@ -31,7 +31,7 @@ from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec
 from vlm_jax.core.structs import TrainState
-from vlm_jax.ops import placement
+from vlm_jax.ops import sharding
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 _TILE = 16  # rows of a tile of 16-bit numbers
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
         """
 
         def traced(*args: Any) -> Any:
-            with placement.in_force(self):
+            with sharding.in_force(self):
                 return fn(*args)
 
         traced.__name__ = getattr(fn, "__name__", "traced")
@@ -114,7 +114,7 @@ class Plan(NamedTuple):
                 spec[widest] += (axis,)
         return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in spec)))
 
-    def sharding(self, names: placement.Names, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(self, names: sharding.Names, shape: tuple[int, ...]) -> NamedSharding:
         """Of an array of that shape whose axes have these logical names.
 
         Where the mesh axes of a name do not divide the size, the last are dropped (a vocabulary of 96 over 5 devices).
@@ -135,7 +135,7 @@ class Plan(NamedTuple):
             spec.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def back_to_rest(self, names: placement.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
+    def back_to_rest(self, names: sharding.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
         """The way of a kernel's gradient from where the kernel works to where it rests, one mesh axis after another.
 
         In one step over both directions of a torus, XLA:TPU sums the whole gradient on every device and then cuts it:
@@ -151,7 +151,7 @@ class Plan(NamedTuple):
             steps.append(PartitionSpec(*(tuple(a for a in part if a in kept) or None for part in rest)))
         return [NamedSharding(self.mesh, step) for step in steps]
 
-    def to_work(self, names: placement.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
+    def to_work(self, names: sharding.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
         """The way of a kernel from where it rests to where it works: in one gather over both directions, which uses
         all links of a plane. In a network of three dimensions, and for parts thinner than a tile, XLA:TPU would write
         that gather as a sum of kernels that are mostly zeros; there one mesh axis is gathered after another.
@@ -164,7 +164,7 @@ class Plan(NamedTuple):
         return [rest, *(home[-2::-1] if thin or solid else ()), work]
 
     def shard_map(
-        self, fn: Callable[..., Any], inputs: tuple[placement.Names, ...], output: placement.Names
+        self, fn: Callable[..., Any], inputs: tuple[sharding.Names, ...], output: sharding.Names
     ) -> Callable[..., Any]:
         """`fn` on each device's shards of arrays with these logical names."""
         rules = dict(self.rules)

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from vlm_jax.checkpoints.tensor_tables import Table, Weights
 from vlm_jax.core.specs import DecoderSpec, EncoderSpec
-from vlm_jax.models.importers.weights import Table, Weights
 
 
 class Found(NamedTuple):

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.checkpoints.huggingface.fields import flag, number
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RAMPS, DecoderSpec, RopeBands
-from vlm_jax.models.importers.fields import flag, number
 
 Config = Mapping[str, Any]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax.checkpoints.huggingface import fields, hf_rope
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import DecoderSpec
-from vlm_jax.models.importers import fields, hf_rope
 
 Config = Mapping[str, Any]
 

@@ -23,9 +23,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from vlm_jax.checkpoints.tensor_files import Weights, cores, free, open_weights, write_safetensors
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.models.importers.tensor_files import Weights, cores, free, open_weights, write_safetensors
 
 __all__ = [
     "Leaf", "Table", "Weights", "check", "conv_patch", "expected", "linear", "load_params", "open_weights", "same",

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.checkpoints.huggingface import hf_rope
+from vlm_jax.checkpoints.huggingface.hf_config import ACTIVATIONS, FAMILIES, decoder_spec
+from vlm_jax.checkpoints.tensor_tables import Leaf, Table, Weights, linear, same
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec
-from vlm_jax.models.importers import hf_rope
-from vlm_jax.models.importers.hf_config import ACTIVATIONS, FAMILIES, decoder_spec
-from vlm_jax.models.importers.weights import Leaf, Table, Weights, linear, same
 
 __all__ = ["ARCHITECTURES", "decoder_spec", "decoder_table", "hf_config", "ignore", "prefixes"]
 

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configurations and tensors, read and written."""

@@ -1,1 +1,0 @@
-"""Weights between this project and the formats that people hold."""
