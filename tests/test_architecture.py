@@ -13,11 +13,12 @@ FLOORS = {
     "compress": 2,
     "sizing": 3,
     "config": 4,
-    "partitioning": 5,
-    "processes": 5,
+    "distributed": 5,
     "models": 5,
     "data": 5,
-    "store": 5,
+    "evaluation.results": 5,
+    "training.metrics": 5,
+    "checkpoints": 6,
     "inference.sampling": 6,
     "training": 6,
     "scaling": 6,
@@ -94,3 +95,16 @@ def test_no_file_of_a_thousand_ideas() -> None:
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 400, path
         assert path.stem not in ("utils", "common", "helpers", "misc", "base"), path
+
+
+def test_no_two_public_types_have_one_name() -> None:
+    """A name means one thing in the library and in the experiments."""
+    named: dict[str, list[str]] = {}
+    for path in (*FILES, *ROOT.glob("experiments/**/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node
+            name = getattr(target, "name", getattr(target, "id", ""))
+            is_type = isinstance(node, ast.ClassDef) or (isinstance(node, ast.Assign) and not name.isupper())
+            if is_type and name[:1].isupper():
+                named.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in named.items() if len(paths) > 1} == {}

@@ -1,4 +1,4 @@
-"""The door that writes a model as a folder for others. What transformers makes of it: tests/models/test_parity_*."""
+"""The command that writes a model as a folder for others (beside transformers: tests/checkpoints/test_parity_*)."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_the_same_tensors_and_words_come_out(tmp_path, published: Path, capsys) 
         "bos_token_id": 1,
         "torch_dtype": "float32",
     }
-    ours, theirs = inspection.find(out).decoder, inspection.find(published).decoder
+    ours, theirs = inspection.inspect(out).decoder, inspection.inspect(published).decoder
     assert dataclasses.replace(ours, name="") == dataclasses.replace(theirs, name="")
 
 
@@ -89,12 +89,12 @@ def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="compressor resampler"):
         export.main(["--model", str(run), "--out", str(tmp_path / "whole")])
     export.main(["--model", str(run), "--out", str(tmp_path / "text"), "--part", "decoder"])
-    there = inspection.find(tmp_path / "text")
+    there = inspection.inspect(tmp_path / "text")
     assert there.kind == "LlamaForCausalLM"
-    up = inspection.found_params(there)["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    up = inspection.load_parts(there)["decoder"]["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(up, params["decoder"]["blocks"]["mlp"]["up"]["kernel"])
     export.main(["--model", str(run), "--out", str(tmp_path / "eye"), "--part", "encoder"])
-    patch = inspection.found_params(inspection.find(tmp_path / "eye"))["encoder"]["patch"]["kernel"]
+    patch = inspection.load_parts(inspection.inspect(tmp_path / "eye"))["encoder"]["patch"]["kernel"]
     np.testing.assert_array_equal(patch, network.encoder["patch"]["kernel"])
     named = ["--model", str(run), "--part", "encoder", "--out"]
     export.main([*named, str(tmp_path / "new" / "eye.npz")])

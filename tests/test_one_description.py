@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import vlm_jax
+from tests.checkpoints import test_vision_import as vision
 from tests.golden import drawn, peers_answers, peers_text
 from tests.golden import peers_vision as peers
-from tests.models import test_vision_import as vision
-from vlm_jax.checkpoints.info import Found
+from vlm_jax.checkpoints.info import CheckpointInfo
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import model_group, resolve
@@ -38,8 +38,8 @@ def loaded(encoder, compressor, tokens):
     """As `load` joins an image tower with a language model: of CLIP, whose tokens are those of the last block."""
     if encoder.class_token:
         encoder = dataclasses.replace(encoder, feature_layer=encoder.depth)
-    parts = Found("a tower", encoder, None, None, "causal", None, {}, None, {})
-    llm = Found("a language model", None, None, zoo.decoder(LLM), "causal", None, {}, None, {})
+    parts = CheckpointInfo("a tower", encoder, None, None, "causal", None, {}, None, {})
+    llm = CheckpointInfo("a language model", None, None, zoo.decoder(LLM), "causal", None, {}, None, {})
     return loading._joined_spec(parts, llm, compressor, tokens)
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import test_importers_decoders as decoders
+from tests.checkpoints import test_vision_import as vision
 from tests.golden import peers_decoders
-from tests.models import test_importers_decoders as decoders
-from tests.models import test_vision_import as vision
 from vlm_jax.checkpoints import inspection
 from vlm_jax.checkpoints.huggingface import exporting
 from vlm_jax.core.specs import ModelSpec
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-TABLE = README.partition("| read | which are | written | proven by, in `tests/models/` |\n")[2].partition("\n\n")[0]
+HEADER = "| read | which are | written | proven by, in `tests/checkpoints/` |\n"
+TABLE = README.partition(HEADER)[2].partition("\n\n")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in TABLE.splitlines()[1:]]
 # What the tensors of a big_vision checkpoint of each kind are called.
 OF_BIG_VISION = {"SigLIP, one tower": "params/", "SigLIP, two towers": "params/txt/", "PaliGemma 1, 2": "params/llm/"}
@@ -67,10 +68,10 @@ def test_a_model_is_written_as_its_row_says(row: list[str], tmp_path: Path) -> N
     for case in named(proof)[2]:
         place = tmp_path / case
         if case in DECODERS:
-            there = inspection.find(decoders.folder(place, DECODERS[case]))
+            there = inspection.inspect(decoders.folder(place, DECODERS[case]))
         else:
             place.mkdir()
-            there = inspection.find((vision.write_npz if ".npz" in name else vision.write)(place, case))
+            there = inspection.inspect((vision.write_npz if ".npz" in name else vision.write)(place, case))
         whole = there.encoder is not None and there.decoder is not None
         parts = ModelSpec(there.encoder, None, None, there.decoder, there.mask)
         spec = inspection.model_spec(there) if whole else parts

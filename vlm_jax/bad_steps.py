@@ -28,7 +28,7 @@ def forget_after(workdir: Path, step: int) -> None:
 
 def make_check(
     workdir: Path, split: Split, spec: RunSpec, skipped: int
-) -> Callable[[Sequence[guard.Step], TrainState], None]:
+) -> Callable[[Sequence[guard.StepRecord], TrainState], None]:
     """`check(steps, state)` for the loop. `skipped` counts what the stage has left out before.
 
     Each step that was left out is a line of `skipped.jsonl`, with the ids of its examples. Raises `RunStopped` at the
@@ -38,7 +38,7 @@ def make_check(
     def ids(step: int) -> list[str]:
         return list(pipeline.drawn_ids(split, spec.data, spec.seed, step))
 
-    def check(steps: Sequence[guard.Step], state: TrainState) -> None:
+    def check(steps: Sequence[guard.StepRecord], state: TrainState) -> None:
         nonlocal skipped
         steps = jax.device_get(list(steps))
         for step in steps:

@@ -77,10 +77,10 @@ def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Networ
     that does not fit.
     """
     processes.check_initialized()
-    vocab, words = spec.model.decoder.vocab, words_of(spec.data.tokenizer)
+    vocab, words = spec.model.decoder.vocab, load_tokenizer(spec.data.tokenizer)
     if vocab < words.size:
         raise UserError(f"model.vocab={vocab}: the tokenizer has {words.size} words")
-    if vocab <= (end := max(words.ends)):
+    if vocab <= (end := max(words.eos_ids)):
         raise UserError(f"model.vocab={vocab}: {spec.data.tokenizer} ends answers with token {end} (eos_token_id)")
     network = lay_out(spec, plan or partitioning.make_plan(spec.compute))
     encoder = _encoder_weights(spec, network.model)
@@ -133,17 +133,17 @@ _READERS: dict[tuple[Path, str], pipeline.Features] = {}
 @functools.lru_cache(maxsize=8)
 def _split(dataset: str, config: str, name: str, data_dir: Path, words: str) -> sources.Split:
     sources.build(dataset, config, data_dir)
-    return sources.load(dataset, config, name, data_dir, words_of(words))
+    return sources.load(dataset, config, name, data_dir, load_tokenizer(words))
 
 
 @functools.lru_cache(maxsize=4)
-def words_of(folder: str) -> tokenizers.Text:
+def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
     """The tokenizer of a language model's folder; "" is the project's own."""
     if not folder:
         return tokenizers.word_tokenizer()
     there = Path(folder)
     words = tokenizers.read_tokenizer(there, inspection.read_config(there) if (there / "config.json").is_file() else {})
-    if not words.ends:
+    if not words.eos_ids:
         raise UserError(f"{folder}: names no token that ends an answer (eos_token); training wants one")
     return words
 
@@ -171,7 +171,7 @@ def _prepared(spec: RunSpec) -> EncoderSpec:
         return encoder
     if path.suffix == ".npz":
         return processors.prepared(encoder, path)
-    source = processors.prepared(inspection.find(path).encoder or encoder, path)
+    source = processors.prepared(inspection.inspect(path).encoder or encoder, path)
     return dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
 
 
@@ -195,7 +195,7 @@ def _public_params(
     path: Path, part: str, wanted: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None, scan_layers: bool = True
 ) -> Any:
     """One part of a published model, float32. Raises `UserError` where it is not the model that the spec describes."""
-    there = inspection.find(path)
+    there = inspection.inspect(path)
     has = getattr(there, part)
     if has is None:
         raise UserError(f"{path}: holds no {part}")
@@ -205,8 +205,8 @@ def _public_params(
             raise UserError(
                 f"{path}: its {part} has {field.name}={theirs}, {wanted.name} has {ours}: name its own size"
             )
-    there = inspection.seen_as(there, wanted) if part == "encoder" else there
-    return inspection.found_params(there, (part,), plan, "float32", scan_layers=scan_layers)[part]
+    there = inspection.with_encoder(there, wanted) if part == "encoder" else there
+    return inspection.load_parts(there, (part,), plan, "float32", scan_layers=scan_layers)[part]
 
 
 # What does not concern the weights, or is chosen by the run.

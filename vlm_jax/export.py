@@ -89,7 +89,7 @@ def _read(
             params["decoder"] = stack_layers(params["decoder"])
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
         return spec, params, None
-    there = inspection.find(path)
+    there = inspection.inspect(path)
     if there.encoder is not None:
         there = there._replace(encoder=processors.prepared(there.encoder, path))
     whole = there.encoder is not None and there.decoder is not None
@@ -98,7 +98,7 @@ def _read(
     exporting.check(out, spec, there.image_token)
     parts = inspection.PARTS if part == "whole" else (part,)
     total = inspection.size_bytes(there, parts)
-    params = inspection.found_params(there, parts, None, dtype, lambda size: read(size, total))
+    params = inspection.load_parts(there, parts, None, dtype, lambda size: read(size, total))
     return spec, params, there.image_token
 
 

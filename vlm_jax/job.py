@@ -242,10 +242,10 @@ def restore(
     )
 
 
-def row_layout(model: Vlm) -> pipeline.Layout:
+def row_layout(model: Vlm) -> pipeline.RowLayout:
     """How rows are laid out for a model."""
     shares_image = catalog.shares_image(model.spec, model.compute)
-    return pipeline.Layout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
+    return pipeline.RowLayout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
 
 
 def evaluation_batches(run: Run) -> int:
@@ -261,7 +261,7 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
     """
     spec, plan, network = run.network.spec, run.network.plan, run.network
     model = network.model._replace(compute=sampling.compute_for_decoding(network.model.compute))
-    end = build.words_of(spec.data.tokenizer).ends[0]
+    end = build.load_tokenizer(spec.data.tokenizer).eos_ids[0]
     program = plan.jit(harness.make_evaluate(model, spec.evaluation.max_new_tokens, end))
     rows = plan.rows(spec.evaluation.batch_examples)
 

@@ -20,7 +20,7 @@ TOKENS = (16, 144, 1, 576)
 PODS = {"v5e:16x16": 16, "v5p:4x4x8": 8}
 
 
-class Cell(NamedTuple):
+class PodCell(NamedTuple):
     """One program: a config's argument, a topology and a mode."""
 
     arg: str
@@ -33,23 +33,23 @@ class Cell(NamedTuple):
         return " ".join((self.mode, self.topology, self.arg, *(f"{k}={v}" for k, v in self.overrides)))
 
 
-def train_cell(llm: str, tokens: int, pod: str) -> Cell:
+def train_cell(llm: str, tokens: int, pod: str) -> PodCell:
     """A cell of the study's grid."""
-    return Cell(f"llm={llm},tokens={tokens},tensor={PODS[pod]}".replace(",tensor=16", ""), pod)
+    return PodCell(f"llm={llm},tokens={tokens},tensor={PODS[pod]}".replace(",tensor=16", ""), pod)
 
 
-def cells() -> list[Cell]:
+def cells() -> list[PodCell]:
     """The study, the cells that most depends on first."""
     train = [train_cell(llm, tokens, pod) for tokens in TOKENS for pod in PODS for llm in LLMS]
     serving = (("compute.strategy", "fsdp_tensor"), ("compute.mesh", "(16, 1, 16)"))
     answer = [
-        Cell(f"llm=qwen1.5-7b,tokens={tokens}", "v5e:16x16", mode, serving)
+        PodCell(f"llm=qwen1.5-7b,tokens={tokens}", "v5e:16x16", mode, serving)
         for tokens in (16, 576) for mode in ("prefill", "decode")
     ]  # fmt: skip
-    large = Cell("llm=gemma2-27b,tokens=144,batch=512,tensor=8", "v5p:8x8x8")
+    large = PodCell("llm=gemma2-27b,tokens=144,batch=512,tensor=8", "v5p:8x8x8")
     # What the splash kernel, and the placement of the study, are worth.
-    plain = Cell("llm=qwen1.5-7b,tokens=16", "v5e:16x16", "train", (("compute.attention", "xla"),))
-    narrow = Cell("llm=qwen1.5-7b,tokens=16,tensor=1", "v5e:16x16")
+    plain = PodCell("llm=qwen1.5-7b,tokens=16", "v5e:16x16", "train", (("compute.attention", "xla"),))
+    narrow = PodCell("llm=qwen1.5-7b,tokens=16,tensor=1", "v5e:16x16")
     return [*train[:10], large, *train[10:20], *answer, plain, narrow, *train[20:]]
 
 

@@ -13,7 +13,7 @@ CHIPS = (16, 32, 64, 128, 256)
 TOLERANCE = 0.05
 _SIZES = sorted(LLMS, key=lambda name: float(name.removeprefix("qwen1.5-").removesuffix("b")))
 
-Row = dict[str, Any]
+PodRow = dict[str, Any]
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -22,7 +22,7 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
 
 
-def figures_of(row: Row | None) -> str:
+def figures_of(row: PodRow | None) -> str:
     """Peak, time and MFU of one cell."""
     if row is None:
         return "not compiled"
@@ -31,7 +31,7 @@ def figures_of(row: Row | None) -> str:
     return f"{row['peak_bytes'] / GIB:.1f} · {1e3 * row['step_secs']:.0f} · {row['mfu']:.0%}"
 
 
-def training(rows: dict[str, Row]) -> str:
+def training(rows: dict[str, PodRow]) -> str:
     """A table a pod, and the large model."""
     parts = []
     for pod in PODS:
@@ -76,7 +76,7 @@ def scaling() -> dict[str, list[float]]:
     return {llm: [total / mine[0] for total in mine] for llm, mine in totals.items()}
 
 
-def checks(rows: dict[str, Row], scaled: dict[str, list[float]]) -> list[tuple[str, bool]]:
+def checks(rows: dict[str, PodRow], scaled: dict[str, list[float]]) -> list[tuple[str, bool]]:
     """(what is claimed with its figure, whether it holds)."""
     from vlm_jax.config.arguments import load_config
     from vlm_jax.config.resolve import resolve
@@ -106,7 +106,7 @@ def checks(rows: dict[str, Row], scaled: dict[str, list[float]]) -> list[tuple[s
     ]  # fmt: skip
 
 
-def variants(rows: dict[str, Row]) -> str:
+def variants(rows: dict[str, PodRow]) -> str:
     """The same step in other ways."""
     base = cells()[0]
     ways = {base.name: "as configured: fused attention, both directions of the torus"}
@@ -125,7 +125,7 @@ def variants(rows: dict[str, Row]) -> str:
     return markdown(lines)
 
 
-def answering(rows: dict[str, Row]) -> str:
+def answering(rows: dict[str, PodRow]) -> str:
     """Prefill, and one decoded token."""
     lines = [["program", "GiB", "ms", "bound by"]]
     for cell in cells():
@@ -145,7 +145,7 @@ def answering(rows: dict[str, Row]) -> str:
     return markdown(lines) if len(lines) > 1 else "Not compiled yet."
 
 
-def figure(rows: dict[str, Row]) -> None:
+def figure(rows: dict[str, PodRow]) -> None:
     """Parts of a step on each pod, at vendor peaks."""
     import matplotlib
 

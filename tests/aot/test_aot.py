@@ -84,7 +84,7 @@ def test_a_kernel_is_gathered_at_once_in_a_plane_and_by_axes_in_space(topology: 
     compute = resolve(load_config("configs/llava.py")).compute
     plan = partitioning.make_plan(compute, programs.devices(topology))
     assert plan.mesh.size == programs.mesh_axes(plan)["fsdp"] * 16
-    assert len(plan.to_work((axes.EMBED, axes.MLP), (4096, 11008))) == 1 + gathers
+    assert len(plan.compute_shardings((axes.EMBED, axes.MLP), (4096, 11008))) == 1 + gathers
     chip = report.chip_of(topology)
     assert report.link_share(plan, chip, ("fsdp", "tensor")) == 1
     assert report.link_share(plan, chip, ("fsdp",)) == pytest.approx({1: 1 / 2, 2: 1 / 3}[gathers])

@@ -51,7 +51,7 @@ def _features(indices):
     return Visual(np.stack([indices] * 2, axis=1).astype(np.float32)[:, :, None])
 
 
-LAYOUT = pipeline.Layout(2)
+LAYOUT = pipeline.RowLayout(2)
 
 
 def _take(split, spec, count, **options):
@@ -109,7 +109,7 @@ def test_packing_equals_a_packer_that_walks_through_the_words(split, visual_toke
     for questions in (1, 3, 5):
         example = rng.integers(-1, 37, 16)
         chosen = np.stack([rng.permutation(5)[:questions] for _ in example])
-        packed = pipeline.pack(split, example, chosen, pipeline.Layout(visual_tokens), 50)
+        packed = pipeline.pack(split, example, chosen, pipeline.RowLayout(visual_tokens), 50)
         for b, number in enumerate(example):
             rows = {name: [] for name in ("tokens", "weight", "segment", "position", "visual")}
             for segment, k in enumerate(chosen[b] if number >= 0 else ()):
@@ -143,7 +143,7 @@ def test_each_question_has_a_view_of_its_own_where_it_is_read(split):
 
 
 def test_blind_rows_carry_no_images(split):
-    (inputs, _), *_ = _take(split, _spec(), 1, layout=pipeline.Layout(0))
+    (inputs, _), *_ = _take(split, _spec(), 1, layout=pipeline.RowLayout(0))
     assert inputs.views is None
     assert (inputs.visual == -1).all()
 

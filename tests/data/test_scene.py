@@ -125,7 +125,7 @@ def test_things_stand_in_their_cells_in_their_colours(tmp_path, monkeypatch):
 
 def test_scenes_hold_what_their_layout_says():
     for split in glyphs.SPLITS:
-        shown = scenes.sample(np.random.default_rng(2), split, 500, scenes.Layout(4, 2, 6, 1, "free"))
+        shown = scenes.sample(np.random.default_rng(2), split, 500, scenes.SceneLayout(4, 2, 6, 1, "free"))
         assert ((shown.value >= 0).sum(axis=1) == 4).all()
         assert ((shown.shape >= 0).sum(axis=1) == 2).all()
         for cells, shape in zip(shown.cells, shown.shape, strict=True):
@@ -134,7 +134,7 @@ def test_scenes_hold_what_their_layout_says():
 
 
 def test_digits_of_a_test_scene_never_stand_together_in_training():
-    layout = scenes.Layout(4, 0, 4, 4, "rows")
+    layout = scenes.SceneLayout(4, 0, 4, 4, "rows")
     seen = [
         set(map(tuple, scenes.sample(np.random.default_rng(3), split, 3000, layout).value.tolist()))
         for split in glyphs.SPLITS
@@ -189,4 +189,4 @@ def test_a_question_alone_tells_little(config, tmp_path, monkeypatch):
 
 def test_an_unknown_program_is_named():
     with pytest.raises(UserError, match=r"unknown program 'tripel': did you mean 'triple'"):
-        programs.table(("tripel",), scenes.Layout(4, 2, 6, 1, "free"))
+        programs.table(("tripel",), scenes.SceneLayout(4, 2, 6, 1, "free"))

@@ -77,7 +77,7 @@ def test_the_fingerprint_names_the_content(data_dir):
 def test_pixels_reach_the_batch(data_dir):
     split = sources.load("glyph_scene", "two_tiny", "train", data_dir)
     spec = DataSpec("glyph_scene", "two_tiny", "train", "test", 4, 2, pipeline.longest_row(split, 2), False)
-    inputs, _ = next(pipeline.train_batches(split, spec, 0, pipeline.Layout(4)))
+    inputs, _ = next(pipeline.train_batches(split, spec, 0, pipeline.RowLayout(4)))
     assert inputs.views.features is None
     assert inputs.views.pixels.dtype == np.uint8
     ids = pipeline.drawn_ids(split, spec, 0, 1)

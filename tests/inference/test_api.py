@@ -65,7 +65,7 @@ def test_logits_are_the_references(models: dict[str, vlm_jax.Model], name: str) 
 
 def test_a_pad_id_that_ends_answers_is_no_padding(models: dict[str, vlm_jax.Model]) -> None:
     """Without a mask, the end token behind a row is read, as under a mask of ones."""
-    model = models["llava"]._replace(pad=2, ends=(2,))
+    model = models["llava"]._replace(pad=2, eos_ids=(2,))
     rows = np.array([[5, 6, 7, 2]])
     found, wanted = vlm_jax.forward(model, None, rows), vlm_jax.forward(model, None, rows, np.ones_like(rows))
     np.testing.assert_array_equal(found, wanted)
@@ -174,7 +174,7 @@ def test_prompts_of_a_bucket_share_their_programs(models: dict[str, vlm_jax.Mode
         compiled = (
             programs.hidden_program(*config),
             programs.prefill_program(*config, 16),
-            programs.sample_program(*config, model.ends, 16, "greedy"),
+            programs.sample_program(*config, model.eos_ids, 16, "greedy"),
         )
         counts.append([program._cache_size() for program in compiled])
     assert counts[0] == counts[1] == counts[2]

@@ -105,7 +105,7 @@ def test_two_images_in_a_prompt(folders: dict[str, Path]) -> None:
 
 def test_what_is_asked_is_the_bare_question() -> None:
     """Without the template, whatever form the prompt has (QueCC's own reading of LLaVA's prompts)."""
-    layout = chat.Layout("template", "", "<image>")
+    layout = chat.ChatFormat("template", "", "<image>")
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},

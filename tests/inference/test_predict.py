@@ -65,7 +65,7 @@ def test_big_vision_finds_each_of_our_tokens_the_likeliest(place: Path, photogra
     monkeypatch.setitem(peers_vision.BV_TEXT, "mlp_dim", peers_answers.TEXT["intermediate_size"])
     suffix = np.arange(words.shape[1])[None] >= prompt
     logits = peers_vision.paligemma_of_big_vision("gemma", place / "paligemma.npz", pixels, words, suffix.astype(int))
-    ends = np.flatnonzero(np.isin(said[0], model.ends))
+    ends = np.flatnonzero(np.isin(said[0], model.eos_ids))
     count = ends[0] + 1 if ends.size else said.shape[1]
     likeliest = logits[0, prompt - 1 : -1].argmax(axis=-1)
     np.testing.assert_array_equal(likeliest[:count], said[0, :count])

@@ -86,11 +86,11 @@ def test_a_sharded_call_keeps_each_device_to_its_rows_and_heads() -> None:
         return 2 * q
 
     from vlm_jax.core.axes import ACT_HEADS, BATCH
-    from vlm_jax.ops import sharding
+    from vlm_jax.ops import logical_axes
 
     heads = (BATCH, None, ACT_HEADS, None)
     where = partitioning.make_plan(builders.compute(strategy="fsdp_tensor", mesh=(1, 4, 2)))
     x = np.arange(8 * 3 * 2 * 5.0, dtype=np.float32).reshape(8, 3, 2, 5)
-    run = lambda x: sharding.on_each_device(kernel, (heads, (BATCH, None)), heads)(x, x[:, :, 0, 0])  # noqa: E731
+    run = lambda x: logical_axes.on_each_device(kernel, (heads, (BATCH, None)), heads)(x, x[:, :, 0, 0])  # noqa: E731
     np.testing.assert_array_equal(where.jit(run)(x), 2 * x)
     assert set(seen) == {((2, 3, 1, 5), (2, 3))}

@@ -70,9 +70,9 @@ def test_the_default_is_the_optimiser_itself() -> None:
     assert guard.guarded(sgd, BadStepSpec()) is sgd
 
 
-def steps(*of: tuple[float, float, int | None]) -> list[guard.Step]:
+def steps(*of: tuple[float, float, int | None]) -> list[guard.StepRecord]:
     return [
-        guard.Step(n, LossSums(nll, 0.0, 2.0), Norms(grad, 0.0, skipped))
+        guard.StepRecord(n, LossSums(nll, 0.0, 2.0), Norms(grad, 0.0, skipped))
         for n, (nll, grad, skipped) in enumerate(of, 5)
     ]
 

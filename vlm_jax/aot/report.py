@@ -47,7 +47,7 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         return out
     steps = spec.evaluation.max_new_tokens if mode == "decode" else 1  # of the longest answer
     found = hlo.collectives(program.text, mesh_axes(plan), steps)
-    apart, rests = plan.parts(axes.at_work(axes.MLP)), plan.parts(axes.EMBED) * plan.parts(axes.MLP)
+    apart, rests = plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP)
     if mode == "train":
         work = roofline.train_work(spec, stage, count, apart, rests)
     else:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.checkpoints.info import Found
-from vlm_jax.checkpoints.tensor_tables import Leaf, Table, Weights, load_params, open_weights, same, tensors
+from vlm_jax.checkpoints.info import CheckpointInfo
+from vlm_jax.checkpoints.tensor_tables import Leaf, TensorFiles, TensorTable, load_params, open_weights, same, tensors
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
@@ -59,7 +59,7 @@ def save_model(path: str | Path, params: Mapping[str, Any], spec: ModelSpec) -> 
     write_npz(Path(path), (pair for part, table in tables.items() for pair in tensors(params[part], table)))
 
 
-def model_tables(spec: ModelSpec) -> dict[str, Table]:
+def model_tables(spec: ModelSpec) -> dict[str, TensorTable]:
     """Part -> table of a checkpoint of big_vision's PaliGemma."""
     decoder, encoder = spec.decoder, spec.encoder
     gemma = decoder.norm_plus_one and decoder.tied_head and not (decoder.qk_norm or decoder.qkv_bias)
@@ -89,7 +89,7 @@ def write_npz(path: Path, named: Iterable[tuple[str, np.ndarray]]) -> None:
                 np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
 
-def find_npz(weights: Weights) -> Found:
+def inspect_npz(weights: TensorFiles) -> CheckpointInfo:
     """What a big_vision checkpoint holds: PaliGemma where there is an `llm`, else the image tower."""
     root, block = tower(weights)
     encoder = _encoder_spec(weights, root, block)
@@ -97,7 +97,7 @@ def find_npz(weights: Weights) -> Found:
     body = f"{root.removesuffix('img/')}llm/"
     if f"{body}embedder/input_embedding" not in weights.shapes:
         ignore = (*IGNORED, f"{root}head/.*", f"{root}pre_logits/.*")
-        return Found("big_vision ViT", encoder, None, None, "causal", None, tables, weights, {}, ignore)
+        return CheckpointInfo("big_vision ViT", encoder, None, None, "causal", None, tables, weights, {}, ignore)
     decoder = _decoder_spec(weights, body)
     tables |= {
         "connector": projector_table(encoder, decoder, root),
@@ -105,10 +105,10 @@ def find_npz(weights: Weights) -> Found:
     }
     # big_vision's prompts have no placeholder; Hugging Face gives it the first id behind this vocabulary.
     kind, token = "big_vision PaliGemma", decoder.vocab
-    return Found(kind, encoder, "linear", decoder, "prefix", token, tables, weights, {}, IGNORED)
+    return CheckpointInfo(kind, encoder, "linear", decoder, "prefix", token, tables, weights, {}, IGNORED)
 
 
-def tower(weights: Weights) -> tuple[str, str]:
+def tower(weights: TensorFiles) -> tuple[str, str]:
     """What stands before the image tower's names, and how it names its blocks."""
     roots = [name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(_FIRST) and "txt/" not in name]
     if not roots:
@@ -118,7 +118,7 @@ def tower(weights: Weights) -> tuple[str, str]:
     return root, STACKED if stacked else APART
 
 
-def encoder_table(spec: EncoderSpec, root: str, block: str) -> Table:
+def encoder_table(spec: EncoderSpec, root: str, block: str) -> TensorTable:
     """Every parameter of `models.vision.Encoder` under big_vision's names; `block` is `APART` or `STACKED`."""
     width, patch = spec.width, spec.patch_size
     if spec.class_token or spec.pre_norm:
@@ -133,15 +133,15 @@ def encoder_table(spec: EncoderSpec, root: str, block: str) -> Table:
     if not spec.feature_layer:
         table |= _leaves("norm", f"{root}Transformer/encoder_norm", norm)
     mixing = [("attention", _ATTENTION, _attention_shapes(spec)), *_mlp_shapes(spec)]
-    theirs = f"{root}Transformer/{block}/"
-    for ours, name, shapes in (
+    hf_name = f"{root}Transformer/{block}/"
+    for path, name, shapes in (
         ("attention_norm", "LayerNorm_0", norm), ("mlp_norm", "LayerNorm_1", norm), *mixing,
     ):  # fmt: skip
-        table |= _leaves(f"blocks/{ours}", theirs + name, shapes, spec.blocks)
+        table |= _leaves(f"blocks/{path}", hf_name + name, shapes, spec.blocks)
     if spec.pooling_head:
         pool = f"{root}MAPHead_0/"
-        for ours, name, shapes in (("norm", "LayerNorm_0", norm), *mixing):
-            table |= _leaves(f"pooling/{ours}", pool + name, shapes)
+        for path, name, shapes in (("norm", "LayerNorm_0", norm), *mixing):
+            table |= _leaves(f"pooling/{path}", pool + name, shapes)
         table["pooling/probe"] = same(f"{pool}probe", (1, 1, width))
     return table
 
@@ -159,14 +159,14 @@ def _mlp_shapes(spec: EncoderSpec) -> list[tuple[str, str, dict[str, tuple[int, 
     return [("mlp/up", "MlpBlock_0/Dense_0", up), ("mlp/down", "MlpBlock_0/Dense_1", down)]
 
 
-def _leaves(ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]], blocks: int = 0) -> Table:
-    """Arrays that are the same on both sides; one tensor a block where `theirs` counts blocks, else stacked."""
-    apart = blocks and "{i}" in theirs
+def _leaves(path: str, hf_name: str, shapes: Mapping[str, tuple[int, ...]], blocks: int = 0) -> TensorTable:
+    """Arrays that are the same on both sides; one tensor a block where `hf_name` counts blocks, else stacked."""
+    apart = blocks and "{i}" in hf_name
     full = {name: (blocks, *shape) if blocks and not apart else shape for name, shape in shapes.items()}
-    return {f"{ours}/{name}": same(f"{theirs}/{name}", shape, blocks if apart else 0) for name, shape in full.items()}
+    return {f"{path}/{name}": same(f"{hf_name}/{name}", shape, blocks if apart else 0) for name, shape in full.items()}
 
 
-def projector_table(encoder: EncoderSpec, decoder: DecoderSpec, root: str) -> Table:
+def projector_table(encoder: EncoderSpec, decoder: DecoderSpec, root: str) -> TensorTable:
     """PaliGemma's linear projector is the tower's head."""
     return {
         "projector/kernel": same(f"{root}head/kernel", (encoder.width, decoder.width)),
@@ -174,15 +174,15 @@ def projector_table(encoder: EncoderSpec, decoder: DecoderSpec, root: str) -> Ta
     }
 
 
-def decoder_table(spec: DecoderSpec, root: str) -> Table:
+def decoder_table(spec: DecoderSpec, root: str) -> TensorTable:
     """Every parameter of `models.decoder.Decoder` under Gemma's names, blocks stacked."""
     layers, width, inner, n = f"{root}layers/", spec.width, spec.mlp_width, spec.depth
     q, kv = (n, spec.heads, width, spec.head_dim), (n, spec.kv_heads, width, spec.head_dim)
 
-    def heads(theirs: str, shape: tuple[int, ...], k: int, of: int) -> Leaf:
+    def heads(hf_name: str, shape: tuple[int, ...], k: int, of: int) -> Leaf:
         """[layers, (of,) heads, D, C] -> [layers, D, heads, C]."""
         stacked = (n, of, *shape[1:]) if of > 1 else shape
-        return Leaf(f"{layers}attn/{theirs}/w", stacked, shape, (0, 2, 1, 3), part=(1, k, of) if of > 1 else None)
+        return Leaf(f"{layers}attn/{hf_name}/w", stacked, shape, (0, 2, 1, 3), part=(1, k, of) if of > 1 else None)
 
     if spec.heads == spec.kv_heads:
         query, key, value = (heads("qkv_einsum", q, k, 3) for k in range(3))
@@ -204,7 +204,7 @@ def decoder_table(spec: DecoderSpec, root: str) -> Table:
         "blocks/mlp/gate/kernel": gating._replace(part=(1, 0, 2)),
         "blocks/mlp/up/kernel": gating._replace(part=(1, 1, 2)),
         "blocks/mlp/down/kernel": same(f"{layers}mlp/linear", (n, inner, width)),
-        **{f"blocks/{ours}/scale": same(f"{layers}{theirs}/scale", (n, width)) for ours, theirs in norms.items()},
+        **{f"blocks/{name}/scale": same(f"{layers}{hf_name}/scale", (n, width)) for name, hf_name in norms.items()},
     }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def _no_pool(spec: EncoderSpec, root: str) -> tuple[str, ...]:
     return () if spec.pooling_head else (f"{root}MAPHead_0/.*",)
 
 
-def _shape(weights: Weights, name: str, axes: int) -> tuple[int, ...]:
+def _shape(weights: TensorFiles, name: str, axes: int) -> tuple[int, ...]:
     shape = weights.shapes.get(name, ((), None))[0]
     if len(shape) != axes:
         told = f"has shape {list(shape)}" if name in weights.shapes else "is missing"
@@ -220,7 +220,7 @@ def _shape(weights: Weights, name: str, axes: int) -> tuple[int, ...]:
     return shape
 
 
-def _encoder_spec(weights: Weights, root: str, block: str) -> EncoderSpec:
+def _encoder_spec(weights: TensorFiles, root: str, block: str) -> EncoderSpec:
     patch, _, _, width = _shape(weights, f"{root}{_FIRST}", 4)
     side = round(_shape(weights, f"{root}pos_embedding", 3)[1] ** 0.5)
     first = f"{root}Transformer/{block}/".replace("{i}", "0")
@@ -236,7 +236,7 @@ def _encoder_spec(weights: Weights, root: str, block: str) -> EncoderSpec:
     return EncoderSpec(name, side * patch, patch, width, depth, heads, inner, pooling_head=pool)
 
 
-def _decoder_spec(weights: Weights, root: str) -> DecoderSpec:
+def _decoder_spec(weights: TensorFiles, root: str) -> DecoderSpec:
     """Gemma's sizes from the shapes. What big_vision leaves out of Gemma 2 is left out: sliding windows, and the cap on
     the logits, which its PaliGemma does not apply (order and greedy answers are the same with it).
     """

@@ -1,7 +1,7 @@
 """What a folder or file of published weights is: our specs of its parts, and the tables that read and write them.
 
-`find` reads config.json's `architectures` and asks the row of that name in `architectures`; a row is a function of
-(weights, config) that returns a `Found`. Support for an architecture is a row.
+`inspect` reads config.json's `architectures` and asks the row of that name in `architectures`; a row is a function of
+(weights, config) that returns a `CheckpointInfo`. Support for an architecture is a row.
 """
 
 import json
@@ -15,8 +15,8 @@ import jax
 from vlm_jax.checkpoints import big_vision
 from vlm_jax.checkpoints import tensor_tables as w
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm
-from vlm_jax.checkpoints.info import Found
-from vlm_jax.checkpoints.tensor_tables import Table, Weights
+from vlm_jax.checkpoints.info import CheckpointInfo
+from vlm_jax.checkpoints.tensor_tables import TensorFiles, TensorTable
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import AttentionMetadata
@@ -27,7 +27,7 @@ from vlm_jax.models.vision import Encoder
 PARTS = ("encoder", "connector", "decoder")
 
 
-def find(path: str | Path) -> Found:
+def inspect(path: str | Path) -> CheckpointInfo:
     """Reads what a folder (or a `.npz`) holds, and checks every name and shape. No tensor is read.
 
     Raises `UserError` for an architecture that is not supported, a configuration field that our modules cannot
@@ -35,7 +35,7 @@ def find(path: str | Path) -> Found:
     """
     weights = w.open_weights(path)
     if weights.path.suffix == ".npz":
-        found = big_vision.find_npz(weights)
+        found = big_vision.inspect_npz(weights)
     else:
         config = read_config(Path(path))
         kind = architecture(config, Path(path))
@@ -48,7 +48,7 @@ def find(path: str | Path) -> Found:
     return found
 
 
-def architectures() -> dict[str, Callable[[Weights, dict[str, Any]], Found]]:
+def architectures() -> dict[str, Callable[[TensorFiles, dict[str, Any]], CheckpointInfo]]:
     """Architecture -> the function that reads it."""
     decoders = dict.fromkeys(hf_decoder.ARCHITECTURES, _decoder_only)
     return {**decoders, "Gemma3ForConditionalGeneration": _text_of_gemma3, **hf_vlm.ROWS}
@@ -81,7 +81,7 @@ def architecture(config: Mapping[str, Any], where: Path) -> str:
     return str(names[0])
 
 
-def _check_depth(weights: Weights, config: dict[str, Any], path: Path) -> None:
+def _check_depth(weights: TensorFiles, config: dict[str, Any], path: Path) -> None:
     """Raises `UserError` for more layers than the file has tensors, before names are made of them."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
         depth = part.get("num_hidden_layers") if isinstance(part, dict) else None
@@ -90,14 +90,14 @@ def _check_depth(weights: Weights, config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{config_path(path)}: num_hidden_layers={depth}, but there are only {held} tensors")
 
 
-def _decoder_only(weights: Weights, config: dict[str, Any], text: dict[str, Any] | None = None) -> Found:
+def _decoder_only(weights: TensorFiles, config: dict[str, Any], text: dict[str, Any] | None = None) -> CheckpointInfo:
     spec = hf_decoder.decoder_spec(config if text is None else text, str(config_path(weights.path)))
     tables = {"decoder": hf_decoder.decoder_table(spec, *hf_decoder.prefixes(weights))}
     kind = architecture(config, weights.path)
-    return Found(kind, None, None, spec, "causal", None, tables, weights, config, hf_decoder.ignore(spec))
+    return CheckpointInfo(kind, None, None, spec, "causal", None, tables, weights, config, hf_decoder.ignore(spec))
 
 
-def _text_of_gemma3(weights: Weights, config: dict[str, Any]) -> Found:
+def _text_of_gemma3(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """The language model alone: Gemma 3's way with images is not ours."""
     where, text = str(config_path(weights.path)), config.get("text_config")
     read = {*hf_vlm.OUTER, "mm_tokens_per_image"} - {"tie_word_embeddings"}
@@ -108,7 +108,7 @@ def _text_of_gemma3(weights: Weights, config: dict[str, Any]) -> Found:
     return found._replace(ignore=(*found.ignore, r".*vision_tower\..*", r".*multi_modal_projector\..*"))
 
 
-def seen_as(found: Found, encoder: EncoderSpec) -> Found:
+def with_encoder(found: CheckpointInfo, encoder: EncoderSpec) -> CheckpointInfo:
     """The same files, of whose image tower other layers are looked at (taps, feature layer, pooling head): which
     tensors are read follows from `encoder`.
     """
@@ -119,8 +119,8 @@ def seen_as(found: Found, encoder: EncoderSpec) -> Found:
     return found._replace(encoder=encoder, tables={**found.tables, "encoder": table})
 
 
-def found_params(
-    found: Found,
+def load_parts(
+    found: CheckpointInfo,
     parts: Iterable[str] = PARTS,
     plan: Any | None = None,
     dtype: str | None = "float32",
@@ -146,20 +146,20 @@ def found_params(
     return read
 
 
-def size_bytes(found: Found, parts: Iterable[str] = PARTS) -> int:
+def size_bytes(found: CheckpointInfo, parts: Iterable[str] = PARTS) -> int:
     """Bytes of the tensors that those parts are read from."""
     names = w.expected(found.tables[part] for part in parts if part in found.tables)
     return sum(math.prod(shape) * found.weights.shapes[name][1].itemsize for name, shape in names.items())
 
 
-def unstack_table(table: Table, depth: int) -> Table:
+def unstack_table(table: TensorTable, depth: int) -> TensorTable:
     """The table of a decoder with scan_layers=True -> that of the same decoder with scan_layers=False."""
     blocks = {path.removeprefix("blocks/"): leaf for path, leaf in table.items() if path.startswith("blocks/")}
     rest = {path: leaf for path, leaf in table.items() if not path.startswith("blocks/")}
     return {**rest, **{f"blocks_{i}/{name}": leaf.block(i) for i in range(depth) for name, leaf in blocks.items()}}
 
 
-def boxed(found: Found, part: str, scan_layers: bool = True) -> Any:
+def boxed(found: CheckpointInfo, part: str, scan_layers: bool = True) -> Any:
     """Boxed shapes of one part of a found model."""
     compute = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1), scan_layers=scan_layers)
     key = jax.random.key(0)
@@ -173,7 +173,7 @@ def boxed(found: Found, part: str, scan_layers: bool = True) -> Any:
     return jax.eval_shape(Decoder(found.decoder, compute).init, key, text, metadata)["params"]
 
 
-def model_spec(found: Found) -> ModelSpec:
+def model_spec(found: CheckpointInfo) -> ModelSpec:
     """A whole model, in which every patch reaches the decoder. Raises `UserError` where a part is missing."""
     encoder, decoder = found.encoder, found.decoder
     if encoder is None or decoder is None or found.projector is None:

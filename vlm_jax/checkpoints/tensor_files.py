@@ -37,7 +37,7 @@ _TORCH_INDEX = "pytorch_model.bin.index.json"
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
-class Weights(NamedTuple):
+class TensorFiles(NamedTuple):
     """The tensors under one path. `read(name)` gives one of them, perhaps as a view of the file that must not be
     written to.
     """
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
         return sum(math.prod(shape) * kind.itemsize for shape, kind in self.shapes.values())
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path) -> TensorFiles:
     """The tensors of a Hugging Face folder, a `.safetensors`, a `.npz`, or torch's `.bin` where torch is installed.
 
     Raises `UserError` for what is missing, truncated or corrupt.
@@ -69,7 +69,7 @@ def open_weights(path: str | Path) -> Weights:
     raise UserError(f"{path}: no weights here: {_WHOLE}, {_INDEX} or pytorch_model.bin is wanted")
 
 
-def _open_file(path: Path) -> Weights:
+def _open_file(path: Path) -> TensorFiles:
     openers = {
         ".safetensors": open_safetensors, ".npz": open_npz, ".bin": open_torch, ".pt": open_torch, ".pth": open_torch,
     }  # fmt: skip
@@ -78,7 +78,7 @@ def _open_file(path: Path) -> Weights:
     return openers[path.suffix](path)
 
 
-def _open_shards(index: Path) -> Weights:
+def _open_shards(index: Path) -> TensorFiles:
     """All files that an index names, as one."""
     try:
         where = json.loads(index.read_text())["weight_map"]
@@ -99,10 +99,10 @@ def _open_shards(index: Path) -> Weights:
     if astray:
         raise UserError(f"{index}: says that {astray[0]} is in {where[astray[0]]}, which does not have it")
     shapes = {tensor: shards[name].shapes[tensor] for tensor, name in where.items()}
-    return Weights(folder, shapes, lambda tensor: shards[where[tensor]].read(tensor))
+    return TensorFiles(folder, shapes, lambda tensor: shards[where[tensor]].read(tensor))
 
 
-def open_safetensors(path: Path) -> Weights:
+def open_safetensors(path: Path) -> TensorFiles:
     """Raises `UserError` where the header, or the length of the file, is not what the format says."""
     import safetensors
 
@@ -129,7 +129,7 @@ def open_safetensors(path: Path) -> Weights:
             return np.empty(shape, kind)
         return np.memmap(path, kind, mode="r", offset=offsets[name], shape=shape).view(np.ndarray)
 
-    return Weights(path, shapes, read)
+    return TensorFiles(path, shapes, read)
 
 
 def free(array: np.ndarray) -> None:
@@ -146,7 +146,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_npz(path: Path) -> Weights:
+def open_npz(path: Path) -> TensorFiles:
     """numpy's archive. Nothing in it is unpickled. Two bytes without a type are bfloat16, as numpy stores that."""
     unreadable = (
         ValueError,
@@ -182,7 +182,7 @@ def open_npz(path: Path) -> Weights:
             raise UserError(f"{path}: {name} cannot be read ({error})") from error
         return array.view(BF16) if array.dtype == np.dtype("V2") else array
 
-    return Weights(path, shapes, _last(read))
+    return TensorFiles(path, shapes, _last(read))
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -194,7 +194,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(shape), BF16 if kind == np.dtype("V2") else kind
 
 
-def open_torch(path: Path) -> Weights:
+def open_torch(path: Path) -> TensorFiles:
     """torch's own format, with no code run from it. Raises `UserError` where torch is not installed."""
     try:
         import torch
@@ -229,7 +229,7 @@ def open_torch(path: Path) -> Weights:
         tensor = held[name].detach()
         return tensor.view(torch.int16).numpy().view(BF16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
-    return Weights(path, shapes, read)
+    return TensorFiles(path, shapes, read)
 
 
 def _last(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:

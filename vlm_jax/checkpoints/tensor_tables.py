@@ -23,16 +23,26 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.checkpoints.tensor_files import Weights, cores, free, open_weights, write_safetensors
+from vlm_jax.checkpoints.tensor_files import TensorFiles, cores, free, open_weights, write_safetensors
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError, unknown
 
 __all__ = [
-    "Leaf", "Table", "Weights", "check", "conv_patch", "expected", "linear", "load_params", "open_weights", "same",
-    "save_params", "tensors",
+    "Leaf",
+    "TensorFiles",
+    "TensorTable",
+    "check",
+    "conv_patch",
+    "expected",
+    "linear",
+    "load_params",
+    "open_weights",
+    "same",
+    "save_params",
+    "tensors",
 ]  # fmt: skip
 
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 Each = Callable[..., Iterable[None]]  # `map`, or that of a pool of threads
 OnTensor = Callable[[int], None]  # called with the bytes of each tensor that went by
 MAX_SHARD_BYTES = 5 * 10**9
@@ -49,15 +59,16 @@ def noop(size: int) -> None:
 
 
 class Leaf(NamedTuple):
-    """Ours = read(theirs)[part].reshape(view).transpose(order).reshape(ours), for each block where there are blocks.
+    """Our parameter = read(hf_name)[part].reshape(view).transpose(order).reshape(shape), for each block where there are
+    blocks.
 
-    "{i}" in `theirs` is the number of a block: one tensor a block, stacked on our leading `layers` axis. Without it the
-    file's tensor is our whole array, stacked or not. Shapes are those of one tensor in the file.
+    "{i}" in `hf_name` is the number of a block: one tensor a block, stacked on our leading `layers` axis. Without it
+    the file's tensor is our whole array, stacked or not. Shapes are those of one tensor in the file.
     """
 
-    theirs: str
-    file_shape: Shape
-    view: Shape
+    hf_name: str
+    file_shape: _Shape
+    view: _Shape
     order: tuple[int, ...]
     blocks: int = 0  # how many "{i}" there are
     part: tuple[int, int, int] | None = None  # (axis, k, n): the k-th of n equal parts along that axis of the file's
@@ -65,10 +76,10 @@ class Leaf(NamedTuple):
 
     def names(self) -> list[str]:
         """The file's tensors that this leaf is made of."""
-        return [self.theirs.replace("{i}", str(i)) for i in range(self.blocks)] if self.blocks else [self.theirs]
+        return [self.hf_name.replace("{i}", str(i)) for i in range(self.blocks)] if self.blocks else [self.hf_name]
 
-    def ours(self, array: np.ndarray, shape: Shape) -> np.ndarray:
-        """One tensor of the file -> one of ours of that shape; a view where numpy can."""
+    def to_param(self, array: np.ndarray, shape: _Shape) -> np.ndarray:
+        """One tensor of the file -> our parameter of that shape; a view where numpy can."""
         if self.part is not None:
             axis, k, n = self.part
             size = array.shape[axis] // n
@@ -80,11 +91,11 @@ class Leaf(NamedTuple):
     def block(self, i: int) -> "Leaf":
         """One block of a leaf that stacks them."""
         if self.blocks:
-            return self._replace(theirs=self.names()[i], blocks=0)
+            return self._replace(hf_name=self.names()[i], blocks=0)
         return self._replace(view=self.view[1:], order=tuple(axis - 1 for axis in self.order[1:]), layer=i)
 
-    def back(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `ours`, up to the other parts."""
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_param`, up to the other parts."""
         middle = tuple(self.view[axis] for axis in self.order)
         shape = list(self.file_shape)
         if self.part is not None:
@@ -92,33 +103,33 @@ class Leaf(NamedTuple):
         return array.reshape(middle).transpose(np.argsort(self.order)).reshape(shape)
 
 
-Table = dict[str, Leaf]  # our path, such as "blocks/attention/query/kernel" -> Leaf
+TensorTable = dict[str, Leaf]  # our path, such as "blocks/attention/query/kernel" -> Leaf
 
 
-def same(theirs: str, shape: Sequence[int], blocks: int = 0) -> Leaf:
+def same(hf_name: str, shape: Sequence[int], blocks: int = 0) -> Leaf:
     """The same array under another name: norms, tables, biases that carry our axes flattened."""
-    return Leaf(theirs, tuple(shape), tuple(shape), tuple(range(len(shape))), blocks)
+    return Leaf(hf_name, tuple(shape), tuple(shape), tuple(range(len(shape))), blocks)
 
 
-def linear(theirs: str, inputs: Sequence[int], outputs: Sequence[int], blocks: int = 0) -> Leaf:
+def linear(hf_name: str, inputs: Sequence[int], outputs: Sequence[int], blocks: int = 0) -> Leaf:
     """torch's [out, in] -> our inputs + outputs axes: with (D,), (N, C) it is [N C, D] there and [D, N, C] here."""
     view = (*outputs, *inputs)
     order = (*range(len(outputs), len(view)), *range(len(outputs)))
-    return Leaf(theirs, (math.prod(outputs), math.prod(inputs)), view, order, blocks)
+    return Leaf(hf_name, (math.prod(outputs), math.prod(inputs)), view, order, blocks)
 
 
-def conv_patch(theirs: str, patch_size: int, width: int, channels: int = 3) -> Leaf:
+def conv_patch(hf_name: str, patch_size: int, width: int, channels: int = 3) -> Leaf:
     """A convolution of patches, torch's [E, 3, p, p] -> [p p 3, E], the order in which `models.vision` cuts."""
     shape = (width, channels, patch_size, patch_size)
-    return Leaf(theirs, shape, shape, (2, 3, 1, 0))
+    return Leaf(hf_name, shape, shape, (2, 3, 1, 0))
 
 
-def expected(tables: Iterable[Table]) -> dict[str, Shape]:
+def expected(tables: Iterable[TensorTable]) -> dict[str, _Shape]:
     """Name -> shape of every tensor of the file that the tables speak of."""
     return {name: leaf.file_shape for table in tables for leaf in table.values() for name in leaf.names()}
 
 
-def check(weights: Weights, tables: Iterable[Table], ignore: Iterable[str] = ()) -> None:
+def check(weights: TensorFiles, tables: Iterable[TensorTable], ignore: Iterable[str] = ()) -> None:
     """Raises `UserError` that names the tensors which are missing, misshapen, no floats or not wanted; `ignore` are
     regexes of whole names that may be in the file without being wanted.
     """
@@ -153,8 +164,8 @@ def _nearest(name: str, names: Iterable[str], words: str) -> str:
 
 
 def load_params(
-    weights: Weights,
-    table: Table,
+    weights: TensorFiles,
+    table: TensorTable,
     boxed_abstract: Any,
     plan: Any | None,
     dtype: str | None = "float32",
@@ -185,9 +196,9 @@ def load_params(
     told = on_tensor or noop
     with ThreadPoolExecutor(min(_MOST_THREADS, cores())) as pool:
         flat = {
-            # In the file's order, so that a tensor which several of ours are cut from is read once.
+            # In the file's order, so that a tensor which several parameters are cut from is read once.
             path: _place(weights, table[path], shapes[path].shape, places[path], dtype, told, pool.map)
-            for path in sorted(shapes, key=lambda path: table[path].theirs)
+            for path in sorted(shapes, key=lambda path: table[path].hf_name)
         }
     # Through the shapes' own structure, so that a part without parameters stays an empty dict.
     unboxed = nn.meta.unbox(boxed_abstract)
@@ -197,7 +208,7 @@ def load_params(
 
 
 def _place(
-    weights: Weights, leaf: Leaf, shape: Shape, place: Any, dtype: str | None, on_tensor: OnTensor, each: Each
+    weights: TensorFiles, leaf: Leaf, shape: _Shape, place: Any, dtype: str | None, on_tensor: OnTensor, each: Each
 ) -> jax.Array:
     """One of our parameters, device by device; devices that hold the same part share one host buffer."""
     stored = weights.shapes[leaf.names()[0]][1]
@@ -217,17 +228,17 @@ def _place(
 
 
 def _shard(
-    weights: Weights, leaf: Leaf, shape: Shape, bounds: Any, kind: np.dtype, on_tensor: OnTensor, each: Each
+    weights: TensorFiles, leaf: Leaf, shape: _Shape, bounds: Any, kind: np.dtype, on_tensor: OnTensor, each: Each
 ) -> np.ndarray:
     """The part of our parameter that lies within `bounds`, a (start, stop) for each axis."""
     into = _aligned(tuple(stop - start for start, stop in bounds), kind)
     index = tuple(slice(*bound) for bound in bounds)
     if not leaf.blocks:
-        _copy(into, leaf.ours(weights.read(leaf.theirs), shape)[index], each)
+        _copy(into, leaf.to_param(weights.read(leaf.hf_name), shape)[index], each)
     else:
         names = leaf.names()
         for row, block in enumerate(range(*bounds[0])):
-            _copy(into[row], leaf.ours(weights.read(names[block]), shape[1:])[index[1:]], each)
+            _copy(into[row], leaf.to_param(weights.read(names[block]), shape[1:])[index[1:]], each)
     for name in leaf.names():
         file_shape, stored = weights.shapes[name]
         shares = (leaf.part[2] if leaf.part else 1) * (1 if leaf.layer is None else file_shape[0])
@@ -235,7 +246,7 @@ def _shard(
     return into
 
 
-def _aligned(shape: Shape, kind: np.dtype) -> np.ndarray:
+def _aligned(shape: _Shape, kind: np.dtype) -> np.ndarray:
     size = math.prod(shape) * kind.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -260,7 +271,7 @@ def _copy(into: np.ndarray, view: np.ndarray, each: Each) -> None:
         free(view)
 
 
-def tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(params: Any, table: TensorTable) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of the file, one of our parameters on the host at a time: loading's inverse."""
     flat = tree.flatten(params)
     if set(flat) != set(table):
@@ -269,20 +280,23 @@ def tensors(params: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
         arrays = [np.asarray(flat[path]) for path, _ in members]
         leaf = members[0][1]
         if leaf.part is not None and len(members) != leaf.part[2]:
-            raise ValueError(f"{leaf.theirs}: {len(members)} parts of {leaf.part[2]}")
+            raise ValueError(f"{leaf.hf_name}: {len(members)} parts of {leaf.part[2]}")
         for i, name in enumerate(leaf.names()):
-            pieces = [one.back(a[i] if leaf.blocks else a) for (_, one), a in zip(members, arrays, strict=True)]
+            pieces = [one.to_file(a[i] if leaf.blocks else a) for (_, one), a in zip(members, arrays, strict=True)]
             yield name, np.concatenate(pieces, axis=leaf.part[0]) if leaf.part else pieces[0]
 
 
-def _by_tensor(table: Table) -> list[list[tuple[str, Leaf]]]:
+def _by_tensor(table: TensorTable) -> list[list[tuple[str, Leaf]]]:
     """The rows of a table, those together that are parts of one tensor."""
-    rows = sorted(table.items(), key=lambda item: (item[1].theirs, item[1].part or ()))
-    return [list(group) for _, group in itertools.groupby(rows, key=lambda item: item[1].theirs)]
+    rows = sorted(table.items(), key=lambda item: (item[1].hf_name, item[1].part or ()))
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda item: item[1].hf_name)]
 
 
 def save_params(
-    folder: Path, parts: Iterable[tuple[Any, Table]], max_shard_bytes: int = MAX_SHARD_BYTES, wrote: OnTensor = noop
+    folder: Path,
+    parts: Iterable[tuple[Any, TensorTable]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    wrote: OnTensor = noop,
 ) -> None:
     """Writes parts of a model, each (parameters, table), as the safetensors of one folder, in the parameters' dtype.
 

@@ -14,28 +14,28 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, VISION, VISION_HEADS, VISION_MLP
 from vlm_jax.ops import initializers as w
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.sharding import Names, working
+from vlm_jax.ops.logical_axes import AxisNames, gather_for_compute
 
 Weights = dict[str, Any]  # nested, arrays at the leaves
 
 # Axis names of kernels.
-INWARDS: Names = (VISION, VISION_MLP)
-OUTWARDS: Names = (VISION_MLP, VISION)
-TO_HEADS: Names = (VISION, VISION_HEADS, HEAD_DIM)
-FROM_HEADS: Names = (VISION_HEADS, HEAD_DIM, VISION)
-OF_TEXT: Names = (EMBED, MLP)  # from the decoder's width to the encoder's
+INWARDS: AxisNames = (VISION, VISION_MLP)
+OUTWARDS: AxisNames = (VISION_MLP, VISION)
+TO_HEADS: AxisNames = (VISION, VISION_HEADS, HEAD_DIM)
+FROM_HEADS: AxisNames = (VISION_HEADS, HEAD_DIM, VISION)
+OF_TEXT: AxisNames = (EMBED, MLP)  # from the decoder's width to the encoder's
 
 _NORM_EPS = 1e-6
 
 
-def init_linear(key: jax.Array, inputs: int, outputs: int, names: Names = INWARDS) -> Weights:
+def init_linear(key: jax.Array, inputs: int, outputs: int, names: AxisNames = INWARDS) -> Weights:
     return {"kernel": w.dense(key, (inputs, outputs), names), "bias": w.zeros((outputs,), (NORM,))}
 
 
 def linear(
-    weights: Weights, x: Float[Array, "B *rows inputs"], names: Names = INWARDS
+    weights: Weights, x: Float[Array, "B *rows inputs"], names: AxisNames = INWARDS
 ) -> Float[Array, "B *rows outputs"]:
-    return x @ working(weights["kernel"], names, x.dtype) + weights["bias"].astype(x.dtype)
+    return x @ gather_for_compute(weights["kernel"], names, x.dtype) + weights["bias"].astype(x.dtype)
 
 
 def linear_flops(rows: int, inputs: int, outputs: int) -> float:
@@ -112,7 +112,7 @@ def attention(
     if bias is not None:
         bias = jnp.swapaxes(bias, 0, 1)[None].astype(queries.dtype)
     mixed = attend(q, k, v, mask, bias=bias)
-    out = jnp.einsum("btnc,nce->bte", mixed, working(weights["out"]["kernel"], FROM_HEADS, mixed.dtype))
+    out = jnp.einsum("btnc,nce->bte", mixed, gather_for_compute(weights["out"]["kernel"], FROM_HEADS, mixed.dtype))
     return out + weights["out"]["bias"].astype(mixed.dtype)
 
 
@@ -123,5 +123,5 @@ def attention_flops(queries: int, keys: int, pairs: int, width: int, outputs: in
 
 
 def _heads(weights: Weights, x: Float[Array, "B S width"]) -> Float[Array, "B S N C"]:
-    kernel = working(weights["kernel"], TO_HEADS, x.dtype)
+    kernel = gather_for_compute(weights["kernel"], TO_HEADS, x.dtype)
     return jnp.einsum("bse,enc->bsnc", x, kernel) + weights["bias"].astype(x.dtype)

@@ -34,7 +34,7 @@ from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import dense, zeros
 
 
-def cell_tokens(grid: g.Grid) -> tuple[int, ...]:
+def cell_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return tuple(g.cell_shapes(grid))
 
 
@@ -114,7 +114,7 @@ def quecc_flops(spec: CompressorSpec) -> float:
     return text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec)
 
 
-def _shape(spec: CompressorSpec) -> g.Grid:
+def _shape(spec: CompressorSpec) -> g.GridShape:
     return g.cell_shapes(spec.grid)[spec.tokens]
 
 

@@ -35,7 +35,7 @@ def keep_all(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, sp
     return Visual(visual.tokens, mask=visual.mask)
 
 
-def all_tokens(grid: g.Grid) -> tuple[int, ...]:
+def all_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return (grid[0] * grid[1],)
 
 
@@ -44,7 +44,7 @@ def drop_all(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, sp
     return Visual(visual.tokens[:, :0], mask=None if visual.mask is None else visual.mask[:, :0])
 
 
-def no_tokens(grid: g.Grid) -> tuple[int, ...]:
+def no_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return (0,)
 
 
@@ -55,7 +55,7 @@ def pool(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: 
     return Visual(tokens, mask=mask)
 
 
-def pool_tokens(grid: g.Grid) -> tuple[int, ...]:
+def pool_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return tuple(g.pooling_shapes(grid))
 
 

@@ -74,7 +74,7 @@ def first_places(spec: CompressorSpec) -> Float[np.ndarray, "V N P"]:
     return np.maximum(-np.square(away).sum(-1) / (2 * _BUMP**2), -_FAR - np.log(h * w)).astype(np.float32)
 
 
-def _middles(grid: g.Grid, shape: g.Grid) -> Float[np.ndarray, "V 2"]:
+def _middles(grid: g.GridShape, shape: g.GridShape) -> Float[np.ndarray, "V 2"]:
     """Row and column, in patches, of the middle of each of r x c equal bins."""
     rows, columns = ((np.arange(n) + 0.5) * size / n - 0.5 for size, n in zip(grid, shape, strict=True))
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -109,7 +109,7 @@ def resampler(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None
     return Visual(tokens, mask=mask)
 
 
-def resampler_tokens(grid: g.Grid) -> tuple[int, ...]:
+def resampler_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return tuple(range(1, grid[0] * grid[1] + 1))
 
 

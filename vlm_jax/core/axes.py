@@ -9,7 +9,7 @@ Letters, used alike in einsum, annotations and docstrings:
 
 Logical names say what an axis *is*; `partitioning.py` alone says which mesh axis it lives on. `KERNEL_AXES` and
 `ACTIVATION_AXES` are the complete vocabularies: a rule table must cover all of both, and a test holds every model to
-it. A kernel rests in one placement and works in another (`at_work`): split storage is gathered where it is multiplied.
+it. A kernel is stored under one sharding and multiplied under another (`compute_axis`): fsdp gathers it for compute.
 """
 
 # Axes of parameters.
@@ -43,9 +43,9 @@ LOOKUP = "lookup"  # B, where token ids meet the embedding table
 ACTIVATION_AXES = (BATCH, LENGTH, ACT_EMBED, ACT_VISION, ACT_VOCAB, ACT_HEADS, LOOKUP)
 
 
-def at_work(name: str | None) -> str | None:
+def compute_axis(name: str | None) -> str | None:
     """The logical name of a kernel's axis while the kernel is being multiplied."""
-    return name and f"{name}_at_work"
+    return name and f"{name}_compute"
 
 
-WORKING_AXES = tuple(f"{name}_at_work" for name in KERNEL_AXES)
+COMPUTE_AXES = tuple(f"{name}_compute" for name in KERNEL_AXES)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+Params = Any  # nested dicts of arrays
+
 
 class Visual(NamedTuple):
     """Visual tokens on their way from pixels to the decoder."""

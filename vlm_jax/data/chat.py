@@ -1,6 +1,6 @@
 """From a question to the ids that a model reads: chat templates, and the place of the image.
 
-    layout = layout_of("LlavaForConditionalGeneration", text, "<image>")
+    layout = chat_format_of("LlavaForConditionalGeneration", text, "<image>")
     ids = prompt_ids(layout, text, "What is this?", image_token=32000, visual_tokens=576)
 
 A folder's own template is rendered as the reference does: sandboxed Jinja with `trim_blocks` and `lstrip_blocks`,
@@ -20,7 +20,7 @@ from jinja2 import ext, nodes, sandbox
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import messages
 from vlm_jax.data.messages import Message
-from vlm_jax.data.tokenizers import Text
+from vlm_jax.data.tokenizers import Tokenizer
 
 # Our words for prompts that a family was trained with, for folders that hold no template.
 FAMILIES = {
@@ -34,7 +34,7 @@ FAMILIES = {
 _PREFIX_FAMILIES = ("PaliGemmaForConditionalGeneration", "big_vision PaliGemma")
 
 
-class Layout(NamedTuple):
+class ChatFormat(NamedTuple):
     """How a question becomes a prompt."""
 
     kind: str  # "template", "prefix" (PaliGemma), "image first" (this project's runs), or "plain"
@@ -42,16 +42,16 @@ class Layout(NamedTuple):
     image: str  # the text that stands for an image
 
 
-def layout_of(architecture: str, text: Text, image: str = "<image>") -> Layout:
+def chat_format_of(architecture: str, text: Tokenizer, image: str = "<image>") -> ChatFormat:
     """The layout of a published model, from its own template if it has one."""
     if architecture in _PREFIX_FAMILIES:
-        return Layout("prefix", None, image)
+        return ChatFormat("prefix", None, image)
     template = text.template or FAMILIES.get(architecture)
-    return Layout("template" if template else "plain", template, image)
+    return ChatFormat("template" if template else "plain", template, image)
 
 
 def prompt_ids(
-    layout: Layout, text: Text, prompt: Any, image_token: int | None, visual_tokens: int, images: int = 1
+    layout: ChatFormat, text: Tokenizer, prompt: Any, image_token: int | None, visual_tokens: int, images: int = 1
 ) -> list[int]:
     """The ids of one prompt, with `visual_tokens` placeholders where each of its images stands.
 
@@ -68,7 +68,7 @@ def prompt_ids(
     if layout.kind == "image first":
         return [image_token or 0] * (visual_tokens * images) + text.encode(f"{_only_text(prompt)}\n")  # as in training
     if layout.kind == "prefix":
-        ids = text.plain(_prefix_prompt(layout, text, _only_text(prompt), images))
+        ids = text.encode_without_special(_prefix_prompt(layout, text, _only_text(prompt), images))
     elif isinstance(prompt, str) and (layout.kind == "plain" or (images and mark in prompt)):
         ids = text.encode(prompt if mark in prompt else f"{mark}\n" * images + prompt)
     elif layout.template is None:
@@ -80,7 +80,7 @@ def prompt_ids(
         rendered = render(layout.template, talk, text.special)
         # A template writes its own begin token; of a model that sees, the processor adds one where it did not.
         begins = rendered.startswith(text.special.get("bos_token") or "\0")
-        ids = text.plain(rendered) if begins or image_token is None else text.encode(rendered)
+        ids = text.encode_without_special(rendered) if begins or image_token is None else text.encode(rendered)
     return expanded(ids, text.id(mark), image_token, visual_tokens, images) if images else ids
 
 
@@ -96,7 +96,7 @@ def expanded(
     return [one for token in ids for one in (run if token == written else [token])]  # type: ignore[misc]
 
 
-def bare_question(layout: Layout, prompt: Any) -> str:
+def bare_question(layout: ChatFormat, prompt: Any) -> str:
     """What a prompt asks, without images and template: the text of the first message of the user's; of a text that
     names its images itself, what stands behind the first image, up to the answer's role (as the official QueCC reads a
     prompt of LLaVA's).
@@ -118,7 +118,7 @@ def _only_text(prompt: str | Sequence[Message]) -> str:
     return prompt
 
 
-def _prefix_prompt(layout: Layout, text: Text, prompt: str, images: int) -> str:
+def _prefix_prompt(layout: ChatFormat, text: Tokenizer, prompt: str, images: int) -> str:
     bos, mark = text.special.get("bos_token", ""), layout.image
     if images and mark in prompt:
         head, _, tail = prompt.rpartition(mark)

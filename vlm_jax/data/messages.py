@@ -12,7 +12,7 @@ from vlm_jax.core.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
 Part = Mapping[str, Any]
-# Said to a template, the second where none looks: no letters, whose case it might change.
+# TokenizerFiles to a template, the second where none looks: no letters, whose case it might change.
 _TRIAL, _UNREAD = "71934", "80215"
 
 

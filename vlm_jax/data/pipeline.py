@@ -28,7 +28,7 @@ Rows = Int[np.ndarray, " b"] | None  # of the global batch; None: all of them
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """What of the model decides how a row is laid out."""
 
     visual_tokens: int  # V
@@ -49,7 +49,7 @@ def pack(
     split: Split,
     example: Int[np.ndarray, " B"],
     chosen: Int[np.ndarray, "B k"],
-    layout: Layout,
+    layout: RowLayout,
     text_tokens: int,
     answers: bool = True,
 ) -> Inputs:
@@ -100,7 +100,7 @@ def pack(
 
 
 def _views(
-    split: Split, example: np.ndarray, chosen: np.ndarray, layout: Layout, features: Features | None
+    split: Split, example: np.ndarray, chosen: np.ndarray, layout: RowLayout, features: Features | None
 ) -> Views | None:
     """One view a row; of compressors that read the question, one for each question."""
     if not layout.visual_tokens:
@@ -151,7 +151,7 @@ def train_batches(
     split: Split,
     spec: DataSpec,
     seed: int,
-    layout: Layout,
+    layout: RowLayout,
     cursor: Cursor | None = None,
     features: Features | None = None,
     rows: Rows = None,
@@ -192,7 +192,7 @@ def drawn_ids(split: Split, spec: DataSpec, seed: int, step: int) -> tuple[str, 
 def evaluation_batches(
     split: Split,
     evaluation: EvaluationSpec,
-    layout: Layout,
+    layout: RowLayout,
     features: Features | None = None,
     rows: Rows = None,
     examples: int | None = None,

@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import EncoderSpec
 from vlm_jax.data import glyph_tokenizer, images
-from vlm_jax.data.tokenizers import Text, word_tokenizer
+from vlm_jax.data.tokenizers import Tokenizer, word_tokenizer
 
 DATASETS = ("glyph_ocr", "glyph_facts", "glyph_scene")
 
@@ -125,7 +125,7 @@ def build(dataset: str, config: str, data_dir: str | Path) -> Path:
     return folder
 
 
-def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Text | None = None) -> Split:
+def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Tokenizer | None = None) -> Split:
     """Reads a split ("train", "test", or a part of it in TFDS's notation, "train[:4096]").
 
     `words` is a language model's tokenizer, None the project's own. A question is followed by a line break (which the
@@ -154,7 +154,9 @@ def load(dataset: str, config: str, split: str, data_dir: str | Path, words: Tex
     words = words or word_tokenizer()
     asked = [f"{text}\n" for text in texts["questions"]]
     questions, question_lengths = glyph_tokenizer.encode_table(asked, encode=words.encode)
-    answers, answer_lengths = glyph_tokenizer.encode_table(texts["answers"], words.ends[:1], words.plain)
+    answers, answer_lengths = glyph_tokenizer.encode_table(
+        texts["answers"], words.eos_ids[:1], words.encode_without_special
+    )
     bare, bare_lengths = glyph_tokenizer.encode_table(texts["questions"], encode=words.encode)
     bare = np.where(np.arange(bare.shape[1]) < bare_lengths[:, None], bare, -1)
     return Split(

@@ -20,7 +20,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an a
 _IDS = 2**31  # ids are below
 
 
-class Said(NamedTuple):
+class TokenizerFiles(NamedTuple):
     """A folder's tokenizer but for its vocabulary. Texts of tokens are as they are written in a prompt."""
 
     file: Path
@@ -29,11 +29,11 @@ class Said(NamedTuple):
     special: dict[str, str]  # name that templates use ("bos_token") -> text
     added: dict[str, int | None]  # recognised before the text is cut up -> id, None: the next free one
     flags: dict[str, dict[str, bool]]  # of those added tokens of which a file tells them
-    ends: list[int] | None  # ids that end an answer, None where no file tells
+    eos_ids: list[int] | None  # ids that end an answer, None where no file tells
     template: str | None  # the folder's own chat template
 
 
-def read(folder: Path, config: Mapping[str, Any], more: Sequence[str] = ()) -> Said:
+def read(folder: Path, config: Mapping[str, Any], more: Sequence[str] = ()) -> TokenizerFiles:
     """What the files beside a tokenizer say; `more` are tokens that it is to know besides."""
     file = find(folder)
     if file is None:
@@ -44,8 +44,8 @@ def read(folder: Path, config: Mapping[str, Any], more: Sequence[str] = ()) -> S
     added, flags = _added_tokens(folder, settings, (*special.values(), *more))
     # A token that has a role is special, whatever its entry says.
     flags |= {token: {**flags[token], "special": True} for token in special.values() if token in flags}
-    kind, end = config.get("model_type"), ends(folder, config)
-    return Said(file, kind, settings, special, added, flags, end, _template(folder, settings))
+    kind, end = config.get("model_type"), eos_ids(folder, config)
+    return TokenizerFiles(file, kind, settings, special, added, flags, end, _template(folder, settings))
 
 
 def find(folder: Path) -> Path | None:
@@ -57,7 +57,7 @@ def find(folder: Path) -> Path | None:
     return next(iter([*first, *sorted(folder.glob("*.model"))]), None)
 
 
-def ends(folder: Path, config: Mapping[str, Any]) -> list[int] | None:
+def eos_ids(folder: Path, config: Mapping[str, Any]) -> list[int] | None:
     """Ids that end an answer, where a file says so; several are a list. Raises `UserError` for what is no id."""
     folder = folder if folder.is_dir() else folder.parent
     inner = config.get("text_config")
@@ -147,7 +147,7 @@ def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 def _added_tokens(
     folder: Path, settings: dict[str, Any], special: Sequence[str]
 ) -> tuple[dict[str, int | None], dict[str, dict[str, bool]]]:
-    """`Said.added` and `Said.flags`."""
+    """`TokenizerFiles.added` and `TokenizerFiles.flags`."""
     path = folder / "added_tokens.json"
     added: dict[str, int | None] = {written(token): _id(n, str(path)) for token, n in _read_json(path).items()}
     extra = _extra(settings, "extra_special_tokens", folder) or _extra(settings, "additional_special_tokens", folder)

@@ -2,7 +2,7 @@
 
     tokenizer = read_tokenizer(folder, config)
     tokenizer.encode("What is this?")           # as the reference's tokenizer, with the special tokens that it adds
-    tokenizer.plain("<bos>What is this?")       # nothing added; special tokens written in the text are recognised
+    tokenizer.encode_without_special(text)      # none added; special tokens written in the text are recognised
     tokenizer.decode(ids)                       # special tokens left out
 
 Read are `tokenizer.json` (tokenizers library) and SentencePiece's `*.model`; what the files beside them say is read by
@@ -18,39 +18,40 @@ from typing import Any, NamedTuple
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, decoders
+from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import glyph_tokenizer as words
 from vlm_jax.data import token_files
-from vlm_jax.data.token_files import Said, written
+from vlm_jax.data.token_files import TokenizerFiles, written
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-class Text(NamedTuple):
+class Tokenizer(NamedTuple):
     """A tokenizer. `special` maps the names that templates use ("bos_token") to the text of the token."""
 
     encode: Callable[[str], list[int]]
-    plain: Callable[[str], list[int]]
+    encode_without_special: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     size: int  # one more than the highest id; marks that the caller adds and unnamed special tokens do not count
     pad: int | None
-    ends: tuple[int, ...]  # any of these ends an answer
+    eos_ids: tuple[int, ...]  # any of these ends an answer
     special: dict[str, str]
     template: str | None  # the folder's own chat template
 
     def id(self, token: str) -> int | None:
         """The id of one special token, None where the tokenizer does not know it."""
-        ids = self.plain(token)
+        ids = self.encode_without_special(token)
         return ids[-1] if len(ids) == 1 else None
 
 
-def word_tokenizer() -> Text:
+def word_tokenizer() -> Tokenizer:
     """The project's own: one number a word, for runs that `vlm_jax.train` made."""
-    return Text(
+    return Tokenizer(
         words.encode,
         words.encode,
         words.decode,
@@ -62,7 +63,7 @@ def word_tokenizer() -> Text:
     )
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, Any], more: Sequence[str] = ()) -> Text:
+def read_tokenizer(folder: Path, config: Mapping[str, Any], more: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a folder, or of one file (`tokenizer.json`, `*.model`) and the files beside it.
 
     Args:
@@ -71,17 +72,17 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], more: Sequence[str] 
 
     Raises `UserError` for a folder without a tokenizer, or a file that cannot be read.
     """
-    said = token_files.read(folder, config, more)
-    special = said.special
-    make = _from_json if said.file.suffix == ".json" else _from_sentencepiece
-    encode, plain, decode, ids, spare = make(said)
+    files = token_files.read(folder, config, more)
+    special = files.special
+    make = _from_json if files.file.suffix == ".json" else _from_sentencepiece
+    encode, plain, decode, ids, spare = make(files)
     # A special token that the tokenizer's files do not use themselves may have no embedding: it is refused in use.
     aside = (spare | set(more)) - {special[name] for name in token_files.NAMED if name in special}
     size = max((number for token, number in ids.items() if token not in aside), default=-1) + 1
-    ends = said.ends
+    ends = files.eos_ids
     if ends is None:
         ends = [ids[special["eos_token"]]] if special.get("eos_token") in ids else []
-    return Text(
+    return Tokenizer(
         lambda text: encode(written(text)),
         lambda text: plain(written(text)),
         decode,
@@ -89,7 +90,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], more: Sequence[str] 
         ids.get(special.get("pad_token")),
         tuple(ends),
         special,
-        said.template,
+        files.template,
     )
 
 
@@ -99,20 +100,20 @@ Parts = tuple[
 ]
 
 
-def _from_json(said: Said) -> Parts:
-    settings, special, added = said.settings, said.special, said.added
+def _from_json(files: TokenizerFiles) -> Parts:
+    settings, special, added = files.settings, files.special, files.added
     try:
-        backend = Tokenizer.from_file(str(said.file))
+        backend = HfTokenizer.from_file(str(files.file))
     except Exception as error:  # the library raises nothing more exact
-        raise UserError(f"{said.file}: not a readable tokenizer ({error})") from error
+        raise UserError(f"{files.file}: not a readable tokenizer ({error})") from error
     backend.no_padding()
     backend.no_truncation()
     byte_level = type(backend.model).__name__ != "BPE" or "ByteLevel" in str(backend.pre_tokenizer)
-    if said.model_type in (None, "llama") and settings.get("tokenizer_class") in _LLAMAS and not byte_level:
+    if files.model_type in (None, "llama") and settings.get("tokenizer_class") in _LLAMAS and not byte_level:
         _respace(backend, _scheme(settings))
     known = backend.get_vocab(with_added_tokens=True)
     new = sorted((token for token in added if token not in known), key=lambda t: (added[t] is None, added[t] or 0))
-    backend.add_tokens([AddedToken(t, **{"special": True, "normalized": False, **said.flags.get(t, {})}) for t in new])
+    backend.add_tokens([AddedToken(t, **{"special": True, "normalized": False, **files.flags.get(t, {})}) for t in new])
     # Named special tokens are always recognised whole and left out of what is decoded.
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special.values()])
     ids = backend.get_vocab(with_added_tokens=True)
@@ -140,7 +141,7 @@ def _scheme(settings: Mapping[str, Any]) -> str:
     return "always" if settings.get("legacy") else "first"
 
 
-def _respace(backend: Tokenizer, scheme: str) -> None:
+def _respace(backend: HfTokenizer, scheme: str) -> None:
     """As the class that the folder names: it takes the vocabulary alone from tokenizer.json, whatever that says."""
     backend.normalizer = None
     backend.pre_tokenizer = Metaspace(_SPACE, prepend_scheme=scheme, split=False)
@@ -170,16 +171,16 @@ def _letters(some: bytes) -> str:
         return "\ufffd" * len(some)
 
 
-def _from_sentencepiece(said: Said) -> Parts:
-    settings, special, scheme = said.settings, said.special, _scheme(said.settings)
-    model, inner, adds_space = _with_and_without_a_space(said.file)
+def _from_sentencepiece(files: TokenizerFiles) -> Parts:
+    settings, special, scheme = files.settings, files.special, _scheme(files.settings)
+    model, inner, adds_space = _with_and_without_a_space(files.file)
     ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     own = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
     for name, number in own.items():
         if number >= 0:
             special.setdefault(f"{name}_token", model.id_to_piece(number))
     whole, size = {token: ids[token] for token in special.values() if token in ids}, len(ids)
-    for token, number in said.added.items():
+    for token, number in files.added.items():
         if token not in ids:
             number = size if number is None else number
             size = max(size, number + 1)
@@ -201,7 +202,7 @@ def _from_sentencepiece(said: Said) -> Parts:
         return out
 
     before, behind = _around({"add_bos_token": True, **settings}, special, ids)
-    loud = {token for token, flags in said.flags.items() if not flags.get("special", True)}
+    loud = {token for token, flags in files.flags.items() if not flags.get("special", True)}
     names = {number: token for token, number in whole.items()}
     quiet = {number for number, token in names.items() if token not in loud}
 

@@ -31,7 +31,7 @@ from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec
 from vlm_jax.core.structs import TrainState
-from vlm_jax.ops import sharding
+from vlm_jax.ops import logical_axes
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 _TILE = 16  # rows of a tile of 16-bit numbers
@@ -41,7 +41,7 @@ Rules = tuple[tuple[str, Any], ...]
 
 _HEADS = (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB, axes.VISION_HEADS, axes.VISION_MLP)
 _REPLICATED: dict[str, Any] = {
-    **dict.fromkeys((*axes.KERNEL_AXES, *axes.WORKING_AXES, *axes.ACTIVATION_AXES)),
+    **dict.fromkeys((*axes.KERNEL_AXES, *axes.COMPUTE_AXES, *axes.ACTIVATION_AXES)),
     axes.BATCH: MESH_AXES,
     axes.LOOKUP: ("slice", "data"),
 }
@@ -58,7 +58,7 @@ _FSDP_TENSOR = {
     axes.EMBED: "fsdp",
     axes.VISION: "fsdp",
     axes.QUERIES: "fsdp",
-    **{name: "tensor" for head in _HEADS for name in (head, axes.at_work(head))},
+    **{name: "tensor" for head in _HEADS for name in (head, axes.compute_axis(head))},
     axes.ACT_VOCAB: "tensor",
     axes.ACT_HEADS: "tensor",
 }
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
         """
 
         def traced(*args: Any) -> Any:
-            with sharding.in_force(self):
+            with logical_axes.use_rules(self):
                 return fn(*args)
 
         traced.__name__ = getattr(fn, "__name__", "traced")
@@ -114,7 +114,7 @@ class Plan(NamedTuple):
                 spec[widest] += (axis,)
         return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in spec)))
 
-    def sharding(self, names: sharding.Names, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(self, names: logical_axes.AxisNames, shape: tuple[int, ...]) -> NamedSharding:
         """Of an array of that shape whose axes have these logical names.
 
         Where the mesh axes of a name do not divide the size, the last are dropped (a vocabulary of 96 over 5 devices).
@@ -135,7 +135,7 @@ class Plan(NamedTuple):
             spec.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def back_to_rest(self, names: sharding.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
+    def storage_shardings(self, names: logical_axes.AxisNames, shape: tuple[int, ...]) -> list[NamedSharding]:
         """The way of a kernel's gradient from where the kernel works to where it rests, one mesh axis after another.
 
         In one step over both directions of a torus, XLA:TPU sums the whole gradient on every device and then cuts it:
@@ -143,7 +143,7 @@ class Plan(NamedTuple):
         """
         work, rest = (
             [(part,) if isinstance(part, str) else part or () for part in self.sharding(n, shape).spec]
-            for n in (tuple(axes.at_work(name) for name in names), names)
+            for n in (tuple(axes.compute_axis(name) for name in names), names)
         )
         kept, steps = set(sum(work, ())), []
         for axis in [axis for axis in MESH_AXES if axis in sum(rest, ()) and axis not in kept]:
@@ -151,27 +151,27 @@ class Plan(NamedTuple):
             steps.append(PartitionSpec(*(tuple(a for a in part if a in kept) or None for part in rest)))
         return [NamedSharding(self.mesh, step) for step in steps]
 
-    def to_work(self, names: sharding.Names, shape: tuple[int, ...]) -> list[NamedSharding]:
+    def compute_shardings(self, names: logical_axes.AxisNames, shape: tuple[int, ...]) -> list[NamedSharding]:
         """The way of a kernel from where it rests to where it works: in one gather over both directions, which uses
         all links of a plane. In a network of three dimensions, and for parts thinner than a tile, XLA:TPU would write
         that gather as a sum of kernels that are mostly zeros; there one mesh axis is gathered after another.
         """
-        rest, work = (self.sharding(n, shape) for n in (names, tuple(axes.at_work(name) for name in names)))
-        home = self.back_to_rest(names, shape)
+        rest, work = (self.sharding(n, shape) for n in (names, tuple(axes.compute_axis(name) for name in names)))
+        home = self.storage_shardings(names, shape)
         thin = any(size > part >= 1 and part < _TILE for size, part in zip(shape, rest.shard_shape(shape), strict=True))
         devices = getattr(self.mesh, "devices", np.array([None]))
         solid = sum(place > 0 for place in getattr(devices.flat[-1], "coords", ())) > 2
         return [rest, *(home[-2::-1] if thin or solid else ()), work]
 
     def shard_map(
-        self, fn: Callable[..., Any], inputs: tuple[sharding.Names, ...], output: sharding.Names
+        self, fn: Callable[..., Any], inputs: tuple[logical_axes.AxisNames, ...], output: logical_axes.AxisNames
     ) -> Callable[..., Any]:
         """`fn` on each device's shards of arrays with these logical names."""
         rules = dict(self.rules)
         *specs, out = (PartitionSpec(*(name and rules[name] for name in names)) for names in (*inputs, output))
         return jax.shard_map(fn, mesh=self.mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)
 
-    def parts(self, name: str) -> int:
+    def axis_size(self, name: str) -> int:
         """Into how many parts an axis of that logical name is cut."""
         target = dict(self.rules)[name] or ()
         return math.prod(self.mesh.shape[axis] for axis in ((target,) if isinstance(target, str) else target))
@@ -266,7 +266,7 @@ def mesh_shape(wanted: tuple[int, int, int], devices: int) -> tuple[int, int, in
 
 def check_batch(plan: Plan, field: str, batch_examples: int, microbatches: int = 1) -> None:
     """Raises `UserError` unless the batch that `field` sets splits evenly over the mesh and the microbatches."""
-    parts = plan.parts(axes.BATCH) * microbatches
+    parts = plan.axis_size(axes.BATCH) * microbatches
     if batch_examples % parts:
         groups = "groups of devices" + " x microbatches" * (microbatches > 1)
         raise UserError(

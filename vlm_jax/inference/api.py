@@ -88,7 +88,7 @@ def generate_tokens(
     inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
     try:
         prefilled = programs.prefill_program(*config, room)(model.params, inputs)
-        sample = programs.sample_program(*config, model.ends, room, kind)
+        sample = programs.sample_program(*config, model.eos_ids, room, kind)
         out, hidden = sample(
             model.params, prefilled, np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p
         )
@@ -166,7 +166,7 @@ def generate(
         questions = [question_ids(model, prompt) for prompt in prompts]
     tokens, mask = host.padded(rows)
     out = generate_tokens(model, by_row, tokens, max_new_tokens, temperature, top_p, seed, mask, questions)
-    return [tokenizer.decode(_until_end(row, model.ends)) for row in out.tolist()]
+    return [tokenizer.decode(_until_end(row, model.eos_ids)) for row in out.tolist()]
 
 
 def question_ids(model: Model, prompt: Any) -> list[int]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from vlm_jax import build
 from vlm_jax.checkpoints import orbax, tensor_tables
 from vlm_jax.checkpoints.huggingface import processors
-from vlm_jax.checkpoints.inspection import Found, find, found_params, seen_as
+from vlm_jax.checkpoints.inspection import CheckpointInfo, inspect, load_parts, with_encoder
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError, unknown
@@ -46,13 +46,13 @@ class Model(NamedTuple):
     compute: ComputeSpec
     params: Any  # {"encoder", "connector", "decoder"}, as far as there are
     plan: Plan
-    tokenizer: tokenizers.Text | None = (
+    tokenizer: tokenizers.Tokenizer | None = (
         None  # None where the folder has none: `forward` and `generate_tokens` need none
     )
-    layout: chat.Layout | None = None  # how a question becomes a prompt
+    layout: chat.ChatFormat | None = None  # how a question becomes a prompt
     image_token: int | None = None  # the placeholder in `tokens`, once for each visual token
     pad: int | None = None
-    ends: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
     answer_tokens: int = 64  # of the longest answer, where the caller does not say
 
     @property
@@ -115,31 +115,31 @@ def load(
     compute = ComputeSpec(dtype, "none", "xla", 1, "replicated", (1, 1, 1))
     plan = plan or partitioning.make_plan(compute, jax.local_devices()[:1])
     compute = sampling.compute_for_decoding(compute)
-    seeing = find(path)
-    speaking = find(llm) if llm else seeing
-    if speaking.decoder is None:
+    vision_info = inspect(path)
+    llm_info = inspect(llm) if llm else vision_info
+    if llm_info.decoder is None:
         raise UserError(f"{llm or path}: holds no language model; name one with llm=FOLDER")
-    if llm and seeing.encoder is None:
+    if llm and vision_info.encoder is None:
         raise UserError(f"{path}: holds no image encoder to join with {llm}")
-    if image_size is not None and seeing.encoder is None:
+    if image_size is not None and vision_info.encoder is None:
         raise UserError(f"{path}: a language model alone has no images: leave image_size out")
-    own = seeing.encoder and processors.prepared(seeing.encoder, path)
-    resized = seeing if own is None else seeing._replace(encoder=vision.at_size(own, image_size))
-    spec = _joined_spec(resized, speaking if llm else resized, compressor, tokens)
+    own = vision_info.encoder and processors.prepared(vision_info.encoder, path)
+    resized = vision_info if own is None else vision_info._replace(encoder=vision.at_size(own, image_size))
+    spec = _joined_spec(resized, llm_info if llm else resized, compressor, tokens)
     if own is not None:
         # Which blocks are read is chosen with the compressor; the tensors are those of the files' own resolution.
-        seeing = seen_as(seeing, dataclasses.replace(spec.encoder, image_size=own.image_size))
+        vision_info = with_encoder(vision_info, dataclasses.replace(spec.encoder, image_size=own.image_size))
     parts = () if spec.encoder is None else ("encoder",) if llm else ("encoder", "connector")
-    count = _counter(((speaking, ("decoder",)), (seeing, parts)), on_read)
-    params = found_params(speaking, ("decoder",), plan, dtype, count, scan_layers=False)
+    count = _counter(((llm_info, ("decoder",)), (vision_info, parts)), on_read)
+    params = load_parts(llm_info, ("decoder",), plan, dtype, count, scan_layers=False)
     if spec.encoder is not None:
-        read = found_params(seeing, parts, plan, dtype, count)
+        read = load_parts(vision_info, parts, plan, dtype, count)
         fresh = plan.init(lambda key: connector.init_weights(key, spec), jax.random.key(seed))
         fresh = jax.tree.map(lambda leaf: leaf.astype(dtype), fresh)
         how = "bilinear" if path.suffix == ".npz" else "bicubic"
-        encoder = vision.params_at_size(read["encoder"], seeing.encoder, spec.encoder.image_size, how)
+        encoder = vision.params_at_size(read["encoder"], vision_info.encoder, spec.encoder.image_size, how)
         params |= {"encoder": encoder, "connector": {**fresh, **_projector(read)}}
-    return _with_words(Model(spec, compute, params, plan), speaking, tokenizer)
+    return _with_words(Model(spec, compute, params, plan), llm_info, tokenizer)
 
 
 def _dtype(dtype: Any) -> str | None:
@@ -174,7 +174,7 @@ def checked_seed(seed: Any) -> int:
 
 
 def _counter(
-    wanted: Sequence[tuple[Found, Sequence[str]]], on_read: Callable[[int, int], None] | None
+    wanted: Sequence[tuple[CheckpointInfo, Sequence[str]]], on_read: Callable[[int, int], None] | None
 ) -> Callable[[int], None] | None:
     """Sums up the bytes of single tensors, against those of all parts that are wanted."""
     if on_read is None:
@@ -197,41 +197,43 @@ def _projector(read: Mapping[str, Any]) -> dict[str, Any]:
     return {"projector": read["connector"]["projector"]} if "connector" in read else {}
 
 
-def _joined_spec(seeing: Found, speaking: Found, name: str | None, tokens: int | None) -> ModelSpec:
+def _joined_spec(
+    vision_info: CheckpointInfo, llm_info: CheckpointInfo, name: str | None, tokens: int | None
+) -> ModelSpec:
     """Raises `UserError` for a compressor that does not exist, or cannot give that many tokens."""
-    encoder, decoder = seeing.encoder, speaking.decoder
+    encoder, decoder = vision_info.encoder, llm_info.decoder
     if encoder is None:
         if name or tokens is not None:
             raise UserError("a language model alone has no visual tokens: leave compressor and tokens out")
-        return ModelSpec(None, None, None, decoder, speaking.mask)
+        return ModelSpec(None, None, None, decoder, llm_info.mask)
     if name is None and tokens is not None and tokens != encoder.patches:
         raise UserError(f"tokens={tokens}: name the compressor that makes them of {encoder.patches} patches")
-    own = {"projector": seeing.projector, "mask": seeing.mask} if seeing is speaking else {}
+    own = {"projector": vision_info.projector, "mask": vision_info.mask} if vision_info is llm_info else {}
     return catalog.model_spec(encoder, name or "none", tokens, decoder, **own)
 
 
-def _with_words(model: Model, speaking: Found, tokenizer: str | Path | None) -> Model:
+def _with_words(model: Model, llm_info: CheckpointInfo, tokenizer: str | Path | None) -> Model:
     """The model with its tokenizer and prompt layout."""
-    spec, config = model.spec, speaking.config
-    folder = Path(tokenizer) if tokenizer else Path(speaking.weights.path)
+    spec, config = model.spec, llm_info.config
+    folder = Path(tokenizer) if tokenizer else Path(llm_info.weights.path)
     sees = spec.encoder is not None
     image_token = None
     if sees:
-        image_token = spec.decoder.vocab if speaking.image_token is None else speaking.image_token
+        image_token = spec.decoder.vocab if llm_info.image_token is None else llm_info.image_token
         model = model._replace(image_token=image_token)
     if tokenizer is None and token_files.find(folder) is None:
-        pad, ends = config.get("pad_token_id"), tuple(token_files.ends(folder, config) or ())
+        pad, ends = config.get("pad_token_id"), tuple(token_files.eos_ids(folder, config) or ())
         if pad is not None and type(pad) is not int:
             raise UserError(f"{folder}: config.json: pad_token_id={str(pad)[:80]!r}: a whole number is wanted")
-        return model._replace(pad=pad, ends=_inside(ends, spec, folder))
+        return model._replace(pad=pad, eos_ids=_inside(ends, spec, folder))
     words = tokenizers.read_tokenizer(folder, config, (MARK,) if sees else ())
     if words.size > spec.decoder.vocab:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {words.size - 1}, the language model only {spec.decoder.vocab} "
             "embeddings: they do not belong together"
         )
-    layout = chat.layout_of(speaking.kind, words, words.special.get("image_token", MARK))
-    return model._replace(tokenizer=words, layout=layout, pad=words.pad, ends=_inside(words.ends, spec, folder))
+    layout = chat.chat_format_of(llm_info.kind, words, words.special.get("image_token", MARK))
+    return model._replace(tokenizer=words, layout=layout, pad=words.pad, eos_ids=_inside(words.eos_ids, spec, folder))
 
 
 def _inside(ends: tuple[int, ...], spec: ModelSpec, folder: Path) -> tuple[int, ...]:
@@ -258,11 +260,11 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     params = orbax.restore_params(workdir, unboxed, shardings, _tell)
     params = {"encoder": jax.device_put(network.encoder, plan.replicated), **params}
     params["decoder"] = unstack_layers(params.pop("decoder"), run.model.decoder.depth)
-    words = build.words_of(run.data.tokenizer)
-    layout = chat.Layout("image first", None, MARK)
+    words = build.load_tokenizer(run.data.tokenizer)
+    layout = chat.ChatFormat("image first", None, MARK)
     token = spec.decoder.vocab
     return Model(
-        spec, compute, params, plan, words, layout, token, words.pad, words.ends,
+        spec, compute, params, plan, words, layout, token, words.pad, words.eos_ids,
         run.evaluation.max_new_tokens,
     )  # fmt: skip
 

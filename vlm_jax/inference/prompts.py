@@ -89,7 +89,7 @@ def inputs_of(
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise UserError(f"tokens: expected integers of shape [B, T], got {tokens.dtype}{list(tokens.shape)}")
     # A pad id that also ends answers may be a real last token.
-    pad = None if model.pad in model.ends else model.pad
+    pad = None if model.pad in model.eos_ids else model.pad
     real = _real(tokens, pad) if mask is None else array_of("mask", mask) != 0
     if real.shape != tokens.shape:
         raise UserError(f"mask: expected the shape of tokens, {list(tokens.shape)}, got {list(real.shape)}")
@@ -190,5 +190,5 @@ def to_bucket(inputs: Inputs, visual_tokens: int) -> Inputs:
 
 def put(inputs: Inputs, plan: Plan) -> Inputs:
     """Rows repeated until the batch divides over the mesh, and put there."""
-    more = -inputs.tokens.shape[0] % plan.parts(BATCH)
+    more = -inputs.tokens.shape[0] % plan.axis_size(BATCH)
     return plan.put(jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], more, axis=0)]), inputs))

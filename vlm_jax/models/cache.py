@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from vlm_jax.core.axes import ACT_HEADS, BATCH
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache
-from vlm_jax.ops.sharding import constrain
+from vlm_jax.ops.logical_axes import constrain
 
 Arrays = TypeVar("Arrays")
 

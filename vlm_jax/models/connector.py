@@ -11,7 +11,7 @@ from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.ops import initializers as w
-from vlm_jax.ops.sharding import constrain, working
+from vlm_jax.ops.logical_axes import constrain, gather_for_compute
 
 PROJECTORS = ("linear", "mlp")
 _IN, _OUT = (VISION, VISION_MLP), (MLP, EMBED)  # of the projector's kernels
@@ -38,8 +38,8 @@ def compress(weights: Any, visual: Visual, text_vector: Float[Array, "B D"] | No
     """P patches -> V tokens of the decoder's width, and which of them are alive (mask None: all)."""
     out = catalog.row(spec.compressor.name).apply(weights["compressor"], visual, text_vector, spec.compressor)
     x, projector = out.tokens, weights["projector"]
-    x = x @ working(projector["kernel"], _IN, x.dtype) + projector["bias"].astype(x.dtype)
+    x = x @ gather_for_compute(projector["kernel"], _IN, x.dtype) + projector["bias"].astype(x.dtype)
     if spec.projector == "mlp":
         inner = jax.nn.gelu(x, approximate=False)
-        x = inner @ working(projector["out_kernel"], _OUT, x.dtype) + projector["out_bias"].astype(x.dtype)
+        x = inner @ gather_for_compute(projector["out_kernel"], _OUT, x.dtype) + projector["out_bias"].astype(x.dtype)
     return Visual(constrain(x, (BATCH, LENGTH, ACT_EMBED)), mask=out.mask)

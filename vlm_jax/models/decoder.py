@@ -19,14 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.core import axes
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec
-from vlm_jax.core.structs import AttentionMetadata, Cache
+from vlm_jax.core.structs import AttentionMetadata, Cache, Params
 from vlm_jax.models.cache import update_cache
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
 from vlm_jax.ops import masks, rotary, splash
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.sharding import constrain, parts, working
+from vlm_jax.ops.logical_axes import axis_size, constrain, gather_for_compute
 
-Params = Any
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
 
 
@@ -145,7 +144,7 @@ class Decoder(nn.Module):
         tokens = jnp.where((tokens >= 0) & (tokens < self.spec.vocab), tokens, 0)
         # Where the table is cut along D, every device looks up its columns of all tokens, and the tokens' vectors are
         # then exchanged: they are few beside the table.
-        split = parts(axes.EMBED) > 1
+        split = axis_size(axes.EMBED) > 1
         columns = (axes.LOOKUP, axes.LENGTH, axes.EMBED) if split else _ACT
         x = jnp.take(self.embedding, constrain(tokens, columns[:2]), axis=0)
         x = constrain(constrain(x, columns).astype(self.compute.dtype), columns)
@@ -189,7 +188,7 @@ class Decoder(nn.Module):
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L W"]:
         """Hidden states -> float32 logits."""
         if self.spec.tied_head:
-            table = working(self.embedding, (axes.VOCAB, axes.EMBED), x.dtype)
+            table = gather_for_compute(self.embedding, (axes.VOCAB, axes.EMBED), x.dtype)
             out = jnp.einsum("bld,wd->blw", x, table, preferred_element_type=jnp.float32)
         else:
             out = self.head(x).astype(jnp.float32)

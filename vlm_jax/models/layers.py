@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.core.axes import NORM
-from vlm_jax.ops.sharding import working
+from vlm_jax.ops.logical_axes import gather_for_compute
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -47,7 +47,7 @@ class Linear(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=range(count), out_axis=range(count, len(sizes)))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, tuple(names)), tuple(sizes))
         contracted = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
-        x = jax.lax.dot_general(x, working(kernel, tuple(names), x.dtype), (contracted, ((), ())))
+        x = jax.lax.dot_general(x, gather_for_compute(kernel, tuple(names), x.dtype), (contracted, ((), ())))
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(names[count:]))
             x = x + self.param("bias", zeros, tuple(sizes[count:])).astype(x.dtype)

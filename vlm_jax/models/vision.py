@@ -21,12 +21,12 @@ from vlm_jax.core.specs import ComputeSpec, EncoderSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
-from vlm_jax.ops.sharding import constrain
+from vlm_jax.ops.logical_axes import constrain
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_VISION)
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     """Multi-head attention with biases, queries from one sequence and keys from another."""
 
     spec: EncoderSpec
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         return Linear(heads, width, bias=True, name="out")(x)
 
 
-class Mlp(nn.Module):
+class VisionMlp(nn.Module):
     """Two layers with the encoder's activation between them."""
 
     spec: EncoderSpec
@@ -55,7 +55,7 @@ class Mlp(nn.Module):
         return Linear(inner, width, bias=True, name="down")(x)
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """A pre-norm block. The carry holds the tokens and the taps; `slot` is where this layer's output goes."""
 
     spec: EncoderSpec
@@ -65,8 +65,8 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[Array, Array], slot: Array) -> tuple[tuple[Array, Array], None]:
         x, taps = carry
         y = LayerNorm(self.spec.norm_eps, name="attention_norm")(x)
-        x = x + Attention(self.spec, self.implementation, name="attention")(y, y)
-        x = x + Mlp(self.spec, name="mlp")(LayerNorm(self.spec.norm_eps, name="mlp_norm")(x))
+        x = x + VisionAttention(self.spec, self.implementation, name="attention")(y, y)
+        x = x + VisionMlp(self.spec, name="mlp")(LayerNorm(self.spec.norm_eps, name="mlp_norm")(x))
         x = constrain(x, _ACT)
         return (x, jax.lax.dynamic_update_index_in_dim(taps, x, slot, axis=1)), None
 
@@ -82,8 +82,8 @@ class Pool(nn.Module):
         start = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), (None, axes.POSITION, axes.VISION))
         probe = self.param("probe", start, (1, 1, self.spec.width)).astype(tokens.dtype)
         probe = jnp.broadcast_to(probe, (tokens.shape[0], 1, self.spec.width))
-        x = Attention(self.spec, self.implementation, name="attention")(probe, tokens)
-        x = x + Mlp(self.spec, name="mlp")(LayerNorm(self.spec.norm_eps, name="norm")(x))
+        x = VisionAttention(self.spec, self.implementation, name="attention")(probe, tokens)
+        x = x + VisionMlp(self.spec, name="mlp")(LayerNorm(self.spec.norm_eps, name="norm")(x))
         return x[:, 0]
 
 
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         if spec.pre_norm:
             self.pre_norm = LayerNorm(spec.norm_eps)
         self.blocks = nn.scan(
-            remat(Block, self.compute.remat),
+            remat(VisionBlock, self.compute.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=spec.blocks,

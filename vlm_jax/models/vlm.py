@@ -8,7 +8,7 @@ Training, evaluation, `forward`, `generate` and the ahead-of-time compiler run t
 given (`inference.sampling`), the decoder's layers are unrolled.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
-from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
+from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Params, Views, Visual
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder, Head, head
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import masks, pixels
-
-Params = Any
 
 
 class Vlm(NamedTuple):

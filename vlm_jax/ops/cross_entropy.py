@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax.core import axes
-from vlm_jax.ops.sharding import constrain, parts, working
+from vlm_jax.ops.logical_axes import axis_size, constrain, gather_for_compute
 
 _LEAST_WORDS = 8192  # of a block: enough work for each product, few enough for its logits to be small
 _ALIGN = 128  # a TPU's tile: XLA scatters gradients of whole tiles, and sums others in full on every chip
@@ -28,14 +28,14 @@ def token_scores(
 
     softcap: logits become softcap * tanh(logit / softcap) (Gemma 2).
     """
-    vocab, shards = table.shape[0], parts(axes.VOCAB)
+    vocab, shards = table.shape[0], axis_size(axes.VOCAB)
     shards = shards if vocab % shards == 0 else 1
     blocks = _in_blocks(table, shards, 0)
     ids = _in_blocks(jnp.arange(vocab)[:, None], shards, vocab)[..., 0]
     states32 = states.astype(jnp.float32)
 
     def one(block: Float[Array, "w D"], words: Int[Array, " w"]) -> tuple[Array, ...]:
-        z = _product(states32, working(block, (axes.VOCAB, axes.EMBED), states.dtype))
+        z = _product(states32, gather_for_compute(block, (axes.VOCAB, axes.EMBED), states.dtype))
         if softcap is not None:
             z = softcap * jnp.tanh(z / softcap)
         z = jnp.where(words < vocab, z, -jnp.inf)

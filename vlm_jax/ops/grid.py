@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-Grid = tuple[int, int]  # rows, columns
+GridShape = tuple[int, int]  # rows, columns
 
 
-def to_grid(tokens: Shaped[Array, "B P *rest"], grid: Grid) -> Shaped[Array, "B h w *rest"]:
+def to_grid(tokens: Shaped[Array, "B P *rest"], grid: GridShape) -> Shaped[Array, "B h w *rest"]:
     """Patches laid out on their grid."""
     return tokens.reshape(tokens.shape[0], *grid, *tokens.shape[2:])
 
@@ -27,7 +27,7 @@ def to_rows(tokens: Shaped[Array, "B h w *rest"]) -> Shaped[Array, "B P *rest"]:
     return tokens.reshape(tokens.shape[0], -1, *tokens.shape[3:])
 
 
-def split_cells(tokens: Shaped[Array, "B P *rest"], grid: Grid, shape: Grid) -> Shaped[Array, "B V S *rest"]:
+def split_cells(tokens: Shaped[Array, "B P *rest"], grid: GridShape, shape: GridShape) -> Shaped[Array, "B V S *rest"]:
     """The patches of each of the r x c equal cells, V = r c cells of S = P / V patches. r divides h and c divides w."""
     (h, w), (r, c) = grid, shape
     rest = tokens.shape[2:]
@@ -35,18 +35,18 @@ def split_cells(tokens: Shaped[Array, "B P *rest"], grid: Grid, shape: Grid) -> 
     return parts.reshape(tokens.shape[0], r * c, -1, *rest)
 
 
-def pooling_shapes(grid: Grid) -> dict[int, Grid]:
+def pooling_shapes(grid: GridShape) -> dict[int, GridShape]:
     """V -> (r, c) for every V that some r <= h, c <= w give; the most nearly square, and the wider of two."""
     return _squarest(range(1, grid[0] + 1), range(1, grid[1] + 1))
 
 
-def cell_shapes(grid: Grid) -> dict[int, Grid]:
+def cell_shapes(grid: GridShape) -> dict[int, GridShape]:
     """V -> (r, c) for every V whose r divides h and c divides w: equal cells without a remainder. Squarest as above."""
     return _squarest(*([n for n in range(1, size + 1) if size % n == 0] for size in grid))
 
 
-def _squarest(rows: range | list[int], columns: range | list[int]) -> dict[int, Grid]:
-    best: dict[int, Grid] = {}
+def _squarest(rows: range | list[int], columns: range | list[int]) -> dict[int, GridShape]:
+    best: dict[int, GridShape] = {}
     for shape in sorted(((r, c) for r in rows for c in columns), key=lambda s: (max(s) / min(s), s[0])):
         best.setdefault(shape[0] * shape[1], shape)
     return dict(sorted(best.items()))
@@ -103,7 +103,7 @@ def _sum(tokens: Float[Array, "B P E"], rows: Float[np.ndarray, "r h"], columns:
     return to_rows(jnp.einsum("brwe,cw->brce", by_row, columns, preferred_element_type=jnp.float32))
 
 
-def weighted_mean_flops(grid: Grid, shape: Grid, width: int) -> float:
+def weighted_mean_flops(grid: GridShape, shape: GridShape, width: int) -> float:
     """Floating-point operations of `weighted_mean` for one image: the two sums, a multiply-add is two."""
     (h, w), (r, c) = grid, shape
     return 2.0 * width * (r * h * w + r * c * w)

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from vlm_jax.core.axes import KERNEL_AXES
 
-Shape = tuple[int, ...]
-Names = tuple[str, ...]
+_Shape = tuple[int, ...]
+_Names = tuple[str, ...]
 
 # A normal cut off at two deviations has this deviation; dividing by it restores unit variance.
 _TRUNCATED_STDDEV = 0.8796256610342398
 
 
-def dense(key: jax.Array, shape: Shape, names: Names, inputs: int = 1) -> nn.LogicallyPartitioned:
+def dense(key: jax.Array, shape: _Shape, names: _Names, inputs: int = 1) -> nn.LogicallyPartitioned:
     """A kernel whose first `inputs` axes are summed over: LeCun normal, truncated, variance 1 / fan-in.
 
     `dense(key, (E, N, C), (VISION, VISION_HEADS, HEAD_DIM))` maps E to heads; `dense(key, (N, C, E), names, inputs=2)`
@@ -30,20 +30,20 @@ def dense(key: jax.Array, shape: Shape, names: Names, inputs: int = 1) -> nn.Log
     return boxed(stddev * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32), names)
 
 
-def table(key: jax.Array, shape: Shape, names: Names, stddev: float = 0.02) -> nn.LogicallyPartitioned:
+def table(key: jax.Array, shape: _Shape, names: _Names, stddev: float = 0.02) -> nn.LogicallyPartitioned:
     """Learned rows that are looked up or added, not multiplied: embeddings, positions, queries. Normal."""
     return boxed(stddev * jax.random.normal(key, shape, jnp.float32), names)
 
 
-def zeros(shape: Shape, names: Names) -> nn.LogicallyPartitioned:
+def zeros(shape: _Shape, names: _Names) -> nn.LogicallyPartitioned:
     return boxed(jnp.zeros(shape, jnp.float32), names)
 
 
-def ones(shape: Shape, names: Names) -> nn.LogicallyPartitioned:
+def ones(shape: _Shape, names: _Names) -> nn.LogicallyPartitioned:
     return boxed(jnp.ones(shape, jnp.float32), names)
 
 
-def boxed(value: jax.Array, names: Names) -> nn.LogicallyPartitioned:
+def boxed(value: jax.Array, names: _Names) -> nn.LogicallyPartitioned:
     """Given values with the names of their axes."""
     if len(names) != value.ndim or len(set(names)) != len(names) or not set(names) <= set(KERNEL_AXES):
         raise ValueError(

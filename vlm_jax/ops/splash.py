@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.core.axes import ACT_HEADS, BATCH
-from vlm_jax.ops import sharding
+from vlm_jax.ops import logical_axes
 
 LANES = 128  # a TPU's tile: lengths and channels come in these
 _BLOCK = 512  # queries and keys of one tile of work
@@ -35,7 +35,7 @@ class Causal(NamedTuple):
 
 def applies(length: int, heads: int, kv_heads: int) -> bool:
     """Whether the kernel can take rows of that length, with heads divided over devices as the plan in force says."""
-    shards = sharding.parts(ACT_HEADS)
+    shards = logical_axes.axis_size(ACT_HEADS)
     return length % LANES == 0 and heads % shards == 0 and kv_heads % shards == 0
 
 
@@ -56,7 +56,7 @@ def attend(
         k,
         v,
         mask.segment,
-        tpu=sharding.on_each_device(kernel, (heads, heads, heads, row), heads),
+        tpu=logical_axes.on_each_device(kernel, (heads, heads, heads, row), heads),
         default=lambda q, k, v, segment: plain(q, k, v, Causal(segment)),
     )
 

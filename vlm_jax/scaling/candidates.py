@@ -17,7 +17,7 @@ from vlm_jax.sizing import cost, roofline, zoo
 from vlm_jax.sizing.cost import Number
 from vlm_jax.sizing.roofline import PartTime, Request
 
-Names = Collection[str]
+NameFilter = Collection[str]
 
 
 class Candidate(NamedTuple):
@@ -60,9 +60,9 @@ def law_params(decoder: DecoderSpec, params_are: str) -> float:
 def candidates(
     family: FamilyFit,
     params_are: str,
-    encoders: Names = (),
-    llms: Names = (),
-    compressors: Names = (),
+    encoders: NameFilter = (),
+    llms: NameFilter = (),
+    compressors: NameFilter = (),
     tokens: Collection[int] = (),
 ) -> list[Candidate]:
     """Every model of those names, or of what the law's rows were measured with where none are given; `tokens` limits V.
@@ -103,7 +103,7 @@ def _joined(visual: ModelSpec, tokens: int, decoder: DecoderSpec) -> ModelSpec:
 
 
 def _visual_sides(
-    models: Iterable[ModelSpec], encoders: Names, compressors: Names, decoder: DecoderSpec
+    models: Iterable[ModelSpec], encoders: NameFilter, compressors: NameFilter, decoder: DecoderSpec
 ) -> list[tuple[ModelSpec, tuple[str, ...]]]:
     """Encoder, compressor, projector and mask of every combination; measured ones as they were measured."""
     measured = list(dict.fromkeys(map(visual_side, models)))
@@ -126,7 +126,7 @@ def _visual_sides(
     return out
 
 
-def _decoders(models: Iterable[ModelSpec], llms: Names) -> list[tuple[DecoderSpec, tuple[str, ...]]]:
+def _decoders(models: Iterable[ModelSpec], llms: NameFilter) -> list[tuple[DecoderSpec, tuple[str, ...]]]:
     """The language models of those names, or of the measured families; ("family",) behind one of another family."""
     measured = {model.decoder.name: model.decoder for model in models}
     families = {zoo.family(name) for name in measured}

@@ -29,11 +29,11 @@ from vlm_jax.scaling import budgets, candidates
 from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.candidates import Candidate, Price
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
+from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import params_label
 from vlm_jax.sizing.cost import Number
 from vlm_jax.sizing.roofline import Request
 
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Offsets = Mapping[tuple[str, int], float]  # (compressor, V) -> difference in error
 MODES = ("paper", "full")
@@ -198,9 +198,9 @@ def plan(
     *,
     family: str | None = None,
     mode: str = "full",
-    encoders: candidates.Names = (),
-    llms: candidates.Names = (),
-    compressors: candidates.Names = (),
+    encoders: candidates.NameFilter = (),
+    llms: candidates.NameFilter = (),
+    compressors: candidates.NameFilter = (),
     tokens: Sequence[int] = (),
     offsets: Offsets = NO_OFFSETS,
     top: int = 12,

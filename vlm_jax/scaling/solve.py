@@ -15,9 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_jax.scaling.laws import Form
+from vlm_jax.scaling.laws import Floats, Form
 
-Floats = NDArray[np.float64]
 Loss = Literal["squared", "log"]
 
 LOWEST, HIGHEST = -2.0, 6.0  # of an exponent

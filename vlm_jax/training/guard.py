@@ -27,7 +27,7 @@ class GuardState(NamedTuple):
     skipped: Int[Array, ""]  # bad steps so far
 
 
-class Step(NamedTuple):
+class StepRecord(NamedTuple):
     """What is known of one step: device arrays, or numbers once they were fetched."""
 
     number: int
@@ -65,7 +65,7 @@ def skipped(opt_state: Any) -> int:
     return int(opt_state.skipped) if isinstance(opt_state, GuardState) else 0
 
 
-def first_bad(steps: Sequence[Step], spec: BadStepSpec) -> tuple[int, str] | None:
+def first_bad(steps: Sequence[StepRecord], spec: BadStepSpec) -> tuple[int, str] | None:
     """(number, reason) of the first of some steps at which the run must stop. Takes numbers, not device arrays."""
     limit = spec.skip_limit if spec.policy == "skip_update" else 0
     for number, sums, norms in steps:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.core.structs import TrainState
-from vlm_jax.training.guard import Step
+from vlm_jax.training.guard import StepRecord
 
 # How many steps the host runs ahead: the device never waits for it, and a request to stop is heard in time.
 _AHEAD_STEPS = 8
@@ -57,7 +57,7 @@ def run(
     on_save: Callable[[int, TrainState, Any, Unlogged], None],
     evaluate_every_steps: int = 0,
     on_evaluate: Callable[[int, TrainState], None] = lambda step, state: None,
-    check: Callable[[Sequence[Step], TrainState], None] = lambda steps, state: None,
+    check: Callable[[Sequence[StepRecord], TrainState], None] = lambda steps, state: None,
     stop: Callable[[int], bool] = lambda step: False,
     unlogged: Unlogged = NOTHING,
 ) -> End:
@@ -71,14 +71,14 @@ def run(
     was saved with the state.
     """
     (sums, since), cursor, number, stopped = unlogged, None, first_step, False
-    unchecked: list[Step] = []
+    unchecked: list[StepRecord] = []
     logged, ahead = 0, deque()  # how many of the unchecked had been logged
     for number in range(first_step + 1, last_step + 1):
         batch, cursor = next(batches)
         state, new, norms = step(state, put(batch))
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         since += 1
-        unchecked.append(Step(number, new, norms))
+        unchecked.append(StepRecord(number, new, norms))
         ahead.append(norms)
         if len(ahead) > _AHEAD_STEPS:
             jax.block_until_ready(ahead.popleft())

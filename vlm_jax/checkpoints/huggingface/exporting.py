@@ -17,7 +17,7 @@ from vlm_jax.checkpoints import big_vision
 from vlm_jax.checkpoints import tensor_tables as w
 from vlm_jax.checkpoints.huggingface import hf_decoder, hf_encoder, hf_vlm, processors
 from vlm_jax.checkpoints.inspection import read_config
-from vlm_jax.checkpoints.tensor_tables import Table
+from vlm_jax.checkpoints.tensor_tables import TensorTable
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
@@ -32,7 +32,7 @@ COMPANIONS = (
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def layout(spec: ModelSpec, image_token: int | None = None) -> tuple[dict[str, Any], dict[str, Table]]:
+def layout(spec: ModelSpec, image_token: int | None = None) -> tuple[dict[str, Any], dict[str, TensorTable]]:
     """config.json, and the table of every part. A spec without encoder is a language model, one without decoder a
     tower.
 

@@ -149,7 +149,7 @@ def _check_fields(config: Config, kind: str, where: str) -> None:
     own = {name: (family.spec.get(name, False),) for name in ("qkv_bias", "qk_norm")}
     fixed = {**FIXED, **own, "use_qk_norm": own["qk_norm"]}
     if "sliding_window" in family.defaults:
-        fixed["use_sliding_window"] = (True, False)  # Mistral and Gemma use theirs whatever that says
+        fixed["use_sliding_window"] = (True, False)  # Mistral and Gemma use hf_name whatever that says
     fields.check(config, where, {*family.defaults, *READ}, fixed)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.checkpoints.huggingface import hf_rope
 from vlm_jax.checkpoints.huggingface.hf_config import ACTIVATIONS, FAMILIES, decoder_spec
-from vlm_jax.checkpoints.tensor_tables import Leaf, Table, Weights, linear, same
+from vlm_jax.checkpoints.tensor_tables import Leaf, TensorFiles, TensorTable, linear, same
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec
 
@@ -21,7 +21,7 @@ _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at once
 
 
-def prefixes(weights: Weights) -> tuple[str, str]:
+def prefixes(weights: TensorFiles) -> tuple[str, str]:
     """What stands before `embed_tokens.weight`, and the whole name of the head: writers of whole models differ in both.
 
     Raises `UserError` where there is not exactly one embedding table.
@@ -33,7 +33,7 @@ def prefixes(weights: Weights) -> tuple[str, str]:
     return tables[0].removesuffix(_EMBEDDING), heads[0] if len(heads) == 1 else _HEAD
 
 
-def decoder_table(spec: DecoderSpec, prefix: str = "model.", head: str = _HEAD) -> Table:
+def decoder_table(spec: DecoderSpec, prefix: str = "model.", head: str = _HEAD) -> TensorTable:
     """Our path in the decoder's parameters -> their tensor."""
     width, inner = (spec.width,), (spec.mlp_width,)
     heads, keys = (spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim)
@@ -51,15 +51,15 @@ def decoder_table(spec: DecoderSpec, prefix: str = "model.", head: str = _HEAD) 
         "blocks/mlp/up/kernel": linear(block + "mlp.up_proj.weight", width, inner, blocks),
         "blocks/mlp/down/kernel": linear(block + "mlp.down_proj.weight", inner, width, blocks),
     }
-    for ours, theirs, outputs in (("query", "q", heads), ("key", "k", keys), ("value", "v", keys)):
-        name = f"{block}self_attn.{theirs}_proj"
-        table[f"blocks/attention/{ours}/kernel"] = linear(name + ".weight", width, outputs, blocks)
+    for part, hf_name, outputs in (("query", "q", heads), ("key", "k", keys), ("value", "v", keys)):
+        name = f"{block}self_attn.{hf_name}_proj"
+        table[f"blocks/attention/{part}/kernel"] = linear(name + ".weight", width, outputs, blocks)
         if spec.qkv_bias:
             flat = (outputs[0] * outputs[1],)
-            table[f"blocks/attention/{ours}/bias"] = Leaf(name + ".bias", flat, outputs, (0, 1), blocks)
-        if spec.qk_norm and ours != "value":
-            scale = same(f"{block}self_attn.{theirs}_norm.weight", (spec.head_dim,), blocks)
-            table[f"blocks/attention/{ours}_norm/scale"] = scale
+            table[f"blocks/attention/{part}/bias"] = Leaf(name + ".bias", flat, outputs, (0, 1), blocks)
+        if spec.qk_norm and part != "value":
+            scale = same(f"{block}self_attn.{hf_name}_norm.weight", (spec.head_dim,), blocks)
+            table[f"blocks/attention/{part}_norm/scale"] = scale
     if spec.sandwich_norm:
         table["blocks/attention_post_norm/scale"] = norm("post_attention_layernorm")
         table["blocks/mlp_norm/scale"] = norm("pre_feedforward_layernorm")
@@ -76,13 +76,15 @@ def ignore(spec: DecoderSpec) -> tuple[str, ...]:
     return (r".*rotary_emb\.inv_freq", *([r"(.*\.)?lm_head\.weight"] if spec.tied_head else []))
 
 
-def check_tied(weights: Weights, table: Table) -> None:
+def check_tied(weights: TensorFiles, table: TensorTable) -> None:
     """Raises `UserError` where the file of a tied head holds a head beside the embedding, and they are not the same."""
-    name = table["embedding"].theirs
+    name = table["embedding"].hf_name
     for head in (one for one in weights.shapes if one == _HEAD or one.endswith("." + _HEAD)):
-        ours, theirs = weights.read(name), weights.read(head)
-        pairs = ([a[i : i + _ROWS].astype("float32") for a in (ours, theirs)] for i in range(0, len(ours), _ROWS))
-        if ours.shape != theirs.shape or not all(np.array_equal(one, other) for one, other in pairs):
+        embedding, other = weights.read(name), weights.read(head)
+        pairs = (
+            [a[i : i + _ROWS].astype("float32") for a in (embedding, other)] for i in range(0, len(embedding), _ROWS)
+        )
+        if embedding.shape != other.shape or not all(np.array_equal(one, other) for one, other in pairs):
             raise UserError(f"{weights.path}: {head} is not {name}, though config.json says tie_word_embeddings=true")
 
 
@@ -108,7 +110,7 @@ def hf_config(spec: DecoderSpec) -> dict[str, Any]:
         "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
         "rms_norm_eps": spec.norm_eps, "tie_word_embeddings": spec.tied_head, "rope_theta": spec.rope_theta,
         "max_position_embeddings": spec.context or defaults["max_position_embeddings"],
-        "hidden_act": {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[spec.activation],
+        "hidden_act": {part: hf_name for hf_name, part in reversed(ACTIVATIONS.items())}[spec.activation],
     }  # fmt: skip
     config |= hf_rope.scaling(spec, (_scale(spec) * spec.head_dim**0.5) ** 0.5)
     if "sliding_window" in defaults:

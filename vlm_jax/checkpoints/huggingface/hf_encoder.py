@@ -4,7 +4,7 @@ The image tower stands alone (`SiglipVisionModel`, `CLIPVisionModel`), beside a 
 or inside a vision-language model; its names differ by a prefix, which `prefix_of` finds.
 
 `last_hidden_state` of SigLIP is behind the last norm, that of CLIP is not (its last norm belongs to the class token's
-projection); a CLIP tower therefore comes with `feature_layer` = its depth, so that our tokens are theirs.
+projection); a CLIP tower therefore comes with `feature_layer` = its depth, so that our tokens are hf_name.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.checkpoints.huggingface.fields import check as check_fields
-from vlm_jax.checkpoints.tensor_tables import Leaf, Table, Weights, conv_patch, linear, same
+from vlm_jax.checkpoints.tensor_tables import Leaf, TensorFiles, TensorTable, conv_patch, linear, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 
@@ -133,7 +133,7 @@ def _whole(value: Any, name: str, where: str) -> int:
     return value
 
 
-def prefix_of(weights: Weights) -> str:
+def prefix_of(weights: TensorFiles) -> str:
     """What stands before the image tower's names: "", "vision_model.", "model.vision_tower." ..."""
     found = [name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(_FIRST)]
     if len(found) != 1:
@@ -141,7 +141,7 @@ def prefix_of(weights: Weights) -> str:
     return found[0]
 
 
-def encoder_table(spec: EncoderSpec, prefix: str) -> Table:
+def encoder_table(spec: EncoderSpec, prefix: str) -> TensorTable:
     """Every parameter of `models.vision.Encoder` under Hugging Face's names, which SigLIP and CLIP share."""
     width, heads = spec.width, (spec.heads, spec.width // spec.heads)
     stem, pool = f"{prefix}embeddings.", f"{prefix}head."
@@ -155,9 +155,9 @@ def encoder_table(spec: EncoderSpec, prefix: str) -> Table:
         "blocks/attention/out/kernel": linear(f"{block}self_attn.out_proj.weight", heads, (width,), n),
         "blocks/attention/out/bias": same(f"{block}self_attn.out_proj.bias", (width,), n),
     }
-    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        table[f"blocks/attention/{ours}/kernel"] = linear(f"{block}self_attn.{theirs}.weight", (width,), heads, n)
-        table[f"blocks/attention/{ours}/bias"] = same(f"{block}self_attn.{theirs}.bias", (width,), n)
+    for path, hf_name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        table[f"blocks/attention/{path}/kernel"] = linear(f"{block}self_attn.{hf_name}.weight", (width,), heads, n)
+        table[f"blocks/attention/{path}/bias"] = same(f"{block}self_attn.{hf_name}.bias", (width,), n)
     if spec.patch_bias:
         table["patch/bias"] = same(f"{stem}patch_embedding.bias", (width,))
     if spec.class_token:
@@ -174,24 +174,24 @@ def encoder_table(spec: EncoderSpec, prefix: str) -> Table:
             "pooling/attention/out/kernel": linear(f"{pool}attention.out_proj.weight", heads, (width,)),
             "pooling/attention/out/bias": same(f"{pool}attention.out_proj.bias", (width,)),
         }
-        for part, ours in enumerate(("query", "key", "value")):  # torch keeps the three in one tensor
+        for part, path in enumerate(("query", "key", "value")):  # torch keeps the three in one tensor
             one = linear(f"{pool}attention.in_proj_weight", (width,), heads)
             whole = one._replace(file_shape=(3 * width, width), part=(0, part, 3))
             bias = Leaf(f"{pool}attention.in_proj_bias", (3 * width,), (width,), (0,), part=(0, part, 3))
-            table |= {f"pooling/attention/{ours}/kernel": whole, f"pooling/attention/{ours}/bias": bias}
+            table |= {f"pooling/attention/{path}/kernel": whole, f"pooling/attention/{path}/bias": bias}
     return table
 
 
-def _norm(ours: str, theirs: str, width: int, blocks: int = 0) -> Table:
-    return {f"{ours}/{name}": same(f"{theirs}.{part}", (width,), blocks) for name, part in _NORM.items()}
+def _norm(path: str, hf_name: str, width: int, blocks: int = 0) -> TensorTable:
+    return {f"{path}/{name}": same(f"{hf_name}.{part}", (width,), blocks) for name, part in _NORM.items()}
 
 
-def _mlp(ours: str, theirs: str, spec: EncoderSpec, blocks: int = 0) -> Table:
+def _mlp(path: str, hf_name: str, spec: EncoderSpec, blocks: int = 0) -> TensorTable:
     return {
-        f"{ours}/up/kernel": linear(f"{theirs}fc1.weight", (spec.width,), (spec.mlp_width,), blocks),
-        f"{ours}/up/bias": same(f"{theirs}fc1.bias", (spec.mlp_width,), blocks),
-        f"{ours}/down/kernel": linear(f"{theirs}fc2.weight", (spec.mlp_width,), (spec.width,), blocks),
-        f"{ours}/down/bias": same(f"{theirs}fc2.bias", (spec.width,), blocks),
+        f"{path}/up/kernel": linear(f"{hf_name}fc1.weight", (spec.width,), (spec.mlp_width,), blocks),
+        f"{path}/up/bias": same(f"{hf_name}fc1.bias", (spec.mlp_width,), blocks),
+        f"{path}/down/kernel": linear(f"{hf_name}fc2.weight", (spec.mlp_width,), (spec.width,), blocks),
+        f"{path}/down/bias": same(f"{hf_name}fc2.bias", (spec.width,), blocks),
     }
 
 
@@ -204,18 +204,18 @@ def not_run(spec: EncoderSpec, prefix: str) -> tuple[str, ...]:
     return tuple(prefix.replace(".", r"\.") + name for name in names)
 
 
-def idle_norm(table: Table, like: Any) -> tuple[dict[str, np.ndarray], Table]:
+def idle_norm(table: TensorTable, like: Any) -> tuple[dict[str, np.ndarray], TensorTable]:
     """The last norm of a tower whose tokens are taken before it, as the identity, in the dtype of `like` [N, E]: the
     classes of transformers always have one.
     """
-    theirs = table["position"].theirs.replace("embeddings.position_embedding.weight", "post_layernorm")
+    hf_name = table["position"].hf_name.replace("embeddings.position_embedding.weight", "post_layernorm")
     params = {"scale": np.ones(like.shape[1], like.dtype), "bias": np.zeros(like.shape[1], like.dtype)}
-    return params, {name: same(f"{theirs}.{part}", like.shape[1:]) for name, part in _NORM.items()}
+    return params, {name: same(f"{hf_name}.{part}", like.shape[1:]) for name, part in _NORM.items()}
 
 
 def encoder_config(spec: EncoderSpec) -> dict[str, Any]:
     """The spec as a `vision_config`. A tower cut at an inner layer is written as deep as it is held."""
-    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    activations = {path: hf_name for hf_name, path in reversed(_ACTIVATIONS.items())}
     fields = {
         "model_type": "clip_vision_model" if spec.class_token else "siglip_vision_model",
         "hidden_size": spec.width,

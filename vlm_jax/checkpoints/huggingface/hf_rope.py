@@ -13,8 +13,6 @@ from vlm_jax.checkpoints.huggingface.fields import flag, number
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RAMPS, DecoderSpec, RopeBands
 
-Config = Mapping[str, Any]
-
 _FIELDS = {
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -26,7 +24,7 @@ _RAMPS = {True: RAMPS[2], False: RAMPS[1]}  # what `truncate` says
 _KINDS = ("full_attention", "sliding_attention")  # of layers
 
 
-def read(config: Config, kind: str, where: str) -> tuple[dict[str, Any], float]:
+def read(config: Mapping[str, Any], kind: str, where: str) -> tuple[dict[str, Any], float]:
     """`rope_theta`, `rope_factor`, `rope_bands` and `local_rope_theta`, from either style of file; and the attention
     factor.
 
@@ -51,11 +49,13 @@ def read(config: Config, kind: str, where: str) -> tuple[dict[str, Any], float]:
     return _one(group, config, where), _attention_factor(group, where)
 
 
-def _style(old: Config | None) -> str:
+def _style(old: Mapping[str, Any] | None) -> str:
     return "scaling" if old else "parameters"
 
 
-def _of_two_kinds(config: Config, new: Config, old: Config, where: str) -> dict[str, Any]:
+def _of_two_kinds(
+    config: Mapping[str, Any], new: Mapping[str, Any], old: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """Gemma 3: layers that see everything, and local ones with a base of their own."""
     if stray := set(new) - set(_KINDS):
         raise UserError(f"{where}: rope_parameters: {min(stray)} stands beside the kinds of layers; it belongs in one")
@@ -69,17 +69,17 @@ def _of_two_kinds(config: Config, new: Config, old: Config, where: str) -> dict[
     return {**_one(whole, config, where), "local_rope_theta": local["rope_theta"]}
 
 
-def _check_plain_scale(group: Config, where: str) -> None:
+def _check_plain_scale(group: Mapping[str, Any], where: str) -> None:
     """Of families with a scale of their own, which cannot be told from the factor again; and local layers have none."""
     if _type(group) == "yarn":
         raise UserError(f"{where}: rope_type='yarn' is not supported for Gemma 2 and 3")
 
 
-def _type(group: Config) -> str:
+def _type(group: Mapping[str, Any]) -> str:
     return str(group.get("rope_type", group.get("type", "default")))
 
 
-def _one(group: Config, config: Config, where: str) -> dict[str, Any]:
+def _one(group: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = _type(group)
     if kind not in _FIELDS:
         raise UserError(f"{where}: rope_type={kind!r} is not supported: {', '.join(_FIELDS)} are")
@@ -107,7 +107,7 @@ def _one(group: Config, config: Config, where: str) -> dict[str, Any]:
     return {"rope_theta": values["rope_theta"], "rope_factor": values.get("factor", 1.0), "rope_bands": bands}
 
 
-def _attention_factor(group: Config, where: str) -> float:
+def _attention_factor(group: Mapping[str, Any], where: str) -> float:
     """As given; else by `mscale`, where both of its fields are there; else 0.1 ln s + 1 (section 3.4)."""
     if _type(group) != "yarn":
         return 1.0

@@ -3,8 +3,8 @@
 `transformers` has renamed their tensors more than once (`vision_tower.vision_model.encoder...` or without the middle
 word; `language_model.model.layers...` or `model.language_model.layers...`): the prefixes are read off the file.
 
-PaliGemma's reference divides image features by sqrt(D) and then multiplies all embeddings by it, or does neither: ours
-does neither.
+PaliGemma's reference divides image features by sqrt(D) and then multiplies all embeddings by it, or does neither; this
+one does neither.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder
-from vlm_jax.checkpoints.info import Found
-from vlm_jax.checkpoints.tensor_tables import Table, Weights, linear, same
+from vlm_jax.checkpoints.info import CheckpointInfo
+from vlm_jax.checkpoints.tensor_tables import TensorFiles, TensorTable, linear, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import EncoderSpec, ModelSpec
 
@@ -25,12 +25,12 @@ FIXED = {"quantization_config": (None,), "is_encoder_decoder": (False,), "add_cr
 _SELECT = {"default": True, "full": False}  # whether the first token of the tower is dropped
 
 
-def _where(weights: Weights) -> str:
+def _where(weights: TensorFiles) -> str:
     """The configuration's file, as errors name it."""
     return str((weights.path if weights.path.suffix != ".safetensors" else weights.path.parent) / "config.json")
 
 
-def encoder_only(weights: Weights, config: dict[str, Any]) -> Found:
+def encoder_only(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """A row of `found.architectures`: SigLIP or CLIP."""
     where, prefix = _where(weights), hf_encoder.prefix_of(weights)
     if str(config.get("model_type")) not in hf_encoder.KINDS:  # of a tower alone every field is the tower's
@@ -39,10 +39,10 @@ def encoder_only(weights: Weights, config: dict[str, Any]) -> Found:
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
     tables = {"encoder": hf_encoder.encoder_table(spec, prefix)}
     ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(spec, prefix))
-    return Found(config["architectures"][0], spec, None, None, "causal", None, tables, weights, config, ignore)
+    return CheckpointInfo(config["architectures"][0], spec, None, None, "causal", None, tables, weights, config, ignore)
 
 
-def llava(weights: Weights, config: dict[str, Any]) -> Found:
+def llava(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """A row of `found.architectures`: LLaVA-1.5 (arXiv 2310.03744). An inner layer's patches go through two layers with
     the exact GELU and stand where the prompt has placeholders; every token sees those before it.
     """
@@ -54,7 +54,7 @@ def llava(weights: Weights, config: dict[str, Any]) -> Found:
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise UserError(f"{where}: vision_feature_layer={layer!r}: one layer is supported, not several joined")
-    layer += spec.depth + 1 if layer < 0 else 0  # theirs counts the embeddings as layer 0
+    layer += spec.depth + 1 if layer < 0 else 0  # transformers counts the embeddings as layer 0
     if not 1 <= layer <= spec.depth:
         raise UserError(f"{where}: vision_feature_layer={config['vision_feature_layer']}: the tower has {spec.depth}")
     select = config.get("vision_feature_select_strategy", "default")
@@ -67,7 +67,7 @@ def llava(weights: Weights, config: dict[str, Any]) -> Found:
     return _whole(weights, config, LLAVA, spec, "mlp", "causal", 32000)
 
 
-def paligemma(weights: Weights, config: dict[str, Any]) -> Found:
+def paligemma(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """A row of `found.architectures`: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555). All patches
     through one layer, then the prompt; image and prompt see each other both ways.
     """
@@ -81,14 +81,14 @@ def paligemma(weights: Weights, config: dict[str, Any]) -> Found:
 
 
 def _whole(
-    weights: Weights,
+    weights: TensorFiles,
     config: dict[str, Any],
     kind: str,
     encoder: EncoderSpec,
     projector: str,
     mask: str,
     image_token: int,
-) -> Found:
+) -> CheckpointInfo:
     where = _where(weights)
     image_token, text = (
         config.get("image_token_index", config.get("image_token_id", image_token)),
@@ -115,7 +115,7 @@ def _whole(
         "decoder": hf_decoder.decoder_table(decoder, *hf_decoder.prefixes(weights)),
     }
     ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(encoder, prefix), *hf_decoder.ignore(decoder))
-    return Found(kind, encoder, projector, decoder, mask, image_token, tables, weights, config, ignore)
+    return CheckpointInfo(kind, encoder, projector, decoder, mask, image_token, tables, weights, config, ignore)
 
 
 ROWS = {
@@ -125,14 +125,14 @@ ROWS = {
 }
 
 
-def projector_table(projector: str, encoder_width: int, width: int, prefix: str) -> Table:
+def projector_table(projector: str, encoder_width: int, width: int, prefix: str) -> TensorTable:
     """The projector of `models.connector` under Hugging Face's names; the connector has no other weights."""
     layers = {"linear": {"": "linear"}, "mlp": {"": "linear_1", "out_": "linear_2"}}[projector]
     table = {}
-    for ours, theirs in layers.items():
-        inputs = width if ours else encoder_width
-        table[f"projector/{ours}kernel"] = linear(f"{prefix}{theirs}.weight", (inputs,), (width,))
-        table[f"projector/{ours}bias"] = same(f"{prefix}{theirs}.bias", (width,))
+    for name, hf_name in layers.items():
+        inputs = width if name else encoder_width
+        table[f"projector/{name}kernel"] = linear(f"{prefix}{hf_name}.weight", (inputs,), (width,))
+        table[f"projector/{name}bias"] = same(f"{prefix}{hf_name}.bias", (width,))
     return table
 
 
@@ -183,7 +183,7 @@ def export_config(spec: ModelSpec, image_token: int) -> dict[str, Any]:
     }
 
 
-def export_tables(spec: ModelSpec) -> dict[str, Table]:
+def export_tables(spec: ModelSpec) -> dict[str, TensorTable]:
     """Part -> table under the names that every version of `transformers` reads."""
     export_kind(spec)
     body = "language_model."

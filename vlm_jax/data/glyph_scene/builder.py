@@ -19,9 +19,9 @@ from vlm_jax.data.vocabulary import COLOURS
 _SIZE, _JITTER = 13.5, 0.9  # pixels
 
 
-_FREE = scenes.Layout(digits=4, shapes=2, colours=6, copies=1, places="free")
-_THREE_DIGITS = scenes.Layout(digits=3, shapes=0, colours=3, copies=5, places="rows")
-_FOUR_DIGITS = scenes.Layout(digits=4, shapes=0, colours=4, copies=4, places="rows")
+_FREE = scenes.SceneLayout(digits=4, shapes=2, colours=6, copies=1, places="free")
+_THREE_DIGITS = scenes.SceneLayout(digits=3, shapes=0, colours=3, copies=5, places="rows")
+_FOUR_DIGITS = scenes.SceneLayout(digits=4, shapes=0, colours=4, copies=4, places="rows")
 _SUMS3 = ("pair", "mixed", "triple")
 _SUMS4 = ("pair", "triple")
 _TWO = ("pair", "side", "among", "nearer")
@@ -31,7 +31,7 @@ _THREE = ("triple", "reach", "tally", "meet")
 @dataclasses.dataclass(eq=False)
 class SceneConfig(GlyphConfig):
     ask: tuple[str, ...] = ()  # of programs.PROGRAMS
-    layout: scenes.Layout = _FREE
+    layout: scenes.SceneLayout = _FREE
     questions: int = 16
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.data.glyph_scene.scenes import SIDE, Layout, Scenes, sample
+from vlm_jax.data.glyph_scene.scenes import SIDE, SceneLayout, Scenes, sample
 from vlm_jax.data.vocabulary import COLOURS, DIGITS, OPERATORS, SHAPES
 
 NAMES = (*COLOURS, *SHAPES)
@@ -42,7 +42,7 @@ _PROBES, _PROBE_SEED = 600, 7
 Answers = tuple[Int[np.ndarray, "n q"], Bool[np.ndarray, "n q"]]  # number in ANSWERS, and whether the question is valid
 
 
-class Program(NamedTuple):
+class SceneProgram(NamedTuple):
     """A kind of question. `solve` takes scenes and one array of argument numbers [q] a slot."""
 
     slots: tuple[tuple[str, ...], ...]  # the words that each argument may be
@@ -51,14 +51,14 @@ class Program(NamedTuple):
     kind: tuple[int, ...] = ()  # the arguments that are operators or directions: answers are balanced within each
 
 
-class Table(NamedTuple):
+class ProgramTable(NamedTuple):
     """All questions of some programs, with a row for each."""
 
     texts: tuple[str, ...]
     group: Int[np.ndarray, " q"]  # program and kind
     share: Float[np.ndarray, " groups"]  # of the questions that are asked
     held_out: Bool[np.ndarray, " q"]
-    parts: tuple[tuple[Program, Int[np.ndarray, "slots q"]], ...]
+    parts: tuple[tuple[SceneProgram, Int[np.ndarray, "slots q"]], ...]
 
 
 def _apply(operator: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -160,20 +160,20 @@ def _meet(scenes: Scenes, a: np.ndarray, operator: np.ndarray, b: np.ndarray) ->
 
 
 PROGRAMS = {
-    "pair": Program((COLOURS, OPERATORS, COLOURS), "{} {} {}", _pair, (1,)),
-    "side": Program((NAMES, TOWARDS, NAMES), "{} {} {}", _side, (1,)),
-    "among": Program((TOWARDS[:2], NAMES, TOWARDS[2:], NAMES), "count {} {} and {} {}", _among, (0, 2)),
-    "nearer": Program((NAMES, NAMES, NAMES), "nearest {} of {} and {}", _nearer),
-    "triple": Program((COLOURS, OPERATORS, COLOURS, OPERATORS, COLOURS), "{} {} {} {} {}", _triple, (1, 3)),
-    "mixed": Program((COLOURS, OPERATORS, DIGITS, OPERATORS, COLOURS), "{} {} {} {} {}", _mixed, (1, 3)),
-    "reach": Program((NAMES, OPERATORS, COLOURS), "digit nearest {} {} {}", _reach, (1,)),
-    "tally": Program((COLOURS, OPERATORS[:2], TOWARDS, NAMES), "{} {} count {} {}", _tally, (1, 2)),
-    "meet": Program((NAMES, OPERATORS, NAMES), "digit nearest {} {} digit nearest {}", _meet, (1,)),
+    "pair": SceneProgram((COLOURS, OPERATORS, COLOURS), "{} {} {}", _pair, (1,)),
+    "side": SceneProgram((NAMES, TOWARDS, NAMES), "{} {} {}", _side, (1,)),
+    "among": SceneProgram((TOWARDS[:2], NAMES, TOWARDS[2:], NAMES), "count {} {} and {} {}", _among, (0, 2)),
+    "nearer": SceneProgram((NAMES, NAMES, NAMES), "nearest {} of {} and {}", _nearer),
+    "triple": SceneProgram((COLOURS, OPERATORS, COLOURS, OPERATORS, COLOURS), "{} {} {} {} {}", _triple, (1, 3)),
+    "mixed": SceneProgram((COLOURS, OPERATORS, DIGITS, OPERATORS, COLOURS), "{} {} {} {} {}", _mixed, (1, 3)),
+    "reach": SceneProgram((NAMES, OPERATORS, COLOURS), "digit nearest {} {} {}", _reach, (1,)),
+    "tally": SceneProgram((COLOURS, OPERATORS[:2], TOWARDS, NAMES), "{} {} count {} {}", _tally, (1, 2)),
+    "meet": SceneProgram((NAMES, OPERATORS, NAMES), "digit nearest {} {} digit nearest {}", _meet, (1,)),
 }
 
 
 @functools.cache
-def table(programs: tuple[str, ...], layout: Layout) -> Table:
+def table(programs: tuple[str, ...], layout: SceneLayout) -> ProgramTable:
     """All questions of these programs that are valid in some scene. Raises `UserError` for an unknown program."""
     texts, groups, parts, marks = [], [], [], []
     probes = sample(np.random.default_rng(_PROBE_SEED), "train", _PROBES, layout)
@@ -194,7 +194,7 @@ def table(programs: tuple[str, ...], layout: Layout) -> Table:
         parts.append((program, arguments))
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     share = {name: 1 / len({g for g in numbers if g[0] == name}) for name in programs}
-    return Table(
+    return ProgramTable(
         tuple(texts),
         np.array([numbers[g] for g in groups]),
         np.array([share[g[0]] for g in numbers]),
@@ -203,20 +203,20 @@ def table(programs: tuple[str, ...], layout: Layout) -> Table:
     )
 
 
-def _meaning(program: Program, arguments: np.ndarray, scenes: Scenes) -> Int[np.ndarray, "n q"]:
+def _meaning(program: SceneProgram, arguments: np.ndarray, scenes: Scenes) -> Int[np.ndarray, "n q"]:
     """The answers to questions in scenes, -1 where they are not valid."""
     answer, valid = program.solve(scenes, *arguments)
     return np.where(valid, answer, -1).astype(np.int8)
 
 
-def answers(questions: Table, scenes: Scenes) -> Int[np.ndarray, "n q"]:
+def answers(questions: ProgramTable, scenes: Scenes) -> Int[np.ndarray, "n q"]:
     """The oracle: numbers in `ANSWERS`, -1 where a question is not valid."""
     return np.concatenate([_meaning(*part, scenes) for part in questions.parts], axis=1)
 
 
 def choose(
     rng: np.random.Generator,
-    questions: Table,
+    questions: ProgramTable,
     answer: Int[np.ndarray, "n q"],
     allowed: Bool[np.ndarray, " q"],
     count: int,

@@ -39,7 +39,7 @@ def held_out(value: Int[np.ndarray, "n c"]) -> Bool[np.ndarray, " n"]:
     return mixed % np.uint64(_HELD_OUT_ONE_IN) == 0
 
 
-class Layout(NamedTuple):
+class SceneLayout(NamedTuple):
     """How much there is to see."""
 
     digits: int
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     places: str  # "free": any cells; "rows": colour by colour, in the order of `COLOURS`
 
 
-def sample(rng: np.random.Generator, split: str, count: int, layout: Layout) -> Scenes:
+def sample(rng: np.random.Generator, split: str, count: int, layout: SceneLayout) -> Scenes:
     """Random scenes; those of the test split show digits that training never shows together."""
     digits, shapes, colours, copies, places = layout
     rows = np.arange(count)[:, None]

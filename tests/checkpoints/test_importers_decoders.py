@@ -71,8 +71,8 @@ def program(spec):
 def test_logits_and_greedy_text_are_those_of_transformers(name: str, tmp_path) -> None:
     """Grouped heads, head_dim apart from width, rows longer than a window, padding on either side."""
     case = CASES[name]
-    loaded = inspection.find(folder(tmp_path / name, case))
-    params = {"params": inspection.found_params(loaded, scan_layers=False)["decoder"]}
+    loaded = inspection.inspect(folder(tmp_path / name, case))
+    params = {"params": inspection.load_parts(loaded, scan_layers=False)["decoder"]}
     logits, greedy = program(loaded.decoder)(params)
     miss = np.abs(np.asarray(logits) * peers.prompts()[1][..., None] - case.logits).max()
     assert miss <= 1e-4 * case.logits.std()
@@ -88,8 +88,8 @@ def test_the_text_part_of_a_whole_gemma3_is_the_references(root: str, tmp_path) 
     tensors = {root + name.removeprefix("model."): leaf for name, leaf in weights(case.shapes).items()}
     tower = {root.partition("language_model.")[0] + "vision_tower.x": np.ones(3, np.float32)}
     save_file({**tensors, **tower}, path / "model.safetensors")
-    loaded = inspection.find(path)
-    logits, greedy = program(loaded.decoder)({"params": inspection.found_params(loaded, scan_layers=False)["decoder"]})
+    loaded = inspection.inspect(path)
+    logits, greedy = program(loaded.decoder)({"params": inspection.load_parts(loaded, scan_layers=False)["decoder"]})
     miss = np.abs(np.asarray(logits) * peers.prompts()[1][..., None] - case.logits).max()
     assert miss <= 1e-4 * case.logits.std()
     np.testing.assert_array_equal(greedy, case.greedy)
@@ -188,10 +188,10 @@ def test_the_whole_around_a_language_model_is_looked_at_too(told: str, change: d
     config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": case.config}
     config |= {"boi_token_index": 1, "mm_tokens_per_image": 4, "initializer_range": 0.02, "vision_config": {}}
     path = folder(tmp_path / "model", case._replace(config=config))
-    assert inspection.find(path).decoder.depth == case.config["num_hidden_layers"]
+    assert inspection.inspect(path).decoder.depth == case.config["num_hidden_layers"]
     (path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=re.escape(told)):
-        inspection.find(path)
+        inspection.inspect(path)
 
 
 def test_a_second_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path) -> None:
@@ -200,13 +200,13 @@ def test_a_second_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path) -> 
     path, tensors = folder(tmp_path / "model", case), weights(case.shapes)
     head = tensors["model.embed_tokens.weight"].copy()
     save_file({**tensors, "lm_head.weight": head}, path / "model.safetensors")
-    inspection.found_params(inspection.find(path), ["decoder"])
+    inspection.load_parts(inspection.inspect(path), ["decoder"])
     head[-1, -1] += 1
     save_file({**tensors, "lm_head.weight": head}, path / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight.*tie_word_embeddings"):
-        inspection.found_params(inspection.find(path), ["decoder"])
+        inspection.load_parts(inspection.inspect(path), ["decoder"])
     (path / "config.json").write_text(json.dumps({**case.config, "tie_word_embeddings": False}))
-    held = inspection.found_params(inspection.find(path), ["decoder"])["decoder"]
+    held = inspection.load_parts(inspection.inspect(path), ["decoder"])["decoder"]
     np.testing.assert_array_equal(held["head"]["kernel"], head.T)
 
 

@@ -1,6 +1,6 @@
 """Placement changes where numbers live and nothing else.
 
-To renew the golden files after a change that is meant: `python -m tests.test_partitioning`.
+To renew the golden files after a change that is meant: `python -m tests.distributed.test_partitioning`.
 """
 
 import re
@@ -24,7 +24,7 @@ from vlm_jax.core.structs import TrainState, Views, Visual
 from vlm_jax.distributed import partitioning
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.ops import sharding
+from vlm_jax.ops import logical_axes
 from vlm_jax.training import loss
 from vlm_jax.training import step as training_step
 
@@ -46,7 +46,7 @@ def axis_names(shapes: dict) -> dict[str, tuple]:
 @pytest.mark.parametrize("strategy", partitioning.TABLES)
 def test_a_table_covers_every_name_and_no_other(strategy: str) -> None:
     """A name without a rule would leave its axis whole, silently."""
-    assert set(partitioning.TABLES[strategy]) == {*axes.KERNEL_AXES, *axes.WORKING_AXES, *axes.ACTIVATION_AXES}
+    assert set(partitioning.TABLES[strategy]) == {*axes.KERNEL_AXES, *axes.COMPUTE_AXES, *axes.ACTIVATION_AXES}
     targets = partitioning.TABLES[strategy].values()
     used = {name for t in targets if t is not None for name in (t if isinstance(t, tuple) else (t,))}
     assert used <= set(partitioning.MESH_AXES)
@@ -180,7 +180,7 @@ def test_a_second_plan_is_honoured_in_the_same_process() -> None:
     """jit's own cache knows neither mesh nor rules: the same function under other rules must be traced anew."""
 
     def logits(x: jax.Array) -> jax.Array:
-        return sharding.constrain(2 * x, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
+        return logical_axes.constrain(2 * x, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
 
     x = jnp.ones((8, 3, 8))
     seen = []
@@ -254,7 +254,7 @@ def test_gradients_go_home_one_mesh_axis_at_a_time() -> None:
     """From where a kernel works to where it rests; under fsdp_tensor the heads stay cut all the way."""
     names = (axes.EMBED, axes.HEADS, axes.HEAD_DIM)
     way = {
-        strategy: [step.spec for step in plan(strategy, 1, 4, 2).back_to_rest(names, (16, 4, 8))]
+        strategy: [step.spec for step in plan(strategy, 1, 4, 2).storage_shardings(names, (16, 4, 8))]
         for strategy in partitioning.TABLES
     }
     assert way["fsdp"] == [P(("fsdp",), None, None), P(("fsdp", "tensor"), None, None)]
@@ -266,10 +266,13 @@ def test_thin_parts_are_gathered_one_mesh_axis_at_a_time() -> None:
     """Sixteen rows a part make a tile; fewer would be summed instead of gathered."""
     where = plan("fsdp", 1, 4, 2)
     names = (axes.EMBED, axes.MLP)
-    assert [step.spec for step in where.to_work(names, (128, 3))] == [P(("fsdp", "tensor"), None), P(None, None)]
+    assert [step.spec for step in where.compute_shardings(names, (128, 3))] == [
+        P(("fsdp", "tensor"), None),
+        P(None, None),
+    ]
     way = [P(("fsdp", "tensor"), None), P(("fsdp",), None), P(None, None)]
-    assert [step.spec for step in where.to_work(names, (64, 3))] == way
-    kept = plan("fsdp_tensor", 1, 4, 2).to_work(names, (64, 32))
+    assert [step.spec for step in where.compute_shardings(names, (64, 3))] == way
+    kept = plan("fsdp_tensor", 1, 4, 2).compute_shardings(names, (64, 32))
     assert [step.spec for step in kept] == [P("fsdp", "tensor"), P(None, "tensor")]
 
 
@@ -313,7 +316,7 @@ def test_what_auto_means(kind: tuple, meaning: tuple) -> None:
 def test_without_a_plan_kernels_are_only_cast() -> None:
     """And their gradients come back in the dtype that they rest in."""
     kernel = jnp.arange(6.0).reshape(2, 3)
-    work = lambda k: sharding.working(k, (axes.EMBED, axes.MLP), jnp.bfloat16)  # noqa: E731
+    work = lambda k: logical_axes.gather_for_compute(k, (axes.EMBED, axes.MLP), jnp.bfloat16)  # noqa: E731
     assert work(kernel).dtype == jnp.bfloat16
     np.testing.assert_array_equal(work(kernel), kernel)
     gradient = jax.grad(lambda k: work(k).astype(jnp.float32).sum())(kernel)
@@ -342,7 +345,7 @@ def shapes_on(name: str) -> tuple[partitioning.Plan, dict]:
 
 
 def golden(name: str) -> Path:
-    return Path(__file__).parent / "golden" / f"placements_{name}.txt"
+    return Path(__file__).parents[1] / "golden" / f"placements_{name}.txt"
 
 
 def placements(name: str) -> str:

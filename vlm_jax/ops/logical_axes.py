@@ -16,29 +16,31 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-Names = tuple[str | None, ...]
+AxisNames = tuple[str | None, ...]
 
 
 @runtime_checkable
-class Placer(Protocol):
+class ShardingRules(Protocol):
     """What is asked of a plan."""
 
-    def parts(self, name: str) -> int: ...
+    def axis_size(self, name: str) -> int: ...
 
-    def sharding(self, names: Names, shape: tuple[int, ...]) -> Any: ...
+    def sharding(self, names: AxisNames, shape: tuple[int, ...]) -> Any: ...
 
-    def to_work(self, names: Names, shape: tuple[int, ...]) -> list[Any]: ...
+    def compute_shardings(self, names: AxisNames, shape: tuple[int, ...]) -> list[Any]: ...
 
-    def back_to_rest(self, names: Names, shape: tuple[int, ...]) -> list[Any]: ...
+    def storage_shardings(self, names: AxisNames, shape: tuple[int, ...]) -> list[Any]: ...
 
-    def shard_map(self, fn: Callable[..., Array], inputs: tuple[Names, ...], output: Names) -> Callable[..., Array]: ...
+    def shard_map(
+        self, fn: Callable[..., Array], inputs: tuple[AxisNames, ...], output: AxisNames
+    ) -> Callable[..., Array]: ...
 
 
-_plan: contextvars.ContextVar[Placer | None] = contextvars.ContextVar("plan", default=None)
+_plan: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("plan", default=None)
 
 
 @contextlib.contextmanager
-def in_force(plan: Placer) -> Iterator[None]:
+def use_rules(plan: ShardingRules) -> Iterator[None]:
     """Within, names mean what `plan` says."""
     token = _plan.set(plan)
     try:
@@ -47,45 +49,45 @@ def in_force(plan: Placer) -> Iterator[None]:
         _plan.reset(token)
 
 
-def parts(name: str) -> int:
+def axis_size(name: str) -> int:
     """Into how many parts the plan in force cuts an axis of that name."""
     plan = _plan.get()
-    return 1 if plan is None else plan.parts(name)
+    return 1 if plan is None else plan.axis_size(name)
 
 
-def constrain(x: Array, names: Names) -> Array:
+def constrain(x: Array, names: AxisNames) -> Array:
     """Holds `x` to the placement of its names; an axis that does not divide evenly stays whole."""
     plan = _plan.get()
     return x if plan is None else jax.lax.with_sharding_constraint(x, plan.sharding(names, x.shape))
 
 
-def on_each_device(fn: Callable[..., Array], inputs: tuple[Names, ...], output: Names) -> Callable[..., Array]:
+def on_each_device(fn: Callable[..., Array], inputs: tuple[AxisNames, ...], output: AxisNames) -> Callable[..., Array]:
     """`fn` of each device's own shards, for kernels that the compiler cannot split; every axis must divide evenly."""
     plan = _plan.get()
     return fn if plan is None else plan.shard_map(fn, inputs, output)
 
 
-def working(kernel: Array | np.ndarray, names: Names, dtype: jax.typing.DTypeLike) -> Array:
+def gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: jax.typing.DTypeLike) -> Array:
     """The kernel, whose axes rest under `names`, in `dtype` and gathered as the plan wants it for a product."""
-    return _working(kernel, names, jax.numpy.dtype(dtype).name, kernel.dtype.name)
+    return _gather_for_compute(kernel, names, jax.numpy.dtype(dtype).name, kernel.dtype.name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _working(kernel: Array | np.ndarray, names: Names, dtype: str, resting_dtype: str) -> Array:
+def _gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: str, resting_dtype: str) -> Array:
     del resting_dtype
-    return _along(kernel.astype(dtype), lambda plan: plan.to_work(names, kernel.shape))
+    return _along(kernel.astype(dtype), lambda plan: plan.compute_shardings(names, kernel.shape))
 
 
-def _forward(kernel: Array | np.ndarray, names: Names, dtype: str, resting_dtype: str) -> tuple[Array, None]:
-    return _working(kernel, names, dtype, resting_dtype), None
+def _forward(kernel: Array | np.ndarray, names: AxisNames, dtype: str, resting_dtype: str) -> tuple[Array, None]:
+    return _gather_for_compute(kernel, names, dtype, resting_dtype), None
 
 
-def _backward(names: Names, dtype: str, resting_dtype: str, _: None, gradient: Array) -> tuple[Array]:
+def _backward(names: AxisNames, dtype: str, resting_dtype: str, _: None, gradient: Array) -> tuple[Array]:
     del dtype
-    return (_along(gradient, lambda plan: plan.back_to_rest(names, gradient.shape)).astype(resting_dtype),)
+    return (_along(gradient, lambda plan: plan.storage_shardings(names, gradient.shape)).astype(resting_dtype),)
 
 
-def _along(x: Array, way: Callable[[Placer], list[Any]]) -> Array:
+def _along(x: Array, way: Callable[[ShardingRules], list[Any]]) -> Array:
     """Through several placements, one after another."""
     plan = _plan.get()
     for sharding in () if plan is None else way(plan):
@@ -93,4 +95,4 @@ def _along(x: Array, way: Callable[[Placer], list[Any]]) -> Array:
     return x
 
 
-_working.defvjp(_forward, _backward)
+_gather_for_compute.defvjp(_forward, _backward)

@@ -17,7 +17,7 @@ from tests import builders
 from tests.golden import drawn
 from tests.golden import peers_vision as peers
 from vlm_jax.checkpoints.huggingface import exporting, hf_encoder
-from vlm_jax.checkpoints.inspection import find, found_params, model_spec
+from vlm_jax.checkpoints.inspection import inspect, load_parts, model_spec
 from vlm_jax.checkpoints.tensor_tables import load_params, open_weights
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
@@ -105,8 +105,8 @@ VLMS = ("llava", "llava_siglip", "paligemma", "paligemma2", "paligemma2_narrow")
 
 
 def whole(path: Path) -> tuple[Vlm, Any]:
-    found = find(path)
-    return Vlm(model_spec(found), builders.COMPUTE), found_params(found)
+    found = inspect(path)
+    return Vlm(model_spec(found), builders.COMPUTE), load_parts(found)
 
 
 def prompt(model: Vlm, side: int = 18) -> Inputs:
@@ -145,9 +145,9 @@ def write_npz(folder: Path, name: str, rename: Any = lambda tensor: tensor) -> P
 @pytest.mark.parametrize("name", ["vit", "vit_scan", "two_towers"])
 def test_a_big_vision_tower_gives_its_references_tokens(tmp_path, name: str) -> None:
     """Blocks apart, blocks stacked, and the image side of two towers."""
-    found = find(write_npz(tmp_path, name))
+    found = inspect(write_npz(tmp_path, name))
     encoder = Encoder(found.encoder, builders.COMPUTE)
-    visual, pooled = encode(encoder, found_params(found)["encoder"], 16)
+    visual, pooled = encode(encoder, load_parts(found)["encoder"], 16)
     close(visual.tokens, BV[f"{name}/tokens"])
     close(pooled, BV[f"{name}/pooled"])
 
@@ -185,33 +185,33 @@ def test_every_layout_of_names_is_the_same_model(tmp_path, name: str, layout: st
     for pattern, new in LAYOUTS[layout]:
         tensors = {re.sub(pattern, new, key): leaf for key, leaf in tensors.items()}
     save_file(tensors, tmp_path / "b" / "model.safetensors")
-    one, other = (found_params(find(tmp_path / folder)) for folder in "ab")
+    one, other = (load_parts(inspect(tmp_path / folder)) for folder in "ab")
     assert tree.sha256(one) == tree.sha256(other)
 
 
 @pytest.mark.parametrize("name", [*VLMS, "siglip_vision"])
 def test_a_folder_written_and_read_again_is_the_same_model(tmp_path, name: str) -> None:
     """Bit for bit. The tower that was cut is as deep as it was held."""
-    found = find(write(tmp_path / "a", name))
-    params = found_params(found)
+    found = inspect(write(tmp_path / "a", name))
+    params = load_parts(found)
     whole_spec = found.decoder is not None
     spec = model_spec(found) if whole_spec else ModelSpec(found.encoder, None, None, None, "causal")
     exporting.save_folder(tmp_path / "b", spec, params, found.image_token)
-    again = find(tmp_path / "b")
-    assert tree.sha256(found_params(again)) == tree.sha256(params)
+    again = inspect(tmp_path / "b")
+    assert tree.sha256(load_parts(again)) == tree.sha256(params)
     assert again.encoder.feature_layer == found.encoder.feature_layer
 
 
 def test_a_paligemma_checkpoint_of_big_vision_written_and_read_again(tmp_path) -> None:
     """The same names and bytes that big_vision wrote, and what is no PaliGemma is refused."""
     first = write_npz(tmp_path, "paligemma_gemma2")
-    found = find(first)
-    exporting.save_npz(tmp_path / "again.npz", model_spec(found), found_params(found))
+    found = inspect(first)
+    exporting.save_npz(tmp_path / "again.npz", model_spec(found), load_parts(found))
     with np.load(first) as one, np.load(tmp_path / "again.npz") as other:
         assert sorted(one.files) == sorted(other.files)
         for name in one.files:
             np.testing.assert_array_equal(one[name], other[name])
-    llava = find(write(tmp_path / "llava", "llava"))
+    llava = inspect(write(tmp_path / "llava", "llava"))
     with pytest.raises(UserError, match="projector mlp, mask causal"):
         exporting.save_npz(tmp_path / "llava.npz", model_spec(llava), {})
 
@@ -219,7 +219,7 @@ def test_a_paligemma_checkpoint_of_big_vision_written_and_read_again(tmp_path) -
 @pytest.mark.parametrize("name", ["llava", "paligemma2_narrow"])
 def test_a_loaded_model_says_what_its_reference_says(tmp_path, name: str) -> None:
     """Through the public door: logits of the reference's own inputs, and its greedy text."""
-    model = vlm_jax.load(write(tmp_path, name), dtype="float32")._replace(ends=())
+    model = vlm_jax.load(write(tmp_path, name), dtype="float32")._replace(eos_ids=())
     tokens, answer = peers.prompts(image_first=name.startswith("pali"))
     close(vlm_jax.forward(model, peers.pixels(18), tokens, answer=answer), HF[f"{name}/logits"])
     asked = tokens[:, :-4].astype(np.int32)

@@ -42,7 +42,7 @@ def folder(path, arrays=None):
 def test_kernels_are_those_of_torch(tmp_path) -> None:
     """torch multiplies x W^T with W [out, in]; heads are rows of W, one after the other."""
     arrays = drawn()
-    params = inspection.found_params(inspection.find(folder(tmp_path, arrays)))["decoder"]["blocks"]
+    params = inspection.load_parts(inspection.inspect(folder(tmp_path, arrays)))["decoder"]["blocks"]
     x = np.random.default_rng(1).standard_normal(SPEC.width).astype(np.float32)
     block = "model.layers.1."
     query = (arrays[block + "self_attn.q_proj.weight"] @ x + arrays[block + "self_attn.q_proj.bias"]).reshape(4, 8)
@@ -56,11 +56,11 @@ def test_kernels_are_those_of_torch(tmp_path) -> None:
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp", "fsdp_tensor"])
 def test_any_placement_holds_the_same_numbers(tmp_path, strategy: str) -> None:
     """Shards are read on their own; together they are the array of the file."""
-    there = inspection.find(folder(tmp_path))
+    there = inspection.inspect(folder(tmp_path))
     plan = partitioning.make_plan(builders.compute(strategy=strategy, mesh=(2, 2, 2)))
     heard: list[int] = []
-    spread = inspection.found_params(there, plan=plan, on_tensor=heard.append)["decoder"]
-    assert tree.sha256(spread) == tree.sha256(inspection.found_params(there)["decoder"])
+    spread = inspection.load_parts(there, plan=plan, on_tensor=heard.append)["decoder"]
+    assert tree.sha256(spread) == tree.sha256(inspection.load_parts(there)["decoder"])
     assert sum(heard) == there.weights.size_bytes
     shards = jax.tree.map(lambda leaf: leaf.sharding, spread)
     assert tree.flatten(shards) == tree.flatten(plan.shardings(inspection.boxed(there, "decoder")))
@@ -72,25 +72,25 @@ def test_any_placement_holds_the_same_numbers(tmp_path, strategy: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes_are_cast_as_they_are_read(tmp_path, dtype: str) -> None:
     arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in drawn().items()}
-    there = inspection.find(folder(tmp_path / "bf16", arrays))
+    there = inspection.inspect(folder(tmp_path / "bf16", arrays))
     assert {kind for _, kind in there.weights.shapes.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    params = inspection.found_params(there, dtype=dtype)["decoder"]
+    params = inspection.load_parts(there, dtype=dtype)["decoder"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
     wanted = arrays["model.layers.0.mlp.up_proj.weight"].T.astype(dtype)
     np.testing.assert_array_equal(params["blocks"]["mlp"]["up"]["kernel"][0], wanted)
-    assert inspection.found_params(there, dtype=None)["decoder"]["embedding"].dtype == "bfloat16"
+    assert inspection.load_parts(there, dtype=None)["decoder"]["embedding"].dtype == "bfloat16"
 
 
 def test_an_unknown_dtype_is_told(tmp_path) -> None:
     with pytest.raises(UserError, match="unknown dtype 'float31': did you mean 'float32'"):
-        inspection.found_params(inspection.find(folder(tmp_path)), dtype="float31")
+        inspection.load_parts(inspection.inspect(folder(tmp_path)), dtype="float31")
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 5000, 1])
 def test_written_and_read_is_the_same_bytes(tmp_path, max_shard_bytes: int) -> None:
     """In one file, in a few, and in one a tensor; the index names what the folder holds."""
     arrays, out = drawn(), tmp_path / "out"
-    params = inspection.found_params(inspection.find(folder(tmp_path / "in", arrays)))["decoder"]
+    params = inspection.load_parts(inspection.inspect(folder(tmp_path / "in", arrays)))["decoder"]
     out.mkdir()
     tensor_tables.save_params(out, [(params, TABLE)], max_shard_bytes)
     again = tensor_tables.open_weights(out)
@@ -137,7 +137,7 @@ def test_missing_misshapen_and_unknown_tensors_are_all_named(tmp_path) -> None:
     arrays["model.layers.1.mlp.up_projection.weight"] = arrays.pop("model.layers.1.mlp.up_proj.weight")
     arrays["model.norm.weight"] = np.ones(9, np.float32)
     with pytest.raises(UserError) as error:
-        inspection.find(folder(tmp_path, arrays))
+        inspection.inspect(folder(tmp_path, arrays))
     told = str(error.value)
     assert "3 tensor(s) do not fit" in told
     assert "model.layers.1.mlp.up_proj.weight is missing (the file has model.layers.1.mlp.up_projection.weight)" in told
@@ -150,12 +150,12 @@ def test_missing_misshapen_and_unknown_tensors_are_all_named(tmp_path) -> None:
 def test_many_differences_are_counted(tmp_path) -> None:
     (folder(tmp_path) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 5}))
     with pytest.raises(UserError, match=rf"{3 * 12} tensor\(s\).*layers\.2\..*; and {3 * 12 - 4} more"):
-        inspection.find(tmp_path)
+        inspection.inspect(tmp_path)
 
 
 def test_what_writers_add_is_passed_over(tmp_path) -> None:
     arrays = {**drawn(), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    assert inspection.find(folder(tmp_path, arrays)).decoder == dataclasses.replace(SPEC, name=tmp_path.name)
+    assert inspection.inspect(folder(tmp_path, arrays)).decoder == dataclasses.replace(SPEC, name=tmp_path.name)
 
 
 def _truncated(path) -> None:
@@ -228,7 +228,7 @@ def test_broken_folders_are_told_in_one_line(tmp_path, told: str) -> None:
     path = folder(tmp_path / "model")
     BROKEN[told](path)
     with pytest.raises(UserError) as error:
-        inspection.find(path)
+        inspection.inspect(path)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -254,16 +254,16 @@ def test_no_tensor_is_read_before_it_is_wanted(tmp_path, monkeypatch) -> None:
     """Opening and checking look at headers alone."""
     path = folder(tmp_path)
     monkeypatch.setattr(np, "memmap", None)
-    there = inspection.find(path)
+    there = inspection.inspect(path)
     assert there.weights.size_bytes == sum(math.prod(shape) * 4 for shape in tensor_tables.expected([TABLE]).values())
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp_tensor"])
 def test_unrolled_layers_are_the_rows_of_the_stack(tmp_path, strategy: str) -> None:
-    there = inspection.find(folder(tmp_path))
+    there = inspection.inspect(folder(tmp_path))
     plan = partitioning.make_plan(builders.compute(strategy=strategy, mesh=(2, 2, 2)))
-    unrolled = inspection.found_params(there, plan=plan, scan_layers=False)["decoder"]
-    wanted = unstack_layers(inspection.found_params(there)["decoder"], SPEC.depth)
+    unrolled = inspection.load_parts(there, plan=plan, scan_layers=False)["decoder"]
+    wanted = unstack_layers(inspection.load_parts(there)["decoder"], SPEC.depth)
     assert tree.sha256(unrolled) == tree.sha256(wanted)
     assert jax.tree.structure(unrolled) == jax.tree.structure(wanted)
     shards = jax.tree.map(lambda leaf: leaf.sharding, unrolled)

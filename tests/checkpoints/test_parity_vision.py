@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.checkpoints.test_vision_import import BV, HF, VLMS, close, write
 from tests.golden import peers_vision as peers
-from tests.models.test_vision_import import BV, HF, VLMS, close, write
 from tests.parity import MARKS, with_big_vision, with_transformers
 from vlm_jax import export
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models.test_vision_import import write
+from tests.checkpoints.test_vision_import import write
 from vlm_jax.checkpoints.huggingface import hf_encoder, hf_vlm
 from vlm_jax.checkpoints.huggingface.hf_config import FAMILIES
-from vlm_jax.checkpoints.info import Found
-from vlm_jax.checkpoints.inspection import find, found_params, model_spec
-from vlm_jax.checkpoints.tensor_tables import Weights, expected
+from vlm_jax.checkpoints.info import CheckpointInfo
+from vlm_jax.checkpoints.inspection import inspect, load_parts, model_spec
+from vlm_jax.checkpoints.tensor_tables import TensorFiles, expected
 from vlm_jax.core.errors import UserError
 from vlm_jax.sizing import cost, zoo
 
@@ -38,11 +38,11 @@ WHOLE = {
 }
 
 
-def published(path: Path, name: str) -> Found:
+def published(path: Path, name: str) -> CheckpointInfo:
     """What a folder with that config.json is; of its tensors there are those alone that prefixes are read from."""
     config = PUBLISHED[name]
     first = ("vision_tower.vision_model.embeddings.patch_embedding.weight", "language_model.model.embed_tokens.weight")
-    weights = Weights(path / "model", dict.fromkeys(first, ((1,), np.dtype("float32"))), lambda _: np.zeros(1))
+    weights = TensorFiles(path / "model", dict.fromkeys(first, ((1,), np.dtype("float32"))), lambda _: np.zeros(1))
     return hf_vlm.ROWS[config["architectures"][0]](weights, config)
 
 
@@ -82,9 +82,9 @@ def test_a_published_configuration_leaves_out_what_is_default(tmp_path) -> None:
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, "x"), "x")
     known = zoo.encoder("siglip-b16-224")
     assert dataclasses.replace(spec, name=known.name, interpolation=known.interpolation) == known
-    found = find(write(tmp_path, "llava"))
+    found = inspect(write(tmp_path, "llava"))
     assert (found.encoder.depth, found.encoder.feature_layer, found.encoder.blocks) == (3, 2, 2)
-    assert found_params(found, ["encoder"])["encoder"]["blocks"]["mlp"]["up"]["bias"].shape == (2, 24)
+    assert load_parts(found, ["encoder"])["encoder"]["blocks"]["mlp"]["up"]["bias"].shape == (2, 24)
 
 
 VISION_TROUBLE = [
@@ -127,7 +127,7 @@ VISION_TROUBLE = [
 @pytest.mark.parametrize(("name", "changes", "told"), VISION_TROUBLE)
 def test_what_is_not_supported_is_named_in_one_line(tmp_path, name: str, changes: dict, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
-        find(write(tmp_path, name, **changes))
+        inspect(write(tmp_path, name, **changes))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -135,9 +135,9 @@ def test_what_is_not_supported_is_named_in_one_line(tmp_path, name: str, changes
 def test_an_archive_without_an_image_tower_is_told(tmp_path) -> None:
     np.savez(tmp_path / "model.npz", **{"params/txt/x": np.zeros(3)})
     with pytest.raises(UserError, match=r"model\.npz: no image tower"):
-        find(tmp_path / "model.npz")
+        inspect(tmp_path / "model.npz")
 
 
 def test_a_tower_without_a_language_model_is_no_whole_model(tmp_path) -> None:
     with pytest.raises(UserError, match="SiglipVisionModel is no whole model: it has encoder"):
-        model_spec(find(write(tmp_path, "siglip_vision")))
+        model_spec(inspect(write(tmp_path, "siglip_vision")))

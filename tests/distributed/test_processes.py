@@ -24,7 +24,7 @@ from vlm_jax.core.specs import RunSpec
 from vlm_jax.distributed import processes
 
 pytestmark = pytest.mark.xdist_group("processes")  # of one training
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # The same rows in the same order, but sums over devices are added in another order: some roundings of float32 (6e-8)
 # in each of four steps.
 ROUNDING = 5e-6
@@ -82,7 +82,7 @@ def start_both(*words: str, devices: int = 4) -> list[subprocess.Popen[str]]:
         **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.test_processes", *words, "--processes", "2"]
+    command = [sys.executable, "-m", "tests.distributed.test_processes", *words, "--processes", "2"]
     return [
         subprocess.Popen(
             [*command, "--process", str(i), "--coordinator", f"localhost:{port}"],

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.checkpoints.test_importers_decoders import program
 from tests.golden import peers_decoders as peers
 from tests.golden.drawn import redrawn, weights
-from tests.models.test_importers_decoders import program
 from tests.parity import MARKS, with_transformers
 from vlm_jax import export
 from vlm_jax.checkpoints import inspection
@@ -60,8 +60,8 @@ def test_the_text_part_of_a_whole_gemma3_is_what_transformers_computes(tmp_path)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
     model = transformers.Gemma3ForConditionalGeneration(config)
     logits, greedy = peers.ask(redrawn(model, tmp_path, attn_implementation="eager")[0])
-    loaded = inspection.find(tmp_path)
-    ours, said = program(loaded.decoder)({"params": inspection.found_params(loaded, scan_layers=False)["decoder"]})
+    loaded = inspection.inspect(tmp_path)
+    ours, said = program(loaded.decoder)({"params": inspection.load_parts(loaded, scan_layers=False)["decoder"]})
     miss = np.abs(np.asarray(ours) * peers.prompts()[1][..., None] - logits).max()
     assert miss <= 1e-4 * logits.std()
     np.testing.assert_array_equal(said, greedy)

@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def opened(folder: Path) -> tokenizers.Text:
+def opened(folder: Path) -> tokenizers.Tokenizer:
     config = folder / "config.json"
     return tokenizers.read_tokenizer(folder, json.loads(config.read_text()) if config.exists() else {})
 
@@ -34,7 +34,7 @@ def test_ids_are_the_references(folders: Path, name: str) -> None:
     tokenizer, case = opened(folders / name), CASES[name]
     for said, ids, plain in zip(peers.TEXTS, case["ids"], case["plain"], strict=True):
         assert tokenizer.encode(said) == ids, said
-        assert tokenizer.plain(said) == plain, said
+        assert tokenizer.encode_without_special(said) == plain, said
     assert tokenizer.pad == case["pad"]
 
 
@@ -59,13 +59,15 @@ def test_a_mark_of_ours_does_not_make_the_vocabulary_larger(folders: Path, name:
     """Two models joined: the embeddings may have no row to spare."""
     tokenizer = tokenizers.read_tokenizer(folders / name, {}, ("<image>",))
     assert tokenizer.size == tokenizers.read_tokenizer(folders / name, {}).size
-    assert len(tokenizer.plain("a <image> b")) == len(tokenizer.plain("a ")) + 1 + len(tokenizer.plain("<image> b")[1:])
+    assert len(tokenizer.encode_without_special("a <image> b")) == len(
+        tokenizer.encode_without_special("a ")
+    ) + 1 + len(tokenizer.encode_without_special("<image> b")[1:])
 
 
 def test_several_tokens_may_end_an_answer(folders: Path) -> None:
-    assert opened(folders / "chatml").ends == (2, 0)  # generation_config.json has the first word
-    assert tokenizers.read_tokenizer(folders / "llama3", {"text_config": {"eos_token_id": 7}}).ends == (7,)
-    assert opened(folders / "llama3").ends == (1,)  # the tokenizer's own
+    assert opened(folders / "chatml").eos_ids == (2, 0)  # generation_config.json has the first word
+    assert tokenizers.read_tokenizer(folders / "llama3", {"text_config": {"eos_token_id": 7}}).eos_ids == (7,)
+    assert opened(folders / "llama3").eos_ids == (1,)  # the tokenizer's own
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
@@ -74,7 +76,7 @@ def test_prompts_are_the_processors(folders: Path, kind: str) -> None:
     folder, case = folders / kind, ANSWERS[kind]
     config = json.loads((folder / "config.json").read_text())
     tokenizer = tokenizers.read_tokenizer(folder, config, ("<image>",))
-    layout = chat.layout_of(config["architectures"][0], tokenizer)
+    layout = chat.chat_format_of(config["architectures"][0], tokenizer)
     wanted = [
         [token for token, real in zip(*pair, strict=True) if real]
         for pair in zip(case["input_ids"], case["mask"], strict=True)
@@ -87,19 +89,19 @@ def test_prompts_are_the_processors(folders: Path, kind: str) -> None:
 def test_a_family_without_a_template_has_ours(folders: Path) -> None:
     """LLaVA-1.5 was trained on "USER: <image>\\n... ASSISTANT:", and what a base model reads is the prompt."""
     tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
-    layout = chat.layout_of("LlavaForConditionalGeneration", tokenizer)
+    layout = chat.chat_format_of("LlavaForConditionalGeneration", tokenizer)
     framed = chat.prompt_ids(layout, tokenizer, "What?", 500, 2)
-    head, tail = tokenizer.encode("USER: "), tokenizer.plain("<image>\nWhat? ASSISTANT:")
+    head, tail = tokenizer.encode("USER: "), tokenizer.encode_without_special("<image>\nWhat? ASSISTANT:")
     assert framed == [*head, 500, 500, *tail[1:]]
-    plain = chat.layout_of("LlamaForCausalLM", tokenizer)
+    plain = chat.chat_format_of("LlamaForCausalLM", tokenizer)
     assert chat.prompt_ids(plain, tokenizer, "What?", None, 0) == tokenizer.encode("What?")
 
 
 def test_a_text_template_gets_the_image_as_a_mark(folders: Path) -> None:
     """Two models joined: the language model's template knows no parts."""
     tokenizer = tokenizers.read_tokenizer(folders / "chatml", {}, ("<image>",))
-    layout = chat.Layout("template", "<|im_start|>{{ messages[0].content }}<|im_end|>", "<image>")
-    start, end = map(tokenizer.plain, ("<|im_start|>", "\nHi<|im_end|>"))
+    layout = chat.ChatFormat("template", "<|im_start|>{{ messages[0].content }}<|im_end|>", "<image>")
+    start, end = map(tokenizer.encode_without_special, ("<|im_start|>", "\nHi<|im_end|>"))
     assert chat.prompt_ids(layout, tokenizer, "Hi", 999, 3) == [*start, 999, 999, 999, *end]
 
 
@@ -108,7 +110,7 @@ def test_a_text_template_gets_the_image_as_a_mark(folders: Path) -> None:
 def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: str) -> None:
     """Messages of texts and of parts, several turns with a system's: as transformers renders them given as parts."""
     tokenizer = tokenizers.read_tokenizer(folders / name, {}, ("<image>",))
-    layout = chat.Layout("template", peers.PART_TEMPLATES[kind], "<image>")
+    layout = chat.ChatFormat("template", peers.PART_TEMPLATES[kind], "<image>")
     rendered = iter(CASES[name]["rendered_parts"][kind])
     for talk in peers.TALKS:
         for images in (0, 1):
@@ -118,7 +120,7 @@ def test_a_template_that_reads_parts_gets_them(folders: Path, name: str, kind: s
             for given in (talk, peers.in_parts(talk, 0), peers.in_parts(talk, images)):
                 assert chat.prompt_ids(layout, tokenizer, given, 999, 2 * images) == ids, wanted
             if not images:
-                assert chat.prompt_ids(layout, tokenizer, talk, None, 0) == tokenizer.plain(wanted)
+                assert chat.prompt_ids(layout, tokenizer, talk, None, 0) == tokenizer.encode_without_special(wanted)
         if len(talk) == 1:
             assert chat.prompt_ids(layout, tokenizer, talk[0]["content"], 999, 2) == ids
 
@@ -131,20 +133,20 @@ def test_words_of_a_template_are_not_taken_for_a_part(folders: Path) -> None:
         ('{"type": "object"} ' + loop, '{"type": "object"} Hi'),
         ("{{ messages[0].content | upper }}", "HI"),
     ):
-        layout = chat.Layout("template", template, "<image>")
-        assert chat.prompt_ids(layout, tokenizer, "Hi", None, 0) == tokenizer.plain(wanted)
+        layout = chat.ChatFormat("template", template, "<image>")
+        assert chat.prompt_ids(layout, tokenizer, "Hi", None, 0) == tokenizer.encode_without_special(wanted)
 
 
 def test_parts_become_text_for_a_template_that_reads_texts(folders: Path) -> None:
     """Ours for LLaVA without one, a language model's, and one whose mark for an image is another."""
     tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
-    layout = chat.layout_of("LlavaForConditionalGeneration", tokenizer)
+    layout = chat.chat_format_of("LlavaForConditionalGeneration", tokenizer)
     seen = [{"type": "text", "text": "Look:"}, {"type": "image"}, "well"]
     talk = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, {"role": "user", "content": seen}]
     wanted = tokenizer.encode("Be kind. USER: Look:\n<image>\nwell ASSISTANT:")
     assert chat.prompt_ids(layout, tokenizer, talk, 999, 2) == chat.expanded(wanted, tokenizer.id("<image>"), 999, 2)
     other = peers.PART_TEMPLATES["parts"].replace("<image>", "<soft>")
-    layout, talk = chat.Layout("template", other, "<image>"), peers.in_parts(peers.TALKS[0], 1)
+    layout, talk = chat.ChatFormat("template", other, "<image>"), peers.in_parts(peers.TALKS[0], 1)
     wanted = tokenizer.encode("USER: <image>\n What is this? ASSISTANT:")
     assert chat.prompt_ids(layout, tokenizer, talk, 999, 2) == chat.expanded(wanted, tokenizer.id("<image>"), 999, 2)
 
@@ -162,7 +164,7 @@ def test_parts_that_are_none_are_told(folders: Path, talk: list, told: str) -> N
     tokenizer = opened(folders / "chatml")
     for template in (peers.TEMPLATES["chatml"], peers.PART_TEMPLATES["parts"]):
         with pytest.raises(UserError, match=told):
-            chat.prompt_ids(chat.Layout("template", template, "<image>"), tokenizer, talk, 999, 0)
+            chat.prompt_ids(chat.ChatFormat("template", template, "<image>"), tokenizer, talk, 999, 0)
 
 
 def test_a_prompt_begins_once(folders: Path) -> None:
@@ -174,13 +176,13 @@ def test_a_prompt_begins_once(folders: Path) -> None:
     begin = tokenizer.id("<s>")
     assert rendered.startswith("<s>")
     assert tokenizer.encode("a")[0] == begin
-    layout = chat.Layout("template", peers.TEMPLATES["marks"], "<image>")
-    assert chat.prompt_ids(layout, tokenizer, peers.TALKS[0], None, 0) == tokenizer.plain(rendered)
+    layout = chat.ChatFormat("template", peers.TEMPLATES["marks"], "<image>")
+    assert chat.prompt_ids(layout, tokenizer, peers.TALKS[0], None, 0) == tokenizer.encode_without_special(rendered)
     for template in (peers.TEMPLATES["marks"], peers.PART_TEMPLATES["parts"]):
         for visual in (0, 2):
-            ids = chat.prompt_ids(chat.Layout("template", template, "<image>"), tokenizer, "Hi", 999, visual)
+            ids = chat.prompt_ids(chat.ChatFormat("template", template, "<image>"), tokenizer, "Hi", 999, visual)
             assert (ids[0], ids.count(begin), ids.count(999)) == (begin, 1, visual)
-    layout = chat.Layout("template", peers.PART_TEMPLATES["parts"], "<image>")
+    layout = chat.ChatFormat("template", peers.PART_TEMPLATES["parts"], "<image>")
     assert begin not in chat.prompt_ids(layout, tokenizer, "Hi", None, 0)
 
 
@@ -292,7 +294,7 @@ def test_a_sentencepiece_file_gives_what_the_library_gives(folders: Path, tmp_pa
     ours, theirs = tokenizers.read_tokenizer(tmp_path / "some.model", {}), sentencepiece.SentencePieceProcessor()
     theirs.LoadFromSerializedProto(content)
     for said in peers.LINES:
-        assert ours.plain(said) == theirs.encode(said)
+        assert ours.encode_without_special(said) == theirs.encode(said)
         assert ours.encode(said) == [theirs.bos_id(), *theirs.encode(said)]
         assert ours.decode(theirs.encode(said)) == theirs.decode(theirs.encode(said))
-    assert ours.ends == (theirs.eos_id(),)
+    assert ours.eos_ids == (theirs.eos_id(),)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import pytest
 
-from tests.store.test_checkpoint import CURSOR, boxed, placed, plan
+from tests.checkpoints.test_orbax import CURSOR, boxed, placed, plan
 from vlm_jax.checkpoints import integrity
 from vlm_jax.checkpoints.orbax import Checkpoints, restore_params
 from vlm_jax.core import tree
