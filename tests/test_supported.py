@@ -46,7 +46,7 @@ def test_every_architecture_has_a_row() -> None:
 def test_the_tests_of_a_row_are_there_and_are_about_it(row: list[str]) -> None:
     name, kind, _, proof = row
     file, test, cases = named(proof)
-    function = getattr(importlib.import_module(f"tests.models.{file}"), test)
+    function = getattr(importlib.import_module(f"tests.checkpoints.{file}"), test)
     (there,) = [mark.args[1] for mark in function.pytestmark if mark.name == "parametrize"]
     assert cases
     assert set(cases) <= set(there)
