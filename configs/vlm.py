@@ -16,8 +16,8 @@ from vlm_jax.core.errors import unknown
 from vlm_jax.sizing import zoo
 
 # Of each family and recipe: builder config, steps, tokens of the longest question with its answer (the loader refuses a
-# row that does not fit). Facts get few steps: with more, wide decoders know the whole table and no error is left to fit.
-# Six rows of six digits, because sixteen digits pass through four tokens without loss.
+# row that does not fit). Facts get few steps: with more, wide decoders know the whole table and no error is left to
+# fit. Six rows of six digits, because sixteen digits pass through four tokens without loss.
 FAMILIES = {
     "ocr": dict(study=("rows6", 800, 10), demo=("rows4_small", 320, 8), questions=4, answer_tokens=7),
     "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     data, steps, pair_tokens = family["study" if recipe == "study" else "demo"]
     steps = arg.steps or (60 if recipe == "smoke" else steps)
     compressor = arg.compressor or ("resampler" if arg.tokens else "blind")
-    questions = 1 if catalog.row(compressor).query_dependent else family["questions"]  # visual tokens depend on one question
+    questions = 1 if catalog.row(compressor).query_dependent else family["questions"]  # its tokens depend on one
 
     c = ConfigDict()
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
