@@ -5,11 +5,11 @@
         --config.encoder_checkpoint=so400m-folder --config.decoder_checkpoint=qwen-folder \\
         --config.data.tokenizer=qwen-folder
 
-Two stages: the projector and compressor alone, then with the language model; the encoder stays frozen. What differs
+Two stages: first the projector and compressor, then also the language model; the encoder stays frozen. Differences
 from the paper: the compressor between encoder and projector (LLaVA-1.5 keeps every patch), one batch size for both
-stages (the paper's first takes 256 examples and its second 128), and the data. This repository has no images of
-LLaVA's mixture: the data fields name its own drawn pages, whose questions are short (sequence=256 holds them), until a
-data set of your own stands here. Without checkpoints everything starts from random weights: for compiling and sizing.
+stages (the paper uses 256 examples in the first and 128 in the second), and the data. LLaVA's mixture is not part of
+this repository: the data fields name the generated `glyph_ocr` pages, whose short questions fit into sequence=256.
+Without checkpoints all parameters are random: for compiling and sizing.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         tokens=144,
         compressor="resampler",  # gives any number of tokens
         batch=256,
-        tensor=16,  # devices of the mesh's second direction: a side of the pod's torus is best
+        tensor=16,  # devices of the mesh axis `tensor`: best a side of the pod's torus
         stage=0,  # 1 or 2: only that stage
         sequence=SEQUENCE,
         seed=0,

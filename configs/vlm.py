@@ -3,8 +3,8 @@
     python -m vlm_jax.train --config configs/vlm.py:llm=d96,tokens=4,family=ocr --workdir workdirs/one
     python -m vlm_jax.train --config configs/vlm.py:smoke --workdir workdirs/smoke      # about a minute on a CPU
 
-The decoder starts from random weights, so there is nothing to align it with first: one stage trains connector and
-decoder together. `stages=2` is LLaVA's order, connector first, for a decoder that was trained before.
+The decoder starts from random weights, so one stage trains connector and decoder together. `stages=2` is LLaVA's
+order, connector first, for a pretrained decoder.
 """
 
 from ml_collections import ConfigDict
@@ -16,14 +16,14 @@ from vlm_jax.core.errors import unknown
 from vlm_jax.sizing import zoo
 
 # Of each family and recipe: builder config, steps, tokens of the longest question with its answer (the loader refuses a
-# row that does not fit, and says what would). Facts get few steps on purpose: later, wide decoders know the whole table
-# and no error is left to fit. Six rows of six digits, because sixteen digits pass through four tokens without loss.
+# row that does not fit). Facts get few steps: with more, wide decoders know the whole table and no error is left to
+# fit. Six rows of six digits, because sixteen digits pass through four tokens without loss.
 FAMILIES = {
     "ocr": dict(study=("rows6", 800, 10), demo=("rows4_small", 320, 8), questions=4, answer_tokens=7),
     "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
     "scene": dict(study=("sums3", 1000, 7), demo=("sums3_small", 320, 7), questions=4, answer_tokens=2),
 }
-RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo, to show that everything runs
+RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     data, steps, pair_tokens = family["study" if recipe == "study" else "demo"]
     steps = arg.steps or (60 if recipe == "smoke" else steps)
     compressor = arg.compressor or ("resampler" if arg.tokens else "blind")
-    questions = 1 if catalog.row(compressor).query_dependent else family["questions"]  # its tokens follow one question
+    questions = 1 if catalog.row(compressor).query_dependent else family["questions"]  # its tokens depend on one
 
     c = ConfigDict()
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)
     align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)
     c.stages = (both,) if arg.stages == 1 else (align, both)
-    # Wider decoders want smaller steps: between 24 and 192 channels the better of two rates fell about as width^-1/2.
+    # Between widths 24 and 192 the better of two learning rates fell about as width^-1/2.
     scale = (24 / llm.width) ** 0.5
     c.optim = dict(
         peak_lr=arg.lr,
