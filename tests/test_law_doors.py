@@ -111,12 +111,12 @@ def test_a_plan_as_a_page_and_as_figures(law, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tflops", "2"], "name one with --family: ocr, reasoning"),
+        (["--tflops", "2"], "--family: expected one of ocr, reasoning"),
         (["--family", "reasoning"], "one of the arguments --tflops .* is required"),
         (["--family", "reasoning", "--tflops", "1", "--cache-mb", "1"], "not allowed with"),
         (["--family", "reasoning", "--tflops", "0.001"], "the least is"),
         (["--family", "reasoning", "--tflops", "1", "--top", "0"], "--top 0 must be at least 1"),
-        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot be read"),
+        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot read"),
         (["--family", "reasoning", "--tflops", "1", "--chip", "tpu"], "unknown chip"),
     ],
 )
@@ -128,9 +128,9 @@ def test_a_plan_that_cannot_be_is_told(law, flags, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("family,llm_params_billion,visual_tokens\n", "missing column"),
+        ("family,llm_params_billion,visual_tokens\n", "missing mean_score"),
         ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,53\nocr,2,1,50\n", "divide by 100"),
-        ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,0.5\nocr,1,1,0.4\n", "one LLM size only"),
+        ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,0.5\nocr,1,1,0.4\n", "expected two or more LLM sizes"),
     ],
 )
 def test_bad_rows_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch, text, message):

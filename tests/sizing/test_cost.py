@@ -121,7 +121,7 @@ def test_cache_bytes():
 
 def test_unknown_names_raise():
     with pytest.raises(UserError, match="dtype"):
-        cost.weight_bytes(1, "float31")
+        cost.dtype_bytes("float31")
     with pytest.raises(UserError, match="projector"):
         cost.projector_params("conv", 1, 1)
     with pytest.raises(UserError, match="part"):

@@ -71,7 +71,7 @@ def test_recomputing_costs_a_forward_pass() -> None:
 def test_a_decoded_word_reads_kernels_and_cache_once() -> None:
     """Kernels that stay cut in sixteen, and the keys and values of a chip's rows."""
     spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16", {"compute.mesh": "(16, 1, 16)"}))
-    work = roofline.decode_work(spec, 256, kept_apart=16)
+    work = roofline.decode_work(spec, 256, compute_shards=16)
     keys = 2048 + spec.evaluation.max_new_tokens
     by_hand = 2 * cost.decoder_params(spec.model.decoder) / 16 + cost.cache_bytes(spec.model.decoder, keys)
     assert work.chip_bytes == pytest.approx(by_hand)

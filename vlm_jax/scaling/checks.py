@@ -1,5 +1,4 @@
-"""What can be wrong with rows and fits, in words. A warning is `code: sentence`; the codes are stable, the sentences
-may change."""
+"""Checks of rows and fits. A warning is `code: sentence`; codes are stable, sentences may change."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,39 +11,33 @@ from vlm_jax.scaling.fitted import FormFit
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import Measurement, Scores, params_label
 
-CODES = (
-    "above_blind", "blind_missing", "d_not_identified", "duplicated_cells", "exponent_at_bound", "few_cells",
-    "lack_of_fit", "non_monotone", "optimum_on_edge", "ratio_unbounded", "repeated_values",
-)  # fmt: skip
-_LONG = 6  # decimals of a number that does not come up twice by chance
+_LONG = 6  # decimals of a number that does not occur twice by chance
 
 
 def require_fit(cells: tuple[Measurement, ...], family: str, loss: str, fixed_floor: int | float) -> None:
-    """Raises `UserError` where no law in N and V can be fitted."""
+    """Raises `UserError` if no law in N and V can be fitted to the cells."""
     if not cells:
-        raise UserError(f"family {family!r} has no row with visual_tokens above 0")
+        raise UserError(f"family {family!r}: expected rows with visual_tokens above 0, got none")
     first = cells[0].where.rpartition(":")[0] or cells[0].where
     for field, values in (
-        ("LLM size", {c.params for c in cells}),
-        ("number of visual tokens", {c.tokens for c in cells}),
+        ("LLM sizes", {c.params for c in cells}),
+        ("numbers of visual tokens", {c.tokens for c in cells}),
     ):
         if len(values) < 2:
-            raise UserError(
-                f"{first}: family {family!r} has one {field} only ({values.pop():g}); a law needs two or more"
-            )
+            raise UserError(f"{first}: family {family!r}: expected two or more {field}, got {values.pop():g} only")
     for cell in cells:
         if loss == "log" and cell.error <= 0:
-            raise UserError(f"{cell.where}: an error of 0 has no logarithm; use --loss squared")
+            raise UserError(f"{cell.where}: expected an error above 0, got {cell.error:g} (use --loss squared)")
         if fixed_floor > cell.error:
             raise UserError(
-                f"{cell.where}: error {cell.error:g} lies below the fixed floor {fixed_floor:g}; lower --fixed-d"
+                f"{cell.where}: expected an error of at least {fixed_floor:g}, got {cell.error:g} (lower --fixed-d)"
             )
 
 
 def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str, Any]:
-    """Pure noise from replicates: the pooled standard deviation within cells, and the F test of lack of fit against it.
+    """Pooled standard deviation within cells, and the p-value of the lack-of-fit F test against it.
 
-    All values are null where no cell has a replicate.
+    Both are None without replicates.
     """
     cells, index = np.unique(cell, return_inverse=True)
     means = np.bincount(index, error) / np.bincount(index)
@@ -69,7 +62,7 @@ def warnings(
     ratio: Mapping[str, Any],
     noise: Mapping[str, Any],
 ) -> list[str]:
-    """All warnings of one family, by code. `original` holds its rows before any floor was taken off."""
+    """Warnings of one family, sorted by code. `original` holds its rows before the floor was subtracted."""
     found = [*_about_rows(original), *_about_order(seen)]
     count = len({(c.params, c.tokens) for c in seen})
     for key in forms:
@@ -126,29 +119,18 @@ def _about_rows(original: Scores) -> Iterable[str]:
         yield f"above_blind: the error is above that without an image at {_some(worse)}"
 
 
-def _about_order(seen: tuple[Measurement, ...]) -> Iterable[str]:
-    """Means that get worse with a larger LLM, or with more tokens, by more than two standard errors where these are
-    known."""
-    groups: dict[tuple[float, int], list[Measurement]] = {}
-    for cell in seen:
-        groups.setdefault((cell.params, cell.tokens), []).append(cell)
-    mean = {key: float(np.mean([c.error for c in cells])) for key, cells in groups.items()}
-    blur = {key: _variance(cells) for key, cells in groups.items()}
+def _about_order(cells: tuple[Measurement, ...]) -> Iterable[str]:
+    """Cells whose mean error exceeds that of a smaller LLM, or of fewer tokens, by more than two standard errors."""
+    means = {(n, v): (mean, stderr) for n, v, mean, stderr in scores.cell_means(cells)}
     for axis, name in ((0, "a larger LLM"), (1, "more tokens")):
         worse = []
-        for key in sorted(groups):
-            later = [other for other in groups if other[1 - axis] == key[1 - axis] and other[axis] > key[axis]]
+        for key, (mean, stderr) in means.items():
+            later = [other for other in means if other[1 - axis] == key[1 - axis] and other[axis] > key[axis]]
             after = min(later, key=lambda other: other[axis], default=None)
-            if after and mean[after] - mean[key] > 2 * (blur[after] + blur[key]) ** 0.5:
+            if after and means[after][0] - mean > 2 * np.hypot(means[after][1], stderr):
                 worse.append(f"N={params_label(after[0])} V={after[1]}")
         if worse:
             yield f"non_monotone: the error rises with {name} at {_some(worse)}"
-
-
-def _variance(cells: list[Measurement]) -> float:
-    """Of the mean of replicates: between them, or from their own standard errors where that is more."""
-    own = sum((c.stderr or 0) ** 2 for c in cells) / len(cells) ** 2
-    return max(own, float(np.var([c.error for c in cells], ddof=1)) / len(cells) if len(cells) > 1 else 0.0)
 
 
 def _some(items: list[str], most: int = 6) -> str:

@@ -1,4 +1,4 @@
-"""Efficiencies of a chip from measured parts, in the place of assumed ones."""
+"""Efficiencies of a chip fitted to measured parts."""
 
 import csv
 import math
@@ -11,17 +11,17 @@ CALIBRATION = ("chip", "chips", "flops", "bytes", "secs")
 
 
 def calibrate(path: str | Path) -> Efficiency:
-    """Efficiencies from measured parts: a CSV with columns chip, chips, flops, bytes, secs, one measured part a row.
+    """Efficiencies from a CSV with columns chip, chips, flops, bytes, secs, one measured part per row.
 
-    Each row is explained by the slower of its two limits; the two efficiencies are the geometric means over the rows
-    they explain, found by alternating. One that explains no row keeps its default. Raises `UserError` for a bad row.
+    Each row is limited by compute or by memory; each efficiency is the geometric mean over its rows, found by
+    alternating. An efficiency without rows keeps its default. Raises `UserError` for a bad row.
     """
     try:
         rows = list(csv.DictReader(Path(path).read_text().splitlines()))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot read: {error}") from error
     if not rows or any(name not in rows[0] for name in CALIBRATION):
-        raise UserError(f"{path}: needs a header with {','.join(CALIBRATION)} and at least one row")
+        raise UserError(f"{path}: expected a header {','.join(CALIBRATION)} and at least one row")
     shares = [_shares(row, f"{path}:{number}") for number, row in enumerate(rows, start=2)]
     best, best_miss = Efficiency(), math.inf
     for start in (Efficiency(), Efficiency(1, 1), Efficiency(0.1, 1), Efficiency(1, 0.1)):
@@ -40,17 +40,19 @@ def calibrate(path: str | Path) -> Efficiency:
 
 
 def _shares(row: dict[str, str], where: str) -> tuple[float, float]:
-    """(FLOPs, bytes) of a row as shares of what the chips could do in its time."""
+    """FLOPs and bytes of a row as shares of the chips' peaks."""
     try:
         chips, flops, moved, secs = (float(row[name]) for name in CALIBRATION[1:])
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {','.join(CALIBRATION[1:])} must be numbers") from error
+        raise UserError(f"{where}: expected numbers in {','.join(CALIBRATION[1:])}, got {error}") from error
     if not (chips >= 1 and flops > 0 and moved > 0 and secs > 0):
-        raise UserError(f"{where}: {','.join(CALIBRATION[1:])} must be above 0")
+        raise UserError(
+            f"{where}: expected {','.join(CALIBRATION[1:])} above 0, got {chips:g},{flops:g},{moved:g},{secs:g}"
+        )
     on = chip(row["chip"])
     compute, memory = flops / (on.peak_flops * chips * secs), moved / (on.bandwidth * chips * secs)
     if max(compute, memory) > 1:
-        raise UserError(f"{where}: faster than the peak of {on.name} allows; check flops, bytes and secs")
+        raise UserError(f"{where}: expected at most the peak of {on.name}, got more (check flops, bytes and secs)")
     return compute, memory
 
 
