@@ -54,14 +54,9 @@ def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str
 
 
 def warnings(
-    original: Scores,
-    seen: tuple[Measurement, ...],
-    basic: FormFit,
-    forms: Mapping[str, FormFit],
-    chosen: str,
-    ratio: Mapping[str, Any],
-    noise: Mapping[str, Any],
-) -> list[str]:
+    original: Scores, seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str,
+    ratio: Mapping[str, Any], noise: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
     """Warnings of one family, sorted by code. `original` holds its rows before the floor was subtracted."""
     found = [*_about_rows(original), *_about_order(seen)]
     count = len({(c.params, c.tokens) for c in seen})

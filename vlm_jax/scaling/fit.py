@@ -17,18 +17,10 @@ FLOORS = ("none", "blind")
 
 
 def fit(
-    rows: Iterable[ResultRow] | Scores,
-    form: str = "auto",
-    *,
-    family: str | None = None,
-    loss: str = "squared",
-    floor: str = "none",
-    fixed_floor: int | float = 0.0,
-    bootstraps: int = 1000,
-    seed: int = 0,
-    source: str = "",
+    rows: Iterable[ResultRow] | Scores, form: str = "auto", *, family: str | None = None, loss: str = "squared",
+    floor: str = "none", fixed_floor: int | float = 0.0, bootstraps: int = 1000, seed: int = 0, source: str = "",
     progress: Callable[[str], None] = lambda stage: None,
-) -> LawFit:
+) -> LawFit:  # fmt: skip
     """Fits all forms ("auto") and chooses one, or fits one form and the multiplicative, which gives `ratio`.
 
     `floor="blind"` takes scores relative to the blind baseline of the same size; `fixed_floor` is D of the "-fixed"
@@ -38,7 +30,8 @@ def fit(
         raise unknown("loss", loss, LOSSES)
     if floor not in FLOORS:
         raise unknown("floor", floor, FLOORS)
-    names, data = _names(form), scores.of_rows(rows)
+    _names(form)  # raises for an unknown form
+    data = scores.of_rows(rows)
     if not data.cells:
         raise UserError("rows: expected at least one, got none")
     if family is not None:
@@ -48,7 +41,7 @@ def fit(
     for name in data.families():
         report = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
         families[name] = _fit_family(
-            shifted.of(name).cells, data.of(name), name, names, form, loss, fixed_floor, bootstraps, seed, report
+            shifted.of(name).cells, data.of(name), name, form, loss, fixed_floor, bootstraps, seed, report
         )
     unit = {"llm_params": scores.BILLION, "params_are": data.params_are}
     return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families)
@@ -79,28 +72,19 @@ class _Data(NamedTuple):
 
 
 def _fit_family(
-    cells: tuple[Measurement, ...],
-    original: Scores,
-    name: str,
-    names: tuple[str, ...],
-    requested: str,
-    loss: str,
-    fixed_floor: int | float,
-    bootstraps: int,
-    seed: int,
-    progress: Callable[[str], None],
-) -> FamilyFit:
+    cells: tuple[Measurement, ...], original: Scores, name: str, form: str, loss: str, fixed_floor: int | float,
+    bootstraps: int, seed: int, progress: Callable[[str], None],
+) -> FamilyFit:  # fmt: skip
     seen = scores.seen(cells)
     checks.require_fit(seen, name, loss, fixed_floor)
     data = _Data.of(seen)
     forms = {}
-    for key in names:
+    for key in _names(form):
         progress(key)
         forms[key], draws = _fit_form(laws.form(key), data, loss, fixed_floor, bootstraps, seed)
         if key == BASIC:
             ratio, difference = _contrast(forms[key], draws)
-    chosen = _choose(forms, data) if requested == "auto" else requested
-    selection = "asked for" if requested != "auto" else _SELECTION
+    chosen, selection = (_choose(forms, data), _SELECTION) if form == "auto" else (form, "asked for")
     noise = checks.noise(data.error, data.cell, forms[chosen].sse, laws.form(chosen).free_params)
     progress("profile of D")
     d_profile = _profile_of_floor(data, loss)

@@ -27,7 +27,7 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling import budgets, candidates
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.candidates import Candidate, Price
+from vlm_jax.scaling.candidates import Candidate, NameFilter, Price
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import params_label
@@ -177,19 +177,10 @@ def pareto(error: Floats, cost: Floats) -> NDArray[np.intp]:
 
 
 def plan(
-    law: LawFit,
-    budget: Budget,
-    request: Request,
-    *,
-    family: str | None = None,
-    mode: str = "full",
-    encoders: candidates.NameFilter = (),
-    llms: candidates.NameFilter = (),
-    compressors: candidates.NameFilter = (),
-    tokens: Sequence[int] = (),
-    offsets: Offsets = NO_OFFSETS,
-    top: int = 12,
-) -> Ranking:
+    law: LawFit, budget: Budget, request: Request, *, family: str | None = None, mode: str = "full",
+    encoders: NameFilter = (), llms: NameFilter = (), compressors: NameFilter = (), tokens: Sequence[int] = (),
+    offsets: Offsets = NO_OFFSETS, top: int = 12,
+) -> Ranking:  # fmt: skip
     """Ranks the models that the law was measured with, or that the arguments name (`candidates.candidates`).
 
     Raises `UserError` for unknown names and for a budget that no candidate meets.

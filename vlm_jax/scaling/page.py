@@ -1,7 +1,7 @@
 """The interactive page of a plan: one self-contained HTML file that needs no network.
 
-Error against cost of every candidate and the frontiers of measured and of all candidates, with tabs for question length,
-batch and cost axis. The page selects one of the tables computed here.
+Error against cost of every candidate with the frontiers of measured and of all candidates, and tabs for question
+length, batch and cost axis. The page selects one of the tables computed here.
 """
 
 import dataclasses

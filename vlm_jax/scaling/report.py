@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -62,9 +62,8 @@ def print_law(law: LawFit, console: Console) -> None:
 def _forms(name: str, family: FamilyFit) -> Table:
     cells, sizes = family.rows["cells"], len(family.rows["sizes"])
     title = f"{name}: {cells} rows, {sizes} sizes, {len(family.rows['tokens'])} V; chosen: {family.chosen}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
-    for column in ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "cell out"):
-        table.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
+    columns = ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "cell out")
+    table = _table(columns, ("form",), title=title, title_style="bold")
     for key, one in family.forms.items():
         params = [_number(one.params.get(p)) for p in ("A", "B", "C", "alpha", "beta", "D")]
         scores = [f"{one.sse:.2e}", "-" if one.aicc is None else f"{one.aicc:.1f}"]
@@ -138,12 +137,17 @@ def _describe(choice: Choice) -> str:
     return f"{where}, error {choice.predicted_error:.4f}, {choice.flops / 1e12:.3g} TFLOPs at full cost"
 
 
-def _ranking(plan: Ranking) -> Table:
-    table = Table(box=None, padding=(0, 1))
-    left = ("llm", "compressor", "encoder", "binds")
-    columns = ("", "llm", "V", "compressor", "encoder", "error", "95 %", "beats", "TFLOPs", "ms", "MB", "binds")
+def _table(columns: Iterable[str], left: Iterable[str], **how: Any) -> Table:
+    """An empty table with the `left` columns left-aligned."""
+    table = Table(title_justify="left", box=None, padding=(0, 1), **how)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return table
+
+
+def _ranking(plan: Ranking) -> Table:
+    columns = ("", "llm", "V", "compressor", "encoder", "error", "95 %", "beats", "TFLOPs", "ms", "MB", "binds")
+    table = _table(columns, ("llm", "compressor", "encoder", "binds"))
     for rank, c in enumerate(plan.choices, start=1):
         cells = [str(rank), _marked(c.llm, c, "family", "params"), _marked(str(c.visual_tokens), c, "tokens")]
         cells += [_marked(c.compressor, c, "compressor"), _marked(c.encoder, c, "encoder"), f"{c.predicted_error:.4f}"]
@@ -162,9 +166,7 @@ def _amount(value: int | float) -> str:
 
 
 def _parts(plan: Ranking, title: str, values: list[dict[str, float]], scale: float) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-    for column in ("", "llm", "V", *PARTS, "total"):
-        table.add_column(column, justify="left" if column == "llm" else "right", no_wrap=True)
+    table = _table(("", "llm", "V", *PARTS, "total"), ("llm",), title=title)
     for rank, (c, parts) in enumerate(zip(plan.choices, values, strict=True), start=1):
         numbers = [parts[name] * scale for name in PARTS]
         table.add_row(str(rank), c.llm, str(c.visual_tokens), *map(_amount, (*numbers, sum(numbers))))

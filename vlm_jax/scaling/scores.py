@@ -85,9 +85,8 @@ def of_rows(rows: "Iterable[ResultRow] | Scores") -> Scores:
 def from_row(row: ResultRow, where: str) -> Measurement:
     """A result row as a measurement."""
     if row.llm_params <= 0 or row.visual_tokens < 0:
-        raise UserError(
-            f"{where}: expected llm_params above 0 and visual_tokens of 0 or more, got {row.llm_params}, {row.visual_tokens}"
-        )
+        got = f"{row.llm_params}, {row.visual_tokens}"
+        raise UserError(f"{where}: expected llm_params above 0 and visual_tokens of 0 or more, got {got}")
     _check_fraction(row.error, "error", where)
     params = row.llm_params / BILLION
     return Measurement(row.family, params, row.visual_tokens, row.error, row.stderr, row.seed, where, {}, row.model)

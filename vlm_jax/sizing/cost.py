@@ -170,10 +170,9 @@ def pass_flops(spec: DecoderSpec, tokens: Number, keys: Number, logits: Number) 
 
 
 def decode_flops(spec: DecoderSpec, context_tokens: Number, answer_tokens: Number) -> Pass:
-    """FLOPs of all decode steps of an answer behind `context_tokens` of image and question.
+    """FLOPs of the A - 1 decode steps of A answer tokens (eos included): prefill's logits give the first token.
 
-    Prefill's logits give the first answer token, so A tokens (eos included) take A - 1 steps; step t attends to
-    context + t keys, and the sum over t is in closed form.
+    Step t attends to context + t keys; the sum over t is in closed form.
     """
     steps = max(answer_tokens - 1, 0)
     return pass_flops(spec, steps, context_tokens + (steps + 1) / 2, steps)
@@ -220,13 +219,9 @@ def row_fields(parts: ModelFlops) -> dict[str, float]:
 
 
 def train_flops(
-    model: ModelSpec,
-    text_tokens: int,
-    train: tuple[str, ...],
-    features: Literal["pixels", "stored"],
-    question_tokens: Number = 0,
-    copies: int = 1,
-) -> float:
+    model: ModelSpec, text_tokens: int, train: tuple[str, ...], features: Literal["pixels", "stored"],
+    question_tokens: Number = 0, copies: int = 1,
+) -> float:  # fmt: skip
     """Model FLOPs of one training row, forward and backward: T text tokens and `copies` copies of V image tokens.
 
     The backward pass costs one forward for activation gradients and one for weight gradients. A trained part pays
@@ -281,13 +276,9 @@ def dtype_bytes(dtype: str) -> int:
 
 
 def moved_bytes(
-    model: ModelSpec,
-    question_tokens: Number,
-    answer_tokens: Number,
-    batch: int = 1,
-    dtype: str = "bfloat16",
+    model: ModelSpec, question_tokens: Number, answer_tokens: Number, batch: int = 1, dtype: str = "bfloat16",
     question: Question = "fresh",
-) -> dict[str, Number]:
+) -> dict[str, Number]:  # fmt: skip
     """Memory traffic of a batch of requests in bytes, by `PARTS`; `flops` has the work of one of them.
 
     The encoder, the projector and every pass of the decoder read their weights once per batch; prefill writes the
@@ -322,9 +313,8 @@ def memory_bytes(
 ) -> Number:
     """Bytes of the encoder's and decoder's weights, and of a full cache for every request of the batch."""
     weights = (decoder_params(model.decoder) + encoder_params(model.encoder)) * dtype_bytes(dtype)
-    return weights + batch * cache_bytes(
-        model.decoder, model.compressor.tokens + question_tokens + answer_tokens, dtype
-    )
+    length = model.compressor.tokens + question_tokens + answer_tokens
+    return weights + batch * cache_bytes(model.decoder, length, dtype)
 
 
 def cache_bytes(spec: DecoderSpec, tokens: Number, dtype: str = "bfloat16") -> Number:

@@ -151,14 +151,9 @@ def _pass_bytes(spec: RunSpec, tokens: int, keys: int) -> cost.Number:
 
 
 def predict(
-    work: Work,
-    collectives: Sequence[Collective],
-    chip: Chip,
-    chips: int,
-    link_share: Callable[[tuple[str, ...]], float],
-    cycles: float = 0.0,
-    efficiency: Efficiency = ASSUMED,
-) -> Prediction:
+    work: Work, collectives: Sequence[Collective], chip: Chip, chips: int,
+    link_share: Callable[[tuple[str, ...]], float], cycles: float = 0.0, efficiency: Efficiency = ASSUMED,
+) -> Prediction:  # fmt: skip
     """Seconds of a program on that many chips. `link_share` gives the share of a chip's links that a group can use,
     `cycles` is the compiler's estimate. The resource that takes most of the step binds; exposed collectives count as
     network.
@@ -169,19 +164,13 @@ def predict(
         network[each.beside_products] += each.wire_bytes / speed
     compute, memory = work.flops / chips / chip.peak_flops, work.chip_bytes / chip.bandwidth
     hidden, exposed = network[True], network[False]
-    overlapped = {
-        "compute": compute / efficiency.compute,
-        "memory": memory / efficiency.bandwidth,
-        "network": hidden / efficiency.interconnect,
-    }
-    binds = max(overlapped, key=lambda name: overlapped[name])
-    alone = exposed / efficiency.interconnect
-    step = overlapped[binds] + alone
-    if alone > overlapped[binds]:
-        binds = "network"
+    limits = (compute / efficiency.compute, memory / efficiency.bandwidth, hidden / efficiency.interconnect)
+    added = exposed / efficiency.interconnect
+    step = max(limits) + added
+    binds = "network" if added > max(limits) else ("compute", "memory", "network")[limits.index(max(limits))]
     mfu = work.model_flops / (step * chips * chip.peak_flops)
-    own = cycles / chip.clock if chip.clock else 0.0
-    return Prediction(compute, memory, hidden, exposed, step, mfu, binds, own)
+    compiler_secs = cycles / chip.clock if chip.clock else 0.0
+    return Prediction(compute, memory, hidden, exposed, step, mfu, binds, compiler_secs)
 
 
 def ring_share(coords: Sequence[tuple[int, ...]], extent: tuple[int, ...], chip: Chip) -> float:
