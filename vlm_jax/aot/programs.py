@@ -74,7 +74,7 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     if mode == "train":
         train = build.train_step(network, stage)
         state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments = train.step, (state, train_inputs(spec, plan))
+        jitted, arguments = train.step, (state, _inputs(spec, plan, train=True))
         params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)
@@ -110,25 +110,19 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def train_inputs(spec: RunSpec, plan: Plan) -> Inputs:
-    """Shapes of a training batch."""
+def _inputs(spec: RunSpec, plan: Plan, train: bool) -> Inputs:
+    """Shapes of a training batch, or of a batch of prompts with one image each."""
     data = spec.data
-    length = cost.image_copies(spec) * spec.model.compressor.tokens + data.text_tokens
-    return _inputs(spec, plan, data.batch_examples, length, data.questions_per_example, learned=True)
+    rows, questions = (
+        (data.batch_examples, data.questions_per_example) if train else (spec.evaluation.batch_examples, 1)
+    )
+    length = (cost.image_copies(spec) if train else 1) * spec.model.compressor.tokens + data.text_tokens
 
-
-def prompt_inputs(spec: RunSpec, plan: Plan) -> Inputs:
-    """Shapes of a batch of prompts, one image each."""
-    length = spec.model.compressor.tokens + spec.data.text_tokens
-    return _inputs(spec, plan, spec.evaluation.batch_examples, length, 1, learned=False)
-
-
-def _inputs(spec: RunSpec, plan: Plan, rows: int, length: int, questions: int, learned: bool) -> Inputs:
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
-    weight = shape(length, dtype="float32") if learned else None
+    weight = shape(length, dtype="float32") if train else None
     return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, questions), weight=weight)
 
 
@@ -166,7 +160,7 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model = _decoding_model(spec)
     run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
-    return run, (_params(spec, plan, model), prompt_inputs(spec, plan))
+    return run, (_params(spec, plan, model), _inputs(spec, plan, train=False))
 
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:

@@ -58,38 +58,36 @@ def warnings(
     ratio: Mapping[str, Any], noise: Mapping[str, Any],
 ) -> list[str]:  # fmt: skip
     """Warnings of one family, sorted by code. `original` holds its rows before the floor was subtracted."""
-    found = [*_about_rows(original), *_about_order(seen)]
+    about_fit = _about_fit(seen, basic, forms, chosen, ratio, noise["lack_of_fit_p"])
+    return sorted([*_about_rows(original), *_about_order(seen), *about_fit])
+
+
+def _about_fit(
+    seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str, ratio: Mapping[str, Any],
+    lack_of_fit_p: float | None,
+) -> Iterable[str]:  # fmt: skip
     count = len({(c.params, c.tokens) for c in seen})
     for key in forms:
         if count < laws.form(key).free_params + 2:
-            found.append(f"few_cells: {count} cells for the {laws.form(key).free_params} parameters of {key}")
+            yield f"few_cells: {count} cells for the {laws.form(key).free_params} parameters of {key}"
     low, high = basic.interval.get("D", (None, None))
-    least = min(c.error for c in seen)
-    if low is None or high is None or high - low > least / 10:
+    if low is None or high is None or high - low > min(c.error for c in seen) / 10:
         ends = f"from {low:.3g} to {high:.3g}" if low is not None and high is not None else "without bound"
-        found.append(
-            f"d_not_identified: D may lie anywhere {ends}, and A, alpha and beta move with it;"
-            " trust the ratio alpha / beta rather than any of them"
-        )
+        trust = "trust the ratio alpha / beta rather than any of them"
+        yield f"d_not_identified: D may lie anywhere {ends}, and A, alpha and beta move with it; {trust}"
     for key in {chosen: 0, "multiplicative": 0}:
         for name in ("alpha", "beta"):
             if key in forms and not solve.LOWEST < forms[key].params[name] < solve.HIGHEST:
-                found.append(f"exponent_at_bound: {name} of {key} ran into the bound of the search")
+                yield f"exponent_at_bound: {name} of {key} ran into the bound of the search"
     tokens = sorted({c.tokens for c in seen})
     edge, text = (tokens[0], "fewest") if basic.params["alpha"] > basic.params["beta"] else (tokens[-1], "most")
-    found.append(
-        f"optimum_on_edge: without text (Q = 0) the best V is {edge}, the {text} measured; beyond it nothing is known"
-    )
+    best = f"without text (Q = 0) the best V is {edge}, the {text} measured"
+    yield f"optimum_on_edge: {best}; beyond it nothing is known"
     if ratio["low"] is None:
-        found.append(
-            "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
-        )
-    if noise["lack_of_fit_p"] is not None and noise["lack_of_fit_p"] < 0.01:
-        found.append(
-            f"lack_of_fit: {chosen} misses the cells' means by more than the noise of seeds"
-            f" (p = {noise['lack_of_fit_p']:.2g})"
-        )
-    return sorted(found)
+        yield "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
+    if lack_of_fit_p is not None and lack_of_fit_p < 0.01:
+        noise = f"the noise of seeds (p = {lack_of_fit_p:.2g})"
+        yield f"lack_of_fit: {chosen} misses the cells' means by more than {noise}"
 
 
 def _about_rows(original: Scores) -> Iterable[str]:

@@ -109,9 +109,9 @@ class LawFit(NamedTuple):
 
     def family(self, name: str | None) -> FamilyFit:
         """The family of that name; None gives the only one. Raises `UserError` if unknown or ambiguous."""
-        if name is None and len(self.families) == 1:
-            return next(iter(self.families.values()))
         if name is None:
+            if len(self.families) == 1:
+                return next(iter(self.families.values()))
             raise UserError(f"--family: expected one of {', '.join(self.families)}, got none")
         if name not in self.families:
             raise unknown("family", name, self.families)

@@ -190,7 +190,10 @@ def plan(
     budgets.check(budget, request)
     fitted = law.family(family)
     found = candidates.candidates(fitted, law.unit["params_are"], encoders, llms, compressors, tokens)
-    priced = price_all(fitted, [_with_offset(one, offsets) for one in found], request, offsets)
+    for i, one in enumerate(found):  # a compressor with a measured offset at this V is no extrapolation
+        if (one.model.compressor.name, one.tokens) in offsets:
+            found[i] = one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
+    priced = price_all(fitted, found, request, offsets)
     order, allowed = {}, {}
     for each in MODES:
         charge, limit = _charge(priced, budget, request, each)
@@ -200,7 +203,7 @@ def plan(
         raise UserError(_infeasible(priced, budget, request, mode))
 
     def listed(of: list[int]) -> list[Choice]:
-        return choices(fitted, priced, of, request, offsets, "memory" if budget.kind == "cache_mb" else None)
+        return choices(fitted, priced, of, request, offsets, "memory" if budget.kind == "cache_mb" else "")
 
     notes = [f"the law ({fitted.chosen}) predicts from N and V only; it was measured with {fitted.measured_with}"]
     if offsets:
@@ -219,13 +222,6 @@ def plan(
 def best(law: LawFit, budget: Budget, question_tokens: Number, answer_tokens: Number = 20, **how: Any) -> list[Choice]:
     """The choices of `plan` for single requests without a chip. `how` are keywords of `plan`."""
     return plan(law, budget, Request(question_tokens, answer_tokens), **how).choices
-
-
-def _with_offset(one: Candidate, offsets: Offsets) -> Candidate:
-    """A compressor with a measured offset at this V is no extrapolation."""
-    if (one.model.compressor.name, one.tokens) not in offsets:
-        return one
-    return one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
 
 
 def _tie_breaker(priced: Priced, request: Request, mode: str) -> Floats:
@@ -248,12 +244,7 @@ def _infeasible(priced: Priced, budget: Budget, request: Request, mode: str) -> 
 
 
 def choices(
-    family: FamilyFit,
-    priced: Priced,
-    order: Sequence[int],
-    request: Request,
-    offsets: Offsets,
-    binds: str | None = None,
+    family: FamilyFit, priced: Priced, order: Sequence[int], request: Request, offsets: Offsets, binds: str = ""
 ) -> list[Choice]:
     """The candidates of these indices as choices; `binds` names the limit unless it is compute or memory time."""
     if not order:
@@ -265,29 +256,17 @@ def choices(
     for rank, i in enumerate(order):
         one, price = priced.of[i], priced.prices[i]
         model, beyond, timed = one.model, _extrapolations(family, one), bool(price.times)
-        out.append(
-            Choice(
-                encoder=model.encoder.name,
-                llm=model.decoder.name,
-                llm_params_billion=one.params,
-                compressor=model.compressor.name,
-                visual_tokens=one.tokens,
-                predicted_error=float(priced.error[i]),
-                low=float(low[rank]),
-                high=float(high[rank]),
-                flops=price.total_flops,
-                flops_by_part=price.flops,
-                latency_ms=price.secs * 1e3 if timed else None,
-                latency_ms_by_part={part: t.secs * 1e3 for part, t in price.times.items()} if timed else None,
-                cache_bytes=float(price.cache_bytes),
-                memory_bytes=float(price.memory_bytes),
-                binds=binds or (_bound(price) if timed else "budget"),
-                beats_next=float(wins[rank]) if rank < len(wins) else None,
-                extrapolates=tuple(beyond),
-                warnings=_warnings(model, price, beyond, request, offsets),
-                model=model,
-            )
-        )
+        out.append(Choice(
+            model.encoder.name, model.decoder.name, one.params, model.compressor.name, one.tokens,
+            predicted_error=float(priced.error[i]), low=float(low[rank]), high=float(high[rank]),
+            flops=price.total_flops, flops_by_part=price.flops,
+            latency_ms=price.secs * 1e3 if timed else None,
+            latency_ms_by_part={part: time.secs * 1e3 for part, time in price.times.items()} if timed else None,
+            cache_bytes=float(price.cache_bytes), memory_bytes=float(price.memory_bytes),
+            binds=binds or (_bound(price) if timed else "budget"),
+            beats_next=float(wins[rank]) if rank < len(wins) else None,
+            extrapolates=tuple(beyond), warnings=_warnings(model, price, beyond, request, offsets), model=model,
+        ))  # fmt: skip
     return out
 
 
@@ -300,7 +279,7 @@ def _bound(price: Price) -> str:
 def _extrapolations(family: FamilyFit, one: Candidate) -> dict[str, str]:
     """Descriptions of what the law's rows do not cover of a candidate, by kind."""
     sizes, tokens, models = family.rows["sizes"], family.rows["tokens"], family.models
-    kinds = {  # name, and what was measured
+    kinds = {  # name, and names of what was measured
         "encoder": (one.model.encoder.name, {m.encoder.name for m in models}),
         "compressor": (one.model.compressor.name, {f"{m.compressor.name} behind {m.encoder.name}" for m in models}),
         "family": (one.model.decoder.name, {m.decoder.name for m in models}),
@@ -308,7 +287,7 @@ def _extrapolations(family: FamilyFit, one: Candidate) -> dict[str, str]:
     found = {}
     for kind in one.extrapolates:
         name, measured = kinds[kind]
-        found[kind] = f"{name}, measured with {', '.join(sorted(measured)) or 'what its rows do not say'}"
+        found[kind] = f"{name}, measured with {', '.join(sorted(measured)) or 'models that its rows do not name'}"
     if not sizes[0] <= one.params <= sizes[-1]:
         span = f"{params_label(sizes[0])} to {params_label(sizes[-1])}"
         found["params"] = f"N={params_label(one.params)}, fitted from {span}"

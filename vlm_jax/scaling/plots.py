@@ -72,24 +72,21 @@ def flops_unit(largest: Number) -> tuple[float, str]:
     return next((unit for unit in units if largest >= unit[0] / 2), units[-1])
 
 
-def error_curves(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path) -> Path:
-    """Plots error against V for each N: means with 95 % bars, the law with its bands, the blind baseline."""
-    return _error_figure(rows, law, family, path, across="tokens")
-
-
-def error_by_params(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path) -> Path:
-    """Plots error against N for each V, otherwise as `error_curves`."""
-    return _error_figure(rows, law, family, path, across="params")
-
-
 @styled
-def _error_figure(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path, across: str) -> Path:
+def error_curves(
+    rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path, across: str = "tokens"
+) -> Path:
+    """Plots error against V for each N ("tokens") or against N for each V ("params"): means with 95 % bars, the law
+    with its bands, the blind baseline."""
     cells, fitted = scores.of_rows(rows).of(family).cells, law.family(family)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     _draw_errors(axes, cells, fitted, across)
     axes.set_title(family)
     return save(figure, path)
+
+
+error_by_params = functools.partial(error_curves, across="params")
 
 
 def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, across: str) -> None:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.sizing.chips import Efficiency, chip
+from vlm_jax.sizing.chips import ASSUMED, Efficiency, chip
 
 CALIBRATION = ("chip", "chips", "flops", "bytes", "secs")
 
@@ -13,8 +13,8 @@ CALIBRATION = ("chip", "chips", "flops", "bytes", "secs")
 def calibrate(path: str | Path) -> Efficiency:
     """Efficiencies from a CSV with columns chip, chips, flops, bytes, secs, one measured part per row.
 
-    Each row is limited by compute or by memory; each efficiency is the geometric mean over its rows, found by
-    alternating. An efficiency without rows keeps its default. Raises `UserError` for a bad row.
+    Each row is limited by compute or by memory; each efficiency is the geometric mean over its rows, for the split that
+    fits best. An efficiency without rows keeps its default. Raises `UserError` for a bad row.
     """
     try:
         rows = list(csv.DictReader(Path(path).read_text().splitlines()))
@@ -23,20 +23,15 @@ def calibrate(path: str | Path) -> Efficiency:
     if not rows or any(name not in rows[0] for name in CALIBRATION):
         raise UserError(f"{path}: expected a header {','.join(CALIBRATION)} and at least one row")
     shares = [_shares(row, f"{path}:{number}") for number, row in enumerate(rows, start=2)]
-    best, best_miss = Efficiency(), math.inf
-    for start in (Efficiency(), Efficiency(1, 1), Efficiency(0.1, 1), Efficiency(1, 0.1)):
-        found = start
-        for _ in range(50):
-            by_compute = [c for c, m in shares if c / found.compute >= m / found.bandwidth]
-            by_memory = [m for c, m in shares if c / found.compute < m / found.bandwidth]
-            new = Efficiency(_mean(by_compute) or found.compute, _mean(by_memory) or found.bandwidth)
-            if new == found:
-                break
-            found = new
-        miss = sum(math.log(max(c / found.compute, m / found.bandwidth)) ** 2 for c, m in shares)
-        if miss < best_miss:
-            best, best_miss = found, miss
-    return best
+    shares.sort(key=lambda share: share[1] / share[0])  # the most compute-bound first
+    fits = [
+        Efficiency(
+            _mean([compute for compute, _ in shares[:count]], ASSUMED.compute),
+            _mean([memory for _, memory in shares[count:]], ASSUMED.bandwidth),
+        )
+        for count in range(len(shares) + 1)
+    ]
+    return min(fits, key=lambda fit: sum(math.log(max(c / fit.compute, m / fit.bandwidth)) ** 2 for c, m in shares))
 
 
 def _shares(row: dict[str, str], where: str) -> tuple[float, float]:
@@ -56,5 +51,5 @@ def _shares(row: dict[str, str], where: str) -> tuple[float, float]:
     return compute, memory
 
 
-def _mean(values: list[float]) -> float | None:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+def _mean(values: list[float], default: float) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else default

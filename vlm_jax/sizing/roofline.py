@@ -105,7 +105,7 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
                    "decoder": sizes.decoder + sizes.embedding}[part] for part in stage.train)  # fmt: skip
     dtype = cost.dtype_bytes(spec.compute.dtype)
     kernels = (
-        _kernel_bytes(sizes.total / compute_shards, dtype, passes, storage_shards > compute_shards)
+        _kernel_bytes(spec, sizes.total / compute_shards, passes, storage_shards > compute_shards)
         + 2 * dtype * learned
         + 7 * _STATE_BYTES * learned / storage_shards
     )
@@ -121,8 +121,7 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
     model, rows = spec.model, spec.evaluation.batch_examples
     length = spec.data.text_tokens + model.compressor.tokens
     flops = rows * cost.flops(model, spec.data.text_tokens, 1).total
-    params = cost.params(model).total / compute_shards
-    kernels = _kernel_bytes(params, cost.dtype_bytes(spec.compute.dtype), 1, storage_shards > compute_shards)
+    kernels = _kernel_bytes(spec, cost.params(model).total / compute_shards, 1, storage_shards > compute_shards)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     return Work(flops, flops, kernels + activations * rows / chips)
 
@@ -132,15 +131,14 @@ def decode_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shar
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
     keys = spec.data.text_tokens + spec.model.compressor.tokens + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
-    params = cost.decoder_params(decoder) / compute_shards
-    kernels = _kernel_bytes(params, cost.dtype_bytes(spec.compute.dtype), 1, storage_shards > compute_shards)
+    kernels = _kernel_bytes(spec, cost.decoder_params(decoder) / compute_shards, 1, storage_shards > compute_shards)
     cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)
     return Work(flops, flops, kernels + cache * rows / chips)
 
 
-def _kernel_bytes(params: float, dtype_bytes: int, passes: int, gathered: bool) -> float:
+def _kernel_bytes(spec: RunSpec, params: float, passes: int, gathered: bool) -> float:
     """Each pass reads a kernel, and writes it first if it is gathered from more shards."""
-    return params * dtype_bytes * passes * (2 if gathered else 1)
+    return params * cost.dtype_bytes(spec.compute.dtype) * passes * (2 if gathered else 1)
 
 
 def _pass_bytes(spec: RunSpec, tokens: int, keys: int) -> cost.Number:

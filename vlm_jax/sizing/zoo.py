@@ -59,7 +59,7 @@ def _gemma3(*sizes: int | str, query_channels: int, window: int, factor: float) 
     )  # fmt: skip
 
 
-_ENCODERS = (
+ENCODERS = {spec.name: spec for spec in (
     EncoderSpec("glyph-64", 64, 8, 128, 4, 4, 512),
     EncoderSpec("siglip-b16-224", 224, 16, 768, 12, 12, 3072),
     EncoderSpec("siglip-b16-384", 384, 16, 768, 12, 12, 3072),
@@ -76,9 +76,9 @@ _ENCODERS = (
     EncoderSpec("siglip2-g16-384", 384, 16, 1536, 40, 16, 6144),
     _clip("clip-l14-224", 224, 14, 1024, 24, 16, 4096),
     _clip("clip-l14-336", 336, 14, 1024, 24, 16, 4096),
-)
+)}  # fmt: skip
 
-_DECODERS = (
+DECODERS = {spec.name: spec for spec in (
     *map(_ladder, (24, 48, 96, 192, 384)),
     _qwen2("qwen1.5-0.5b", 1024, 24, 16, 16, 64, 2816, 151936, tied=True),
     _qwen2("qwen1.5-1.8b", 2048, 24, 16, 16, 128, 5504, 151936, tied=False),
@@ -118,10 +118,7 @@ _DECODERS = (
     _llama("smollm2-135m", 576, 30, 9, 3, 64, 1536, 49152, tied=True, theta=1e5),
     _llama("smollm2-360m", 960, 32, 15, 5, 64, 2560, 49152, tied=True, theta=1e5),
     _llama("smollm2-1.7b", 2048, 24, 32, 32, 64, 8192, 49152, tied=True, theta=1.3e5),
-)
-
-ENCODERS = {spec.name: spec for spec in _ENCODERS}
-DECODERS = {spec.name: spec for spec in _DECODERS}
+)}  # fmt: skip
 ALIASES = {"vicuna-7b": "llama2-7b", "vicuna-13b": "llama2-13b"}  # the same dimensions under another name
 
 
