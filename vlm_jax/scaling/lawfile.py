@@ -25,9 +25,8 @@ def write(path: str | Path, law: LawFit) -> None:
 
 def dumps(law: LawFit) -> str:
     """The law as JSON, with lists of numbers on one line."""
-    values = law._asdict()
-    values["families"] = {name: _family(one) for name, one in law.families.items()}
-    return _text(values, 0) + "\n"
+    families = {name: _family(one) for name, one in law.families.items()}
+    return _text(law._asdict() | {"families": families}, 0) + "\n"
 
 
 def _family(family: FamilyFit) -> dict[str, Any]:

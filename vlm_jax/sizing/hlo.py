@@ -110,12 +110,12 @@ def compiler_cycles(text: str, open_trips: int = 1) -> float:
         name for lines in computations.values() for line in lines if line.opcode == "while"
         for name in re.findall(r"(?:body|condition)=%?([\w.-]+)", line.text)
     }  # fmt: skip
-    estimates = (
-        (trips.get(computation, 0), re.search(r'"estimated_cycles":"(\d+)"', line.text))
-        for computation in scheduled
-        for line in computations.get(computation, ())
-    )
-    return float(sum(times * int(match[1]) for times, match in estimates if match))
+    total = 0
+    for computation in scheduled:
+        for line in computations.get(computation, ()):
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line.text):
+                total += trips.get(computation, 0) * int(estimate[1])
+    return float(total)
 
 
 def _collective(kind: str, line: _Line, trips: int, mesh: Mapping[str, int]) -> Collective:
