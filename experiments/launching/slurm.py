@@ -128,7 +128,7 @@ def queue() -> set[str]:
 
 def _watcher(left: list[Cell], workdir: Path) -> Callable[[], bool]:
     """Whether a task of these cells is in the queue. A task that left it without a row or a reason was killed: that is
-    said in its cell's `error.txt`."""
+    recorded in its cell's `error.txt`."""
     polled = -_POLL_EVERY_SECS
     gone: dict[str, float] = {}
     open_cells = {cell.name: cell for cell in left}
