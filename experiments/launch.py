@@ -75,9 +75,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.workers = 64 if args.backend == "slurm" else 1 if args.accelerator else local.default_workers()
     if args.workers < 1:
         raise UserError(f"--workers: expected at least 1, got {args.workers}")
-    there = next(path for path in (args.workdir, *args.workdir.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UserError(f"--workdir {args.workdir}: cannot be made ({there} is not a folder); choose another")
+    path = next(path for path in (args.workdir, *args.workdir.absolute().parents) if os.path.lexists(path))
+    if not path.is_dir():
+        raise UserError(f"--workdir {args.workdir}: expected a folder, got the file {path} (choose another)")
     return args
 
 
@@ -98,7 +98,7 @@ def speed_of(args: argparse.Namespace, rows: dict[str, ResultRow]) -> tables.Spe
 
 
 def starter(left: list[Cell], args: argparse.Namespace, console: Console) -> Callable[[], None]:
-    """What runs the cells on the backend. What that lacks or cannot do is said here, before anything is written."""
+    """The runner of the backend. Raises `UserError` for missing or invalid settings before anything is written."""
     if args.backend == "slurm":
         executor = slurm.make_executor(args.workdir / "slurm", slurm_options(args))
         slurm.queue()

@@ -1,4 +1,4 @@
-"""Renew every number that stands in a README: `python -m experiments.readme`.
+"""Updates every number in a README: `python -m experiments.readme`.
 
 Writes between pairs of marks in README.md and experiments/size_by_tokens/README.md, from the committed rows and laws.
 """
@@ -62,7 +62,7 @@ def planned() -> str:
     """A command and the ranking that it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        plan.main([word.replace("experiments/", f"{ROOT}/experiments/") for word in shlex.split(_PLAN)])
+        plan.main([flag.replace("experiments/", f"{ROOT}/experiments/") for flag in shlex.split(_PLAN)])
     ranking = printed.getvalue().split("GFLOPs a request")[0].rstrip()
     return f"    $ python -m vlm_jax.plan {_PLAN}\n" + "\n".join(
         f"    {line}".rstrip() for line in ranking.splitlines()
@@ -70,7 +70,7 @@ def planned() -> str:
 
 
 def write_block(path: Path, name: str, text: str, command: str = "experiments.readme") -> None:
-    """Replaces what stands between the marks of that name. Raises `UserError` where they are missing."""
+    """Replaces the text between the marks of that name. Raises `UserError` if they are missing."""
     start, end = f"<!-- {name}: written by python -m {command} -->", f"<!-- end of {name} -->"
     whole = path.read_text()
     if start not in whole or end not in whole:

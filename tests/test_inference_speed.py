@@ -1,4 +1,4 @@
-"""The benchmarks' page says what their rows say, and a new measurement takes the place of the one before."""
+"""The benchmarks' page shows their rows, and a new measurement replaces the old one."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The doors of the law half: commands as written, one line for a mistake, nothing written, no accelerator touched."""
+"""The commands `plan` and `fit_law`: outputs, one-line errors, and no JAX backend."""
 
 import json
 import subprocess
@@ -36,47 +36,23 @@ def test_the_law_file_has_the_documented_shape(law):
 
 
 def test_a_plan_as_json(law, capsys):
-    flags = [
-        "--family",
-        "reasoning",
-        "--question-tokens",
-        "50",
-        "--answer-tokens",
-        "20",
-        "--tflops",
-        "2",
-        "--json",
-        "--top",
-        "3",
-    ]
-    assert plan.main(["--law", str(law), *flags]) == 0
+    flags = "--family reasoning --question-tokens 50 --answer-tokens 20 --tflops 2 --json --top 3"
+    assert plan.main(["--law", str(law), *flags.split()]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["closed_form"]["visual_tokens"] == pytest.approx(13.5, abs=0.1)
     assert len(values["choices"]) == 3
     first = values["choices"][0]
-    wanted = (
+    fields = (
         "encoder llm llm_params_billion compressor visual_tokens predicted_error low high flops latency_ms cache_bytes"
     )
-    assert {*wanted.split(), "binds", "warnings"} <= set(first)
+    assert {*fields.split(), "binds", "warnings"} <= set(first)
     assert first["flops"] <= 2e12
     assert first["latency_ms"] is None
 
 
 def test_a_plan_as_tables(law, capsys):
-    flags = [
-        "--family",
-        "reasoning",
-        "--latency-ms",
-        "300",
-        "--chip",
-        "v6e",
-        "--batch",
-        "32",
-        "--cached-question",
-        "--mode",
-        "paper",
-    ]
-    assert plan.main(["--law", str(law), *flags]) == 0
+    flags = "--family reasoning --latency-ms 300 --chip v6e --batch 32 --cached-question --mode paper"
+    assert plan.main(["--law", str(law), *flags.split()]) == 0
     out = capsys.readouterr().out
     for text in (
         "paper cost chooses:",
@@ -111,16 +87,16 @@ def test_a_plan_as_a_page_and_as_figures(law, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tflops", "2"], "name one with --family: ocr, reasoning"),
+        (["--tflops", "2"], "--family: expected one of ocr, reasoning"),
         (["--family", "reasoning"], "one of the arguments --tflops .* is required"),
         (["--family", "reasoning", "--tflops", "1", "--cache-mb", "1"], "not allowed with"),
         (["--family", "reasoning", "--tflops", "0.001"], "the least is"),
-        (["--family", "reasoning", "--tflops", "1", "--top", "0"], "--top 0 must be at least 1"),
-        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot be read"),
+        (["--family", "reasoning", "--tflops", "1", "--top", "0"], "--top: expected 1 or more, got 0"),
+        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot read"),
         (["--family", "reasoning", "--tflops", "1", "--chip", "tpu"], "unknown chip"),
     ],
 )
-def test_a_plan_that_cannot_be_is_told(law, flags, message):
+def test_invalid_plans_raise(law, flags, message):
     with pytest.raises(UserError, match=message):
         plan.main(["--law", str(law), *flags])
 
@@ -128,45 +104,48 @@ def test_a_plan_that_cannot_be_is_told(law, flags, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("family,llm_params_billion,visual_tokens\n", "missing column"),
+        ("family,llm_params_billion,visual_tokens\n", "missing mean_score"),
         ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,53\nocr,2,1,50\n", "divide by 100"),
-        ("family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,0.5\nocr,1,1,0.4\n", "one LLM size only"),
+        (
+            "family,llm_params_billion,visual_tokens,mean_score\nocr,1,4,0.5\nocr,1,1,0.4\n",
+            "expected two or more LLM sizes",
+        ),
     ],
 )
-def test_bad_rows_are_told_in_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch, text, message):
+def test_bad_rows_exit_2_with_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, text, message):
     (tmp_path / "rows.csv").write_text(text)
     out = tmp_path / "law.json"
     monkeypatch.setattr(sys, "argv", ["fit_law", "--rows", str(tmp_path / "rows.csv"), "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
         run_main(fit_law.main)
-    said = capsys.readouterr().err.strip().splitlines()
+    lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2
-    assert len(said) == 1
-    assert message in said[0]
-    assert "rows.csv" in said[0]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "rows.csv" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bootstraps", "5"], "too few"),
-        (["--seed", "-1"], "--seed -1 must be 0 or more"),
-        (["--fixed-d", "nan"], "must be a finite number"),
-        (["--out", "."], "is a folder"),
+        (["--bootstraps", "5"], "--bootstraps: expected 20 or more, got 5"),
+        (["--seed", "-1"], "--seed: expected 0 or more, got -1"),
+        (["--fixed-d", "nan"], "expected a finite number, got nan"),
+        (["--out", "."], "expected a file, got the folder"),
         (["--form", "cubic"], "unknown form 'cubic'"),
         (["--family", "video"], "unknown family 'video'"),
     ],
 )
-def test_a_fit_that_cannot_be_is_told(tmp_path, flags, message):
+def test_invalid_fits_raise(tmp_path, flags, message):
     out = tmp_path / "law.json"
     with pytest.raises(UserError, match=message):
         fit_law.main(["--rows", str(PUBLISHED), "--out", str(out), *flags])
     assert not out.exists()
 
 
-def test_planning_and_fitting_touch_no_accelerator(law, tmp_path):
-    """JAX may be imported (compressors are written in it), but no backend may come to life."""
+def test_planning_and_fitting_initialise_no_backend(law, tmp_path):
+    """JAX may be imported, as compressors are written in it."""
     program = (
         "import sys; from vlm_jax import plan, fit_law; from vlm_jax.scaling import plots, page\n"
         f"plan.main(['--law', {str(law)!r}, '--family', 'ocr', '--tflops', '2', '--json'])\n"
@@ -178,7 +157,7 @@ def test_planning_and_fitting_touch_no_accelerator(law, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_screen_of_a_figure_is_not_blank(law, tmp_path):
+def test_figures_are_not_blank(law, tmp_path):
     from PIL import Image
 
     from vlm_jax.scaling import lawfile, plots, scores

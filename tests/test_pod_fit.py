@@ -1,4 +1,4 @@
-"""The study of pods: its page holds no typed number, and its rows say what the page claims."""
+"""The pod study: all numbers of its page are computed, and its claims hold for its rows."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ NAMES = (
 )  # fmt: skip
 
 
-def test_no_number_of_the_page_is_typed() -> None:
+def test_the_template_has_no_literal_numbers() -> None:
     text = (HERE / "README.template.md").read_text()
     for name in NAMES:
         assert name in text
@@ -22,7 +22,7 @@ def test_no_number_of_the_page_is_typed() -> None:
     assert [line for line in text.splitlines() if re.search(r"\d", line)] == []
 
 
-def test_rows_are_cells_of_the_study_and_hold_what_the_page_claims() -> None:
+def test_rows_are_cells_of_the_study_and_its_claims_hold() -> None:
     names = [cell.name for cell in sweep.cells()]
     rows = {row["cell"]: row for row in sweep.read()}
     assert len(set(names)) == len(names)
@@ -36,6 +36,6 @@ def test_rows_are_cells_of_the_study_and_hold_what_the_page_claims() -> None:
 
 
 def test_state_falls_as_one_over_chips() -> None:
-    """The smallest model, where small vectors weigh most, from a slice of sixteen to a whole pod."""
+    """For the smallest model, where replicated vectors matter most."""
     few, many = (chips * table.state_bytes("qwen1.5-0.5b", chips) for chips in (16, 256))
     assert few <= many < (1 + table.TOLERANCE) * few

@@ -1,4 +1,4 @@
-"""The published study: its page holds no typed number, and says what its law says."""
+"""The published study: all numbers of its page are computed from its law."""
 
 import csv
 import re
@@ -12,7 +12,7 @@ HERE = Path(refit.__file__).parent
 NAMES = ("2411.03312", "Vicuna-7B", "vicuna7b", "2 N (Q + V)", "D = 0")
 
 
-def test_no_number_of_the_page_is_typed():
+def test_the_template_has_no_literal_numbers():
     text = (HERE / "README.template.md").read_text()
     for name in NAMES:
         text = text.replace(name, "")
@@ -20,7 +20,7 @@ def test_no_number_of_the_page_is_typed():
     assert [line for line in text.splitlines() if re.search(r"\d", line)] == []
 
 
-def test_the_page_says_what_the_law_says():
+def test_the_page_has_the_numbers_of_the_law():
     law, page = lawfile.read(HERE / "law.json"), (HERE / "README.md").read_text()
     ratio = law.family("reasoning").ratio
     assert f"alpha / beta = **{ratio['value']:.2f}**" in page
@@ -30,7 +30,7 @@ def test_the_page_says_what_the_law_says():
         assert (HERE / picture).exists()
 
 
-def test_published_figures_are_judged_by_the_intervals():
+def test_published_exponents_are_compared_with_the_intervals():
     assert refit._verdict("x", 0.5, 0.4, 0.3, 0.6).endswith("| inside |")
     assert refit._verdict("x", 0.7, 0.4, 0.3, 0.6).endswith("| **outside** |")
 

@@ -1,7 +1,6 @@
 """Fits the error law to result rows: `python -m vlm_jax.fit_law --rows FILE --out law.json`.
 
-Prints the law of each family with its doubts, and writes everything to `law.json` (the format is told in
-`scaling.fit`).
+Prints the law of each family with its warnings, and writes it to `law.json` (format: `scaling.fitted`).
 """
 
 import math
@@ -12,14 +11,13 @@ from vlm_jax.core.errors import UserError
 
 
 def parser() -> ArgumentParser:
-    """The flags."""
     flags = ArgumentParser(prog="python -m vlm_jax.fit_law", description=__doc__)
     flags.add_argument("--rows", required=True, help="result rows (.jsonl) or a table of scores (.csv)")
     flags.add_argument("--out", required=True, help="where to write law.json")
     flags.add_argument("--family", help="one family only")
     flags.add_argument("--form", default="auto", help="auto, or one form: multiplicative, additive-free, semilog, ...")
     flags.add_argument("--loss", default="squared", help="squared (the paper's), or log: Huber on the log of the error")
-    flags.add_argument("--floor", default="none", help="blind: count scores from the blind baseline of the same size")
+    flags.add_argument("--floor", default="none", help="blind: scores relative to the blind baseline of the same size")
     flags.add_argument("--fixed-d", type=float, default=0.0, help="D of the -fixed forms")
     flags.add_argument("--bootstraps", type=int, default=1000)
     flags.add_argument("--seed", type=int, default=0)
@@ -27,33 +25,25 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Parses, fits, writes, reports."""
+    """Fits the rows, writes the law and prints it."""
     flags = parser().parse_args(argv)
     if flags.bootstraps < 20:
-        raise UserError(f"--bootstraps {flags.bootstraps} is too few for a 95 % interval; give 20 or more")
+        raise UserError(f"--bootstraps: expected 20 or more, got {flags.bootstraps}")
     if flags.seed < 0:
-        raise UserError(f"--seed {flags.seed} must be 0 or more")
+        raise UserError(f"--seed: expected 0 or more, got {flags.seed}")
     if not math.isfinite(flags.fixed_d):
-        raise UserError(f"--fixed-d {flags.fixed_d} must be a finite number")
+        raise UserError(f"--fixed-d: expected a finite number, got {flags.fixed_d}")
     if Path(flags.out).is_dir():
-        raise UserError(f"--out {flags.out} is a folder; name a file in it")
+        raise UserError(f"--out: expected a file, got the folder {flags.out}")
 
     from vlm_jax.scaling import fit, lawfile, report, scores
 
     rows = scores.read(flags.rows)
     with report.progress(fit.stages(rows, flags.form, flags.family)) as progress:
         law = fit.fit(
-            rows,
-            flags.form,
-            family=flags.family,
-            loss=flags.loss,
-            floor=flags.floor,
-            fixed_floor=flags.fixed_d,
-            bootstraps=flags.bootstraps,
-            seed=flags.seed,
-            source=Path(flags.rows).name,
-            progress=progress,
-        )
+            rows, flags.form, family=flags.family, loss=flags.loss, floor=flags.floor, fixed_floor=flags.fixed_d,
+            bootstraps=flags.bootstraps, seed=flags.seed, source=Path(flags.rows).name, progress=progress,
+        )  # fmt: skip
     lawfile.write(flags.out, law)
     report.print_law(law, report.console())
     print(f"wrote {flags.out}")

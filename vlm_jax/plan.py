@@ -1,9 +1,9 @@
 """Plans a model for a budget: `python -m vlm_jax.plan --law law.json --question-tokens 50 --answer-tokens 20 --tflops
 2`.
 
-Ranks the models that the budget allows by the error that the law predicts, with the cost and latency of each part: the
-encoder and compressor that the law was measured with, any V, any LLM of the measured family. --encoders, --llms and
---compressors ask for others; what the law was not measured with is marked * and stands last. Touches no accelerator.
+Ranks the models within a budget by predicted error, with cost and latency by part: the encoder and compressor that the
+law was measured with, any V, any LLM of the measured family. --encoders, --llms and --compressors name others;
+extrapolations are marked * and rank last. Touches no accelerator.
 """
 
 import sys
@@ -13,10 +13,9 @@ from vlm_jax.core.errors import UserError
 
 
 def parser() -> ArgumentParser:
-    """The flags."""
     flags = ArgumentParser(prog="python -m vlm_jax.plan", description=__doc__)
     flags.add_argument("--law", required=True, help="law.json of vlm_jax.fit_law")
-    flags.add_argument("--family", help="family of tasks; needed where the law has several")
+    flags.add_argument("--family", help="family of tasks; required if the law has several")
     flags.add_argument("--question-tokens", type=float, default=50)
     flags.add_argument("--answer-tokens", type=float, default=20)
     flags.add_argument("--cached-question", action="store_const", const="cached", default="fresh", dest="question")
@@ -29,17 +28,11 @@ def parser() -> ArgumentParser:
     flags.add_argument("--chip", help="v4, v5e, v5p, v6e, v7x, a100, h100, h200")
     flags.add_argument("--chips", type=int, default=1)
     flags.add_argument("--batch", type=int, default=1)
-    flags.add_argument(
-        "--calibrate", help="CSV of measured parts (chip,chips,flops,bytes,secs) to replace the assumed efficiency"
-    )
+    flags.add_argument("--calibrate", help="CSV of measured parts (chip,chips,flops,bytes,secs) for the efficiency")
     for name in ("encoders", "llms", "compressors"):
-        flags.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=f"these {name}, measured or not")
-    flags.add_argument(
-        "--tokens", nargs="+", type=int, default=[], metavar="V", help="only these numbers of visual tokens"
-    )
-    flags.add_argument(
-        "--offsets", help="CSV of measured compressors; their differences at equal V are added to the error"
-    )
+        flags.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=f"{name}, measured or not")
+    flags.add_argument("--tokens", nargs="+", type=int, default=[], metavar="V", help="numbers of visual tokens")
+    flags.add_argument("--offsets", help="CSV of measured compressors, whose differences are added to the error")
     flags.add_argument("--mode", default="full", help="full, or paper: charge 2 N (Q + V) only")
     flags.add_argument("--top", type=int, default=12, help="how many choices to list")
     flags.add_argument("--json", action="store_true", help="print an object instead of tables")
@@ -49,7 +42,7 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Parses, searches, prints, draws."""
+    """Prints the plan; writes the page and figures."""
     flags = parser().parse_args(argv)
 
     from vlm_jax.scaling import budgets, frontier, lawfile, offsets, report
@@ -58,23 +51,17 @@ def main(argv: list[str]) -> int:
 
     law = lawfile.read(flags.law)
     law.family(flags.family)
-    given = {kind: getattr(flags, kind) for kind in budgets.BUDGETS if getattr(flags, kind) is not None}
-    ((kind, amount),) = given.items()
-    budget = budgets.Budget(kind, amount, flags.usd_per_chip_hour)
+    (kind,) = (kind for kind in budgets.BUDGETS if getattr(flags, kind) is not None)
+    budget = budgets.Budget(kind, getattr(flags, kind), flags.usd_per_chip_hour)
     if flags.top < 1:
-        raise UserError(f"--top {flags.top} must be at least 1")
+        raise UserError(f"--top: expected 1 or more, got {flags.top}")
     request = Request(
         flags.question_tokens, flags.answer_tokens, flags.batch, flags.question,
         on=chips.chip(flags.chip) if flags.chip else None, chips=flags.chips,
         efficiency=calibration.calibrate(flags.calibrate) if flags.calibrate else chips.ASSUMED,
     )  # fmt: skip
-    limits = {
-        "encoders": tuple(flags.encoders),
-        "llms": tuple(flags.llms),
-        "compressors": tuple(flags.compressors),
-        "tokens": tuple(flags.tokens),
-        "offsets": offsets.read(flags.offsets) if flags.offsets else {},
-    }
+    limits = {name: tuple(getattr(flags, name)) for name in ("encoders", "llms", "compressors", "tokens")}
+    limits["offsets"] = offsets.read(flags.offsets) if flags.offsets else {}
     plan = frontier.plan(law, budget, request, family=flags.family, mode=flags.mode, top=flags.top, **limits)
     if flags.json:
         sys.stdout.write(report.plan_json(plan, budget, request, flags.mode))

@@ -1,1 +1,1 @@
-"""How fast loaded models read prompts and answer, beside transformers."""
+"""Prefill and decode speed of loaded models, compared with other libraries."""

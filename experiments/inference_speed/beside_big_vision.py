@@ -75,7 +75,7 @@ def write_weights(path: Path, network: Any) -> None:
 
 
 def both(name: str, folder: Path, threads: int) -> measuring.Sides:
-    """The same random weights in big_vision and here."""
+    """Loads the same random weights into big_vision and vlm_jax."""
     import jax
     from big_vision.models.proj.paligemma import paligemma
     from big_vision.trainers.proj.paligemma import predict_fns
@@ -89,20 +89,20 @@ def both(name: str, folder: Path, threads: int) -> measuring.Sides:
     model = vlm_jax.load(file)
     decode = predict_fns.get_all(network)["decode"]
 
-    def sides(batch: int, prompt_tokens: int) -> tuple[measuring.Say, measuring.Say]:
+    def sides(batch: int, prompt_tokens: int) -> tuple[measuring.Generate, measuring.Generate]:
         rng = np.random.default_rng(batch)
         image = rng.uniform(-1, 1, (batch, SIDE, SIDE, 3)).astype(np.float32)
         text = rng.integers(10, 40_000, (batch, prompt_tokens - VISUAL_TOKENS), np.int32)
         real, prefix = np.ones(text.shape, bool), np.zeros_like(text)
-        fed = {"image": image, "text": text, "mask_input": real, "mask_ar": prefix, "_mask": np.ones(batch, bool)}
-        fed = jax.device_put(fed)
+        arrays = {"image": image, "text": text, "mask_input": real, "mask_ar": prefix, "_mask": np.ones(batch, bool)}
+        arrays = jax.device_put(arrays)
         tokens = np.concatenate([np.full((batch, VISUAL_TOKENS), model.image_token), text], axis=1)
 
-        def theirs(new_tokens: int) -> np.ndarray:
-            how = {"devices": jax.devices(), "max_decode_len": new_tokens, "eos_token": -1, "sampler": "greedy"}
-            return np.asarray(decode(state, fed, **how))
+        def reference_tokens(new_tokens: int) -> np.ndarray:
+            settings = {"devices": jax.devices(), "max_decode_len": new_tokens, "eos_token": -1, "sampler": "greedy"}
+            return np.asarray(decode(state, arrays, **settings))
 
-        return theirs, lambda new_tokens: vlm_jax.generate_tokens(model, image, tokens, new_tokens)
+        return reference_tokens, lambda new_tokens: vlm_jax.generate_tokens(model, image, tokens, new_tokens)
 
     return sides
 

@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def both(name: str, folder: Path, threads: int) -> measuring.Sides:
-    """The same random weights in transformers and here."""
+    """Loads the same random weights into transformers and vlm_jax."""
     import torch
     import transformers
 
@@ -39,25 +39,25 @@ def both(name: str, folder: Path, threads: int) -> measuring.Sides:
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = vlm_jax.load(folder)
 
-    def sides(batch: int, prompt_tokens: int) -> tuple[measuring.Say, measuring.Say]:
+    def sides(batch: int, prompt_tokens: int) -> tuple[measuring.Generate, measuring.Generate]:
         tokens = np.random.default_rng(batch).integers(10, 40_000, (batch, prompt_tokens))
         ids = torch.from_numpy(tokens)
 
-        def theirs(new_tokens: int) -> np.ndarray:
+        def reference_tokens(new_tokens: int) -> np.ndarray:
             with torch.inference_mode():
                 out = reference.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
                 )
             return out[:, ids.shape[1] :].numpy()
 
-        return theirs, lambda new_tokens: vlm_jax.generate_tokens(model, None, tokens, new_tokens)
+        return reference_tokens, lambda new_tokens: vlm_jax.generate_tokens(model, None, tokens, new_tokens)
 
     return sides
 
 
 def hugging_face_config(name: str) -> Any:
-    """transformers' configuration of a size in our zoo; no token ends an answer. The weights are drawn wider than is
-    usual, with little in the embedding, lest all answers repeat one token, on which agreeing is easy.
+    """The transformers config of a decoder in the zoo, without eos. Weights have a larger scale than usual and the
+    embedding a smaller one, so that answers do not repeat one token, on which both sides would agree trivially.
     """
     import transformers
 

@@ -1,8 +1,8 @@
-"""What the benchmarks beside another library share: flags, measuring by turns, rows that stay, and the table.
+"""Shared code of the benchmarks against another library: flags, paired measurements, rows and the table.
 
-Every measurement of one side is followed by one of the other, so that a machine that is busy with other work is busy
-for both; the ratio of each pair counts, and its spread is told. Prefill is a whole call that says one token; decoding
-is what more tokens take beyond that. Both sides have run, and so compiled, before anything is timed.
+The two sides are measured in turn, so that other load on the machine affects both; the ratio of each pair counts, and
+its spread is reported. Prefill is a call that generates one token; decoding is the time of the other tokens. Both sides
+run once, and so compile, before anything is timed.
 """
 
 import argparse
@@ -27,26 +27,26 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_json
 
 HERE = Path(__file__).parent
-KEY = ("model", "threads", "batch")  # of a row: a new measurement takes the place of the one before
+KEY = ("model", "threads", "batch")  # of a row: a new measurement replaces the old one
 Row = dict[str, Any]
-Say = Callable[[int], np.ndarray]  # how many new tokens -> those that were said, int[B, new], on the host
-Sides = Callable[[int, int], tuple[Say, Say]]  # (rows, prompt tokens) -> (theirs, ours), on the same prompts
+Generate = Callable[[int], np.ndarray]  # number of new tokens -> generated tokens, int[B, new], on the host
+Sides = Callable[[int, int], tuple[Generate, Generate]]  # (rows, prompt tokens) -> (reference, vlm_jax)
 
 
 class Peer(NamedTuple):
-    """Another library, and how both sides open the same weights."""
+    """Another library, and how both sides load the same weights."""
 
-    name: str  # as in beside_NAME: the module, the file of rows and the block of README.md
+    name: str  # in beside_NAME (module and rows), and of the block of README.md
     models: tuple[str, ...]  # the first is the default
     visual_tokens: int  # of a prompt
-    prompt_tokens: int  # by default, those of the image among them
-    imports: tuple[str, ...]  # what it needs, besides this project
+    prompt_tokens: int  # default, including the image
+    imports: tuple[str, ...]  # required packages
     versions: Callable[[], dict[str, str]]
     open: Callable[[str, Path, int], Sides]  # (model, an empty folder, threads)
 
 
 def main(argv: list[str], peer: Peer, doc: str) -> None:
-    """Measures, row by row, and renews the rows and the table after each."""
+    """Measures all rows, and updates the file and the table after each."""
     module = f"experiments.inference_speed.beside_{peer.name}"
     parser = ArgumentParser(
         prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,21 +54,21 @@ def main(argv: list[str], peer: Peer, doc: str) -> None:
     parser.add_argument("--threads", type=int, default=1, help="cores that each side may use")
     parser.add_argument("--models", nargs="+", default=list(peer.models[:1]), choices=peer.models)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=peer.prompt_tokens, help="with those of an image")
+    parser.add_argument("--prompt-tokens", type=int, default=peer.prompt_tokens, help="including the image")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=3, help="measurements of each side")
-    parser.add_argument("--folder", type=Path, help="where the weights are written for a while, if not in /tmp")
-    parser.add_argument("--out", type=Path, help="another file for the rows, and no table")
+    parser.add_argument("--folder", type=Path, help="folder for temporary weights")
+    parser.add_argument("--out", type=Path, help="write the rows to this file, and no table")
     args = parser.parse_args(argv)
     if args.prompt_tokens <= peer.visual_tokens or args.new_tokens < 2 or args.pairs < 1 or min(args.batches) < 1:
         least = peer.visual_tokens + 1
-        raise UserError(f"--prompt-tokens from {least}, --new-tokens from 2, --pairs and --batches from 1 are wanted")
+        raise UserError(f"expected --prompt-tokens >= {least}, --new-tokens >= 2, --pairs and --batches >= 1")
     use_cores(args.threads)
     try:
         for needed in peer.imports:
             importlib.import_module(needed)
     except ImportError as error:
-        raise UserError(f"{error}: README.md beside this module says what to install") from error
+        raise UserError(f"{error} (README.md in this folder lists the packages to install)") from error
     for model in args.models:
         for row in measured(model, peer, args):
             print(json.dumps(row), flush=True)
@@ -78,36 +78,36 @@ def main(argv: list[str], peer: Peer, doc: str) -> None:
 
 
 def measured(model: str, peer: Peer, args: argparse.Namespace) -> Iterator[Row]:
-    """A row for each batch size; both sides' weights are let go behind the last."""
+    """A row for each batch size."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         sides = peer.open(model, Path(folder), args.threads)
-    how = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "pairs")}
-    how |= {"cpu": cpu_name(), "versions": peer.versions()}
+    settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "pairs")}
+    settings |= {"cpu": cpu_name(), "versions": peer.versions()}
     for batch in args.batches:
         found = measure(*sides(batch, args.prompt_tokens), args.new_tokens, args.pairs, args.threads)
-        yield {"model": model, "threads": args.threads, "batch": batch, **how, **found}
+        yield {"model": model, "threads": args.threads, "batch": batch, **settings, **found}
 
 
 def use_cores(threads: int) -> None:
-    """Binds this process to that many of the cores that it may use; before jax starts its own threads."""
+    """Pins this process to that many of its cores, before jax starts threads."""
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= threads <= len(cores):
-        raise UserError(f"--threads {threads}: 1 to {len(cores)} cores may be used here")
+        raise UserError(f"--threads: expected 1 to {len(cores)}, got {threads}")
     os.sched_setaffinity(0, cores[:threads])
 
 
-def measure(theirs: Say, ours: Say, new_tokens: int, pairs: int, threads: int) -> Row:
-    """Milliseconds of both sides (medians), and the ratios, theirs over ours, of calls that followed each other."""
+def measure(reference: Generate, vlm_jax: Generate, new_tokens: int, pairs: int, threads: int) -> Row:
+    """Median milliseconds of both sides, and the ratios reference / vlm_jax of paired calls."""
     from rich.console import Console
     from rich.progress import track
 
-    same = float(np.mean(theirs(new_tokens) == ours(new_tokens)))  # and compiles
-    theirs(1), ours(1)
+    same = float(np.mean(reference(new_tokens) == vlm_jax(new_tokens)))  # and compiles
+    reference(1), vlm_jax(1)
     times: dict[str, list[tuple[float, float]]] = {"theirs": [], "ours": []}
     console = Console(stderr=True)
     for _ in track(range(pairs), "measuring", console=console, transient=True, disable=not console.is_terminal):
-        for side, say in (("theirs", theirs), ("ours", ours)):
-            prefill, whole = (timed(say, count, threads) for count in (1, new_tokens))
+        for side, generate in (("theirs", reference), ("ours", vlm_jax)):
+            prefill, whole = (timed(generate, count, threads) for count in (1, new_tokens))
             times[side].append((prefill, (whole - prefill) / (new_tokens - 1)))
     row: Row = {"same_tokens": round(same, 4)}
     for at, phase in enumerate(("prefill", "token")):
@@ -118,22 +118,21 @@ def measure(theirs: Say, ours: Say, new_tokens: int, pairs: int, threads: int) -
     return row
 
 
-def timed(say: Say, new_tokens: int, threads: int) -> float:
-    """Seconds; on one core those of the processor, so that other work on the machine counts less."""
+def timed(generate: Generate, new_tokens: int, threads: int) -> float:
+    """Wall seconds of a call, or CPU seconds on one core, which other load affects less."""
     clock = time.process_time if threads == 1 else time.perf_counter
     start = clock()
-    say(new_tokens)
+    generate(new_tokens)
     return clock() - start
 
 
 def cpu_name() -> str:
-    """As the kernel tells it."""
     lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return lines[0].partition(":")[2].strip() if lines else platform.processor()
 
 
 def keep(path: Path, row: Row) -> list[Row]:
-    """The rows of a file with this one among them, written back."""
+    """Adds the row to a file, replacing one of the same `KEY`, and returns all rows."""
     rows = json.loads(path.read_text()) if path.is_file() else []
     rows = [old for old in rows if any(old[name] != row[name] for name in KEY)]
     rows = sorted([*rows, row], key=lambda one: [one[name] for name in KEY])
@@ -142,26 +141,26 @@ def keep(path: Path, row: Row) -> list[Row]:
 
 
 def table(rows: list[Row], peer: str) -> str:
-    """One line a row, with a letter for how and where it was measured, and below what each letter stands for."""
+    """The rows as a markdown table, with a legend of how and where they were measured."""
     head = ["model", "cores", "batch", "prefill, ms", peer, "ratio", "each token, ms", peer, "ratio", "same tokens"]
     lines = [[*head, "on a GPU", "measured"]]
     legend: list[str] = []
     for row in rows:
-        told = circumstances(row)
-        if told not in legend:
-            legend.append(told)
+        text = circumstances(row)
+        if text not in legend:
+            legend.append(text)
         cells = [row["model"], str(row["threads"]), str(row["batch"])]
         for phase in ("prefill", "token"):
             ratios = row[f"{phase}_ratio"]
             spread = f"{ratios[0]:.2f} / **{statistics.median(ratios):.2f}** / {ratios[-1]:.2f}"
             cells += [f"{row[f'{phase}_ms']:.1f}", f"{row[f'theirs_{phase}_ms']:.1f}", spread]
-        lines.append([*cells, f"{row['same_tokens']:.1%}", "not measured", ascii_lowercase[legend.index(told)]])
-    letters = [f"* {letter}: {told}" for letter, told in zip(ascii_lowercase, legend, strict=False)]
+        lines.append([*cells, f"{row['same_tokens']:.1%}", "not measured", ascii_lowercase[legend.index(text)]])
+    letters = [f"* {letter}: {text}" for letter, text in zip(ascii_lowercase, legend, strict=False)]
     return "\n".join([markdown_table(lines), "", *letters])
 
 
 def circumstances(row: Row) -> str:
-    """What rows must share to be compared with each other."""
+    """Settings, machine and versions of a row."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     sizes = f"prompts of {row['prompt_tokens']} tokens, {row['new_tokens']} new ones"
     return f"{sizes}, float32, {row['pairs']} pairs; {row['cpu']}; {versions}"

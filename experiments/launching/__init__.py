@@ -1,2 +1,1 @@
-"""How a grid is run: its cells, who runs which, where they run, and what is shown meanwhile. The door is
-`experiments.launch`."""
+"""Runs the cells of a grid on several backends; the command is `experiments.launch`."""

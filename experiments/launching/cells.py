@@ -1,8 +1,7 @@
 """The cells of a grid and their rows.
 
-Whoever runs a cell writes its row whole into `WORKDIR/cells/NAME/row.json`. `rows.jsonl` is the table of them that the
-other commands read: `gather` adds what is missing. So the machines that train share no file that they append to, and a
-bucket or a copied folder will do.
+A cell's row is written to `WORKDIR/cells/NAME/row.json`. `gather` adds missing rows to `rows.jsonl`, which the other
+commands read. So training machines append to no shared file, and a bucket or a copied folder works too.
 """
 
 import os
@@ -32,7 +31,7 @@ class Cell(NamedTuple):
 
 
 def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
-    """Every cell, resolved. Raises `UserError` for a cell that cannot be, and for two that are one experiment."""
+    """The resolved cells of a grid. Raises `UserError` for invalid cells and for two with the same spec."""
     grid = load_grid(grid_location)
     cells: list[Cell] = []
     names: dict[str, str] = {}
@@ -44,14 +43,14 @@ def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
             raise UserError(f"cell {name}: {error}") from error
         digest = spec_hash(spec)
         if digest in names:
-            raise UserError(f"{grid_location}: cells {names[digest]} and {name} are one experiment; drop one of them")
+            raise UserError(f"{grid_location}: {names[digest]} and {name} have the same spec (drop one)")
         names[digest] = name
         cells.append(Cell(index, name, spec, digest, cost.run_flops(spec), workdir / "cells" / name))
     return cells
 
 
 def row_of(cell: Cell) -> ResultRow | None:
-    """The row that was written in the cell's folder, if it is one of this experiment."""
+    """The row in the cell's folder if it is of this spec."""
     path = cell.folder / "row.json"
     if not path.exists():
         return None
@@ -60,16 +59,15 @@ def row_of(cell: Cell) -> ResultRow | None:
 
 
 def write_row(cell: Cell, row: ResultRow) -> None:
-    """Writes the row to the cell's folder."""
     path = cell.folder / "row.json"
     write_text(path, results.to_line(row, path))
 
 
 def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
-    """By `spec_hash`, the rows that these cells have so far, gathered or not."""
+    """The rows of these cells by `spec_hash`, gathered or not."""
     table = workdir / "rows.jsonl"
-    wanted = {cell.spec_hash for cell in cells}
-    rows = {row.spec_hash: row for row in (results.read(table) if table.exists() else ()) if row.spec_hash in wanted}
+    hashes = {cell.spec_hash for cell in cells}
+    rows = {row.spec_hash: row for row in (results.read(table) if table.exists() else ()) if row.spec_hash in hashes}
     for cell in cells:
         if cell.spec_hash not in rows and (row := row_of(cell)):
             rows[cell.spec_hash] = row
@@ -77,22 +75,22 @@ def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
 
 
 def gather(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
-    """Adds to `rows.jsonl` the rows of cells that it lacks, each once, however many launchers do so at a time."""
+    """Adds missing rows of cells to `rows.jsonl`, under a lock, and returns all rows."""
     with FileLock(workdir / "rows.lock"):
         table = workdir / "rows.jsonl"
-        there = results.done(table)
+        stored = results.done(table)
         rows = rows_of(cells, workdir)
         for cell in cells:
-            if cell.spec_hash in rows and cell.spec_hash not in there:
+            if cell.spec_hash in rows and cell.spec_hash not in stored:
                 results.append(table, rows[cell.spec_hash])
     return rows
 
 
 def open_workdir(workdir: Path) -> None:
-    """Makes the workdir. Raises `UserError` where that, or writing in it, is not possible."""
+    """Creates the workdir. Raises `UserError` if it cannot be created or written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: cannot be made ({error.strerror}); choose another") from error
+        raise UserError(f"--workdir {workdir}: cannot create: {error.strerror} (choose another)") from error
     if not os.access(workdir, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir {workdir}: no right to write there; choose another")
+        raise UserError(f"--workdir {workdir}: cannot write: permission denied (choose another)")

@@ -1,4 +1,4 @@
-"""A grid while it runs: one bar with time left, a line for each cell that ends, and at the end what failed and why."""
+"""Progress of a running grid: a bar with time left, a line per finished cell, and failures at the end."""
 
 import time
 from collections import Counter
@@ -28,7 +28,7 @@ _ERROR_LINES = 3
 def follow(
     left: list[Cell], workdir: Path, going: Callable[[], bool], console: Console, look_every_secs: float
 ) -> None:
-    """Shows the cells while `going()` says that something may run them, and gathers their rows."""
+    """Shows progress and gathers rows while `going()` is true."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TextColumn("{task.fields[count]}"), TimeElapsedColumn(),
@@ -45,8 +45,8 @@ def follow(
             ended |= {cell.name: now[cell.name] for cell in news}
             for cell in news:
                 kind, text = now[cell.name].kind, now[cell.name].text
-                said = escape(text) if kind == "done" else "[red]failed[/]"
-                console.print(said, escape(cell.name), highlight=False, soft_wrap=True)
+                label = escape(text) if kind == "done" else "[red]failed[/]"
+                console.print(label, escape(cell.name), highlight=False, soft_wrap=True)
             if any(now[cell.name].kind == "done" for cell in news):
                 gather(left, workdir)
             doing = Counter(state.doing for state in now.values() if state.kind == "running")
@@ -64,12 +64,12 @@ def follow(
 
 
 def conclude(without: list[Cell], workdir: Path, console: Console) -> int:
-    """Says what has no row and why; returns the exit code."""
+    """Prints which cells have no row and why; returns the exit code."""
     failed = [cell for cell in without if states.error_of(cell)]
     for cell in failed:
         head, lines = f"{cell.name} ({cell.folder / 'error.txt'})", states.error_of(cell)[-_ERROR_LINES:]
-        said = escape("\n    ".join([head, *lines]))
-        console.print(f"[red]failed[/] {said}", highlight=False, soft_wrap=True)
+        text = escape("\n    ".join([head, *lines]))
+        console.print(f"[red]failed[/] {text}", highlight=False, soft_wrap=True)
     if elsewhere := len(without) - len(failed):
         console.print(f"without a row yet, run by another launch or cut off: {elsewhere}; see --status, and run again")
     console.print(f"rows: {workdir / 'rows.jsonl'}", soft_wrap=True)

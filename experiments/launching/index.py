@@ -1,7 +1,7 @@
-"""Cells by their number in the grid: what a task of Slurm runs, and every host of a TPU slice.
+"""Runs cells by their index in the grid, for Slurm tasks and for every host of a TPU slice.
 
-One cell runs in this process. Several run one after the other, each in a process of its own, so that a cell that breaks
-its process, or its connection to the other hosts, leaves the next alone.
+One cell runs in this process. Several run one after the other, each in its own process, so that a crash or a lost
+connection to other hosts does not affect the next.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _PATIENCE_SECS = 120  # a file server keeps the lock of a machine that died for 
 def parse(text: str, cells: list[Cell]) -> list[Cell]:
     """`"3"`, `"3,7"`, `"all"`, or `"1/4"`, the second of four shares of about the same cost.
 
-    Raises `UserError` for what the grid does not have.
+    Raises `UserError` for an index that the grid does not have.
     """
     if text == "all":
         return cells
@@ -38,15 +38,15 @@ def parse(text: str, cells: list[Cell]) -> list[Cell]:
             raise UserError(f"--index {text}: expected share I/N with I from 0 to N - 1, as in 0/4")
         return sorted(cells, key=lambda cell: -cell.flops)[int(number) :: int(shares)]
     chosen = []
-    for word in text.split(","):
-        if not word.isdecimal() or int(word) >= len(cells):
+    for item in text.split(","):
+        if not item.isdecimal() or int(item) >= len(cells):
             raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1} (several: 3,7 or 0/4 or all)")
-        chosen.append(cells[int(word)])
+        chosen.append(cells[int(item)])
     return chosen
 
 
 def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console: Console) -> int:
-    """Runs those of the chosen cells that have no row; returns 1 if one is still without."""
+    """Runs the chosen cells without a row; returns 1 if one fails."""
     rows = rows_of(chosen, args.workdir)
     for cell in chosen:
         if cell.spec_hash in rows:
@@ -68,11 +68,11 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
 
 def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -> int:
     failed = 0
-    words = ["--grid", args.grid, "--workdir", str(args.workdir), "--processes", args.processes]
-    words += [] if args.process is None else ["--process", str(args.process), "--coordinator", args.coordinator]
+    flags = ["--grid", args.grid, "--workdir", str(args.workdir), "--processes", args.processes]
+    flags += [] if args.process is None else ["--process", str(args.process), "--coordinator", args.coordinator]
     for number, cell in enumerate(left, start=1):
         console.print(f"cell {cell.index}, {number} of {len(left)}: {cell.name}", soft_wrap=True)
-        command = [sys.executable, "-m", "experiments.launch", *words, "--index", str(cell.index)]
+        command = [sys.executable, "-m", "experiments.launch", *flags, "--index", str(cell.index)]
         code = subprocess.run(command, check=False).returncode
         if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
             return STOPPED
@@ -105,7 +105,7 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
 
 
 def _attempt_with_bar(cell: Cell, console: Console) -> None:
-    """In a log, a line for each tenth instead of a bar."""
+    """Runs the cell with a progress bar, or a line per tenth if stdout is not a terminal."""
     write, started, printed = states.reporter(cell), time.monotonic(), ""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),

@@ -1,4 +1,4 @@
-"""Cells on this machine, several at a time: one process a GPU, one on a TPU host, one a core elsewhere."""
+"""Runs cells on this machine in parallel: one process per GPU, one on a TPU host, one per core elsewhere."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ _SAVING_SECS = 60
 
 
 class Devices(NamedTuple):
-    """What may be divided between processes; asking JAX would take it."""
+    """Devices to divide between processes, found without JAX, which would claim them."""
 
     gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES names them
     tpu: bool
@@ -42,46 +42,43 @@ def devices(environment: Mapping[str, str] = os.environ, dev: Path = Path("/dev"
 
 
 def default_workers() -> int:
-    """One process a GPU; one for a TPU, which belongs to one; one a core of a CPU."""
+    """One process per GPU, one on a TPU host, one per CPU core."""
     here = devices()
     return len(here.gpus) or (1 if here.tpu else len(here.cores))
 
 
 def share_of(index: int, workers: int, here: Devices) -> tuple[dict[str, str], list[str]]:
-    """The environment of worker `index` of `workers`, and the words that its command begins with."""
+    """Environment and command prefix of worker `index` of `workers`."""
     if here.gpus:
         mine = here.gpus[index::workers] or (here.gpus[index % len(here.gpus)],)
         shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if workers > len(here.gpus) else {}
         return {"CUDA_VISIBLE_DEVICES": ",".join(mine), **shared}, []
     if here.tpu:
         return {}, []
-    # Small cells spend more time compiling than a better program would win back; and two single-threaded programs
-    # finish before one two-threaded one.
+    # Small cells spend more time compiling than optimisation saves, and two single-threaded programs are faster than
+    # one with two threads.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
     pinned = shutil.which("taskset") and workers <= len(here.cores)
-    words = ["taskset", "-c", ",".join(map(str, here.cores[index::workers]))] if pinned else []
-    return {"XLA_FLAGS": flags}, words
+    prefix = ["taskset", "-c", ",".join(map(str, here.cores[index::workers]))] if pinned else []
+    return {"XLA_FLAGS": flags}, prefix
 
 
 def run(left: list[Cell], grid: str, workdir: Path, workers: int, console: Console) -> None:
-    """Runs the cells.
-
-    Raises `UserError` for a number of workers that cannot be, and where a worker cannot even start.
-    """
+    """Runs the cells. Raises `UserError` for an invalid number of workers and if a worker cannot start."""
     here = devices()
     if workers < 1 or (here.tpu and workers > 1):
-        raise UserError(f"--workers {workers}: " + ("at least 1" if workers < 1 else "a TPU belongs to one process"))
+        raise UserError(f"--workers: expected {'1 or more' if workers < 1 else '1 on a TPU host'}, got {workers}")
     for cell in left:
-        if not states.is_locked(cell):  # tried again
+        if not states.is_locked(cell):  # retried
             (cell.folder / "error.txt").unlink(missing_ok=True)
     workers = min(workers, len(left))
     log = workdir / "workers.log"
     command = [sys.executable, "-m", "experiments.launching.worker", "--grid", grid, "--workdir", str(workdir)]
 
     def start(index: int) -> subprocess.Popen[bytes]:
-        environment, words = share_of(index, workers, here)
+        environment, prefix = share_of(index, workers, here)
         with open(log, "ab") as output:
-            return subprocess.Popen([*words, *command], stdout=output, stderr=output, env=os.environ | environment)
+            return subprocess.Popen([*prefix, *command], stdout=output, stderr=output, env=os.environ | environment)
 
     running = {index: start(index) for index in range(workers)}
     try:
@@ -91,7 +88,7 @@ def run(left: list[Cell], grid: str, workdir: Path, workers: int, console: Conso
 
 
 def _stop(processes: list[subprocess.Popen[bytes]], console: Console) -> None:
-    """Asks the workers to save and end, and waits until they have."""
+    """Sends SIGTERM to the workers and waits until they have saved."""
     if processes:
         console.print("stopping: each worker ends its step and saves")
     for process in processes:
@@ -109,7 +106,7 @@ def _tender(
     start: Callable[[int], subprocess.Popen[bytes]],
     log: Path,
 ) -> Callable[[], bool]:
-    """Looks after the workers: one that dies at a cell is replaced, and the cell is left alone."""
+    """Restarts workers that die in a cell, which is marked failed; the result tells whether any worker runs."""
 
     def going() -> bool:
         for index, process in list(running.items()):
@@ -117,14 +114,14 @@ def _tender(
             if code is None:
                 continue
             del running[index]
-            if code in (0, STOPPED):  # somebody asked it to stop, and it has saved
+            if code in (0, STOPPED):  # stopped by a signal, and has saved
                 continue
             me = (socket.gethostname(), process.pid)
             dead = [cell for cell in left if (last := states.progress_of(cell)) and (last["host"], last["pid"]) == me]
             if not dead:
-                raise UserError(f"worker {index} ended outside a cell: see {log}")
-            said = (dead[0].folder / "log.txt").read_text(errors="replace").splitlines()[-5:]
-            states.fail(dead[0], "\n".join([*said, f"its process ended with {code}"]))
+                raise UserError(f"worker {index}: ended outside a cell (see {log})")
+            lines = (dead[0].folder / "log.txt").read_text(errors="replace").splitlines()[-5:]
+            states.fail(dead[0], "\n".join([*lines, f"its process ended with {code}"]))
             running[index] = start(index)
         return bool(running)
 

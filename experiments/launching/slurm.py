@@ -25,7 +25,7 @@ from experiments.launching.follow import follow
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 
-_LOOK_EVERY_SECS, _ASK_EVERY_SECS = 1.0, 5.0
+_LOOK_EVERY_SECS, _POLL_EVERY_SECS = 1.0, 5.0
 _GRACE_SECS = 20.0  # until what a node has written is seen here
 _REQUEUES = 1000  # at the time limit, while there is progress to be made
 _LOG_LINES = 5
@@ -44,8 +44,8 @@ class Options(NamedTuple):
 
 def command(grid: str, workdir: Path, index: int) -> list[str]:
     """What a task runs."""
-    words = ["--grid", grid, "--workdir", str(workdir), "--index", str(index)]
-    return [sys.executable, "-m", "experiments.launch", *words]
+    flags = ["--grid", grid, "--workdir", str(workdir), "--index", str(index)]
+    return [sys.executable, "-m", "experiments.launch", *flags]
 
 
 def run(left: list[Cell], grid: str, workdir: Path, executor: Any, console: Console) -> None:
@@ -78,7 +78,7 @@ def make_executor(folder: Path, options: Options, cluster: str = "slurm") -> Any
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise UserError("--backend slurm: this machine has no sbatch; run it on a login node of the cluster")
     executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_REQUEUES)
-    asked = {
+    settings = {
         "slurm_partition": options.partition, "gpus_per_node": options.gpus, "cpus_per_task": options.cpus,
         "slurm_array_parallelism": options.at_once,
     }  # fmt: skip
@@ -87,7 +87,7 @@ def make_executor(folder: Path, options: Options, cluster: str = "slurm") -> Any
         timeout_min=options.minutes,
         stderr_to_stdout=True,
         slurm_additional_parameters={"requeue": True, **options.more},
-        **{name: value for name, value in asked.items() if value is not None},
+        **{name: value for name, value in settings.items() if value is not None},
     )
     return executor
 
@@ -117,28 +117,28 @@ def submit(executor: Any, cells: Sequence[Cell], grid: str, workdir: Path) -> li
 
 def queue() -> set[str]:
     """The tasks of this user that wait or run. Raises `UserError` where Slurm does not answer."""
-    asked = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+    squeue = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
+        queue = subprocess.run(squeue, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
         raise UserError(f"squeue: {reason}; is Slurm running, and may this user use it?") from error
-    return set(said.stdout.split())
+    return set(queue.stdout.split())
 
 
 def _watcher(left: list[Cell], workdir: Path) -> Callable[[], bool]:
     """Whether a task of these cells is in the queue. A task that left it without a row or a reason was killed: that is
-    said in its cell's `error.txt`."""
-    asked = -_ASK_EVERY_SECS
+    recorded in its cell's `error.txt`."""
+    polled = -_POLL_EVERY_SECS
     gone: dict[str, float] = {}
     open_cells = {cell.name: cell for cell in left}
     queued: set[str] = set()
 
     def going() -> bool:
-        nonlocal asked, queued
-        if time.monotonic() - asked < _ASK_EVERY_SECS:
+        nonlocal polled, queued
+        if time.monotonic() - polled < _POLL_EVERY_SECS:
             return bool(open_cells)
-        asked = time.monotonic()
+        polled = time.monotonic()
         try:
             queued = queue()
         except UserError:
@@ -147,12 +147,12 @@ def _watcher(left: list[Cell], workdir: Path) -> Callable[[], bool]:
             if states.task_of(cell) in queued:
                 continue
             kind = states.state_of(cell).kind
-            if kind == "waiting" and time.monotonic() - gone.setdefault(cell.name, asked) < _GRACE_SECS:
+            if kind == "waiting" and time.monotonic() - gone.setdefault(cell.name, polled) < _GRACE_SECS:
                 continue
             if kind == "waiting" and states.task_of(cell):
                 logs = sorted((workdir / "slurm").glob(f"{states.task_of(cell)}_*_log.out"))
-                said = logs[-1].read_text(errors="replace").splitlines()[-_LOG_LINES:] if logs else []
-                states.fail(cell, "\n".join([*said, f"Slurm task {states.task_of(cell)} ended without a row"]))
+                lines = logs[-1].read_text(errors="replace").splitlines()[-_LOG_LINES:] if logs else []
+                states.fail(cell, "\n".join([*lines, f"Slurm task {states.task_of(cell)} ended without a row"]))
             if kind != "running":
                 del open_cells[cell.name]
         return bool(open_cells)

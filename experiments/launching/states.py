@@ -78,7 +78,7 @@ def reporter(cell: Cell) -> Report:
 
 
 def progress_of(cell: Cell) -> dict[str, Any] | None:
-    """What `progress.json` says; None where there is none."""
+    """The contents of `progress.json`, or None."""
     try:
         return json.loads((cell.folder / "progress.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -96,7 +96,7 @@ def state_of(cell: Cell, row: ResultRow | None = None) -> State:
         text, task = error_of(cell), task_of(cell)
         given = f"given to Slurm task {task}" if task else ""
         return State("failed", 0.0, "", text[-1]) if text else State("waiting", 0.0, "", given)
-    # An error that lies beside progress is an older one: the attempt that makes progress removed it, a copy has both.
+    # An error next to progress is older: an attempt that makes progress removes it, but a copied folder has both.
     ago, here = time.time() - progress["time"], progress["host"] == socket.gethostname()
     where = f"{progress['doing']}, {progress['share']:.0%}, on {progress['host']}"
     if is_held or (not here and ago < _RECENT_SECS):

@@ -1,4 +1,4 @@
-"""A worker of a local launch: takes the cells that nobody has, one after the other. What is printed goes to the cell's
+"""A worker of a local launch: runs unlocked cells one after the other. What is printed goes to the cell's
 `log.txt`. Started by `experiments.launching.local`, which watches the files of the cells.
 """
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--grid", required=True)
     parser.add_argument("--workdir", required=True, type=Path)
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which asks us to save
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C and sends SIGTERM
     stop = processes.watch_sigterm()
     for cell in cells_of(args.grid, args.workdir):
         with states.try_lock(cell) as mine:

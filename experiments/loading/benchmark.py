@@ -1,4 +1,4 @@
-"""What loading a checkpoint costs in memory and time, beside transformers: `python -m experiments.loading.benchmark`.
+"""Memory and time of loading a checkpoint, compared with transformers: `python -m experiments.loading.benchmark`.
 
 Writes a random bfloat16 checkpoint of a published shape, loads it in processes of their own, removes it again, and
 renews benchmark.json and the table of README.md. transformers is measured with the interpreter of
@@ -105,8 +105,8 @@ def table(result: dict) -> str:
             f"| {name} | {one['secs']:.1f} | {one['cpu_secs']:.1f} | {one['peak_bytes'] / GIB:.2f} "
             f"| {one['peak_bytes'] / size:.2f} | {(own - one['held_bytes']) / largest:.2f} |"
         )
-    told = f"{result['llm']}, random bfloat16 weights: {size / GIB:.2f} GiB, largest tensor {largest / GIB:.2f} GiB"
-    return f"{told}; {result['cores']} core(s); medians.\n\n" + "\n".join(lines)
+    text = f"{result['llm']}, random bfloat16 weights: {size / GIB:.2f} GiB, largest tensor {largest / GIB:.2f} GiB"
+    return f"{text}; {result['cores']} core(s); medians.\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

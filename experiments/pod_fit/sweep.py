@@ -1,4 +1,4 @@
-"""Compiles every cell of the study with XLA:TPU, one row each: `python -m experiments.pod_fit.sweep`.
+"""Compiles every cell of the study with XLA:TPU, one row per cell: `python -m experiments.pod_fit.sweep`.
 
 A row that exists is not compiled again. `--part 0/2` and `--part 1/2` share the cells between two processes. A cell
 takes one to three minutes on one core.
@@ -15,8 +15,8 @@ from vlm_jax.cli import ArgumentParser, run_main
 HERE = Path(__file__).parent
 LLMS = ("qwen1.5-7b", "qwen1.5-0.5b", "qwen1.5-14b", "qwen1.5-1.8b", "qwen1.5-4b")
 TOKENS = (16, 144, 1, 576)
-# Devices of the mesh's second direction: one side of a plane, or what stands upright on a plane, because most bytes
-# travel along the first direction, and a plane has more links than a line.
+# Devices of the tensor axis: one side of a 2D torus, or the third dimension of a 3D one, as most bytes travel along the
+# fsdp axis, and two dimensions have more links than one.
 PODS = {"v5e:16x16": 16, "v5p:4x4x8": 8}
 
 

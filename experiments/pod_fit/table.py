@@ -1,4 +1,4 @@
-"""Page, figure and checks of the study from its rows: `python -m experiments.pod_fit.table`. Exits 1 if one fails."""
+"""Page, figure and checks of the study: `python -m experiments.pod_fit.table`. Exits 1 if one fails."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ PodRow = dict[str, Any]
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """The first line is the head."""
+    """A markdown table; the first line is the header."""
     head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
 
@@ -32,7 +32,7 @@ def figures_of(row: PodRow | None) -> str:
 
 
 def training(rows: dict[str, PodRow]) -> str:
-    """A table a pod, and the large model."""
+    """A table per pod, and one of the large model."""
     parts = []
     for pod in PODS:
         lines = [[f"{pod}", *(f"V = {tokens}" for tokens in sorted(TOKENS))]]
@@ -71,27 +71,27 @@ def state_bytes(llm: str, chips: int) -> float:
 
 
 def scaling() -> dict[str, list[float]]:
-    """LLM -> total bytes over all chips, for each of CHIPS, as shares of those over the fewest."""
+    """Total state bytes over all chips by LLM, for each of `CHIPS`, relative to the fewest."""
     totals = {llm: [count * state_bytes(llm, count) for count in CHIPS] for llm in _SIZES}
     return {llm: [total / mine[0] for total in mine] for llm, mine in totals.items()}
 
 
 def checks(rows: dict[str, PodRow], scaled: dict[str, list[float]]) -> list[tuple[str, bool]]:
-    """(what is claimed with its figure, whether it holds)."""
+    """(claim with its figure, whether it holds)."""
     from vlm_jax.config.arguments import load_config
     from vlm_jax.config.resolve import resolve
     from vlm_jax.sizing import cost
 
-    wanted = {cell.name: cell for cell in cells() if not cell.overrides and "tensor=1" not in cell.arg}
-    study = [row for name, row in rows.items() if name in wanted]
+    trained = {cell.name: cell for cell in cells() if not cell.overrides and "tensor=1" not in cell.arg}
+    study = [row for name, row in rows.items() if name in trained]
     held = []
     for row in study:
-        sizes = cost.params(resolve(load_config(f"configs/llava.py:{wanted[row['cell']].arg}")).model)
+        sizes = cost.params(resolve(load_config(f"configs/llava.py:{trained[row['cell']].arg}")).model)
         held.append(row["optimiser_bytes"] * row["chips"] / (8 * (sizes.total - sizes.encoder)))
     widest = max(row["checks"]["gathered_table"] for row in study)
     exchanged = max(row["checks"]["exchanges"] for row in study)
     drift = max((abs(share - 1) for mine in scaled.values() for share in mine), default=0.0)
-    missing = len(wanted) - len(study)
+    missing = len(trained) - len(study)
     return [
         (f"of {len(study)} training programs {sum(row['fits'] for row in study)} fit ({missing} not compiled)",
          all(row["fits"] for row in study)),
@@ -107,7 +107,7 @@ def checks(rows: dict[str, PodRow], scaled: dict[str, list[float]]) -> list[tupl
 
 
 def variants(rows: dict[str, PodRow]) -> str:
-    """The same step in other ways."""
+    """The first cell's train step with other settings."""
     base = cells()[0]
     ways = {base.name: "as configured: fused attention, both directions of the torus"}
     for cell in cells():
@@ -125,28 +125,20 @@ def variants(rows: dict[str, PodRow]) -> str:
     return markdown(lines)
 
 
-def answering(rows: dict[str, PodRow]) -> str:
-    """Prefill, and one decoded token."""
+def inference(rows: dict[str, PodRow]) -> str:
+    """Prefill and decode programs; milliseconds of a decode step."""
     lines = [["program", "GiB", "ms", "bound by"]]
     for cell in cells():
         row = rows.get(cell.name)
         if cell.mode != "train" and row:
-            what = (
-                f"{row['mode']}, {row['llm']}, V = {row['tokens']}, {row['batch_examples']} rows on {row['topology']}"
-            )
-            lines.append(
-                [
-                    what,
-                    f"{row['peak_bytes'] / GIB:.1f}",
-                    f"{1e3 * row['step_secs'] / row.get('tokens_per_call', 1):.1f}",
-                    row["binds"],
-                ]
-            )
+            what = f"{row['mode']}, {row['llm']}, V = {row['tokens']}, {row['batch_examples']} rows"
+            ms = 1e3 * row["step_secs"] / row.get("tokens_per_call", 1)
+            lines.append([f"{what} on {row['topology']}", f"{row['peak_bytes'] / GIB:.1f}", f"{ms:.1f}", row["binds"]])
     return markdown(lines) if len(lines) > 1 else "Not compiled yet."
 
 
 def figure(rows: dict[str, PodRow]) -> None:
-    """Parts of a step on each pod, at vendor peaks."""
+    """Draws the parts of a step on each pod, at vendor peaks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +162,7 @@ def figure(rows: dict[str, PodRow]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Writes the page; prints the checks."""
+    """Writes the page and prints the checks."""
     os.environ.update(ENVIRONMENT)
     ArgumentParser(prog="python -m experiments.pod_fit.table", description=__doc__).parse_args(argv)
     from vlm_jax.config.arguments import load_config
@@ -197,7 +189,7 @@ def main(argv: list[str]) -> int:
             [llm, *(f"{share:.4f}" for share in shares)] for llm, shares in scaled.items()
         )]),
         checks=markdown([["claim", "holds"], *([text, "yes" if holds else "**no**"] for text, holds in judged)]),
-        variants=variants(rows), answering=answering(rows),
+        variants=variants(rows), answering=inference(rows),
     )  # fmt: skip
     (HERE / "README.md").write_text(page)
     figure(rows)

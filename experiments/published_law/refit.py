@@ -1,10 +1,9 @@
-"""Refits the published scores and writes everything that README.md says of them.
+"""Refits the published scores; writes the law, figures and README.md.
 
     python -m experiments.published_law.refit
 
-Reads published_scores.csv and compressors_vicuna7b.csv beside this file, writes law.json, figures/ and README.md.
-Every number of README.md is filled into README.template.md here; benchmark.json is what `python -m
-experiments.published_law.benchmark` wrote last.
+Reads published_scores.csv and compressors_vicuna7b.csv in this folder, and benchmark.json of `python -m
+experiments.published_law.benchmark`. Every number of README.md is filled into README.template.md.
 """
 
 import argparse
@@ -132,7 +131,7 @@ def _form_row(key: str, form: FormFit, chosen: str) -> str:
 
 
 def _published(name: str, one: FamilyFit) -> list[str]:
-    """Does what was published lie inside what is found here?"""
+    """Table rows comparing published exponents with the fitted intervals."""
     basic, given, out = one.forms[BASIC], PUBLISHED[name], []
     for key, value in given.items():
         out.append(_verdict(key, value, basic.params[key], *basic.interval[key]))
@@ -177,7 +176,7 @@ def _next_size(one: FamilyFit, tokens: int) -> str:
 
 
 def _without_flags(rows: Scores, law: LawFit) -> SimpleNamespace:
-    """The multiplicative law without the cells whose provenance is in doubt."""
+    """The multiplicative law without the cells with a provenance flag."""
     kept = rows._replace(cells=tuple(c for c in rows.cells if not c.extra["provenance_flag"]))
     one = fit.fit(kept, BASIC, bootstraps=law.bootstraps, seed=law.seed).family(None)
     return SimpleNamespace(dropped=len(rows.cells) - len(kept.cells), **one.ratio)
@@ -191,7 +190,7 @@ def _slope(size: float, params: Any, tokens: Any, error: Any) -> str:
 
 
 def _question_inside(params: Any, tokens: Any, error: Any, question: int = 50) -> float:
-    """SSE of the multiplicative law when Q + V stands in the place of V."""
+    """SSE of the multiplicative law in Q + V instead of V."""
     return _solved(BASIC, params, tokens + question, error)[1]
 
 
@@ -221,8 +220,8 @@ def _left_out_cost(law: LawFit) -> SimpleNamespace:
         request = Request(QUESTION, 20, batch, on=chips.chip(CHIP), efficiency=chips.IDEAL)
         times = [roofline.request_times(model, request) for model in at]
         parts = [*(each["prefill"] for each in times), times[0]["encoder"]]
-        told = [f"{part.secs * 1e3:.1f} ({part.binds})" for part in parts]
-        lines.append("| " + " | ".join([str(batch), *told]) + " |")
+        texts = [f"{part.secs * 1e3:.1f} ({part.binds})" for part in parts]
+        lines.append("| " + " | ".join([str(batch), *texts]) + " |")
     return SimpleNamespace(
         encoder=models[LARGE].encoder.name, encoder_tflops=encoder / 1e12, small=SMALL, large=LARGE, chip=CHIP,
         small_share=100 * share[SMALL], large_share=100 * share[LARGE], prefill="\n".join(lines),

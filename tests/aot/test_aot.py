@@ -1,4 +1,4 @@
-"""Compiling for a pod that is not there. What needs XLA:TPU is left out where it is not installed."""
+"""Ahead-of-time compilation for TPU topologies; tests that need libtpu are skipped without it."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm_jax import aot
-from vlm_jax.aot import __main__ as door
+from vlm_jax.aot import __main__ as cli
 from vlm_jax.aot import programs, report, variants
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
@@ -16,7 +16,7 @@ from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.distributed import partitioning
-from vlm_jax.sizing import cost
+from vlm_jax.sizing import chips, cost
 
 with_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="XLA:TPU (libtpu) is not installed"
@@ -26,7 +26,7 @@ FLAGS = ["--config", "configs/vlm.py:smoke,llm=d24,tokens=4", "--topology", "v5e
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the door sets, taken back behind each test."""
+    """Sets the command's environment and restores it after each test."""
     for name, value in aot.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
@@ -37,21 +37,21 @@ def spec() -> RunSpec:
     return dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, strategy="fsdp", mesh=(1, 2, 2)))
 
 
-def test_without_the_compiler_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_libtpu_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'libtpu==[\d.*]+'"):
         programs.devices("v5e:2x2")
 
 
-def test_wrong_words_are_told() -> None:
+def test_unknown_stages_and_invalid_meshes_raise() -> None:
     with pytest.raises(UserError, match=r"unknown stage 'bth': did you mean 'both'\?"):
-        door.main([*FLAGS, "--stage", "bth"])
-    with pytest.raises(UserError, match=r"--mesh 4,4: three numbers are wanted"):
-        door.main([*FLAGS, "--mesh", "4,4"])
+        cli.main([*FLAGS, "--stage", "bth"])
+    with pytest.raises(UserError, match=r"--mesh 4,4: expected three integers"):
+        cli.main([*FLAGS, "--mesh", "4,4"])
 
 
 @with_compiler
-def test_an_unknown_topology_or_mode_is_told(spec: RunSpec) -> None:
+def test_unknown_topologies_and_modes_raise_with_a_suggestion(spec: RunSpec) -> None:
     with pytest.raises(UserError, match=r"unknown topology 'v5e:16x1': did you mean 'v5e:16x16'\?"):
         programs.devices("v5e:16x1")
     with pytest.raises(UserError, match=r"unknown mode 'training': did you mean 'train'\?"):
@@ -60,13 +60,13 @@ def test_an_unknown_topology_or_mode_is_told(spec: RunSpec) -> None:
 
 @with_compiler
 def test_a_train_step_for_four_chips(spec: RunSpec) -> None:
-    """Everything that learns is cut into four, but for vectors and a table; gradients are summed, kernels gathered."""
+    """Trained parameters are sharded four ways except vectors and a table; gradients are reduced, kernels gathered."""
     row, text = variants.compile_row(spec, spec.stages[0], "v5e:2x2", "train")
     assert text.startswith("HloModule")
     assert row["fits"]
     assert row["chips"] == 4
     sizes = cost.params(spec.model)
-    learned = 4 * (sizes.total - sizes.encoder)  # the study's encoder is not in the step
+    learned = 4 * (sizes.total - sizes.encoder)  # the encoder is not part of the step
     assert learned / 4 <= row["params_bytes"] < 0.6 * learned
     assert 2 * learned / 4 <= row["optimiser_bytes"] < 1.1 * learned
     assert row["peak_bytes"] == pytest.approx(
@@ -80,22 +80,22 @@ def test_a_train_step_for_four_chips(spec: RunSpec) -> None:
 
 @with_compiler
 @pytest.mark.parametrize(("topology", "gathers"), [("v5e:16x16", 1), ("v5p:4x4x8", 2)])
-def test_a_kernel_is_gathered_at_once_in_a_plane_and_by_axes_in_space(topology: str, gathers: int) -> None:
+def test_kernels_are_gathered_over_one_axis_in_2d_and_two_in_3d(topology: str, gathers: int) -> None:
     compute = resolve(load_config("configs/llava.py")).compute
     plan = partitioning.make_plan(compute, programs.devices(topology))
     assert plan.mesh.size == programs.mesh_axes(plan)["fsdp"] * 16
     assert len(plan.compute_shardings((axes.EMBED, axes.MLP), (4096, 11008))) == 1 + gathers
-    chip = report.chip_of(topology)
+    chip = chips.device(report.chip_of(topology).name)
     assert report.link_share(plan, chip, ("fsdp", "tensor")) == 1
     assert report.link_share(plan, chip, ("fsdp",)) == pytest.approx({1: 1 / 2, 2: 1 / 3}[gathers])
 
 
 @with_compiler
-def test_what_does_not_fit_is_said_with_advice(spec: RunSpec, tmp_path: Path) -> None:
-    """A batch of pixels that no chip holds: exit code 3, and rows on disk."""
+def test_a_program_that_does_not_fit_exits_3_with_advice(spec: RunSpec, tmp_path: Path) -> None:
+    """A batch of pixels larger than any chip; the row is written."""
     overrides = ["data.batch_examples=262144", "data.frozen_features=False", "evaluation.batch_examples=262144"]
     flags = [*FLAGS, *(f"--config.{field}" for field in overrides), "--json", str(tmp_path / "rows.json")]
-    assert door.main(flags) == 3
+    assert cli.main(flags) == 3
     row = json.loads((tmp_path / "rows.json").read_text())
     assert not row["fits"]
     assert row["peak_bytes"] > row["usable_bytes"]
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_said_with_advice(spec: RunSpec, tmp_path: Path) ->
 
 
 @with_compiler
-def test_two_devices_may_be_one_chip(spec: RunSpec) -> None:
+def test_a_chip_may_have_two_devices(spec: RunSpec) -> None:
     spec = dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, mesh=(1, -1, 2)))
     row, _ = variants.compile_row(spec, spec.stages[0], "tpu7x:2x2x1", "decode")
     assert (row["devices"], row["chips"]) == (8, 4)
@@ -118,8 +118,8 @@ def test_two_devices_may_be_one_chip(spec: RunSpec) -> None:
 
 
 @with_compiler
-def test_answering_holds_the_cache(spec: RunSpec) -> None:
-    """One decoded word: parameters in the dtype of the activations, and every row's keys and values."""
+def test_decode_holds_the_parameters_and_the_cache(spec: RunSpec) -> None:
+    """Parameters in the dtype of the activations, and keys and values of every row."""
     row, _ = variants.compile_row(spec, spec.stages[0], "v5e:2x2", "decode")
     slots = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
     rows = spec.evaluation.batch_examples / 4
@@ -128,8 +128,8 @@ def test_answering_holds_the_cache(spec: RunSpec) -> None:
     assert cache < row["inputs_bytes"] < 1.2 * cache
 
 
-def _asked(**given: object) -> dict:
-    """A row as far as advice reads it: sixteen GiB usable on four chips."""
+def _row(**given: object) -> dict:
+    """The fields that `advice` reads: 16 GiB usable on four chips."""
     gib = 2.0**30
     row = {
         "mode": "decode", "strategy": "replicated", "topology": "v5e:2x2", "slices": 1, "devices": 4, "mesh": [4, 1, 1],
@@ -141,34 +141,33 @@ def _asked(**given: object) -> dict:
     return row
 
 
-def test_advice_names_only_what_would_be_enough() -> None:
+def test_advice_lists_only_sufficient_changes() -> None:
     """By hand: of 256 GiB for 8192 rows, 15.5 hold 496. Splitting half a GiB of parameters is no help there."""
-    assert report.advice(_asked()) == "by estimate it would fit with: evaluation.batch_examples=496"
-    state = _asked(params_bytes=17, inputs_bytes=1, temporaries_bytes=1)
+    assert report.advice(_row()) == "by estimate it would fit with: evaluation.batch_examples=496"
+    state = _row(params_bytes=17, inputs_bytes=1, temporaries_bytes=1)
     assert report.advice(state) == "by estimate it would fit with: strategy=fsdp"
     # 40 GiB of parameters a chip that are split already: sixteen chips hold ten each, and the rest.
-    split = _asked(strategy="fsdp", mesh=[1, 4, 1], params_bytes=40, inputs_bytes=4, temporaries_bytes=4)
+    split = _row(strategy="fsdp", mesh=[1, 4, 1], params_bytes=40, inputs_bytes=4, temporaries_bytes=4)
     assert report.advice(split) == "by estimate it would fit with: --topology v5e:4x4"
-    far = _asked(strategy="fsdp", mesh=[1, 4, 1], params_bytes=1e6, inputs_bytes=4, temporaries_bytes=4)
+    far = _row(strategy="fsdp", mesh=[1, 4, 1], params_bytes=1e6, inputs_bytes=4, temporaries_bytes=4)
     assert report.advice(far).startswith("no single change is enough; may help: ")
-    moments = _asked(mode="train", params_bytes=5, optimiser_bytes=10, inputs_bytes=0, temporaries_bytes=2.5)
+    moments = _row(mode="train", params_bytes=5, optimiser_bytes=10, inputs_bytes=0, temporaries_bytes=2.5)
     assert "compute.moments=bfloat16" in report.advice(moments)
     assert "moments" not in report.advice(moments | {"moments": "bfloat16"})
 
 
-def test_what_cannot_be_written_is_told_before_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_output_paths_raise_before_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "compile_row", lambda *_: pytest.fail("compiled"))
     for flag in ("--json", "--hlo"):
-        with pytest.raises(UserError, match=rf"{flag} .*: there is no .*none"):
-            door.main([*FLAGS, flag, str(tmp_path / "none" / "x")])
-        with pytest.raises(UserError, match="is a folder"):
-            door.main([*FLAGS, flag, str(tmp_path)])
+        for path in (tmp_path / "none" / "x", tmp_path):
+            with pytest.raises(UserError, match=rf"{flag} {path}: expected a file in an existing folder"):
+                cli.main([*FLAGS, flag, str(path)])
 
 
-def test_a_variant_that_cannot_be_is_listed_and_the_others_are_kept(
+def test_refused_variants_are_listed_and_the_others_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Meshes that begin with a minus are taken; rows and programs of what was compiled are on disk."""
+    """Also: meshes that begin with a minus sign are parsed."""
 
     def compiled(spec: RunSpec, stage: object, topology: str, mode: str) -> tuple[dict, str]:
         if spec.compute.mesh == (4, 1, 1):
@@ -180,18 +179,17 @@ def test_a_variant_that_cannot_be_is_listed_and_the_others_are_kept(
     monkeypatch.setattr(report, "lines", lambda row: [])
     written = ["--json", str(tmp_path / "rows.json"), "--hlo", str(tmp_path / "x.txt")]
     meshes = ["--strategy", "fsdp", "--mesh", "-1,1,1", "4,1,1", "1,-1,2"]
-    assert door.main([*FLAGS, *meshes, *written]) == 0
-    said = capsys.readouterr().out
-    assert "refused: v5e:2x2 fsdp 4,1,1: the batch does not divide" in said
+    assert cli.main([*FLAGS, *meshes, *written]) == 0
+    text = capsys.readouterr().out
+    assert "refused: v5e:2x2 fsdp 4,1,1: the batch does not divide" in text
     assert [row["mesh"] for row in json.loads((tmp_path / "rows.json").read_text())] == [[-1, 1, 1], [1, -1, 2]]
     names = sorted(path.name for path in tmp_path.glob("x*"))
     assert names == ["x.v5e-2x2.fsdp.-1,1,1.txt", "x.v5e-2x2.fsdp.1,-1,2.txt"]
     with pytest.raises(UserError, match="does not divide"):
-        door.main([*FLAGS, "--mesh", "4,1,1"])
+        cli.main([*FLAGS, "--mesh", "4,1,1"])
 
 
-def test_the_cheapest_that_fits_stands_first() -> None:
-    """By chip-seconds; what does not fit comes last, however small it is."""
+def test_ranking_is_by_chip_seconds_with_misfits_last() -> None:
     base = {"strategy": "fsdp", "mesh": [1, 4, 4], "peak_bytes": 2.0**30, "mfu": 0.5}
     rows = [
         {**base, "topology": "v5e:16x16", "chips": 256, "step_secs": 1.0, "fits": True},
@@ -203,8 +201,8 @@ def test_the_cheapest_that_fits_stands_first() -> None:
     assert lines[4] == "cheapest that fits: v5e:4x4, fsdp, mesh (1, 4, 4)"
 
 
-def test_every_program_of_the_recipe_has_shapes() -> None:
-    """Without a compiler too: the whole config resolves and lays out on a pod of 256."""
+def test_the_llava_config_lays_out_on_256_chips() -> None:
+    """Without libtpu too."""
     from jax.sharding import AbstractMesh
 
     from vlm_jax import build

@@ -67,11 +67,11 @@ def test_two_cells_of_one_experiment_are_refused(tmp_path: Path) -> None:
         "from vlm_jax.config.sweep import Grid\n"
         f"def get_grid(arg): return Grid('{ROOT}/configs/vlm.py', (dict(llm='d24'), dict(llm='d24', tokens=4)))\n"
     )
-    with pytest.raises(UserError, match=r"llm=d24 and llm=d24,tokens=4 are one experiment"):
+    with pytest.raises(UserError, match=r"llm=d24 and llm=d24,tokens=4 have the same spec"):
         module.cells_of(str(path), tmp_path)
 
 
-def test_checkpoints_in_between_leave_the_experiment_what_it_is(cells: list[Cell]) -> None:
+def test_checkpoint_intervals_do_not_change_the_spec_hash(cells: list[Cell]) -> None:
     spec = dataclasses.replace(cells[0].spec, save_every_steps=0)
     assert with_checkpoints(spec).save_every_steps >= 1
     assert spec_hash(with_checkpoints(spec)) == spec_hash(spec)

@@ -12,7 +12,7 @@ from tests.launching.conftest import row
 from vlm_jax.evaluation import results
 
 
-def test_cells_are_said_once_when_they_end_and_gathered_at_once(cells: list[Cell], workdir: Path) -> None:
+def test_ended_cells_are_printed_once_and_gathered(cells: list[Cell], workdir: Path) -> None:
     """One cell ends at each look; another launch has one of them."""
     said, looks = io.StringIO(), []
 

@@ -1,4 +1,4 @@
-"""The command itself: what it prints before anything runs, and what it says to bad input."""
+"""The launch command: output before a run, and errors."""
 
 import sys
 from pathlib import Path
@@ -22,11 +22,11 @@ def test_a_dry_run_predicts_minutes_from_the_rows_that_are_there(
     assert "minutes are shown once" in capsys.readouterr().out
     write_row(cells[0], row(cells[0], 6e10, 60.0))
     assert launch.main(words) == 0
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     left = sum(cell.flops for cell in cells[1:])
-    assert "3 cells, 2 to do" in said
-    assert f"about {left / 1e9 / 60 / 2:.1f} min of training with 2 at a time" in said
-    assert "compiling comes on top" in said
+    assert "3 cells, 2 to do" in text
+    assert f"about {left / 1e9 / 60 / 2:.1f} min of training with 2 at a time" in text
+    assert "compiling comes on top" in text
     assert not (workdir / "rows.jsonl").exists()
 
 
@@ -36,10 +36,10 @@ def test_status_gathers_and_shows_each_cell(
     write_row(cells[0], row(cells[0]))
     states.fail(cells[1], "Traceback\nValueError: [no] such thing")
     assert launch.main(["--grid", grid, "--workdir", str(workdir), "--status"]) == 0
-    said = capsys.readouterr().out
-    assert "error 0.250 ± 0.250" in said
-    assert "ValueError: [no] such thing" in said
-    assert "1 done, 1 failed, 0 running, 1 waiting" in said
+    text = capsys.readouterr().out
+    assert "error 0.250 ± 0.250" in text
+    assert "ValueError: [no] such thing" in text
+    assert "1 done, 1 failed, 0 running, 1 waiting" in text
     assert len((workdir / "rows.jsonl").read_text().splitlines()) == 1
 
 
@@ -73,37 +73,37 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (*here, "--backend", "slrum"): "did you mean 'slurm'",
         (*here, "--index", "3"): "cells 0 to 2",
         (*here, "--index", "one"): "cells 0 to 2",
-        (*here, "--workers", "0"): "at least 1",
+        (*here, "--workers", "0"): "--workers: expected at least 1, got 0",
         (*here, "--partition", "gpu"): "--backend slurm",
         (*here, "--accelerator", "v6e-16"): "--dry-run",
         (*here, "--backend", "slurm", "--slurm", "account"): "NAME=VALUE",
         (*here, "--index", "4/4"): "share I/N",
-        ("--grid", grid, "--workdir", str(in_the_way), "--dry-run"): "is not a folder",
+        ("--grid", grid, "--workdir", str(in_the_way), "--dry-run"): "expected a folder, got the file",
         (*here, "--processes", "2"): "--index",
         ("--grid", str(broken), "--workdir", str(workdir)): "cell llm=1",
         ("--grid", str(tmp_path / "none.py"), "--workdir", str(workdir)): "none.py",
         ("--grid", grid, "--workdir", str(tmp_path / "none"), "--status"): "no such folder",
-        ("--grid", grid, "--workdir", str(in_the_way / "below")): "cannot be made",
+        ("--grid", grid, "--workdir", str(in_the_way / "below")): "expected a folder, got the file",
     }
     for argv, expected in cases.items():
         monkeypatch.setattr(sys, "argv", ["launch", *argv])
         with pytest.raises(SystemExit) as stopped:
             run_main(launch.main)
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2, (argv, said)
-        assert expected in said, (argv, said)
-        assert len(said.strip().splitlines()) == 1, said
+        text = capsys.readouterr().err
+        assert stopped.value.code == 2, (argv, text)
+        assert expected in text, (argv, text)
+        assert len(text.strip().splitlines()) == 1, text
     assert list(workdir.iterdir()) == []
 
 
-@pytest.mark.parametrize(("said", "attempted"), [(2, ["llm=d96,data=rows4_tiny,steps=4"]), (-1, [])])
+@pytest.mark.parametrize(("cell_index", "attempted"), [(2, ["llm=d96,data=rows4_tiny,steps=4"]), (-1, [])])
 def test_a_process_that_is_not_the_first_helps_with_the_cell_of_the_first(
-    grid: str, cells: list[Cell], workdir: Path, monkeypatch: pytest.MonkeyPatch, said: int, attempted: list[str]
+    grid: str, cells: list[Cell], workdir: Path, monkeypatch: pytest.MonkeyPatch, cell_index: int, attempted: list[str]
 ) -> None:
     """Whatever its own index says: the hosts of a slice may be out of step."""
     helped: list[str] = []
     monkeypatch.setattr(index.processes, "is_primary", lambda: False)
-    monkeypatch.setattr(index.processes, "broadcast_from_primary", lambda value: said)
+    monkeypatch.setattr(index.processes, "broadcast_from_primary", lambda value: cell_index)
     monkeypatch.setattr(index.processes, "watch_sigterm", lambda: lambda step: False)
     monkeypatch.setattr(index, "attempt", lambda cell, report, stop: helped.append(cell.name))
     assert launch.main(["--grid", grid, "--workdir", str(workdir), "--index", "0"]) == 0

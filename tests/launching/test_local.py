@@ -1,4 +1,4 @@
-"""How a machine is divided, and what becomes of a worker that dies."""
+"""Division of a machine between workers, and workers that die."""
 
 import io
 import sys
@@ -36,14 +36,14 @@ def test_gpus_are_divided_between_the_workers(tmp_path: Path) -> None:
     assert local.devices({"JAX_PLATFORMS": "cpu"}, four).gpus == ()
 
 
-def test_a_tpu_belongs_to_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: list[Cell]) -> None:
+def test_a_tpu_host_has_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: list[Cell]) -> None:
     here = local.devices({}, dev(tmp_path / "dev", "accel0", "accel1"))
     assert here.tpu
     assert local.devices({}, dev(tmp_path / "vfio", "vfio/0")).tpu
     assert not local.devices({"JAX_PLATFORMS": "cpu"}, tmp_path / "dev").tpu
     monkeypatch.setattr(local, "devices", lambda: here)
     assert local.default_workers() == 1
-    with pytest.raises(UserError, match="one process"):
+    with pytest.raises(UserError, match="--workers: expected 1 on a TPU host, got 2"):
         local.run(cells, "grid.py", tmp_path, 2, Console(file=io.StringIO()))
 
 

@@ -1,4 +1,4 @@
-"""pod.sh against a gcloud that records what it is asked, and plays a slice that is taken away."""
+"""pod.sh with a fake gcloud that records its calls and simulates preemption."""
 
 import os
 import subprocess
@@ -121,7 +121,7 @@ def test_failures_before_a_slice_is_taken_away_do_not_count_after_it(pod: Pod, p
     assert pod.steps().count("create") == 2
 
 
-def test_a_slice_that_cannot_be_made_is_not_asked_for_for_ever(pod: Pod) -> None:
+def test_creating_a_slice_is_retried_a_limited_number_of_times(pod: Pod) -> None:
     (pod.home / "made").write_text("FAILED")
     done = pod("create", CAPACITY="on-demand")
     assert done.returncode == 2
@@ -162,7 +162,7 @@ def test_each_step_alone(pod: Pod) -> None:
      ("SHARE", "4"),
      ("GRID", str(ROOT / "configs" / "grids" / "demo.py"))],
 )  # fmt: skip
-def test_a_wrong_setting_is_one_line_and_asks_nobody(pod: Pod, setting: str, value: str) -> None:
+def test_a_wrong_setting_is_one_line_and_calls_no_gcloud(pod: Pod, setting: str, value: str) -> None:
     done = pod("up", **{setting: value})
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -170,7 +170,7 @@ def test_a_wrong_setting_is_one_line_and_asks_nobody(pod: Pod, setting: str, val
     assert not pod.calls.exists()
 
 
-def test_other_words_and_a_gcloud_that_does_not_answer(pod: Pod, program: Callable[..., Path]) -> None:
+def test_unknown_subcommands_and_a_failing_gcloud(pod: Pod, program: Callable[..., Path]) -> None:
     assert pod("--help").returncode == 0
     assert pod("begin").returncode == 2
     program("gcloud", "echo you are not logged in >&2; exit 1")

@@ -1,4 +1,4 @@
-"""What is known of a TPU slice before it is asked for."""
+"""Properties of a TPU slice, from its name."""
 
 import dataclasses
 from pathlib import Path

@@ -39,12 +39,12 @@ def test_a_task_runs_one_cell_by_its_index(
     assert (cells[1].folder / "job.txt").read_text().strip() == job.job_id
 
 
-def test_one_array_of_what_is_missing(
+def test_missing_cells_are_submitted_as_one_array(
     grid: str, cells: list[Cell], workdir: Path, program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks that leave the queue without a row are blamed, with the last lines of their logs."""
     monkeypatch.setattr(slurm, "_GRACE_SECS", 0.0)
-    monkeypatch.setattr(slurm, "_ASK_EVERY_SECS", 0.0)
+    monkeypatch.setattr(slurm, "_POLL_EVERY_SECS", 0.0)
     monkeypatch.setattr(slurm, "_LOOK_EVERY_SECS", 0.0)
     calls = program("sbatch", f"cp $1 {workdir}/script; echo Submitted batch job 7")
     program("squeue", f"[ -e {workdir}/log ] && exit; touch {workdir}/log; echo 7_1 >{workdir}/slurm/7_1_0_log.out")
@@ -60,11 +60,11 @@ def test_one_array_of_what_is_missing(
     assert states.error_of(cells[1]) == ["7_1", "Slurm task 7_1 ended without a row"]
 
 
-def test_what_is_in_the_queue_is_not_submitted_again(
+def test_queued_cells_are_not_submitted_again(
     grid: str, cells: list[Cell], workdir: Path, program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first cell waits in the queue when asked first, and has a row when asked next."""
-    monkeypatch.setattr(slurm, "_ASK_EVERY_SECS", 0.0)
+    """The first cell is queued at the first poll, and has a row at the next."""
+    monkeypatch.setattr(slurm, "_POLL_EVERY_SECS", 0.0)
     monkeypatch.setattr(slurm, "_LOOK_EVERY_SECS", 0.0)
     calls = program("sbatch")
     program("srun")
@@ -77,7 +77,7 @@ def test_what_is_in_the_queue_is_not_submitted_again(
     assert not calls.exists()
 
 
-def test_what_is_missing_on_the_machine_is_said(
+def test_missing_programs_and_packages_raise(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, program: Callable[..., Path]
 ) -> None:
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
@@ -88,7 +88,7 @@ def test_what_is_missing_on_the_machine_is_said(
         slurm.make_executor(workdir, OPTIONS)
 
 
-def test_what_slurm_refuses_is_said(
+def test_errors_of_slurm_are_reported(
     grid: str,
     cells: list[Cell],
     workdir: Path,

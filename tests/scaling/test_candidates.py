@@ -1,4 +1,4 @@
-"""What a plan chooses from, and what it prices: the models of the rows, whole."""
+"""Candidates of a plan and their prices."""
 
 import dataclasses
 from pathlib import Path
@@ -50,8 +50,8 @@ def test_a_committed_row_has_the_model_of_its_config():
         assert (spec_hash(spec), spec.model) == (row.spec_hash, row.model)
 
 
-def test_a_plan_prices_a_committed_row_as_the_row_does(study):
-    """All five parts, exactly: of the candidate that a plan by default takes for it, and of a blind row's own model."""
+def test_prices_equal_the_flops_of_committed_rows(study):
+    """All five parts, exactly: of a default candidate, and of a blind row's model."""
     for name, family in study.families.items():
         found = {(one.model.decoder.name, one.tokens): one for one in candidates.candidates(family, "non_embedding")}
         for row in (row for row in ROWS if row.family == name):
@@ -66,8 +66,8 @@ def test_a_plan_prices_a_committed_row_as_the_row_does(study):
             }
 
 
-def test_by_default_a_plan_chooses_from_what_was_measured(reasoning, study):
-    """At every V that the compressor gives, in front of the whole family."""
+def test_default_candidates_are_the_measured_models(reasoning, study):
+    """At every V of the compressor, with every LLM of the family."""
     found = candidates.candidates(reasoning, "nominal")
     assert sides(found) == {("clip-l14-336", "tokenpacker")}
     assert {one.model.decoder.name for one in found} == {n for n in zoo.DECODERS if n.startswith("qwen1.5-")}
@@ -80,21 +80,21 @@ def test_by_default_a_plan_chooses_from_what_was_measured(reasoning, study):
     assert {one.model.projector for one in own} == {"linear"}
 
 
-def test_what_is_named_is_there_and_says_what_it_extrapolates(reasoning):
+def test_named_candidates_list_what_they_extrapolate(reasoning):
     names = {"encoders": ("clip-l14-336", "siglip-b16-224"), "compressors": ("tokenpacker", "pool")}
     found = candidates.candidates(reasoning, "nominal", llms=("qwen1.5-7b", "vicuna-7b"), tokens=(4,), **names)
-    said = {(*side, one.model.decoder.name): one.extrapolates for one in found for side in sides([one])}
-    for (encoder, compressor, llm), kinds in said.items():
+    beyond_of = {(*side, one.model.decoder.name): one.extrapolates for one in found for side in sides([one])}
+    for (encoder, compressor, llm), kinds in beyond_of.items():
         beyond = {"encoder": encoder[0] == "s", "compressor": compressor == "pool", "family": llm == "llama2-7b"}
-        assert kinds == tuple(kind for kind, there in beyond.items() if there)
-    assert len(found) == len(said) == 8
+        assert kinds == tuple(kind for kind, outside in beyond.items() if outside)
+    assert len(found) == len(beyond_of) == 8
     for one in found:
         spec = one.model
         again = catalog.model_spec(zoo.encoder(spec.encoder.name), spec.compressor.name, 4, spec.decoder)
         assert spec == again
 
 
-def test_two_halves_that_were_not_measured_together_are_an_extrapolation(reasoning):
+def test_an_unmeasured_pair_of_measured_parts_extrapolates(reasoning):
     pool = catalog.model_spec(zoo.encoder("siglip-b16-224"), "pool", 4, zoo.decoder("qwen1.5-7b"))
     family = reasoning._replace(models=(*reasoning.models, pool))
     assert len(sides(candidates.candidates(family, "nominal"))) == 2
@@ -104,18 +104,18 @@ def test_two_halves_that_were_not_measured_together_are_an_extrapolation(reasoni
     }  # fmt: skip
 
 
-def test_a_law_whose_rows_name_nothing_asks_for_names(reasoning):
+def test_a_law_without_models_requires_names(reasoning):
     silent = reasoning._replace(models=())
-    with pytest.raises(UserError, match="do not say what they were measured with: name --encoders"):
+    with pytest.raises(UserError, match="--encoders: expected names, got none"):
         candidates.candidates(silent, "nominal", llms=("qwen1.5-7b",), compressors=("pool",))
     (one,) = candidates.candidates(silent, "nominal", ("clip-l14-336",), ("qwen1.5-7b",), ("pool",), (4,))
     assert one.extrapolates == ("encoder", "compressor", "family")
 
 
-def test_a_v_that_is_no_v_is_told(reasoning):
-    with pytest.raises(UserError, match="a law says nothing of V = 0"):
+def test_an_impossible_v_raises(reasoning):
+    with pytest.raises(UserError, match="expected one with V above 0"):
         candidates.candidates(reasoning, "nominal", compressors=("blind",))
-    with pytest.raises(UserError, match="--tokens 5: no compressor here gives it; near: 1, 2, 3, 4, 6"):
+    with pytest.raises(UserError, match=r"got 5 \(near: 1, 2, 3, 4, 6"):
         candidates.candidates(reasoning, "nominal", tokens=(4, 5))
 
 
@@ -129,7 +129,7 @@ def test_a_law_keeps_the_models_of_its_rows(published, study):
     assert {m.encoder.taps for m in published.family("ocr").models} == {(12, 16, 22, 23)}
 
 
-def test_a_question_is_paid_twice_by_what_reads_it_and_cannot_be_cached():
+def test_query_dependent_compressors_pay_for_the_question_twice_and_cannot_cache_it():
     encoder, decoder = zoo.encoder("clip-l14-336"), zoo.decoder("qwen1.5-7b")
     fresh, cached = (
         {
@@ -160,8 +160,8 @@ def test_a_7b_prefill_is_bound_by_its_weights_at_batch_1_and_by_compute_at_32():
     assert [t.secs * 1e3 for t in times[32]] == pytest.approx([24.8, 94.5, 304.8], rel=0.08)
 
 
-def test_a_batch_reads_weights_once_and_moves_the_rest_for_each():
-    """By hand, for a decoder whose sums are short; in int8, where a scalar is a byte."""
+def test_a_batch_reads_weights_once_and_moves_activations_per_request():
+    """By hand, for a small decoder in int8, one byte per scalar."""
     encoder, decoder = zoo.encoder("glyph-64"), zoo.decoder("d24")
     model = catalog.model_spec(encoder, "quecc", 4, decoder)
     one, three = (cost.moved_bytes(model, 10, 3, batch, "int8") for batch in (1, 3))

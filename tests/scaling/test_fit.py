@@ -1,4 +1,4 @@
-"""The whole fit: what it reproduces, how it doubts, what it warns of, and its file."""
+"""Fits: reproduced results, intervals, warnings, and the law file."""
 
 import json
 
@@ -38,15 +38,15 @@ def test_small_models_predict_the_large_one(law):
         assert largest["max_relative_error"] < 0.01
 
 
-def test_one_size_left_out_is_a_fit_of_the_others(law):
+def test_leaving_one_size_out_equals_a_fit_of_the_others(law):
     rows = scores.read(PUBLISHED).of("reasoning")
     small = rows._replace(cells=tuple(c for c in rows.cells if c.params < 7))
-    want = fit.fit(small, "semilog", **FEW).family(None).forms["semilog"].params
-    got = law.family("reasoning").forms["semilog"].largest_out["params"]
-    assert got == pytest.approx(want, rel=1e-6)
+    expected = fit.fit(small, "semilog", **FEW).family(None).forms["semilog"].params
+    actual = law.family("reasoning").forms["semilog"].largest_out["params"]
+    assert actual == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_known_to_be_wrong_with_the_rows_is_told(law):
+def test_known_problems_of_the_published_rows_give_warnings(law):
     assert {"d_not_identified", "blind_missing", "optimum_on_edge"} <= codes(law.family("reasoning"))
     assert {"repeated_values", "non_monotone"} <= codes(law.family("ocr"))
     assert "repeated_values" not in codes(law.family("reasoning"))
@@ -61,7 +61,7 @@ def test_same_rows_and_seed_give_the_same_bytes(tmp_path):
     assert lawfile.dumps(other) != (tmp_path / "a").read_text()
 
 
-def test_a_law_comes_back_from_its_file(tmp_path, law):
+def test_a_law_file_round_trips(tmp_path, law):
     lawfile.write(tmp_path / "law.json", law)
     again = lawfile.read(tmp_path / "law.json")
     assert lawfile.dumps(again) == (tmp_path / "law.json").read_text()
@@ -73,13 +73,13 @@ def test_a_law_comes_back_from_its_file(tmp_path, law):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "law format None"),
-        ('{"version": 99}', "law format 99"),
-        ('{"version": 2}', "whole law"),
+        ("{", "expected JSON"),
+        ("[]", "expected version 2, got None"),
+        ('{"version": 99}', "expected version 2, got 99"),
+        ('{"version": 2}', "expected a complete law"),
     ],
 )
-def test_a_broken_law_is_told(tmp_path, text, message):
+def test_a_broken_law_file_raises(tmp_path, text, message):
     (tmp_path / "law.json").write_text(text)
     with pytest.raises(UserError, match=message):
         lawfile.read(tmp_path / "law.json")
@@ -93,7 +93,7 @@ def made(values, noise=0.003, seeds=3, seed=0, form="multiplicative", **how):
     return tables.of(error, n, v, np.repeat(range(seeds), len(n) // seeds).tolist(), **how)
 
 
-def test_flat_in_tokens_leaves_the_ratio_unbounded_and_the_difference_known():
+def test_beta_0_leaves_the_ratio_unbounded_and_the_difference_bounded():
     rows = made({"A": 0.3, "alpha": 0.4, "beta": 0.0, "D": 0.0}, 0.05)
     one = fit.fit(rows, "multiplicative", **FEW).family(None)
     assert one.ratio["low"] is None
@@ -103,7 +103,7 @@ def test_flat_in_tokens_leaves_the_ratio_unbounded_and_the_difference_known():
     assert one.difference["high"] - one.difference["low"] < 0.3
 
 
-def test_replicates_tell_noise_from_lack_of_fit():
+def test_replicates_separate_noise_from_lack_of_fit():
     values = {"A": 0.5, "alpha": 0.1, "beta": 0.05, "D": 0.0}
     right = fit.fit(made(values), "multiplicative-fixed", **FEW).family(None)
     assert right.rows["noise"]["replicates"] == 56
@@ -121,7 +121,7 @@ def test_a_second_row_without_a_seed_is_a_duplicate():
     assert "duplicated_cells" in codes(fit.fit(rows, "multiplicative", **FEW).family(None))
 
 
-def test_few_cells_are_told():
+def test_few_cells_give_a_warning():
     rows = tables.of([0.5, 0.4, 0.3, 0.25, 0.2], np.array([1, 1, 2, 2, 4.0]), np.array([1, 4, 1, 4, 4.0]))
     one = fit.fit(rows, "interaction", **FEW).family(None)
     assert "few_cells" in codes(one)
@@ -146,14 +146,14 @@ def test_result_rows_count_parameters_in_billions():
     assert "blind_missing" not in codes(law.family("ocr"))
 
 
-def test_the_blind_floor_counts_from_the_blind_score():
+def test_floor_blind_divides_errors_by_the_blind_error():
     law = fit.fit(study_rows(blind=0.8), "multiplicative-fixed", floor="blind", **FEW)
     assert law.family("ocr").forms["multiplicative-fixed"].params["A"] == pytest.approx(0.002 / 0.8, rel=1e-6)
-    with pytest.raises(UserError, match="--floor blind needs a row with visual_tokens=0"):
+    with pytest.raises(UserError, match="--floor blind: expected a row with visual_tokens=0"):
         fit.fit(study_rows(blind=None), "multiplicative-fixed", floor="blind", **FEW)
 
 
-def test_rows_worse_than_blind_are_told():
+def test_rows_worse_than_blind_give_a_warning():
     law = fit.fit(study_rows(blind=0.1), "multiplicative-fixed", **FEW)
     assert "above_blind" in codes(law.family("ocr"))
 
@@ -161,17 +161,17 @@ def test_rows_worse_than_blind_are_told():
 @pytest.mark.parametrize(
     ("error", "params", "tokens", "how", "message"),
     [
-        ([0.5, 0.4], [1, 1], [1, 4], {}, "has one LLM size only"),
-        ([0.5, 0.4], [1, 2], [4, 4], {}, "has one number of visual tokens only"),
-        ([0.5, 0.4], [1, 2], [0, 0], {}, "no row with visual_tokens above 0"),
-        ([0.5, 0.0], [1, 2], [1, 4], {"loss": "log"}, "has no logarithm"),
-        ([0.5, 0.4], [1, 2], [1, 4], {"fixed_floor": 0.45}, "below the fixed floor"),
+        ([0.5, 0.4], [1, 1], [1, 4], {}, "expected two or more LLM sizes, got 1 only"),
+        ([0.5, 0.4], [1, 2], [4, 4], {}, "expected two or more numbers of visual tokens, got 4 only"),
+        ([0.5, 0.4], [1, 2], [0, 0], {}, "expected rows with visual_tokens above 0"),
+        ([0.5, 0.0], [1, 2], [1, 4], {"loss": "log"}, "expected an error above 0, got 0"),
+        ([0.5, 0.4], [1, 2], [1, 4], {"fixed_floor": 0.45}, "expected an error of at least 0.45, got 0.4 "),
         ([0.5, 0.4], [1, 2], [1, 4], {"form": "multiplicativ"}, "did you mean 'multiplicative'"),
         ([0.5, 0.4], [1, 2], [1, 4], {"family": "other"}, "unknown family 'other'"),
         ([0.5, 0.4], [1, 2], [1, 4], {"loss": "l1"}, "unknown loss"),
         ([0.5, 0.4], [1, 2], [1, 4], {"floor": "zero"}, "unknown floor"),
     ],
 )
-def test_rows_that_no_law_fits_are_told(error, params, tokens, how, message):
+def test_rows_that_no_law_fits_raise(error, params, tokens, how, message):
     with pytest.raises(UserError, match=message):
         fit.fit(tables.of(error, np.array(params, float), np.array(tokens, float)), **how, **FEW)

@@ -49,7 +49,7 @@ def test_the_closed_form_is_the_numerical_minimum(form, q):
     assert frontier.optimal_tokens(q, 0.07, 0.02) == pytest.approx(math.exp(found.x), rel=1e-3)
 
 
-def test_the_closed_form_at_its_edges():
+def test_the_closed_form_at_its_limits():
     assert frontier.optimal_tokens(50, 0.07, 0.07) == math.inf
     assert frontier.optimal_tokens(50, 0.03, 0.04) == math.inf
     assert frontier.optimal_tokens(50, 0.4, -0.1) == 0
@@ -64,13 +64,13 @@ def test_the_paper_mode_gives_the_known_numbers(law, q, tokens, nearest):
     assert plan.closed_form.llm_params_billion == pytest.approx(1e3 / (2 * (q + plan.closed_form.visual_tokens)))
 
 
-def test_where_tokens_always_pay_the_closed_form_takes_the_most(law):
+def test_the_closed_form_is_clipped_where_tokens_always_pay(law):
     plan = frontier.plan(law, Budget("tflops", 1.0), Request(50, 20), family="ocr", tokens=(1, 16, 144))
     assert (plan.closed_form.visual_tokens, plan.closed_form.unclipped_tokens) == (144, None)
 
 
 @pytest.mark.parametrize("mode", ["paper", "full"])
-def test_the_ranking_is_that_of_brute_force(law, mode):
+def test_the_ranking_equals_brute_force(law, mode):
     one, budget, request = law.family("reasoning"), Budget("tflops", 0.9), Request(50, 20)
     within = []
     for model in models():
@@ -92,16 +92,16 @@ def test_the_ranking_is_that_of_brute_force(law, mode):
     assert len(order) == len({(far, m.decoder.name, m.compressor.tokens) for far, _, _, m in within})
 
 
-def test_pareto_is_what_nothing_beats():
+def test_pareto_points_are_not_dominated():
     rng = np.random.default_rng(0)
     error, price = rng.uniform(size=200), rng.uniform(size=200)
-    want = {
+    expected = {
         i for i in range(200) if not any((error[j] <= error[i]) & (price[j] <= price[i]) for j in range(200) if j != i)
     }
-    assert set(frontier.pareto(error, price)) == want
+    assert set(frontier.pareto(error, price)) == expected
 
 
-def test_budgets_follow_from_each_other(law):
+def test_budgets_convert_into_each_other(law):
     request = Request(50, 20, 16, on=chips.chip("h100"), chips=2)
     money = Budget("usd_per_million_requests", 20.0, 2.5)
     secs = budgets.secs(money, request)
@@ -113,7 +113,7 @@ def test_budgets_follow_from_each_other(law):
     assert small.choices[0].binds == "memory"
 
 
-def test_what_does_not_fit_the_chip_is_left_out(law):
+def test_models_that_do_not_fit_the_chip_are_excluded(law):
     plan = frontier.plan(
         law, Budget("latency_ms", 1e6), Request(50, 20, on=chips.chip("v5e")), family="reasoning", top=1000
     )
@@ -139,8 +139,8 @@ def test_extrapolation_is_marked(law):
     assert "siglip-so400m14-384, measured with clip-l14-336" in choice.warnings[0]
 
 
-def test_what_was_not_measured_never_stands_above_what_was(law):
-    """Pool is cheaper than TokenPacker at every V, and a small encoder than a large one: no reason to choose them."""
+def test_extrapolated_choices_rank_behind_measured_ones(law):
+    """Although pool is cheaper than TokenPacker at every V, and a small encoder than a large one."""
     plan = frontier.plan(
         law, Budget("tflops", 2), Request(50, 20), family="reasoning", top=10_000,
         encoders=ENCODERS, compressors=("pool", "tokenpacker"), llms=("qwen1.5-1.8b", "llama3.2-1b", "qwen1.5-7b"),
@@ -155,7 +155,7 @@ def test_what_was_not_measured_never_stands_above_what_was(law):
         assert measured == (not far)
 
 
-def test_choices_know_how_sure_they_are(law):
+def test_choices_have_intervals_and_win_rates(law):
     plan = frontier.plan(law, Budget("tflops", 2), Request(50, 20), family="reasoning", llms=LLMS)
     for choice in plan.choices:
         assert choice.low <= choice.predicted_error <= choice.high
@@ -164,7 +164,7 @@ def test_choices_know_how_sure_they_are(law):
     assert plan.by_mode["full"] == plan.choices[0]._replace(beats_next=plan.by_mode["full"].beats_next)
 
 
-def test_offsets_are_added_at_equal_tokens_and_told(law):
+def test_offsets_are_added_at_equal_tokens(law):
     shifts = offsets.read(PUBLISHED.with_name("compressors_vicuna7b.csv"))
     assert shifts["tokenpacker", 1] == 0
     points = {
@@ -190,36 +190,36 @@ def test_offsets_are_added_at_equal_tokens_and_told(law):
     ("budget", "request_", "how", "message"),
     [
         (Budget("tflops", 1e-9), Request(), {}, "nothing meets tflops=1e-09; the least is"),
-        (Budget("tflops", 0), Request(), {}, "must be above 0"),
+        (Budget("tflops", 0), Request(), {}, "expected tflops above 0, got 0"),
         (Budget("watts", 1), Request(), {}, "unknown budget"),
-        (Budget("latency_ms", 5), Request(), {}, "needs a chip"),
-        (Budget("usd_per_million_requests", 5), Request(on=chips.chip("v4")), {}, "needs a price"),
+        (Budget("latency_ms", 5), Request(), {}, "expected a chip, got none"),
+        (Budget("usd_per_million_requests", 5), Request(on=chips.chip("v4")), {}, "expected a price above 0, got none"),
         (Budget("latency_ms", 5), Request(on=chips.chip("v5e")), {"llms": ("qwen1.5-72b",)}, "nothing fits into 1 v5e"),
         (Budget("latency_ms", 1e-6), Request(on=chips.chip("v4")), {}, "the least is"),
         (Budget("cache_mb", 1e-6), Request(), {}, "the least is"),
-        (Budget("tflops", 1), Request(batch=0), {}, "--batch 0 must be 1 or more"),
-        (Budget("tflops", 1), Request(math.nan), {}, "--question-tokens nan must be 0 or more"),
+        (Budget("tflops", 1), Request(batch=0), {}, "--batch: expected 1 or more, got 0"),
+        (Budget("tflops", 1), Request(math.nan), {}, "--question-tokens: expected 0 or more, got nan"),
         (Budget("tflops", 1), Request(), {"mode": "fast"}, "unknown mode"),
         (Budget("tflops", 1), Request(), {"llms": ("gpt",)}, "unknown llm"),
         (Budget("tflops", 1), Request(), {"encoders": ("dino",)}, "unknown encoder"),
         (Budget("tflops", 1), Request(), {"compressors": ("zip",)}, "unknown compressor"),
-        (Budget("tflops", 1), Request(), {"tokens": (10_000,)}, "no compressor here gives it"),
+        (Budget("tflops", 1), Request(), {"tokens": (10_000,)}, "expected numbers that a compressor gives, got 10000"),
         (Budget("tflops", 1), Request(), {"family": "video"}, "unknown family"),
-        (Budget("tflops", 1), Request(), {"family": None}, "several families"),
+        (Budget("tflops", 1), Request(), {"family": None}, "--family: expected one of ocr, reasoning"),
     ],
 )
-def test_a_plan_that_cannot_be_is_told(law, budget, request_, how, message):
+def test_invalid_plans_raise(law, budget, request_, how, message):
     with pytest.raises(UserError, match=message):
         frontier.plan(law, budget, request_, **{"family": "reasoning", **how})
 
 
 def test_the_paper_cost_warns_of_a_model_that_does_not_fit(law) -> None:
-    """2 N (Q + V) knows no memory: 72B in bfloat16 is more than the 32 GB of one v6e. The full cost leaves it out."""
+    """2 N (Q + V) ignores memory: 72B in bfloat16 exceeds the 32 GB of one v6e. The full cost excludes it."""
     request = Request(50, 20, batch=32, on=chips.chip("v6e"))
     budget, only = Budget("tflops", 100.0), ("qwen1.5-72b", "qwen1.5-7b")
-    told = {
+    warned = {
         mode: {choice.llm: any(w.startswith("does_not_fit: ") for w in choice.warnings) for choice in found}
         for mode in ("paper", "full")
         for found in [frontier.plan(law, budget, request, family="reasoning", mode=mode, llms=only, top=999).choices]
     }
-    assert told == {"paper": {"qwen1.5-72b": True, "qwen1.5-7b": False}, "full": {"qwen1.5-7b": False}}
+    assert warned == {"paper": {"qwen1.5-72b": True, "qwen1.5-7b": False}, "full": {"qwen1.5-7b": False}}

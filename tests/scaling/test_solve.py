@@ -92,7 +92,7 @@ def test_many_problems_at_once_are_the_same_as_one_by_one():
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_intervals_of_the_exponents_cover_what_was_planted(floor):
+def test_intervals_cover_the_planted_exponents(floor):
     """The 95 % interval over 200 tables, with the floor on its bound and inside it; its own error is 1.5 points."""
     true = {"A": 0.59 - floor, "alpha": 0.07 + floor, "beta": 0.015 + 0.3 * floor, "D": floor}
     rng = np.random.default_rng(7)

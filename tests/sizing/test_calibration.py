@@ -21,14 +21,14 @@ def test_calibration_recovers_planted_efficiencies(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("chip,flops\nv6e,1\n", "needs a header"),
-        ("chip,chips,flops,bytes,secs\nv6e,1,x,1,1\n", r"measured\.csv:2: .* must be numbers"),
-        ("chip,chips,flops,bytes,secs\nv6e,1,1e15,1,0.1\n", "faster than the peak of v6e"),
-        ("chip,chips,flops,bytes,secs\nv6e,1,1,1,0\n", "must be above 0"),
+        ("chip,flops\nv6e,1\n", "expected a header chip,chips,flops,bytes,secs"),
+        ("chip,chips,flops,bytes,secs\nv6e,1,x,1,1\n", r"measured\.csv:2: expected numbers in"),
+        ("chip,chips,flops,bytes,secs\nv6e,1,1e15,1,0.1\n", "expected at most the peak of v6e"),
+        ("chip,chips,flops,bytes,secs\nv6e,1,1,1,0\n", "expected chips,flops,bytes,secs above 0"),
         ("chip,chips,flops,bytes,secs\nv9,1,1,1,1\n", "unknown chip"),
     ],
 )
-def test_a_bad_calibration_is_told(tmp_path, text, message):
+def test_a_bad_calibration_names_row_and_fix(tmp_path, text, message):
     (tmp_path / "measured.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         calibration.calibrate(tmp_path / "measured.csv")

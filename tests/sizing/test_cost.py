@@ -65,7 +65,7 @@ def test_training_agrees_with_xla(train):
     assert got == pytest.approx(counted, rel=0.04)  # the softmax of the loss and its gradient are not products
 
 
-def test_an_answer_costs_the_sum_of_its_steps():
+def test_decode_flops_are_the_sum_of_the_steps():
     steps = [cost.pass_flops(WIDE, 1, 30 + t, 1) for t in range(1, 8)]
     whole = cost.decode_flops(WIDE, 30, 8)
     assert whole.attention == pytest.approx(sum(s.attention for s in steps))
@@ -84,7 +84,7 @@ def test_parts_of_a_question():
     assert reads.prefill == parts.prefill
 
 
-def test_blind_pays_for_text_only():
+def test_blind_costs_text_only():
     parts = cost.flops(model("blind", 0), 10, 3)
     assert (parts.encoder, parts.compressor, parts.projector) == (0, 0, 0)
     assert parts.prefill == cost.pass_flops(model().decoder, 10, 10, 1)
@@ -99,7 +99,7 @@ def test_blind_pays_for_text_only():
         ("siglip-b16-224", 0.035),
     ],
 )
-def test_encoders_cost_what_is_known(name, tflops):
+def test_encoder_flops_of_published_models(name, tflops):
     assert cost.encoder_flops(zoo.encoder(name)) / 1e12 == pytest.approx(tflops, rel=0.005)
 
 
@@ -121,7 +121,7 @@ def test_cache_bytes():
 
 def test_unknown_names_raise():
     with pytest.raises(UserError, match="dtype"):
-        cost.weight_bytes(1, "float31")
+        cost.dtype_bytes("float31")
     with pytest.raises(UserError, match="projector"):
         cost.projector_params("conv", 1, 1)
     with pytest.raises(UserError, match="part"):

@@ -79,7 +79,7 @@ def test_bytes_of_shapes(shape: str, size: float) -> None:
     assert hlo.shape_bytes(shape) == size
 
 
-def test_what_hosts_carry_between_slices_is_seen() -> None:
+def test_transfers_between_slices_are_collectives() -> None:
     """A sum over three slices: each sends its array to the others in a ring, twice two thirds."""
     note = '{_xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_target="{1,2,3}x{0:15}"}'
     lines = (

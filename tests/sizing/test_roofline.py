@@ -17,7 +17,7 @@ def sent(axes: tuple[str, ...], wire_bytes: float, beside: bool) -> Collective:
 
 
 def test_a_step_by_hand() -> None:
-    """Compute hides memory and the gathers beside it; what is alone is added, and binds where it is the most."""
+    """Compute hides memory and overlapped gathers; exposed collectives are added, and bind if they take longest."""
     work = roofline.Work(model_flops=3e15, flops=4e15, chip_bytes=8.1e10)
     found = [sent(("fsdp",), 1e9, True), sent(("tensor",), 3e9, False), sent(("slice",), 6.2e9, False)]
     share = {("fsdp",): 1.0, ("tensor",): 0.5}
@@ -68,19 +68,18 @@ def test_recomputing_costs_a_forward_pass() -> None:
     assert work.flops - work.model_flops == pytest.approx(256 * again)
 
 
-def test_a_decoded_word_reads_kernels_and_cache_once() -> None:
+def test_a_decode_step_reads_kernels_and_cache_once() -> None:
     """Kernels that stay cut in sixteen, and the keys and values of a chip's rows."""
     spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16", {"compute.mesh": "(16, 1, 16)"}))
-    work = roofline.decode_work(spec, 256, kept_apart=16)
+    work = roofline.decode_work(spec, 256, compute_shards=16)
     keys = 2048 + spec.evaluation.max_new_tokens
     by_hand = 2 * cost.decoder_params(spec.model.decoder) / 16 + cost.cache_bytes(spec.model.decoder, keys)
     assert work.chip_bytes == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("work", [roofline.prefill_work, roofline.decode_work])
-def test_a_kernel_that_rests_in_more_parts_is_written_too(work: Callable[..., roofline.Work]) -> None:
-    """By how the plan places it, whatever the spec's mesh says: read once where it rests as it works, else written
-    once more, two bytes a number."""
+def test_gathered_kernels_are_written_too(work: Callable[..., roofline.Work]) -> None:
+    """Read once if stored as computed, else also written once, two bytes each; whatever mesh the spec has."""
     spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16"))
     assert spec.compute.mesh[1] != 1
     sizes = cost.params(spec.model).total if work is roofline.prefill_work else cost.decoder_params(spec.model.decoder)
@@ -90,7 +89,7 @@ def test_a_kernel_that_rests_in_more_parts_is_written_too(work: Callable[..., ro
 
 
 def test_replicated_state_is_updated_whole_on_every_device() -> None:
-    """Seven passes of four bytes over what learns, and no kernel written for a gather."""
+    """Seven passes of four bytes over trained parameters, and no gathered kernels."""
     spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16", {"compute.remat": "none"}))
     stage, sizes = spec.stages[-1], cost.params(spec.model)
     assert stage.train == ("connector", "decoder")

@@ -1,4 +1,4 @@
-"""The zoo against what was published, and the formulas against the modules."""
+"""The zoo against published parameter counts, and the formulas against the modules."""
 
 import jax
 import pytest

@@ -1,11 +1,11 @@
-"""Floor 9: the real programs of a run, compiled by XLA:TPU for a pod that is not there."""
+"""Floor 9: a run's programs compiled ahead of time by XLA:TPU, without a TPU."""
 
-# To be set before JAX is imported: this machine computes nothing, libtpu is not to look for a TPU, and several
-# compilations may go on at once.
+# Set before JAX is imported: nothing runs on this machine, libtpu does not look for a TPU, and several compilations may
+# run at once.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # of no consequence, but libtpu warns where it is missing
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # unused, but libtpu warns without it
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

@@ -1,10 +1,10 @@
-"""Compiles a run's real programs for a TPU pod on a machine without one, and says what they hold, send and take:
+"""Compiles a run's programs for a TPU pod on a machine without one; prints memory, collectives and predicted time:
 
     python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
 
-With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds a call) is
-named; one that cannot be is listed as refused. The exit code is 3 where nothing fits. Needs libtpu (`pip install
-'vlm_jax[tpu]'` brings it).
+With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds per call) is
+reported; invalid combinations are listed as refused. The exit code is 3 if nothing fits. Needs libtpu (`pip install
+'vlm_jax[tpu]'`).
 """
 
 import argparse
@@ -31,27 +31,27 @@ def parser() -> ArgumentParser:
     )
     flags.add_argument("--topology", required=True, nargs="+", help="v5e:16x16, v5p:4x4x8, v4:4x4x4, v6e:8x8, ...")
     flags.add_argument("--mode", default="train", help="train, prefill or decode")
-    flags.add_argument("--strategy", nargs="+", default=[], help="instead of compute.strategy: tables to compare")
-    flags.add_argument("--mesh", nargs="+", default=[], help="instead of compute.mesh: data,fsdp,tensor; -1: the rest")
-    flags.add_argument("--stage", help="a stage's name; without it the last")
-    flags.add_argument("--json", type=Path, help="write the rows here too, each when it is there")
-    flags.add_argument("--hlo", type=Path, help="write the program's text here; of several, one file each")
+    flags.add_argument("--strategy", nargs="+", default=[], help="strategies to compare, instead of compute.strategy")
+    flags.add_argument("--mesh", nargs="+", default=[], help="data,fsdp,tensor instead of compute.mesh; -1: the rest")
+    flags.add_argument("--stage", help="name of a training stage; default: the last")
+    flags.add_argument("--json", type=Path, help="write the rows to this file, after every compilation")
+    flags.add_argument("--hlo", type=Path, help="write the HLO text to this file; several: one file each")
     return flags
 
 
 def main(argv: list[str]) -> int:
-    """Compiles, prints, compares."""
+    """Compiles every variant, prints the rows and, of several, a ranking."""
     os.environ.update(ENVIRONMENT)
 
     from vlm_jax.config.arguments import load_config, split_overrides
     from vlm_jax.config.resolve import resolve
 
     argv, overrides = split_overrides(argv)
-    # argparse takes a word that begins with "-" for a flag; with a space in front it does not.
-    flags = parser().parse_args([f" {word}" if _MESH.fullmatch(word) else word for word in argv])
+    # argparse takes a value that begins with "-" for a flag, unless a space precedes it.
+    flags = parser().parse_args([f" {value}" if _MESH.fullmatch(value) else value for value in argv])
     for name, path in (("--json", flags.json), ("--hlo", flags.hlo)):
         if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{name} {path}: " + ("is a folder" if path.is_dir() else f"there is no {path.parent}"))
+            raise UserError(f"{name} {path}: expected a file in an existing folder")
     spec = resolve(load_config(flags.config, overrides))
     stages = {stage.name: stage for stage in spec.stages}
     if flags.stage and flags.stage not in stages:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 def _compile(
     cells: list[tuple[str, RunSpec]], flags: argparse.Namespace, stage: StageSpec
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows, and a line for each variant that cannot be. Raises `UserError` where none can be."""
+    """The rows, and a line for each refused variant. Raises `UserError` if all are refused."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from vlm_jax.aot import report, variants

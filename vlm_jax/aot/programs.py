@@ -1,5 +1,5 @@
-"""A run's programs for a topology, compiled without its chips: the step that training runs, and the prefill and the
-loop of decode steps that `generate` runs. Only shapes exist; nothing is allocated.
+"""A run's programs, compiled for a topology from shapes alone: the train step, and the prefill and decode loop that
+`generate` runs.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost
 
 MODES = ("train", "prefill", "decode")
-# Examples, for the message about a name that the compiler does not know, and for advice.
+# Examples, for suggestions.
 TOPOLOGIES = (
     "v4:2x2x1", "v4:4x4x4", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v5p:4x4x8",
     "v5p:8x8x8", "v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16", "tpu7x:2x2x2", "tpu7x:4x4x4",
@@ -36,7 +36,7 @@ _STATE_DTYPE = "float32"
 
 
 class Memory(NamedTuple):
-    """Bytes on one chip."""
+    """Bytes on one device."""
 
     params: float
     optimiser: float
@@ -46,9 +46,7 @@ class Memory(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled program; where it needs more memory than a chip has, `text` is empty and `memory.peak` is what it
-    asks for.
-    """
+    """A compiled program; one that does not fit has an empty `text` and its required bytes as `memory.peak`."""
 
     memory: Memory
     text: str
@@ -56,11 +54,11 @@ class Program(NamedTuple):
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
-    """The chips of a topology, as descriptions. Raises `UserError` without libtpu, or for a name it does not know."""
+    """Device descriptions of a topology. Raises `UserError` without libtpu and for unknown names."""
     if importlib.util.find_spec("libtpu") is None:
-        wanted = [text for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")]
-        pinned = wanted[0].split(";")[0].strip() if wanted else "libtpu"
-        raise UserError(f"compiling for a TPU needs its compiler: pip install '{pinned}' (no TPU is needed)")
+        required = [text for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")]
+        pinned = required[0].split(";")[0].strip() if required else "libtpu"
+        raise UserError(f"compiling for a TPU needs libtpu, which is not installed (pip install '{pinned}')")
     from jax.experimental import topologies
 
     try:
@@ -71,75 +69,65 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
 
 
 def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> Program:
-    """Lowers and compiles one of `MODES`. Raises `UserError` for what the spec cannot have on this plan."""
-    if mode not in MODES:
-        raise unknown("mode", mode, MODES)
+    """Lowers and compiles the program of a mode. Raises `UserError` if the spec is invalid on this plan."""
     network = build.lay_out(spec, plan)
     if mode == "train":
         train = build.train_step(network, stage)
-        state = placed(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments, params, optimiser = (
-            train.step, (state, train_inputs(spec, plan)), state.params, state.opt_state
-        )  # fmt: skip
+        state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
+        jitted, arguments = train.step, (state, _inputs(spec, plan, train=True))
+        params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)
         params, optimiser = arguments[0], ()
     start = time.monotonic()
     lowered = jitted.lower(*arguments)
-    held, moments, all_inputs = _held(params), _held(optimiser), _held(arguments)
+    params_bytes, moments, inputs = _device_bytes(params), _device_bytes(optimiser), _device_bytes(arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        peak = _asked(str(error), all_inputs)
-        return Program(Memory(held, moments, all_inputs - held - moments, peak - all_inputs, peak), "",
-                       time.monotonic() - start)  # fmt: skip
-    sizes = compiled.memory_analysis()
-    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + outputs
-    memory = Memory(held, moments, all_inputs - held - moments, peak - all_inputs, peak)
-    return Program(memory, compiled.as_text(), time.monotonic() - start)
+        text, peak = "", _required_bytes(str(error), inputs)
+    else:
+        sizes, text = compiled.memory_analysis(), compiled.as_text()
+        outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + outputs
+    memory = Memory(params_bytes, moments, inputs - params_bytes - moments, peak - inputs, peak)
+    return Program(memory, text, time.monotonic() - start)
 
 
-def _asked(message: str, inputs_bytes: float) -> float:
-    """Bytes that a program which does not fit asks for, from the compiler's message; others are raised again."""
-    found = re.search(r"(?:Used |temporaries \(|required[^(]*\()([\d.]+)([KMGT])", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
+def _required_bytes(message: str, inputs_bytes: float) -> float:
+    """Required memory, from the compiler's out-of-memory message. Raises `RuntimeError` with any other message."""
+    match = re.search(r"(?:Used |temporaries \(|required[^(]*\()([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or not match:
         raise RuntimeError(message)
-    asked = float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1))
-    return asked + (inputs_bytes if "temporaries" in message else 0)
+    required = float(match[1]) * 2 ** (10 * ("KMGT".index(match[2]) + 1))
+    return required + (inputs_bytes if "temporaries" in message else 0)
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes with a place each."""
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes with shardings."""
     return jax.tree.map(
-        lambda leaf, there: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), shapes, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 
-def train_inputs(spec: RunSpec, plan: Plan) -> Inputs:
-    """Shapes of a batch of training."""
+def _inputs(spec: RunSpec, plan: Plan, train: bool) -> Inputs:
+    """Shapes of a training batch, or of a batch of prompts with one image each."""
     data = spec.data
-    length = cost.image_copies(spec) * spec.model.compressor.tokens + data.text_tokens
-    return _inputs(spec, plan, data.batch_examples, length, data.questions_per_example, learned=True)
+    rows, questions = (
+        (data.batch_examples, data.questions_per_example) if train else (spec.evaluation.batch_examples, 1)
+    )
+    length = (cost.image_copies(spec) if train else 1) * spec.model.compressor.tokens + data.text_tokens
 
-
-def prompt_inputs(spec: RunSpec, plan: Plan) -> Inputs:
-    """Shapes of a batch of prompts with one image each."""
-    length = spec.model.compressor.tokens + spec.data.text_tokens
-    return _inputs(spec, plan, spec.evaluation.batch_examples, length, 1, learned=False)
-
-
-def _inputs(spec: RunSpec, plan: Plan, rows: int, length: int, questions: int, learned: bool) -> Inputs:
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
-    weight = shape(length, dtype="float32") if learned else None
+    weight = shape(length, dtype="float32") if train else None
     return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, questions), weight=weight)
 
 
 def _views(spec: RunSpec, shape: Any, questions: int) -> Views | None:
-    """Views that hold pixels, or the stored features of every patch."""
+    """Shapes of pixels, or of stored features of every patch."""
     encoder, model = spec.model.encoder, Vlm(spec.model, spec.compute)
     if not model.visual_tokens:
         return None
@@ -160,53 +148,49 @@ def _decoding_model(spec: RunSpec) -> Vlm:
 
 
 def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
-    """Parameters as they answer: in the dtype of the activations."""
+    """Shapes of the parameters for inference, in the dtype of the activations."""
     boxed = jax.eval_shape(lambda key: {**model.init(key), "encoder": model.init_encoder(key)}, jax.random.key(0))
     low = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, spec.compute.dtype if leaf.dtype == _STATE_DTYPE else leaf.dtype),
         nn.meta.unbox(boxed),
     )
-    return placed(low, plan.shardings(boxed))
+    return with_shardings(low, plan.shardings(boxed))
 
 
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model = _decoding_model(spec)
     run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
-    return run, (_params(spec, plan, model), prompt_inputs(spec, plan))
+    return run, (_params(spec, plan, model), _inputs(spec, plan, train=False))
 
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
-    model, rows, room = _decoding_model(spec), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
+    model, rows, steps = _decoding_model(spec), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
     size = (rows, 1, spec.model.decoder.width)
     hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
     prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
-    scalars = [jax.ShapeDtypeStruct((), kind, sharding=plan.replicated) for kind in ("int32", "float32", "float32")]
-    run = inference.sample_program(model.spec, model.compute, plan, (0,), room, "greedy")
-    return run, (_params(spec, plan, model), prefilled, scalars[0], _key_shape(plan), *scalars[1:])
-
-
-def _key_shape(plan: Plan) -> jax.ShapeDtypeStruct:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=plan.replicated)
+    key_dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    dtypes = ("int32", key_dtype, "float32", "float32")  # of limit, key, temperature, top_p
+    scalars = (jax.ShapeDtypeStruct((), dtype, sharding=plan.replicated) for dtype in dtypes)
+    run = inference.sample_program(model.spec, model.compute, plan, (0,), steps, "greedy")
+    return run, (_params(spec, plan, model), prefilled, *scalars)
 
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
-    """Keys and values of a batch: rows split as examples are, heads as heads are."""
+    """Shapes of the cache of a batch, with the shardings of its examples and heads."""
     compute, rows = _decoding_model(spec).compute, spec.evaluation.batch_examples
     length = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
     shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
     heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in shapes.key)
     metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))
-    return placed(shapes, Cache(heads, heads, metadata, plan.sharding((), ())))
+    return with_shardings(shapes, Cache(heads, heads, metadata, plan.sharding((), ())))
 
 
-def _held(tree: Any) -> float:
-    """Bytes of a placed tree on one chip."""
-    return float(
-        sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    )
+def _device_bytes(tree: Any) -> float:
+    """Bytes of a tree of sharded shapes on one device."""
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+    return float(sum(np.prod(shape) * itemsize for shape, itemsize in shards))
 
 
 def mesh_axes(plan: Plan) -> Mapping[str, int]:
-    """Mesh axis -> its size, slowest first."""
+    """Sizes by mesh axis, slowest first."""
     return dict(zip(partitioning.MESH_AXES, plan.mesh.devices.shape, strict=True))

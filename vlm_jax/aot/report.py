@@ -1,4 +1,4 @@
-"""A compiled program as one flat row, as text for people, and as advice where it does not fit."""
+"""Report of a compiled program: a flat row, the row as text, and advice if it does not fit."""
 
 import math
 from typing import Any
@@ -15,43 +15,41 @@ GIB = 2**30
 
 
 def chip_of(topology: str) -> chips.Chip:
-    """`"v5e:16x16"` -> the chip, or the half of one that is a device to JAX."""
-    return chips.device(topology.partition(":")[0].replace("tpu7x", "v7x"))
-
-
-def chips_devices(topology: str) -> int:
-    """How many devices JAX sees in one chip of a topology."""
-    return chips.chip(topology.partition(":")[0].replace("tpu7x", "v7x")).devices
+    """The chip of a topology such as `"v5e:16x16"`."""
+    return chips.chip(topology.partition(":")[0].replace("tpu7x", "v7x"))
 
 
 def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, program: Program) -> dict[str, Any]:
-    """Everything that is known of a program on a topology, flat and ready for JSON. Bytes are of one device."""
-    chip, count = chip_of(topology), plan.mesh.size
-    sizes = cost.params(spec.model)
+    """The program's model, layout, memory, collectives and predicted time as JSON values. Bytes are of one device.
+
+    The fields from `model_flops` on are missing if the program does not fit. A decode row is of the whole loop, with
+    `tokens_per_call` steps; other modes have 1.
+    """
+    chip, count = chips.device(chip_of(topology).name), plan.mesh.size
+    sizes, memory = cost.params(spec.model), program.memory
     out = {
         "spec_hash": spec_hash(spec), "llm": spec.model.decoder.name, "encoder": spec.model.encoder.name,
         "compressor": spec.model.compressor.name, "tokens": spec.model.compressor.tokens, "mode": mode,
         "stage": stage.name, "topology": topology, "slices": spec.compute.slices,
-        "devices": count, "chips": count // chips_devices(topology),
+        "devices": count, "chips": count // chip_of(topology).devices,
         "strategy": spec.compute.strategy, "mesh": list(plan.mesh.devices.shape[1:]), "remat": spec.compute.remat,
         "attention": spec.compute.attention, "microbatches": spec.compute.microbatches, "moments": spec.compute.moments,
         "batch_examples": spec.data.batch_examples if mode == "train" else spec.evaluation.batch_examples,
         "model_params": sizes.total, "llm_params": sizes.decoder + sizes.embedding,
-        "params_bytes": program.memory.params, "optimiser_bytes": program.memory.optimiser,
-        "inputs_bytes": program.memory.other_inputs, "temporaries_bytes": program.memory.temporaries,
-        "peak_bytes": program.memory.peak, "usable_bytes": chip.usable_bytes,
-        "fits": bool(program.text) and program.memory.peak <= chip.usable_bytes,
+        "params_bytes": memory.params, "optimiser_bytes": memory.optimiser, "inputs_bytes": memory.other_inputs,
+        "temporaries_bytes": memory.temporaries, "peak_bytes": memory.peak, "usable_bytes": chip.usable_bytes,
+        "fits": bool(program.text) and memory.peak <= chip.usable_bytes,
         "compile_secs": round(program.compile_secs, 1),
     }  # fmt: skip
     if not program.text:
         return out
-    steps = spec.evaluation.max_new_tokens if mode == "decode" else 1  # of the longest answer
+    steps = spec.evaluation.max_new_tokens if mode == "decode" else 1  # the loop runs for the longest answer
     found = hlo.collectives(program.text, mesh_axes(plan), steps)
-    apart, rests = plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP)
+    shards = (plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP))
     if mode == "train":
-        work = roofline.train_work(spec, stage, count, apart, rests)
+        work = roofline.train_work(spec, stage, count, *shards)
     else:
-        work = (roofline.prefill_work if mode == "prefill" else roofline.decode_work)(spec, count, apart, rests)
+        work = (roofline.prefill_work if mode == "prefill" else roofline.decode_work)(spec, count, *shards)
     work = roofline.Work(*(steps * amount for amount in work))
     cycles = hlo.compiler_cycles(program.text, steps)
     predicted = roofline.predict(work, found, chip, count, lambda spanned: link_share(plan, chip, spanned), cycles)
@@ -63,15 +61,15 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
 
 
 def link_share(plan: Plan, chip: chips.Chip, spanned: tuple[str, ...]) -> float:
-    """Part of a chip's links that a group over these mesh axes uses."""
+    """Share of a chip's links that a group over these mesh axes uses."""
     grid = plan.mesh.devices
     group = grid[tuple(slice(None) if name in spanned else slice(0, 1) for name in mesh_axes(plan))]
-    places = [tuple(device.coords) for device in np.asarray(group).flat]
-    return roofline.ring_share(places, roofline.torus_extent([tuple(each.coords) for each in grid.flat]), chip)
+    coords = [tuple(device.coords) for device in np.asarray(group).flat]
+    return roofline.ring_share(coords, roofline.torus_extent([tuple(each.coords) for each in grid.flat]), chip)
 
 
 def summed(found: list[hlo.Collective]) -> list[dict[str, Any]]:
-    """Collectives by kind, mesh axes and whether products run beside them; the heaviest first."""
+    """Collectives by kind, mesh axes and overlap with products, the largest first."""
     groups: dict[tuple, list[hlo.Collective]] = {}
     for each in found:
         groups.setdefault((each.kind, each.axes, each.beside_products), []).append(each)
@@ -84,12 +82,12 @@ def summed(found: list[hlo.Collective]) -> list[dict[str, Any]]:
 
 
 def checks(spec: RunSpec, found: list[hlo.Collective], rows_of_chip: float) -> dict[str, float]:
-    """What a good placement avoids.
+    """Two ratios that a good sharding keeps small.
 
-    gathered_table: bytes of the widest array that a gather or a sum makes, as a share of the embedding table's in the
-        dtype of the activations. 1 is the whole table, or the logits of as many tokens as it is wide.
-    exchanges: all-to-all traffic, as a share of what looking up the text of one chip's rows takes: a vector there for
-        every token, in training its gradient back.
+    gathered_table: bytes of the largest result of an all-gather or all-reduce, over the embedding table's in the dtype
+        of the activations. 1 is the whole table, or the logits of as many tokens as it is wide.
+    exchanges: all-to-all traffic, over that of looking up the text of one chip's rows: a vector per token, and in
+        training its gradient.
     """
     decoder, dtype = spec.model.decoder, cost.dtype_bytes(spec.compute.dtype)
     widest = max((each.whole for each in found if each.kind in ("all-gather", "all-reduce")), default=0.0)
@@ -102,7 +100,7 @@ def checks(spec: RunSpec, found: list[hlo.Collective], rows_of_chip: float) -> d
 
 
 def lines(r: dict[str, Any]) -> list[str]:
-    """The row for people, GiB and milliseconds."""
+    """The row as lines of text, in GiB and milliseconds."""
     slices = f" x {r['slices']} slices" if r["slices"] > 1 else ""
     head = (
         f"{r['mode']} of {r['encoder']} + {r['llm']}, V={r['tokens']} ({r['compressor']}), {r['batch_examples']} rows "
@@ -116,24 +114,25 @@ def lines(r: dict[str, Any]) -> list[str]:
     out.append(f"  {'usable':12s} {r['usable_bytes'] / GIB:9.3f}   {'fits' if r['fits'] else 'DOES NOT FIT'}")
     if "collectives" not in r:
         return out
-    out.append(f"exchanged per {one} and call:")
+    out.append(f"sent per {one} and call:")
     for each in r["collectives"]:
         if each["wire_bytes"] > 1e-3 * r["wire_bytes"]:
-            beside = "beside products" if each["beside_products"] else "alone"
+            overlap = "overlapped" if each["beside_products"] else "exposed"
             out.append(
                 f"  {each['kind']:18s} over {'+'.join(each['axes']):20s} {each['count']:6d} x "
-                f"{each['wire_bytes'] / 1e9:9.3f} GB   {beside}"
+                f"{each['wire_bytes'] / 1e9:9.3f} GB   {overlap}"
             )
     out.append(f"model FLOPs {r['model_flops']:.4g} (executed {r['flops']:.4g}) over {r['chips']} chips"
                + (f" of {r['devices'] // r['chips']} devices each" if one == "device" else ""))  # fmt: skip
     out.append(
         f"at vendor peaks, ms: compute {1e3 * r['compute_secs']:.1f}, memory {1e3 * r['memory_secs']:.1f}, "
-        f"network beside products {1e3 * r['hidden_secs']:.1f}, network alone {1e3 * r['exposed_secs']:.1f}"
+        f"overlapped network {1e3 * r['hidden_secs']:.1f}, exposed network {1e3 * r['exposed_secs']:.1f}"
     )
     eff, steps = chips.ASSUMED, r["tokens_per_call"]
-    per = f"answer of {steps} tokens ({1e3 * r['step_secs'] / steps:.1f} a token)" if r["mode"] == "decode" else "call"
+    ms = 1e3 * r["step_secs"]
+    per = f"answer of {steps} tokens ({ms / steps:.1f} per token)" if r["mode"] == "decode" else "call"
     out.append(
-        f"predicted: {1e3 * r['step_secs']:.1f} ms a {per}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
+        f"predicted: {ms:.1f} ms per {per}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
         f"(assumed shares of the peaks: compute {eff.compute}, memory {eff.bandwidth}, network {eff.interconnect})"
     )
     if r["compiler_secs"]:
@@ -142,16 +141,16 @@ def lines(r: dict[str, Any]) -> list[str]:
 
 
 def advice(r: dict[str, Any]) -> str:
-    """Each single change with which a program should fit; where there is none, a larger topology; else what may help.
+    """Single changes with which the program should fit; else a larger topology; else changes that may help.
 
-    An estimate: state and gradients stay as they are, the rest of the peak falls as rows do.
+    An estimate: state and gradients stay, the rest of the peak is proportional to the rows.
     """
     train = r["mode"] == "train"
     state = r["params_bytes"] + r["optimiser_bytes"]
     state += min(r["params_bytes"], r["temporaries_bytes"]) if train else 0.0  # gradients
     of_rows = r["peak_bytes"] - state
-    apart = r["mesh"][2] if r["strategy"] == "fsdp_tensor" else 1
-    unit = r["devices"] // apart * (r["microbatches"] if train else 1)
+    tensor = r["mesh"][2] if r["strategy"] == "fsdp_tensor" else 1
+    unit = r["devices"] // tensor * (r["microbatches"] if train else 1)
     saved: dict[str, float] = {}
     if r["strategy"] == "replicated":
         saved["strategy=fsdp"] = state * (1 - 1 / r["devices"])
@@ -172,15 +171,15 @@ def advice(r: dict[str, Any]) -> str:
         enough = [f"--topology {larger}"]
     if enough:
         return "by estimate it would fit with: " + "; or ".join(enough)
-    also = ["compute.remat=block"] if train and r["remat"] != "block" else []
-    several = [change for change in saved if not change.startswith("compute.microbatches")]
+    helps = [change for change in saved if not change.startswith("compute.microbatches")]
+    helps += ["compute.remat=block"] if train and r["remat"] != "block" else []
     return "no single change is enough; may help: " + ", ".join(
-        [*several, *also, "fewer rows", "fewer text tokens", "a smaller llm"]
+        [*helps, "fewer rows", "fewer text tokens", "a smaller llm"]
     )
 
 
 def _larger(r: dict[str, Any], state: float, of_rows: float, unit: int) -> str | None:
-    """The smallest topology of the same chip, of those with a name here, on which the program should fit."""
+    """The smallest topology of the same chip in `TOPOLOGIES` on which the program should fit."""
     kind = r["topology"].partition(":")[0]
     for name in sorted((name for name in TOPOLOGIES if name.startswith(f"{kind}:")), key=_devices):
         times = _devices(name) * r["slices"] / r["devices"]
@@ -191,5 +190,5 @@ def _larger(r: dict[str, Any], state: float, of_rows: float, unit: int) -> str |
 
 
 def _devices(topology: str) -> int:
-    """`"v5e:16x16"` -> how many devices JAX sees there."""
-    return math.prod(map(int, topology.partition(":")[2].split("x"))) * chips_devices(topology)
+    """JAX devices of a topology such as `"v5e:16x16"`."""
+    return math.prod(map(int, topology.partition(":")[2].split("x"))) * chip_of(topology).devices

@@ -1,4 +1,4 @@
-"""One run on several topologies, tables and meshes."""
+"""One run on several topologies, strategies and meshes."""
 
 import dataclasses
 import itertools
@@ -13,13 +13,13 @@ from vlm_jax.distributed.partitioning import make_plan
 def variants(
     spec: RunSpec, topologies: list[str], strategies: list[str], meshes: list[str]
 ) -> list[tuple[str, RunSpec]]:
-    """(topology, spec) of every combination. Raises `UserError` for a mesh that is not three numbers."""
+    """(topology, spec) of every combination. Raises `UserError` for a mesh that is not three integers."""
     shapes = []
     for text in map(str.strip, meshes) if meshes else [",".join(map(str, spec.compute.mesh))]:
         try:
             data, fsdp, tensor = (int(size) for size in text.split(","))
         except ValueError as error:
-            raise UserError(f"--mesh {text}: three numbers are wanted, data,fsdp,tensor, such as 1,-1,16") from error
+            raise UserError(f"--mesh {text}: expected three integers data,fsdp,tensor, such as 1,-1,16") from error
         shapes.append((data, fsdp, tensor))
     return [
         (topology, dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, strategy=strategy, mesh=mesh)))
@@ -28,12 +28,12 @@ def variants(
 
 
 def name(topology: str, spec: RunSpec) -> str:
-    """What tells a variant from the others."""
+    """Label of a variant."""
     return f"{topology} {spec.compute.strategy} {','.join(map(str, spec.compute.mesh))}"
 
 
 def compile_row(spec: RunSpec, stage: StageSpec, topology: str, mode: str) -> tuple[dict[str, Any], str]:
-    """A row of `report.row`, and the program's text."""
+    """The `report.row` of a variant, and its HLO text."""
     if mode not in programs.MODES:
         raise unknown("mode", mode, programs.MODES)
     plan = make_plan(spec.compute, programs.devices(topology, spec.compute.slices))
@@ -42,7 +42,7 @@ def compile_row(spec: RunSpec, stage: StageSpec, topology: str, mode: str) -> tu
 
 
 def ranking(rows: list[dict[str, Any]]) -> str:
-    """All rows, the cheapest that fits first; a row that does not fit has no time."""
+    """Table of the rows, the cheapest that fits first."""
 
     def price(row: dict[str, Any]) -> tuple[bool, float]:
         return not row["fits"], row["chips"] * row.get("step_secs", 0.0)

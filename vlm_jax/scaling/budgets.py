@@ -1,4 +1,4 @@
-"""What may be spent on a request: FLOPs, time, cache or money, and how one follows from another."""
+"""Budgets of a request (FLOPs, latency, cache or dollars), and conversions between them."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ BUDGETS = ("tflops", "latency_ms", "cache_mb", "usd_per_million_requests")
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit. Latency is that of a whole batch; a cache is one request's; dollars are spent on chip-hours."""
+    """One limit: latency of a batch, FLOPs or cache of a request, or dollars for chip-hours."""
 
     kind: str
     amount: Number
@@ -20,7 +20,7 @@ class Budget:
 
 
 def secs(budget: Budget, request: Request) -> float | None:
-    """Seconds a batch may take, for a budget of time or money."""
+    """Seconds per batch for a budget of latency or dollars, else None."""
     if budget.kind == "latency_ms":
         return budget.amount / 1e3
     if budget.kind == "usd_per_million_requests" and budget.usd_per_chip_hour:
@@ -30,7 +30,7 @@ def secs(budget: Budget, request: Request) -> float | None:
 
 
 def flops(budget: Budget, request: Request) -> float | None:
-    """FLOPs a request may take in the paper's model: all of the time is spent computing. None for a cache."""
+    """FLOPs per request if all time is spent computing, as in the paper's model; None for a cache."""
     if budget.kind == "tflops":
         return budget.amount * 1e12
     time = secs(budget, request)
@@ -40,15 +40,15 @@ def flops(budget: Budget, request: Request) -> float | None:
 
 
 def check(budget: Budget, request: Request) -> None:
-    """Raises `UserError` where the budget lacks what it needs."""
+    """Raises `UserError` for an invalid or incomplete budget or request."""
     if budget.kind not in BUDGETS:
         raise unknown("budget", budget.kind, BUDGETS)
     if not budget.amount > 0 or not math.isfinite(budget.amount):
-        raise UserError(f"the budget {budget.kind}={budget.amount:g} must be above 0")
+        raise UserError(f"budget: expected {budget.kind} above 0, got {budget.amount:g}")
     if budget.kind in ("latency_ms", "usd_per_million_requests") and request.on is None:
-        raise UserError(f"a budget in {budget.kind} needs a chip: add --chip")
+        raise UserError(f"budget {budget.kind}: expected a chip, got none (add --chip)")
     if budget.kind == "usd_per_million_requests" and not (budget.usd_per_chip_hour or 0) > 0:
-        raise UserError("a budget in dollars needs a price: add --usd-per-chip-hour")
+        raise UserError("budget in dollars: expected a price above 0, got none (add --usd-per-chip-hour)")
     for name, least in (("question_tokens", 0), ("answer_tokens", 0), ("batch", 1), ("chips", 1)):
         if not least <= getattr(request, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(request, name):g} must be {least} or more")
+            raise UserError(f"--{name.replace('_', '-')}: expected {least} or more, got {getattr(request, name):g}")

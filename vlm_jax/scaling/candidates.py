@@ -1,8 +1,8 @@
-"""The models that a plan chooses from, each a whole `ModelSpec`, and what one costs to ask.
+"""Candidate models of a plan, each a whole `ModelSpec`, and their prices.
 
-By default those that the law speaks of: the encoder and compressor that its rows were measured with, at every V that
-the compressor can give, in front of every language model of the measured family. Anything else is there only where it
-is named, at the sizes of `catalog.model_spec`, and says what it extrapolates.
+By default the encoder and compressor that the law's rows were measured with, at every V of the compressor, with every
+LLM of the measured family. Other models must be named; they have the sizes of `catalog.model_spec` and are marked as
+extrapolations.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ NameFilter = Collection[str]
 
 
 class Candidate(NamedTuple):
-    """One model that a plan may choose."""
+    """A model that a plan may choose."""
 
     model: ModelSpec
     params: float  # N of the law, in billions
-    extrapolates: tuple[str, ...] = ()  # of "encoder", "compressor", "family": what the rows were not measured with
+    extrapolates: tuple[str, ...] = ()  # of "encoder", "compressor", "family": not in the rows
 
     @property
     def tokens(self) -> int:
@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What a candidate costs. FLOPs and cache are those of one request, seconds and memory those of a whole batch."""
+    """Cost of a candidate: FLOPs and cache of one request, seconds and memory of a batch."""
 
     flops: dict[str, float]  # by part
     times: dict[str, PartTime]  # by part; empty without a chip
@@ -51,7 +51,7 @@ class Price(NamedTuple):
 
 
 def law_params(decoder: DecoderSpec, params_are: str) -> float:
-    """N of that language model in billions, counted as the law's rows count it."""
+    """N in billions, counted as in the law's rows."""
     if params_are == "nominal":
         return zoo.nominal_params(decoder.name) / 1e9
     return cost.decoder_params(decoder, "excluded") / 1e9
@@ -65,14 +65,13 @@ def candidates(
     compressors: NameFilter = (),
     tokens: Collection[int] = (),
 ) -> list[Candidate]:
-    """Every model of those names, or of what the law's rows were measured with where none are given; `tokens` limits V.
+    """All models of these names, by default of the law's rows; `tokens` limits V.
 
-    Raises `UserError` for unknown names, for a V that nothing here can give, and where neither the caller nor the rows
-    name a model.
+    Raises `UserError` for unknown names, for a V that no compressor gives, and if neither caller nor rows name models.
     """
     for kind, given in (("encoders", encoders), ("compressors", compressors), ("llms", llms)):
         if not given and not family.models:
-            raise UserError(f"the law's rows do not say what they were measured with: name --{kind}")
+            raise UserError(f"--{kind}: expected names, got none (the law's rows do not name their models)")
     decoders = _decoders(family.models, llms)
     found, possible = [], set()
     for visual, beyond in _visual_sides(family.models, encoders, compressors, decoders[0][0]):
@@ -86,14 +85,16 @@ def candidates(
                 ]
     if missing := sorted(set(tokens) - possible):
         near = ", ".join(map(str, sorted(sorted(possible, key=lambda v: abs(v - missing[0]))[:8])))
-        raise UserError(f"--tokens {missing[0]}: no compressor here gives it; near: {near or 'none'}")
+        raise UserError(
+            f"--tokens: expected numbers that a compressor gives, got {missing[0]} (near: {near or 'none'})"
+        )
     if not found:
-        raise UserError("--compressors blind: a law says nothing of V = 0; name another")
+        raise UserError("--compressors: expected one with V above 0, got blind only (name another)")
     return found
 
 
 def names_of(limits: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of `frontier.plan` that `candidates` reads."""
+    """The arguments of `candidates` among those of `frontier.plan`."""
     return {key: limits[key] for key in ("encoders", "llms", "compressors", "tokens") if key in limits}
 
 
@@ -105,13 +106,13 @@ def _joined(visual: ModelSpec, tokens: int, decoder: DecoderSpec) -> ModelSpec:
 def _visual_sides(
     models: Iterable[ModelSpec], encoders: NameFilter, compressors: NameFilter, decoder: DecoderSpec
 ) -> list[tuple[ModelSpec, tuple[str, ...]]]:
-    """Encoder, compressor, projector and mask of every combination; measured ones as they were measured."""
+    """Visual sides of every combination and what they extrapolate; measured ones have the sizes of the rows."""
     measured = list(dict.fromkeys(map(visual_side, models)))
     if not encoders and not compressors:
         return [(side, ()) for side in measured]
     known_encoders = {side.encoder.name: side.encoder for side in measured}
     known_compressors = {side.compressor.name for side in measured}
-    how = {"projector": measured[0].projector, "mask": measured[0].mask} if measured else {}
+    fields = {"projector": measured[0].projector, "mask": measured[0].mask} if measured else {}
     out: list[tuple[ModelSpec, tuple[str, ...]]] = []
     for encoder in encoders or known_encoders:
         for compressor in compressors or sorted(known_compressors):
@@ -120,14 +121,14 @@ def _visual_sides(
                 continue
             spec = zoo.ENCODERS.get(encoder) or known_encoders.get(encoder) or zoo.encoder(encoder)
             least = catalog.row(compressor).tokens_out(spec.grid)[0]
-            side = visual_side(catalog.model_spec(spec, compressor, least, decoder, **how))
+            side = visual_side(catalog.model_spec(spec, compressor, least, decoder, **fields))
             beyond = ("encoder",) * (encoder not in known_encoders)
             out.append((side, beyond + ("compressor",) * (compressor not in known_compressors or not beyond)))
     return out
 
 
 def _decoders(models: Iterable[ModelSpec], llms: NameFilter) -> list[tuple[DecoderSpec, tuple[str, ...]]]:
-    """The language models of those names, or of the measured families; ("family",) behind one of another family."""
+    """Decoders of these names or of the measured families, with ("family",) for those of another family."""
     measured = {model.decoder.name: model.decoder for model in models}
     families = {zoo.family(name) for name in measured}
     names = llms or (*measured, *(name for name in zoo.DECODERS if zoo.family(name) in families))
@@ -136,11 +137,11 @@ def _decoders(models: Iterable[ModelSpec], llms: NameFilter) -> list[tuple[Decod
 
 
 def price(model: ModelSpec, request: Request) -> Price:
-    """What it costs to ask the model."""
-    asked = (request.question_tokens, request.answer_tokens)
+    """Cost of a request to the model."""
+    lengths = (request.question_tokens, request.answer_tokens)
     return Price(
-        cost.flops(model, *asked, request.question).by_part,
+        cost.flops(model, *lengths, request.question).by_part,
         roofline.request_times(model, request) if request.on else {},
-        cost.request_cache_bytes(model, *asked, request.dtype),
-        cost.memory_bytes(model, *asked, request.batch, request.dtype),
+        cost.cache_bytes(model.decoder, model.compressor.tokens + sum(lengths), request.dtype),
+        cost.memory_bytes(model, *lengths, request.batch, request.dtype),
     )

@@ -1,5 +1,4 @@
-"""What can be wrong with rows and fits, in words. A warning is `code: sentence`; the codes are stable, the sentences
-may change."""
+"""Checks of rows and fits. A warning is `code: sentence`; codes are stable, sentences may change."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,39 +11,33 @@ from vlm_jax.scaling.fitted import FormFit
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import Measurement, Scores, params_label
 
-CODES = (
-    "above_blind", "blind_missing", "d_not_identified", "duplicated_cells", "exponent_at_bound", "few_cells",
-    "lack_of_fit", "non_monotone", "optimum_on_edge", "ratio_unbounded", "repeated_values",
-)  # fmt: skip
-_LONG = 6  # decimals of a number that does not come up twice by chance
+_LONG = 6  # decimals of a number that does not occur twice by chance
 
 
 def require_fit(cells: tuple[Measurement, ...], family: str, loss: str, fixed_floor: int | float) -> None:
-    """Raises `UserError` where no law in N and V can be fitted."""
+    """Raises `UserError` if no law in N and V can be fitted to the cells."""
     if not cells:
-        raise UserError(f"family {family!r} has no row with visual_tokens above 0")
+        raise UserError(f"family {family!r}: expected rows with visual_tokens above 0, got none")
     first = cells[0].where.rpartition(":")[0] or cells[0].where
     for field, values in (
-        ("LLM size", {c.params for c in cells}),
-        ("number of visual tokens", {c.tokens for c in cells}),
+        ("LLM sizes", {c.params for c in cells}),
+        ("numbers of visual tokens", {c.tokens for c in cells}),
     ):
         if len(values) < 2:
-            raise UserError(
-                f"{first}: family {family!r} has one {field} only ({values.pop():g}); a law needs two or more"
-            )
+            raise UserError(f"{first}: family {family!r}: expected two or more {field}, got {values.pop():g} only")
     for cell in cells:
         if loss == "log" and cell.error <= 0:
-            raise UserError(f"{cell.where}: an error of 0 has no logarithm; use --loss squared")
+            raise UserError(f"{cell.where}: expected an error above 0, got {cell.error:g} (use --loss squared)")
         if fixed_floor > cell.error:
             raise UserError(
-                f"{cell.where}: error {cell.error:g} lies below the fixed floor {fixed_floor:g}; lower --fixed-d"
+                f"{cell.where}: expected an error of at least {fixed_floor:g}, got {cell.error:g} (lower --fixed-d)"
             )
 
 
 def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str, Any]:
-    """Pure noise from replicates: the pooled standard deviation within cells, and the F test of lack of fit against it.
+    """Pooled standard deviation within cells, and the p-value of the lack-of-fit F test against it.
 
-    All values are null where no cell has a replicate.
+    Both are None without replicates.
     """
     cells, index = np.unique(cell, return_inverse=True)
     means = np.bincount(index, error) / np.bincount(index)
@@ -61,47 +54,40 @@ def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str
 
 
 def warnings(
-    original: Scores,
-    seen: tuple[Measurement, ...],
-    basic: FormFit,
-    forms: Mapping[str, FormFit],
-    chosen: str,
-    ratio: Mapping[str, Any],
-    noise: Mapping[str, Any],
-) -> list[str]:
-    """All warnings of one family, by code. `original` holds its rows before any floor was taken off."""
-    found = [*_about_rows(original), *_about_order(seen)]
+    original: Scores, seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str,
+    ratio: Mapping[str, Any], noise: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """Warnings of one family, sorted by code. `original` holds its rows before the floor was subtracted."""
+    about_fit = _about_fit(seen, basic, forms, chosen, ratio, noise["lack_of_fit_p"])
+    return sorted([*_about_rows(original), *_about_order(seen), *about_fit])
+
+
+def _about_fit(
+    seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str, ratio: Mapping[str, Any],
+    lack_of_fit_p: float | None,
+) -> Iterable[str]:  # fmt: skip
     count = len({(c.params, c.tokens) for c in seen})
     for key in forms:
         if count < laws.form(key).free_params + 2:
-            found.append(f"few_cells: {count} cells for the {laws.form(key).free_params} parameters of {key}")
+            yield f"few_cells: {count} cells for the {laws.form(key).free_params} parameters of {key}"
     low, high = basic.interval.get("D", (None, None))
-    least = min(c.error for c in seen)
-    if low is None or high is None or high - low > least / 10:
+    if low is None or high is None or high - low > min(c.error for c in seen) / 10:
         ends = f"from {low:.3g} to {high:.3g}" if low is not None and high is not None else "without bound"
-        found.append(
-            f"d_not_identified: D may lie anywhere {ends}, and A, alpha and beta move with it;"
-            " trust the ratio alpha / beta rather than any of them"
-        )
+        trust = "trust the ratio alpha / beta rather than any of them"
+        yield f"d_not_identified: D may lie anywhere {ends}, and A, alpha and beta move with it; {trust}"
     for key in {chosen: 0, "multiplicative": 0}:
         for name in ("alpha", "beta"):
             if key in forms and not solve.LOWEST < forms[key].params[name] < solve.HIGHEST:
-                found.append(f"exponent_at_bound: {name} of {key} ran into the bound of the search")
+                yield f"exponent_at_bound: {name} of {key} ran into the bound of the search"
     tokens = sorted({c.tokens for c in seen})
     edge, text = (tokens[0], "fewest") if basic.params["alpha"] > basic.params["beta"] else (tokens[-1], "most")
-    found.append(
-        f"optimum_on_edge: without text (Q = 0) the best V is {edge}, the {text} measured; beyond it nothing is known"
-    )
+    best = f"without text (Q = 0) the best V is {edge}, the {text} measured"
+    yield f"optimum_on_edge: {best}; beyond it nothing is known"
     if ratio["low"] is None:
-        found.append(
-            "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
-        )
-    if noise["lack_of_fit_p"] is not None and noise["lack_of_fit_p"] < 0.01:
-        found.append(
-            f"lack_of_fit: {chosen} misses the cells' means by more than the noise of seeds"
-            f" (p = {noise['lack_of_fit_p']:.2g})"
-        )
-    return sorted(found)
+        yield "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
+    if lack_of_fit_p is not None and lack_of_fit_p < 0.01:
+        noise = f"the noise of seeds (p = {lack_of_fit_p:.2g})"
+        yield f"lack_of_fit: {chosen} misses the cells' means by more than {noise}"
 
 
 def _about_rows(original: Scores) -> Iterable[str]:
@@ -126,29 +112,18 @@ def _about_rows(original: Scores) -> Iterable[str]:
         yield f"above_blind: the error is above that without an image at {_some(worse)}"
 
 
-def _about_order(seen: tuple[Measurement, ...]) -> Iterable[str]:
-    """Means that get worse with a larger LLM, or with more tokens, by more than two standard errors where these are
-    known."""
-    groups: dict[tuple[float, int], list[Measurement]] = {}
-    for cell in seen:
-        groups.setdefault((cell.params, cell.tokens), []).append(cell)
-    mean = {key: float(np.mean([c.error for c in cells])) for key, cells in groups.items()}
-    blur = {key: _variance(cells) for key, cells in groups.items()}
+def _about_order(cells: tuple[Measurement, ...]) -> Iterable[str]:
+    """Cells whose mean error exceeds that of a smaller LLM, or of fewer tokens, by more than two standard errors."""
+    means = {(n, v): (mean, stderr) for n, v, mean, stderr in scores.cell_means(cells)}
     for axis, name in ((0, "a larger LLM"), (1, "more tokens")):
         worse = []
-        for key in sorted(groups):
-            later = [other for other in groups if other[1 - axis] == key[1 - axis] and other[axis] > key[axis]]
+        for key, (mean, stderr) in means.items():
+            later = [other for other in means if other[1 - axis] == key[1 - axis] and other[axis] > key[axis]]
             after = min(later, key=lambda other: other[axis], default=None)
-            if after and mean[after] - mean[key] > 2 * (blur[after] + blur[key]) ** 0.5:
+            if after and means[after][0] - mean > 2 * np.hypot(means[after][1], stderr):
                 worse.append(f"N={params_label(after[0])} V={after[1]}")
         if worse:
             yield f"non_monotone: the error rises with {name} at {_some(worse)}"
-
-
-def _variance(cells: list[Measurement]) -> float:
-    """Of the mean of replicates: between them, or from their own standard errors where that is more."""
-    own = sum((c.stderr or 0) ** 2 for c in cells) / len(cells) ** 2
-    return max(own, float(np.var([c.error for c in cells], ddof=1)) / len(cells) if len(cells) > 1 else 0.0)
 
 
 def _some(items: list[str], most: int = 6) -> str:

@@ -1,7 +1,4 @@
-"""Fits every form of the law to every family of rows, and says how sure it is.
-
-`fit(rows)` gives a `LawFit` (`scaling.fitted`): the same rows and seed give the same values.
-"""
+"""Fits the forms of the law to families of rows. The same rows and seed give the same values."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -20,40 +17,31 @@ FLOORS = ("none", "blind")
 
 
 def fit(
-    rows: Iterable[ResultRow] | Scores,
-    form: str = "auto",
-    *,
-    family: str | None = None,
-    loss: str = "squared",
-    floor: str = "none",
-    fixed_floor: int | float = 0.0,
-    bootstraps: int = 1000,
-    seed: int = 0,
-    source: str = "",
+    rows: Iterable[ResultRow] | Scores, form: str = "auto", *, family: str | None = None, loss: str = "squared",
+    floor: str = "none", fixed_floor: int | float = 0.0, bootstraps: int = 1000, seed: int = 0, source: str = "",
     progress: Callable[[str], None] = lambda stage: None,
-) -> LawFit:
-    """Fits the rows: all forms and the best of them for "auto", or one form (then `ratio` still comes from the
-    multiplicative).
+) -> LawFit:  # fmt: skip
+    """Fits all forms ("auto") and chooses one, or fits one form and the multiplicative, which gives `ratio`.
 
-    `floor="blind"` counts scores from the blind baseline of the same size; `fixed_floor` is the D of the "-fixed"
-    forms. `progress` is called with the name of each piece of work. Raises `UserError` for rows that no law can be
-    fitted to.
+    `floor="blind"` takes scores relative to the blind baseline of the same size; `fixed_floor` is D of the "-fixed"
+    forms. `progress` is called with the name of each stage. Raises `UserError` for rows that no law can be fitted to.
     """
     if loss not in LOSSES:
         raise unknown("loss", loss, LOSSES)
     if floor not in FLOORS:
         raise unknown("floor", floor, FLOORS)
-    names, data = _names(form), scores.of_rows(rows)
+    _names(form)  # raises for an unknown form
+    data = scores.of_rows(rows)
     if not data.cells:
-        raise UserError("no rows to fit")
+        raise UserError("rows: expected at least one, got none")
     if family is not None:
         data = data.of(family)
     shifted = scores.above_blind(data) if floor == "blind" else data
     families = {}
     for name in data.families():
-        say = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
+        report = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
         families[name] = _fit_family(
-            shifted.of(name).cells, data.of(name), name, names, form, loss, fixed_floor, bootstraps, seed, say
+            shifted.of(name).cells, data.of(name), name, form, loss, fixed_floor, bootstraps, seed, report
         )
     unit = {"llm_params": scores.BILLION, "params_are": data.params_are}
     return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families)
@@ -64,7 +52,7 @@ def _names(form: str) -> tuple[str, ...]:
 
 
 def stages(rows: Scores, form: str = "auto", family: str | None = None) -> int:
-    """How often `fit` will call `progress`."""
+    """Number of calls of `progress` by `fit`."""
     return (len(_names(form)) + 1) * (len(rows.families()) if family is None else 1)
 
 
@@ -74,40 +62,29 @@ class _Data(NamedTuple):
     params: Floats
     tokens: Floats
     error: Floats
-    cell: Floats  # numbers the (N, V) pairs
+    cell: Floats  # index of the (N, V) pair
 
     @classmethod
     def of(cls, cells: Iterable[Measurement]) -> "_Data":
-        params, tokens, error = (
-            np.array(values, float) for values in zip(*((c.params, c.tokens, c.error) for c in cells), strict=True)
-        )
+        params, tokens, error = np.array([(c.params, c.tokens, c.error) for c in cells], float).T
         _, cell = np.unique(np.stack([params, tokens]), axis=1, return_inverse=True)
         return cls(params, tokens, error, cell.astype(float))
 
 
 def _fit_family(
-    cells: tuple[Measurement, ...],
-    original: Scores,
-    name: str,
-    names: tuple[str, ...],
-    wanted: str,
-    loss: str,
-    fixed_floor: int | float,
-    bootstraps: int,
-    seed: int,
-    progress: Callable[[str], None],
-) -> FamilyFit:
+    cells: tuple[Measurement, ...], original: Scores, name: str, form: str, loss: str, fixed_floor: int | float,
+    bootstraps: int, seed: int, progress: Callable[[str], None],
+) -> FamilyFit:  # fmt: skip
     seen = scores.seen(cells)
     checks.require_fit(seen, name, loss, fixed_floor)
     data = _Data.of(seen)
     forms = {}
-    for key in names:
+    for key in _names(form):
         progress(key)
         forms[key], draws = _fit_form(laws.form(key), data, loss, fixed_floor, bootstraps, seed)
         if key == BASIC:
             ratio, difference = _contrast(forms[key], draws)
-    chosen = _choose(forms, data) if wanted == "auto" else wanted
-    selection = "asked for" if wanted != "auto" else _SELECTION
+    chosen, selection = (_choose(forms, data), _SELECTION) if form == "auto" else (form, "asked for")
     noise = checks.noise(data.error, data.cell, forms[chosen].sse, laws.form(chosen).free_params)
     progress("profile of D")
     d_profile = _profile_of_floor(data, loss)
@@ -122,9 +99,8 @@ def _fit_family(
     }
     models = distinct(c.model for c in sorted(seen, key=lambda c: (c.params, c.tokens)) if c.model is not None)
     warnings = checks.warnings(original, seen, forms[BASIC], forms, chosen, ratio, noise)
-    forms = {
-        key: one if key in (chosen, BASIC) else one._replace(draws={}) for key, one in forms.items()
-    }  # draws are long, and only these are used
+    # Draws are long, and only these are used.
+    forms = {key: one if key in (chosen, BASIC) else one._replace(draws={}) for key, one in forms.items()}
     return FamilyFit(rows, models, forms, chosen, selection, ratio, difference, d_profile, warnings)
 
 
@@ -151,7 +127,7 @@ def _fit_form(
 
 
 def _open_ends(ends: Floats, name: str) -> Interval:
-    """An end that ran into the bound of the search is no end."""
+    """The interval with None for an end at the bound of the search."""
     low, high = map(float, ends)
     if name == "D":
         return (None if low <= solve.FREE_FLOOR else low, high)
@@ -160,7 +136,7 @@ def _open_ends(ends: Floats, name: str) -> Interval:
 
 def _aicc(cost: float, count: int, free_params: int) -> float | None:
     """Akaike's criterion for a Gaussian error of unknown size, corrected for few rows (doi:10.1093/biomet/76.2.297)."""
-    total = free_params + 1  # the size of the error is one more
+    total = free_params + 1  # and the variance
     if count - total - 1 <= 0:
         return None
     return float(count * np.log(max(cost, 1e-300) / count) + 2 * total + 2 * total * (total + 1) / (count - total - 1))
@@ -196,8 +172,7 @@ _SELECTION = (
 
 
 def _choose(forms: dict[str, FormFit], data: _Data) -> str:
-    """See `_SELECTION`; a form with a free floor is reported, not chosen: an error that falls without bound is no
-    law."""
+    """The form by `_SELECTION`. Free floors are not chosen, as their error falls without bound."""
     far = np.array([data.params.min(), data.params.max(), 10 * data.params.max()])[:, None]
     ends = np.array([data.tokens.min(), data.tokens.max()])
     best, name = np.inf, f"{BASIC}-fixed"
@@ -210,7 +185,7 @@ def _choose(forms: dict[str, FormFit], data: _Data) -> str:
 
 
 def _contrast(basic: FormFit, draws: intervals.Draws) -> tuple[dict[str, Any], dict[str, float]]:
-    """The ratio and the difference of the exponents, with intervals; the ratio is unbounded where beta may be 0."""
+    """Ratio and difference of the exponents with intervals; the ratio is unbounded if beta may be 0."""
     alpha, beta = basic.params["alpha"], basic.params["beta"]
     ends = [basic.interval["beta"], *(intervals.percentiles(each["beta"]) for each in draws)]
     zero = any((low is None or low <= 0) and (high is None or high >= 0) for low, high in ends)
@@ -223,21 +198,12 @@ def _contrast(basic: FormFit, draws: intervals.Draws) -> tuple[dict[str, Any], d
 
 
 def _profile_of_floor(data: _Data, loss: solve.Loss, points: int = 21) -> list[dict[str, float]]:
-    """The best multiplicative fit at each of several D between 0 and the lowest error."""
+    """The multiplicative fit at several D between 0 and the lowest error."""
     floors = np.linspace(0, 0.98 * data.error.min(), points)
     shape = (points, len(data.error))
     error = np.broadcast_to(data.error, shape)
-    of = solve.problem(
-        laws.form(f"{BASIC}-fixed"), data.params, data.tokens, error, np.ones(shape), loss, floors
-    )  # fmt: skip
+    of = solve.problem(laws.form(f"{BASIC}-fixed"), data.params, data.tokens, error, np.ones(shape), loss, floors)
     found = solve.solve(of, seed=0)
     values = solve.named(of, found)
-    return [
-        {
-            "D": float(floors[i]),
-            "alpha": float(values["alpha"][i]),
-            "beta": float(values["beta"][i]),
-            "cost": float(found.cost[i]),
-        }
-        for i in range(points)
-    ]
+    columns = {"D": floors, "alpha": values["alpha"], "beta": values["beta"], "cost": found.cost}
+    return [{name: float(column[i]) for name, column in columns.items()} for i in range(points)]

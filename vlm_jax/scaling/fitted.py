@@ -1,21 +1,19 @@
-"""What a fit found. `LawFit` is `law.json` as values. The format:
+"""Results of a fit. `LawFit` holds the values of `law.json`:
 
     version     of this format
-    unit        what N counts: "llm_params" scalars make one N, and "params_are" non_embedding or nominal
-                (`scaling.table`)
+    unit        of N: "llm_params" parameters per unit; "params_are" non_embedding or nominal (`scaling.scores`)
     loss, seed, bootstraps, floor, source
     families.<name>
         rows            cells, sizes, tokens (the fitted range), blind (error without an image, by N), noise, harness
-        models          what the rows were measured with, where they say so: a `ModelSpec` for each encoder, compressor,
-                        projector, mask and language model, at the least V of its rows
+        models          a `ModelSpec` for each measured encoder, compressor, projector, mask and language model, at the
+                        least V of its rows; empty if the rows name none
         forms.<form>    params, sse, cost, aicc, loo_error, cv_error, largest_out, interval, draws
         chosen, selection, ratio, difference, d_profile, warnings
 
-`loo_error` is the root mean square error on a size left out, `cv_error` on a cell left out, `largest_out` tells of
-the largest size. An interval is [low, high] at 95 %; null is unbounded. `draws` are bootstrap parameters, kept for
-the chosen form and for the multiplicative one. `ratio` alpha / beta and `difference` alpha - beta are the
-multiplicative form's (D >= 0); they decide how a budget is shared, and are identified where the exponents alone are
-not.
+`loo_error` is the root mean square error on held-out sizes, `cv_error` on held-out cells; `largest_out` describes the
+fit without the largest size. An interval is [low, high] at 95 %; null is unbounded. `draws` are bootstrap parameters of
+the chosen and of the multiplicative form. `ratio` alpha / beta and `difference` alpha - beta are the multiplicative
+form's (D >= 0); they determine the optimal V, and are identified where the exponents are not.
 """
 
 import dataclasses
@@ -35,13 +33,13 @@ Interval = tuple[float | None, float | None]
 
 
 def visual_side(model: ModelSpec) -> ModelSpec:
-    """The model without what differs between the cells of one grid: V and the language model."""
+    """The model without V and the language model, in which the cells of a grid differ."""
     compressor = dataclasses.replace(model.compressor, tokens=0, text_width=0)
     return dataclasses.replace(model, compressor=compressor, decoder=None)
 
 
 def distinct(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
-    """One model of each visual side and language model: the first."""
+    """The first model of each visual side and language model."""
     found: dict[Any, ModelSpec] = {}
     for model in models:
         found.setdefault((visual_side(model), model.decoder), model)
@@ -49,11 +47,11 @@ def distinct(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
 
 
 class FormFit(NamedTuple):
-    """One form, fitted to one family."""
+    """Fit of one form to one family."""
 
     params: dict[str, float]
     sse: float
-    cost: float  # what the solver minimised: the same as `sse` unless the loss is "log"
+    cost: float  # minimised by the solver; equals `sse` unless the loss is "log"
     aicc: float | None
     loo_error: float | None
     cv_error: float | None
@@ -63,7 +61,7 @@ class FormFit(NamedTuple):
 
 
 class FamilyFit(NamedTuple):
-    """All forms for one family, and which to believe."""
+    """Fits of all forms to one family, and the chosen form."""
 
     rows: dict[str, Any]
     models: tuple[ModelSpec, ...]
@@ -80,14 +78,26 @@ class FamilyFit(NamedTuple):
         return laws.predict(self.chosen, self.forms[self.chosen].params, params, tokens)
 
     def predict_draws(self, params: laws.Numbers, tokens: laws.Numbers) -> laws.Numbers:
-        """The same under every bootstrap: a leading axis of draws."""
+        """Errors under every bootstrap, with a leading axis of draws."""
         params, tokens = np.broadcast_arrays(np.asarray(params, float), np.asarray(tokens, float))
         shape = (-1,) + (1,) * params.ndim
         draws = {name: np.reshape(values, shape) for name, values in self.forms[self.chosen].draws.items()}
         return laws.predict(self.chosen, draws, params, tokens)
 
+    def predict_interval(self, params: laws.Numbers, tokens: laws.Numbers) -> laws.Floats:
+        """Low and high end of the error at 95 %, on the leading axis."""
+        return np.quantile(self.predict_draws(params, tokens), (0.025, 0.975), axis=0)
+
+    @property
+    def measured_with(self) -> str:
+        """The encoders and compressors of the rows, as text."""
+        sides = sorted({f"{model.encoder.name} + {model.compressor.name}" for model in self.models})
+        return ", ".join(sides) or "models that its rows do not name"
+
 
 class LawFit(NamedTuple):
+    """Fits of all families."""
+
     version: int
     unit: dict[str, Any]
     loss: str
@@ -98,11 +108,11 @@ class LawFit(NamedTuple):
     families: dict[str, FamilyFit]
 
     def family(self, name: str | None) -> FamilyFit:
-        """That family, or the only one. Raises `UserError` where the name is unknown, or missing and needed."""
-        if name is None and len(self.families) == 1:
-            return next(iter(self.families.values()))
+        """The family of that name; None gives the only one. Raises `UserError` if unknown or ambiguous."""
         if name is None:
-            raise UserError(f"the law has several families; name one with --family: {', '.join(self.families)}")
+            if len(self.families) == 1:
+                return next(iter(self.families.values()))
+            raise UserError(f"--family: expected one of {', '.join(self.families)}, got none")
         if name not in self.families:
             raise unknown("family", name, self.families)
         return self.families[name]

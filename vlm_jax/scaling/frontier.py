@@ -1,18 +1,18 @@
-"""From a law and a budget to a ranked list: this LLM, this many tokens, this compressor.
+"""Ranks the models that fit a budget by predicted error.
 
-Two modes. "paper" charges what arXiv 2411.03312 charges, 2 N (Q + V), whatever encoder and compressor do. "full"
-charges every part with its real cost. The law speaks of N and V only, so it says nothing of an encoder, a compressor or
-a family of language models that its rows were not measured with: such candidates, there only where they are asked for,
-stand behind every measured one. Of those that the law cannot tell apart, at one N and V, the cheapest is listed.
+Two cost modes. "paper" charges 2 N (Q + V) as arXiv 2411.03312 does, whatever encoder and compressor cost. "full"
+charges the cost of every part. The law predicts from N and V only, so candidates whose encoder, compressor or LLM
+family its rows were not measured with rank behind all measured ones. Of candidates with the same N and V, which the law
+cannot distinguish, the cheapest is listed.
 
 Closed form of the paper's problem: minimise the law at fixed N (Q + V). Along the budget d ln N = -dV / (Q + V), and
-for the multiplicative and the semi-log law alike the error falls with alpha ln N + beta ln V, whose derivative
-vanishes at
+for both the multiplicative and the semi-log law the error falls with alpha ln N + beta ln V, whose derivative vanishes
+at
 
     V* = Q beta / (alpha - beta)      where alpha > beta > 0
 
-free of the budget, of A, of D, and of any fixed cost per image that leaves N (Q + V) alone. Where beta >= alpha more
-tokens always pay; where beta <= 0 they never do.
+independent of the budget, of A, of D, and of any fixed cost per image that leaves N (Q + V) alone. Where beta >= alpha
+more tokens always pay; where beta <= 0 they never do.
 """
 
 import math
@@ -27,7 +27,7 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling import budgets, candidates
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.candidates import Candidate, Price
+from vlm_jax.scaling.candidates import Candidate, NameFilter, Price
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import params_label
@@ -41,7 +41,7 @@ NO_OFFSETS: Offsets = MappingProxyType({})
 
 
 class Choice(NamedTuple):
-    """One planned model, with what it costs and how sure its error is."""
+    """One ranked model with its cost and predicted error."""
 
     encoder: str
     llm: str
@@ -58,7 +58,7 @@ class Choice(NamedTuple):
     cache_bytes: float
     memory_bytes: float
     binds: str  # compute, memory, or budget
-    beats_next: float | None  # share of bootstraps in which this choice errs less than the one below it
+    beats_next: float | None  # share of bootstraps in which its error is below that of the next choice
     extrapolates: tuple[str, ...]  # of "encoder", "compressor", "family", "params", "tokens"
     warnings: list[str]
     model: ModelSpec
@@ -68,25 +68,25 @@ class ClosedForm(NamedTuple):
     """The paper's continuous optimum."""
 
     visual_tokens: float  # clipped to the allowed V
-    llm_params_billion: float | None  # None where the budget does not say how many FLOPs may be spent
-    unclipped_tokens: float | None  # None where more tokens always pay
-    nearest_tokens: int  # the allowed V next to it
+    llm_params_billion: float | None  # None if the budget does not limit FLOPs
+    unclipped_tokens: float | None  # None if more tokens always pay
+    nearest_tokens: int  # the closest allowed V
 
 
 class Ranking(NamedTuple):
-    """What a plan found."""
+    """Result of `plan`."""
 
     closed_form: ClosedForm
     choices: list[Choice]
-    by_mode: dict[str, Choice | None]  # the best of each mode, side by side
-    extrapolated: Choice | None  # the best of those whose encoder, compressor or family was not measured
+    by_mode: dict[str, Choice | None]  # the best of each mode
+    extrapolated: Choice | None  # the best whose encoder, compressor or family was not measured
     candidates: int
     feasible: int
     notes: list[str]
 
 
 class Priced(NamedTuple):
-    """Candidates, with what each costs and errs."""
+    """Candidates with their cost and predicted error."""
 
     of: list[Candidate]
     prices: list[Price]
@@ -94,7 +94,7 @@ class Priced(NamedTuple):
     error: Floats  # [n] predicted, offsets included
 
     def each(self, field: str) -> Floats:
-        """[n] of that field of the prices."""
+        """A field of all prices, [n]."""
         return np.array([getattr(price, field) for price in self.prices], float)
 
 
@@ -107,8 +107,7 @@ def optimal_tokens(question_tokens: Number, alpha: Number, beta: Number) -> floa
 
 def closed_form(family: FamilyFit, budget: Budget, request: Request, allowed: Sequence[int]) -> ClosedForm:
     """The continuous optimum of the multiplicative law, clipped to the allowed V; a cached question counts as Q = 0."""
-    params = family.forms[BASIC].params
-    question = _charged_question(request)
+    params, question = family.forms[BASIC].params, _charged_question(request)
     free = optimal_tokens(question, params["alpha"], params["beta"])
     tokens = min(max(free, allowed[0]), allowed[-1])
     flops = budgets.flops(budget, request)
@@ -122,8 +121,7 @@ def _charged_question(request: Request) -> Number:
 
 
 def price_all(family: FamilyFit, of: list[Candidate], request: Request, offsets: Offsets = NO_OFFSETS) -> Priced:
-    """Prices, and errors between 0 and 1 by the chosen form, with the measured offset of the compressor where there is
-    one."""
+    """Prices, and errors in [0, 1] by the chosen form plus the compressor's offset if there is one."""
     if request.question not in ("fresh", "cached"):
         raise unknown("question", request.question, ("fresh", "cached"))
     shift = np.array([offsets.get((one.model.compressor.name, one.tokens), 0.0) for one in of])
@@ -133,50 +131,38 @@ def price_all(family: FamilyFit, of: list[Candidate], request: Request, offsets:
 
 def _law_arguments(of: Sequence[Candidate]) -> tuple[Floats, Floats]:
     """N and V, [n]."""
-    params, tokens = (np.array([getattr(one, name) for one in of], float) for name in ("params", "tokens"))
-    return params, tokens
+    return np.array([one.params for one in of], float), np.array([one.tokens for one in of], float)
 
 
-def interval(family: FamilyFit, priced: Priced, order: Sequence[int]) -> tuple[Floats, Floats, Floats]:
-    """Of the candidates in that order: the low and the high end of the error at 95 %, and of each but the last the
-    share of bootstraps in which it errs less than the next."""
-    draws = family.predict_draws(*_law_arguments([priced.of[i] for i in order])) + priced.shift[order]
-    low, high = np.clip(np.quantile(draws, (0.025, 0.975), axis=0), 0, 1)
-    return low, high, 0.5 + np.sign(draws[:, 1:] - draws[:, :-1]).mean(axis=0) / 2  # a tie is half a win
-
-
-def paper_flops(priced: Priced, request: Request) -> Floats:
-    """2 N (Q + V), [n], with the law's N; a cached question is not charged."""
+def _paper_flops(priced: Priced, request: Request) -> Floats:
+    """2 N (Q + V), [n]; a cached question is not charged."""
     question = _charged_question(request)
     return np.array([2e9 * one.params * (question + one.tokens) for one in priced.of])
 
 
-def affordable(priced: Priced, budget: Budget, request: Request, mode: str) -> Bools:
-    """Which candidates the budget and, in full mode, the chips' memory allow, [n]."""
-    if mode == "paper":
-        limit = budgets.flops(budget, request)
-        if limit is None:
-            return priced.each("cache_bytes") <= budget.amount * 1e6
-        return paper_flops(priced, request) <= limit
-    fits = _fits(priced, request)
-    if budget.kind == "tflops":
-        return fits & (priced.each("total_flops") <= budget.amount * 1e12)
+def _charge(priced: Priced, budget: Budget, request: Request, mode: str) -> tuple[Floats, Number]:
+    """What each candidate takes of the budget, [n], and the budget, in one unit."""
     if budget.kind == "cache_mb":
-        return fits & (priced.each("cache_bytes") <= budget.amount * 1e6)
-    return fits & (priced.each("secs") <= budgets.secs(budget, request))
+        return priced.each("cache_bytes"), budget.amount * 1e6
+    if mode == "paper":
+        return _paper_flops(priced, request), budgets.flops(budget, request) or 0.0
+    if budget.kind == "tflops":
+        return priced.each("total_flops"), budget.amount * 1e12
+    return priced.each("secs"), budgets.secs(budget, request) or 0.0
 
 
-def _fits(priced: Priced, request: Request) -> Bools:
-    limit = math.inf if request.on is None else request.on.memory_bytes * request.chips
+def _fits(priced: Priced, request: Request, mode: str = "full") -> Bools:
+    """Whether each candidate fits into the chips' memory, [n]; the paper's cost ignores memory."""
+    limit = math.inf if request.on is None or mode == "paper" else request.on.memory_bytes * request.chips
     return priced.each("memory_bytes") <= limit
 
 
-def ranked(priced: Priced, charge: Floats, allowed: Bools) -> list[int]:
-    """Indices of the allowed candidates: measured ones first, then those that extrapolate encoder, compressor or
-    family; among them the least error first, and then the least charge. One of each (LLM, V, error)."""
+def ranked(priced: Priced, cost: Floats, allowed: Bools) -> list[int]:
+    """Indices of the allowed candidates: measured before extrapolated ones, then by error, then by cost. One of each
+    (LLM, V, error)."""
     beyond = np.array([bool(one.extrapolates) for one in priced.of])
     best: dict[tuple[Any, ...], int] = {}
-    for i in np.lexsort((charge, priced.error, beyond)):
+    for i in np.lexsort((cost, priced.error, beyond)):
         if allowed[i]:
             one = priced.of[i]
             best.setdefault((one.model.decoder.name, one.tokens, float(priced.error[i]), beyond[i]), int(i))
@@ -184,152 +170,124 @@ def ranked(priced: Priced, charge: Floats, allowed: Bools) -> list[int]:
 
 
 def pareto(error: Floats, cost: Floats) -> NDArray[np.intp]:
-    """Indices of the points that no other point beats in both, in ascending cost. Arrays are [n]."""
+    """Indices of the Pareto-optimal points in ascending cost. Arrays are [n]."""
     order = np.lexsort((error, cost))
     lowest = np.minimum.accumulate(error[order])
-    better = np.concatenate([[True], error[order][1:] < lowest[:-1]])
-    return order[better]
+    return order[np.concatenate([[True], error[order][1:] < lowest[:-1]])]
 
 
 def plan(
-    law: LawFit,
-    budget: Budget,
-    request: Request,
-    *,
-    family: str | None = None,
-    mode: str = "full",
-    encoders: candidates.NameFilter = (),
-    llms: candidates.NameFilter = (),
-    compressors: candidates.NameFilter = (),
-    tokens: Sequence[int] = (),
-    offsets: Offsets = NO_OFFSETS,
-    top: int = 12,
-) -> Ranking:
-    """Ranks what the law was measured with, or what the arguments name (`candidates.candidates`).
+    law: LawFit, budget: Budget, request: Request, *, family: str | None = None, mode: str = "full",
+    encoders: NameFilter = (), llms: NameFilter = (), compressors: NameFilter = (), tokens: Sequence[int] = (),
+    offsets: Offsets = NO_OFFSETS, top: int = 12,
+) -> Ranking:  # fmt: skip
+    """Ranks the models that the law was measured with, or that the arguments name (`candidates.candidates`).
 
-    Raises `UserError` for unknown names and for a budget that nothing meets.
+    Raises `UserError` for unknown names and for a budget that no candidate meets.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
     budgets.check(budget, request)
     fitted = law.family(family)
     found = candidates.candidates(fitted, law.unit["params_are"], encoders, llms, compressors, tokens)
-    priced = price_all(fitted, [_vouched(one, offsets) for one in found], request, offsets)
+    for i, one in enumerate(found):  # a compressor with a measured offset at this V is no extrapolation
+        if (one.model.compressor.name, one.tokens) in offsets:
+            found[i] = one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
+    priced = price_all(fitted, found, request, offsets)
     order, allowed = {}, {}
     for each in MODES:
-        allowed[each] = affordable(priced, budget, request, each)
-        order[each] = ranked(priced, _charge(priced, request, each), allowed[each])
+        charge, limit = _charge(priced, budget, request, each)
+        allowed[each] = _fits(priced, request, each) & (charge <= limit)
+        order[each] = ranked(priced, _tie_breaker(priced, request, each), allowed[each])
     if not order[mode]:
-        raise UserError(_nothing(priced, budget, request, mode))
+        raise UserError(_infeasible(priced, budget, request, mode))
 
-    def choices(of: list[int]) -> list[Choice]:
-        return _choices(fitted, priced, of, budget, request, offsets)
+    def listed(of: list[int]) -> list[Choice]:
+        return choices(fitted, priced, of, request, offsets, "memory" if budget.kind == "cache_mb" else "")
 
-    beyond = [i for i in order[mode] if priced.of[i].extrapolates]
+    notes = [f"the law ({fitted.chosen}) predicts from N and V only; it was measured with {fitted.measured_with}"]
+    if offsets:
+        notes.append("compressor offsets are benchmark differences of one published LLM, applied to all sizes")
     return Ranking(
         closed_form(fitted, budget, request, sorted({one.tokens for one in found})),
-        choices(order[mode][: top + 1])[:top],
-        {each: next(iter(choices(order[each][:2])), None) for each in MODES},
-        next(iter(choices(beyond[:2])), None),
+        listed(order[mode][: top + 1])[:top],
+        {each: next(iter(listed(order[each][:2])), None) for each in MODES},
+        next(iter(listed([i for i in order[mode] if priced.of[i].extrapolates][:2])), None),
         len(found),
         int(allowed[mode].sum()),
-        _notes(fitted, offsets),
+        notes,
     )
 
 
 def best(law: LawFit, budget: Budget, question_tokens: Number, answer_tokens: Number = 20, **how: Any) -> list[Choice]:
-    """The ranked choices alone: `plan` for one request at a time, without a chip. `how` are keywords of `plan`."""
+    """The choices of `plan` for single requests without a chip. `how` are keywords of `plan`."""
     return plan(law, budget, Request(question_tokens, answer_tokens), **how).choices
 
 
-def _vouched(one: Candidate, offsets: Offsets) -> Candidate:
-    """A compressor with a measured offset at this V is no extrapolation."""
-    if (one.model.compressor.name, one.tokens) not in offsets:
-        return one
-    return one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
-
-
-def _charge(priced: Priced, request: Request, mode: str) -> Floats:
-    """What a candidate costs: the paper's FLOPs, then real ones to break ties; or seconds, or FLOPs."""
+def _tie_breaker(priced: Priced, request: Request, mode: str) -> Floats:
+    """Cost by which equal errors are ordered: the paper's FLOPs, then full FLOPs; or seconds; or FLOPs."""
     flops = priced.each("total_flops")
     if mode == "paper":
-        return paper_flops(priced, request) * (1 + 1e-9 * flops / flops.max())
+        return _paper_flops(priced, request) * (1 + 1e-9 * flops / flops.max())
     return flops if request.on is None else priced.each("secs")
 
 
-def _nothing(priced: Priced, budget: Budget, request: Request, mode: str) -> str:
-    """The message for a budget that nothing meets, with the least that would do."""
-    fits = _fits(priced, request)
-    if mode == "full" and not fits.any():
-        need = priced.each("memory_bytes").min() / 1e9
-        have = f"{request.chips} {request.on.name} chip(s)"
-        return f"nothing fits into {have}: the smallest needs {need:.3g} GB; add --chips"
-    if budget.kind == "cache_mb":
-        return f"nothing meets cache_mb={budget.amount:g}; the least is {priced.each('cache_bytes').min() / 1e6:.3g}"
-    if mode == "paper" or budget.kind == "tflops":
-        flops = paper_flops(priced, request) if mode == "paper" else priced.each("total_flops")
-        return f"nothing meets {budget.kind}={budget.amount:g}; the least is {flops.min() / 1e12:.3g} TFLOPs"
-    least = np.where(fits, priced.each("secs"), np.inf).min()
-    scale = budget.amount / budgets.secs(budget, request)
-    return f"nothing meets {budget.kind}={budget.amount:g}; the least is {least * scale:.3g}"
+def _infeasible(priced: Priced, budget: Budget, request: Request, mode: str) -> str:
+    """The message for a budget that no candidate meets, with the least that one would."""
+    fits = _fits(priced, request, mode)
+    if request.on is not None and not fits.any():
+        need, chips = priced.each("memory_bytes").min() / 1e9, f"{request.chips} {request.on.name} chip(s)"
+        return f"nothing fits into {chips}: the smallest model needs {need:.3g} GB (add --chips)"
+    charge, limit = _charge(priced, budget, request, mode)
+    least = np.where(fits, charge, np.inf).min() * budget.amount / limit
+    return f"nothing meets {budget.kind}={budget.amount:g}; the least is {least:.3g} (raise the budget)"
 
 
-def _choices(
-    family: FamilyFit, priced: Priced, order: list[int], budget: Budget, request: Request, offsets: Offsets
+def choices(
+    family: FamilyFit, priced: Priced, order: Sequence[int], request: Request, offsets: Offsets, binds: str = ""
 ) -> list[Choice]:
+    """The candidates of these indices as choices; `binds` names the limit unless it is compute or memory time."""
     if not order:
         return []
-    low, high, wins = interval(family, priced, order)
+    draws = family.predict_draws(*_law_arguments([priced.of[i] for i in order])) + priced.shift[list(order)]
+    low, high = np.clip(np.quantile(draws, (0.025, 0.975), axis=0), 0, 1)
+    wins = 0.5 + np.sign(draws[:, 1:] - draws[:, :-1]).mean(axis=0) / 2  # a tie is half a win
     out = []
     for rank, i in enumerate(order):
         one, price = priced.of[i], priced.prices[i]
-        model, beyond = one.model, extrapolations(family, one)
-        out.append(
-            Choice(
-                encoder=model.encoder.name,
-                llm=model.decoder.name,
-                llm_params_billion=one.params,
-                compressor=model.compressor.name,
-                visual_tokens=one.tokens,
-                predicted_error=float(priced.error[i]),
-                low=float(low[rank]),
-                high=float(high[rank]),
-                flops=price.total_flops,
-                flops_by_part=price.flops,
-                latency_ms=price.secs * 1e3 if price.times else None,
-                latency_ms_by_part={part: t.secs * 1e3 for part, t in price.times.items()} if price.times else None,
-                cache_bytes=float(price.cache_bytes),
-                memory_bytes=float(price.memory_bytes),
-                binds="memory" if budget.kind == "cache_mb" else limit_of(price) if price.times else "budget",
-                beats_next=float(wins[rank]) if rank < len(wins) else None,
-                extrapolates=tuple(beyond),
-                warnings=_warnings(model, price, beyond, request, offsets),
-                model=model,
-            )
-        )
+        model, beyond, timed = one.model, _extrapolations(family, one), bool(price.times)
+        out.append(Choice(
+            model.encoder.name, model.decoder.name, one.params, model.compressor.name, one.tokens,
+            predicted_error=float(priced.error[i]), low=float(low[rank]), high=float(high[rank]),
+            flops=price.total_flops, flops_by_part=price.flops,
+            latency_ms=price.secs * 1e3 if timed else None,
+            latency_ms_by_part={part: time.secs * 1e3 for part, time in price.times.items()} if timed else None,
+            cache_bytes=float(price.cache_bytes), memory_bytes=float(price.memory_bytes),
+            binds=binds or (_bound(price) if timed else "budget"),
+            beats_next=float(wins[rank]) if rank < len(wins) else None,
+            extrapolates=tuple(beyond), warnings=_warnings(model, price, beyond, request, offsets), model=model,
+        ))  # fmt: skip
     return out
 
 
-def limit_of(price: Price) -> str:
-    """What limits the time, compute or memory traffic, by where most of it goes."""
+def _bound(price: Price) -> str:
+    """The resource, compute or memory, that limits most of the time."""
     by_compute = sum(time.secs for time in price.times.values() if time.binds == "compute")
     return "compute" if 2 * by_compute >= price.secs else "memory"
 
 
-def extrapolations(family: FamilyFit, one: Candidate) -> dict[str, str]:
-    """What of a candidate lies outside the law's rows, each with a sentence."""
+def _extrapolations(family: FamilyFit, one: Candidate) -> dict[str, str]:
+    """Descriptions of what the law's rows do not cover of a candidate, by kind."""
     sizes, tokens, models = family.rows["sizes"], family.rows["tokens"], family.models
-    names = {"encoder": one.model.encoder.name, "compressor": one.model.compressor.name}
-    names["family"] = one.model.decoder.name
-    measured = {
-        "encoder": {model.encoder.name for model in models},
-        "compressor": {f"{model.compressor.name} behind {model.encoder.name}" for model in models},
-        "family": {model.decoder.name for model in models},
+    kinds = {  # name, and names of what was measured
+        "encoder": (one.model.encoder.name, {m.encoder.name for m in models}),
+        "compressor": (one.model.compressor.name, {f"{m.compressor.name} behind {m.encoder.name}" for m in models}),
+        "family": (one.model.decoder.name, {m.decoder.name for m in models}),
     }
-    found = {
-        kind: f"{names[kind]}, measured with {', '.join(sorted(measured[kind])) or 'what its rows do not say'}"
-        for kind in one.extrapolates
-    }
+    found = {}
+    for kind in one.extrapolates:
+        name, measured = kinds[kind]
+        found[kind] = f"{name}, measured with {', '.join(sorted(measured)) or 'models that its rows do not name'}"
     if not sizes[0] <= one.params <= sizes[-1]:
         span = f"{params_label(sizes[0])} to {params_label(sizes[-1])}"
         found["params"] = f"N={params_label(one.params)}, fitted from {span}"
@@ -342,22 +300,9 @@ def _warnings(
     model: ModelSpec, price: Price, beyond: Mapping[str, str], request: Request, offsets: Offsets
 ) -> list[str]:
     found = [f"extrapolates_{kind}: {text}" for kind, text in beyond.items()]
-    # The paper's cost knows no memory; the full one has left these out already.
-    if request.on is not None and price.memory_bytes > request.on.memory_bytes * request.chips:
+    if request.on is not None and price.memory_bytes > request.on.memory_bytes * request.chips:  # paper mode
         need = price.memory_bytes / 1e9
         found.append(f"does_not_fit: needs {need:.3g} GB, more than {request.chips} x {request.on.name} has")
     if offsets and (name := model.compressor.name) not in {key for key, _ in offsets}:
         found.append(f"compressor_without_offset: no measured offset of {name}")
     return found
-
-
-def _notes(family: FamilyFit, offsets: Offsets) -> list[str]:
-    """What holds for every line of the ranking."""
-    sides = sorted({f"{model.encoder.name} + {model.compressor.name}" for model in family.models})
-    notes = [
-        f"the law ({family.chosen}) knows N and V only; it was measured with "
-        f"{', '.join(sides) or 'models that its rows do not name'}"
-    ]
-    if offsets:
-        notes.append("compressor offsets are benchmark differences of one published LLM, carried over to all sizes")
-    return notes

@@ -1,9 +1,9 @@
-"""How sure a fit is: bootstraps, profile likelihood, and prediction of rows it has not seen.
+"""Uncertainty of a fit: bootstraps, profile likelihood and held-out predictions.
 
 Exponents and D get profile-likelihood intervals: all values whose best fit is not significantly worse by the F test
-(doi:10.2307/2347496). They hold their level also where D sits on its bound, which percentiles of a bootstrap do not;
-a test measures it. Everything else (coefficients, ratios, predictions) takes percentiles of a residual bootstrap,
-whose residuals are widened by sqrt(n / (n - p)). The case bootstrap redraws whole cells, replicates together.
+(doi:10.2307/2347496). Unlike bootstrap percentiles they keep their level when D is on its bound; a test measures it.
+Coefficients, ratios and predictions take percentiles of a residual bootstrap whose residuals are scaled by
+sqrt(n / (n - p)). The case bootstrap resamples whole cells with their replicates.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,14 @@ _BOOTSTRAP_TOLERANCE = 1e-6
 
 
 class Draws(NamedTuple):
-    """Parameters [R] by name, one entry a bootstrap."""
+    """Parameters [R] by name, one entry per bootstrap."""
 
     residual: dict[str, Floats]
     case: dict[str, Floats]
 
 
 def bootstrap(of: Problem, fit: Solution, predicted: Floats, cell: Floats, draws: int, seed: int) -> Draws:
-    """Residual and case bootstrap of a single problem. `predicted` [n] are its fitted errors, `cell` [n] numbers its
-    cells."""
+    """Residual and case bootstrap of one problem with fitted errors `predicted` [n] and cell indices `cell` [n]."""
     rng = np.random.default_rng(seed)
     count = len(predicted)
     widen = np.sqrt(count / max(count - of.form.free_params, 1))
@@ -55,21 +54,20 @@ def _drawn(residual: Floats, draws: int, rng: np.random.Generator) -> Floats:
 
 
 def percentiles(values: Floats) -> tuple[float, float]:
-    """The central interval."""
+    """The central 95 % interval."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def profile(of: Problem, fit: Solution, name: str, dof: int) -> Floats:
-    """Profile-likelihood interval [R, 2] of "alpha", "beta" or "D" for every problem; an end at a bound of the search
-    is that bound.
+    """Profile-likelihood interval [R, 2] of "alpha", "beta" or "D" for every problem, cut at the bounds of the search.
 
     `dof` are the residual degrees of freedom.
     """
     from scipy.special import fdtri
 
     count = len(fit.cost)
-    both = np.tile(np.arange(count), 2)  # the way down and the way up are walked together
+    both = np.tile(np.arange(count), 2)  # lower and upper end in one batch
     of, fit = of.take(both), Solution(*(part[both] for part in fit))
     limit = fit.cost * (1 + fdtri(1, dof, LEVEL) / dof) + 1e-300
     if name == "D":
@@ -90,7 +88,7 @@ def _cost_at_exponent(of: Problem, fit: Solution, axis: int) -> Callable[[Floats
         theta = other.copy()
         theta[:, axis] = value
         found = solve.descend(of, theta, (axis != 0, axis != 1), 1e-9)
-        other[:, 1 - axis] = found.theta[:, 1 - axis]  # the next value is near, so start there
+        other[:, 1 - axis] = found.theta[:, 1 - axis]  # start of the next search
         return found.cost
 
     return cost
@@ -111,7 +109,7 @@ def _cost_at_floor(of: Problem, fit: Solution) -> Callable[[Floats], Floats]:
 
 
 def _edge(cost: Callable[[Floats], Floats], value: Floats, bound: Floats, limit: Floats, halvings: int = 14) -> Floats:
-    """Where the cost crosses the limit on the way from `value` to `bound`: steps that double, then bisection."""
+    """Where the cost crosses the limit between `value` and `bound`, by doubling steps and bisection."""
     inside, step = value.copy(), np.sign(bound - value) * (0.1 * np.abs(value) + 1e-3)
     outside, found = bound.copy(), np.zeros(len(value), bool)
     for _ in range(40):
@@ -134,8 +132,7 @@ def _edge(cost: Callable[[Floats], Floats], value: Floats, bound: Floats, limit:
 def left_out(
     of: Problem, group: Floats, seed: int, hints: Floats | None = None
 ) -> tuple[Floats, list[dict[str, float]]]:
-    """Predictions [n] of every row from a fit without its group, and the parameters of those fits, by group in
-    ascending order."""
+    """Predictions [n] of every row by a fit without its group, and the parameters of these fits by ascending group."""
     groups = np.unique(group)
     weight = np.where(group[None] == groups[:, None], 0.0, of.weight)
     problems = of._replace(

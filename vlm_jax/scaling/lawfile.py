@@ -1,5 +1,4 @@
-"""`law.json` on disk: what `scaling.fit` documents, as text. Writing is atomic and gives the same bytes for the same
-law."""
+"""Reads and writes `law.json` (`scaling.fitted`). The same law gives the same bytes."""
 
 import json
 from pathlib import Path
@@ -16,19 +15,18 @@ _DRAW_DIGITS = 6
 
 
 def write(path: str | Path, law: LawFit) -> None:
-    """Writes the law, or nothing."""
+    """Writes the law atomically."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(path), dumps(law))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{path}: cannot write: {error.strerror}") from error
 
 
 def dumps(law: LawFit) -> str:
-    """The law as text; a list of numbers stays on one line."""
-    values = law._asdict()
-    values["families"] = {name: _family(one) for name, one in law.families.items()}
-    return _text(values, 0) + "\n"
+    """The law as JSON, with lists of numbers on one line."""
+    families = {name: _family(one) for name, one in law.families.items()}
+    return _text(law._asdict() | {"families": families}, 0) + "\n"
 
 
 def _family(family: FamilyFit) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def _short(value: float, digits: int) -> float:
 
 def _text(value: Any, depth: int) -> str:
     if isinstance(value, ModelSpec):
-        return json.dumps(specs.to_dict(value))  # on one line, with every digit
+        return json.dumps(specs.to_dict(value))  # on one line, not rounded
     pad = "  " * (depth + 1)
     if isinstance(value, dict) and value:
         inner = ",\n".join(f"{pad}{json.dumps(str(key))}: {_text(one, depth + 1)}" for key, one in value.items())
@@ -61,24 +59,23 @@ def _text(value: Any, depth: int) -> str:
 
 
 def read(path: str | Path) -> LawFit:
-    """The law of a file. Raises `UserError` naming the file and the fix where it is missing, broken or of another
-    version."""
-    again = "make it again with `python -m vlm_jax.fit_law`"
+    """The law of a file. Raises `UserError` with file and fix if it is missing, broken or of another version."""
+    again = "write it again with `python -m vlm_jax.fit_law`"
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {again}") from error
+        raise UserError(f"{path}: cannot read: {error.strerror} ({again})") from error
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); {again}") from error
+        raise UserError(f"{path}: expected JSON, got {error} ({again})") from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
-        raise UserError(f"{path}: law format {version!r}, this program reads {VERSION}; {again}")
+        raise UserError(f"{path}: expected version {VERSION}, got {version!r} ({again})")
     try:
         families = {name: _read_family(one) for name, one in values.pop("families").items()}
         return LawFit(**values, families=families)
     except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{path}: is not a whole law ({kind}{error}); {again}") from error
+        raise UserError(f"{path}: expected a complete law, got {kind}{error} ({again})") from error
 
 
 def _read_family(values: dict[str, Any]) -> FamilyFit:

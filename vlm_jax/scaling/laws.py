@@ -1,9 +1,8 @@
-"""The forms an error law may take: pure functions of N (LLM parameters, in billions) and V (visual tokens).
+"""Forms of the error law: functions of N (LLM parameters, in billions) and V (visual tokens).
 
-All of them are linear in the coefficients A, B, C, D once the exponents alpha and beta are chosen, which is what
-`scaling.solve` lives on. Every power-law form comes with three treatments of its floor D, and a key names both:
-`multiplicative` has D >= 0, `multiplicative-free` lets D be negative too, `multiplicative-fixed` holds it. The
-semi-log form has no floor of its own: its constant already takes up any D, so the three treatments are one.
+All are linear in the coefficients A, B, C, D for given exponents alpha and beta, which `scaling.solve` relies on. Every
+power law has three variants of its floor D: `multiplicative` has D >= 0, `multiplicative-free` any D, and
+`multiplicative-fixed` a given D. The semi-log form has no floor, as its constant absorbs D.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ def multiplicative(
 def additive(
     params: Numbers, tokens: Numbers, *, A: Numbers, B: Numbers, alpha: Numbers, beta: Numbers, D: Numbers
 ) -> Numbers:
-    """A N^-alpha + B V^-beta + D. Source: arXiv 2203.15556 (section 3.3), with visual tokens in the place of data."""
+    """A N^-alpha + B V^-beta + D. Source: arXiv 2203.15556 (section 3.3), with visual tokens instead of data."""
     return A * params**-alpha + B * tokens**-beta + D
 
 
@@ -42,30 +41,27 @@ def interaction(
 
 
 def semilog(params: Numbers, tokens: Numbers, *, A: Numbers, alpha: Numbers, beta: Numbers) -> Numbers:
-    """A - alpha ln N - beta ln V: the limit of the multiplicative form as D falls without bound and both exponents
-    vanish."""
+    """A - alpha ln N - beta ln V: the limit of the multiplicative form for D to -inf and vanishing exponents."""
     return A - alpha * np.log(params) - beta * np.log(tokens)
 
 
 class Form(NamedTuple):
-    """A form as the solver sees it."""
+    """A form and its structure for the solver."""
 
     name: str
     function: Callable[..., Numbers]
-    linear: tuple[
-        str, ...
-    ]  # coefficients of the terms, in the order of `terms`; D, where there is one, comes after them
-    terms: tuple[tuple[int, int], ...]  # for each coefficient: is N^-alpha in it, is V^-beta in it
+    linear: tuple[str, ...]  # coefficients, in the order of `terms`, without D
+    terms: tuple[tuple[int, int], ...]  # for each coefficient: whether it multiplies N^-alpha and V^-beta
     floor: str  # of D: "nonnegative", "free", "fixed", or "none" (semi-log)
 
     @property
     def params(self) -> tuple[str, ...]:
-        """All parameters, fixed ones too."""
+        """All parameters, fixed ones included."""
         return (*self.linear, "alpha", "beta") + (() if self.floor == "none" else ("D",))
 
     @property
     def free_params(self) -> int:
-        """How many parameters the rows decide."""
+        """Number of fitted parameters."""
         return len(self.params) - (self.floor == "fixed")
 
 
@@ -85,13 +81,12 @@ FORMS["semilog"] = Form("semilog", semilog, ("A",), (), "none")
 
 
 def form(name: str) -> Form:
-    """The form of that key. Raises `UserError` that suggests the nearest."""
+    """The form of that key. Raises `UserError` with a suggestion."""
     if name not in FORMS:
         raise unknown("form", name, FORMS)
     return FORMS[name]
 
 
 def predict(name: str, values: Mapping[str, Numbers], params: Numbers, tokens: Numbers) -> Numbers:
-    """Error at N = `params` (billions) and V = `tokens`; everything broadcasts, so `values` may hold bootstrap
-    draws."""
+    """Error at N = `params` (billions) and V = `tokens`, broadcast with `values`, such as bootstrap draws."""
     return form(name).function(np.asarray(params, float), np.asarray(tokens, float), **values)

@@ -1,8 +1,7 @@
 """The interactive page of a plan: one self-contained HTML file that needs no network.
 
-Error against cost for every candidate of the plan, the frontier through them (solid: through what the law was measured
-with), tabs for the length of the question, the batch and the axis. Everything is computed here; the page only picks
-one of the computed tables.
+Error against cost of every candidate with the frontiers of measured and of all candidates, and tabs for question
+length, batch and cost axis. The page selects one of the tables computed here.
 """
 
 import dataclasses
@@ -26,12 +25,11 @@ from vlm_jax.sizing.roofline import Request
 
 QUESTIONS = (0, 50, 200, 1000)
 BATCHES = (1, 8, 32)
-CHIP = "v6e"  # where the request names none
+CHIP = "v6e"  # default
 
 
 def write(path: str | Path, law: LawFit, family: str | None, request: Request, limits: Mapping[str, Any]) -> None:
-    """Writes the page for every Q of `QUESTIONS` (and the request's own) and every batch. Raises `UserError` if it
-    cannot be written."""
+    """Writes the page for every question length and batch, the request's included. Raises `UserError` if it cannot."""
     from plotly.offline import get_plotlyjs
 
     fitted = law.family(family)
@@ -58,16 +56,15 @@ def write(path: str | Path, law: LawFit, family: str | None, request: Request, l
     try:
         write_text(Path(path), text.replace("$PLOTLY", get_plotlyjs()))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{path}: cannot write: {error.strerror}") from error
 
 
 def _note(fitted: FamilyFit) -> str:
     sizes, tokens = fitted.rows["sizes"], fitted.rows["tokens"]
-    sides = sorted({f"{model.encoder.name} + {model.compressor.name}" for model in fitted.models})
     return (
         f"Law: {fitted.chosen}, fitted from N = {params_label(sizes[0])} to {params_label(sizes[-1])} and"
-        f" V = {tokens[0]} to {tokens[-1]}, with {', '.join(sides) or 'models that its rows do not name'};"
-        " hollow points lie outside of that."
+        f" V = {tokens[0]} to {tokens[-1]}, with {fitted.measured_with};"
+        " hollow points extrapolate."
     )
 
 
@@ -76,28 +73,23 @@ def _table(
 ) -> dict[str, Sequence[Any]]:
     """Columns of one tab: measured candidates first, each in ascending error."""
     priced = frontier.price_all(fitted, list(found), request, offsets)
-    order = frontier.ranked(
-        priced, priced.each("secs"), priced.each("memory_bytes") <= request.on.memory_bytes * request.chips
-    )
-    if not order:
-        return {"n": []}
-    low, high, _ = frontier.interval(fitted, priced, order)
-    models, prices = [priced.of[i].model for i in order], [priced.prices[i] for i in order]
-    outside = [frontier.extrapolations(fitted, priced.of[i]) for i in order]
+    fits = priced.each("memory_bytes") <= request.on.memory_bytes * request.chips
+    order = frontier.ranked(priced, priced.each("secs"), fits)
+    choices = frontier.choices(fitted, priced, order, request, offsets)
     return {
-        "llm": [model.decoder.name for model in models],
-        "n": _short([priced.of[i].params for i in order]),
-        "v": [model.compressor.tokens for model in models],
-        "side": [f"{model.encoder.name} + {model.compressor.name}" for model in models],
-        "error": _short(priced.error[order]),
-        "low": _short(low),
-        "high": _short(high),
-        "tflops": _short([price.total_flops / 1e12 for price in prices]),
-        "ms": _short([price.secs * 1e3 for price in prices]),
-        "mb": _short([price.cache_bytes / 1e6 for price in prices]),
-        "binds": [frontier.limit_of(price) for price in prices],
-        "outside": [", ".join(kinds) for kinds in outside],
-        "share": [[round(100 * value / price.total_flops) for value in price.flops.values()] for price in prices],
+        "llm": [c.llm for c in choices],
+        "n": _short([c.llm_params_billion for c in choices]),
+        "v": [c.visual_tokens for c in choices],
+        "side": [f"{c.encoder} + {c.compressor}" for c in choices],
+        "error": _short([c.predicted_error for c in choices]),
+        "low": _short([c.low for c in choices]),
+        "high": _short([c.high for c in choices]),
+        "tflops": _short([c.flops / 1e12 for c in choices]),
+        "ms": _short([c.latency_ms for c in choices]),
+        "mb": _short([c.cache_bytes / 1e6 for c in choices]),
+        "binds": [c.binds for c in choices],
+        "outside": [", ".join(c.extrapolates) for c in choices],
+        "share": [[round(100 * value / c.flops) for value in c.flops_by_part.values()] for c in choices],
     }
 
 

@@ -1,4 +1,4 @@
-"""Figures of plans: where the cost goes, and how the best choice depends on the chip; `planner_figures` draws all."""
+"""Figures of plans: FLOPs by part, and the best choice by chip; `planner_figures` draws all."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.scaling import budgets, candidates, frontier
+from vlm_jax.scaling import budgets, candidates, frontier, plots
 from vlm_jax.scaling.candidates import names_of
 from vlm_jax.scaling.fitted import LawFit, visual_side
-from vlm_jax.scaling.plots import (
-    CONTRAST,
-    FAINT,
-    TOKEN_TICKS,
-    cost_frontier,
-    flops_unit,
-    log_axis,
-    optimal_tokens,
-    save,
-    styled,
-)  # fmt: skip
+from vlm_jax.scaling.plots import CONTRAST, FAINT, TOKEN_TICKS, flops_unit, log_axis, save, styled
 from vlm_jax.scaling.scores import Scores
 from vlm_jax.sizing import chips
 from vlm_jax.sizing.cost import PARTS, Number
@@ -32,8 +22,8 @@ from vlm_jax.sizing.roofline import Request
 
 @styled
 def cost_shares(law: LawFit, family: str | None, request: Request, path: str | Path, limits: Mapping[str, Any]) -> Path:
-    """Share of a request's FLOPs by part, behind the first of the plan's encoders and compressors: of up to four LLMs
-    and a few V, those of the law's rows where the plan has them."""
+    """Plots the FLOPs of a request by part, for up to four LLMs and a few V with the plan's first encoder and
+    compressor; measured LLMs and V if the plan has any."""
     fitted = law.family(family)
     found = candidates.candidates(fitted, law.unit["params_are"], **names_of(limits))
     first = found[0].model
@@ -45,7 +35,7 @@ def cost_shares(law: LawFit, family: str | None, request: Request, path: str | P
     figure = Figure(figsize=(9.4, 3.9), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
     flops = {key: candidates.price(cells[key], request).flops for key in cells if key[0] in sizes and key[1] in tokens}
-    unit, word = flops_unit(np.median([sum(parts.values()) for parts in flops.values()]))
+    unit, unit_name = flops_unit(np.median([sum(parts.values()) for parts in flops.values()]))
     for axes, llm in zip(panels, sizes, strict=True):
         total = np.array([sum(flops[llm, v].values()) for v in tokens])
         bottom = np.zeros(len(tokens))
@@ -57,22 +47,21 @@ def cost_shares(law: LawFit, family: str | None, request: Request, path: str | P
         for x, value in enumerate(total):
             axes.text(x, 101, _short(value / unit), ha="center", va="bottom", fontsize=8, color=FAINT)
         axes.set_xticks(range(len(tokens)), map(str, tokens))
-        axes.set_title(llm)
-        axes.set_xlabel("V")
-        axes.set_ylim(0, 108)
+        axes.set(title=llm, xlabel="V", ylim=(0, 108))
         axes.grid(visible=False)
-    panels[0].set_ylabel(f"share of FLOPs, %  ({word} above)")
+    panels[0].set_ylabel(f"share of FLOPs, %  ({unit_name} above)")
     panels[-1].legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    figure.suptitle(
-        f"{first.encoder.name} + {first.compressor.name}, Q = {request.question_tokens:g}, "
-        f"{request.answer_tokens:g} answer tokens",
-        x=0.01, ha="left", fontsize=9, color=FAINT,
-    )  # fmt: skip
+    _subtitle(figure, f"{first.encoder.name} + {first.compressor.name}", request)
     return save(figure, path)
 
 
+def _subtitle(figure: Figure, text: str, request: Request) -> None:
+    text = f"{text}, Q = {request.question_tokens:g}, {request.answer_tokens:g} answer tokens"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=9, color=FAINT)
+
+
 def _measured(found: Mapping[Number, Any], measured: Sequence[Number]) -> list[Any]:
-    """What is found at the measured values, or everything where that is nothing; ascending."""
+    """Values of `found` at the measured keys, or all if there are none; ascending."""
     return [found[value] for value in sorted(set(found) & set(measured) or found)]
 
 
@@ -81,36 +70,31 @@ def flops_or_latency(
     law: LawFit, family: str | None, request: Request, path: str | Path, limits: Mapping[str, Any],
     latency_ms: Number = 500, batches: Sequence[int] = (1, 8, 32), names: Sequence[str] = tuple(chips.CHIPS),
 ) -> Path:  # fmt: skip
-    """The best N and V within a time, per chip and batch: by FLOPs alone (time times peak), and by every part's
-    roofline."""
+    """Plots the best N and V within a latency by chip and batch, by FLOPs (time times peak) and by roofline."""
     figure = Figure(figsize=(9.4, 5.4), layout="constrained")
     panels = figure.subplots(2, len(batches), sharex=True, sharey="row")
-    seen: tuple[list[Number], list[Number]] = ([], [])
+    drawn: tuple[list[Number], list[Number]] = ([], [])
     for column, batch in enumerate(batches):
         for x, name in enumerate(names):
-            asked = dataclasses.replace(request, batch=batch, on=chips.chip(name), chips=1)
+            one = dataclasses.replace(request, batch=batch, on=chips.chip(name), chips=1)
             budget = budgets.Budget("latency_ms", latency_ms)
-            flops = budgets.Budget("tflops", budgets.flops(budget, asked) / 1e12)
-            found = [_best(law, each, asked, family, limits) for each in (flops, budget)]
+            flops = budgets.Budget("tflops", budgets.flops(budget, one) / 1e12)
+            found = [_best(law, each, one, family, limits) for each in (flops, budget)]
             for row, field in enumerate(("llm_params_billion", "visual_tokens")):
                 values = [getattr(choice, field) for choice in found if choice]
-                seen[row].extend(values)
+                drawn[row].extend(values)
                 panels[row, column].plot([x] * len(values), values, color="#cccccc", linewidth=2, zorder=1)
                 for value, colour, marker, size in zip(values, CONTRAST, "os", (8, 5), strict=False):
                     panels[row, column].plot(x, value, marker, color=colour, markersize=size, zorder=2)
         panels[0, column].set_title(f"batch {batch}")
         panels[1, column].set_xticks(range(len(names)), names, rotation=60)
     for row, label, ticks in ((0, "LLM, billions", (0.5, 1, 2, 4, 8, 16, 32, 72)), (1, "visual tokens", TOKEN_TICKS)):
-        panels[row, 0].set_yscale("log")
-        panels[row, 0].set_ylabel(label)
-        panels[row, 0].set_ylim(min(seen[row]) / 1.4, max(seen[row]) * 1.4)
-        log_axis(panels[row, 0].yaxis, [t for t in ticks if min(seen[row]) / 1.4 <= t <= max(seen[row]) * 1.4])
+        low, high = min(drawn[row]) / 1.4, max(drawn[row]) * 1.4
+        panels[row, 0].set(yscale="log", ylabel=label, ylim=(low, high))
+        log_axis(panels[row, 0].yaxis, [t for t in ticks if low <= t <= high])
     marks = [Line2D([], [], color=c, marker=m, linestyle="") for c, m in zip(CONTRAST, "os", strict=False)]
     figure.legend(marks, ["best by FLOPs", "best by latency"], loc="outside upper right", ncols=2)
-    figure.suptitle(
-        f"within {latency_ms:g} ms a batch, Q = {request.question_tokens:g}, {request.answer_tokens:g} answer tokens",
-        x=0.01, ha="left", fontsize=9, color=FAINT,
-    )  # fmt: skip
+    _subtitle(figure, f"within {latency_ms:g} ms a batch", request)
     return save(figure, path)
 
 
@@ -129,15 +113,14 @@ def planner_figures(
     folder: str | Path, law: LawFit, family: str | None, request: Request, limits: Mapping[str, Any],
     rows: Scores | None = None, progress: Callable[[str], None] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """All figures of a plan, into a folder: `cost_frontier-<family>.png`, `optimal_tokens.png`, `cost_shares.png`,
-    `flops_or_latency.png`."""
+    """Writes `cost_frontier-<family>.png`, `optimal_tokens.png`, `cost_shares.png` and `flops_or_latency.png`."""
     folder, progress = Path(folder), progress or (lambda stage: None)
     out = []
     for name in law.families:
         progress(f"cost_frontier, {name}")
-        out.append(cost_frontier(law, rows, name, folder / f"cost_frontier-{name}.png"))
+        out.append(plots.cost_frontier(law, rows, name, folder / f"cost_frontier-{name}.png"))
     progress("optimal_tokens")
-    out.append(optimal_tokens(law, folder / "optimal_tokens.png"))
+    out.append(plots.optimal_tokens(law, folder / "optimal_tokens.png"))
     progress("cost_shares")
     out.append(cost_shares(law, family, request, folder / "cost_shares.png", limits))
     progress("flops_or_latency")

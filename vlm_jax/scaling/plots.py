@@ -1,5 +1,4 @@
-"""Figures of laws and plans, in one style. Each function writes one PNG and returns its path; nothing is shown on a
-screen."""
+"""Figures of laws. Each function writes one PNG and returns its path."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +43,6 @@ def styled(draw: Callable[..., Path]) -> Callable[..., Path]:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes the PNG, or nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as new:
@@ -58,7 +56,7 @@ def _shades(count: int) -> list[Any]:
 
 
 def log_axis(axis: Any, ticks: Sequence[Number] | None = None, text: Callable[[float], str] = "{:g}".format) -> None:
-    """Plain numbers on a logarithmic axis: at the given ticks, or at decades."""
+    """Formats a logarithmic axis with plain numbers at the given ticks, or at decades."""
     if ticks is None:
         axis.set_major_locator(LogLocator(numticks=8))
     else:
@@ -69,39 +67,17 @@ def log_axis(axis: Any, ticks: Sequence[Number] | None = None, text: Callable[[f
 
 
 def flops_unit(largest: Number) -> tuple[float, str]:
-    """The unit in which that many FLOPs is a small number."""
+    """Scale and name of the unit for FLOPs of that size."""
     units = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1e3, "kFLOPs"))
     return next((unit for unit in units if largest >= unit[0] / 2), units[-1])
 
 
-def _means(cells: Iterable[Measurement]) -> list[tuple[float, int, float, float]]:
-    """(N, V, mean error, standard error) of every cell. Between replicates, or from the rows themselves where there
-    is one."""
-    groups: dict[tuple[float, int], list[Measurement]] = {}
-    for cell in cells:
-        groups.setdefault((cell.params, cell.tokens), []).append(cell)
-    out = []
-    for (params, tokens), group in sorted(groups.items()):
-        errors = np.array([cell.error for cell in group])
-        own = np.sqrt(sum((cell.stderr or 0.0) ** 2 for cell in group)) / len(group)
-        between = errors.std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0.0
-        out.append((params, tokens, float(errors.mean()), float(max(own, between))))
-    return out
-
-
-def error_curves(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path) -> Path:
-    """Error against V, a line for each N: means with 95 % bars, the law's curves with their bands, the blind
-    baseline."""
-    return _error_figure(rows, law, family, path, across="tokens")
-
-
-def error_by_params(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path) -> Path:
-    """Error against N, a line for each V: the same cells from the other side."""
-    return _error_figure(rows, law, family, path, across="params")
-
-
 @styled
-def _error_figure(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path, across: str) -> Path:
+def error_curves(
+    rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, path: str | Path, across: str = "tokens"
+) -> Path:
+    """Plots error against V for each N ("tokens") or against N for each V ("params"): means with 95 % bars, the law
+    with its bands, the blind baseline."""
     cells, fitted = scores.of_rows(rows).of(family).cells, law.family(family)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -110,31 +86,33 @@ def _error_figure(rows: Iterable[ResultRow] | Scores, law: LawFit, family: str, 
     return save(figure, path)
 
 
+error_by_params = functools.partial(error_curves, across="params")
+
+
 def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, across: str) -> None:
-    """One panel of `error_curves` or `error_by_params`."""
-    means = _means(scores.seen(cells))
+    means = scores.cell_means(cells)
     x_of, line_of = (1, 0) if across == "tokens" else (0, 1)
     lines, xs = sorted({m[line_of] for m in means}), sorted({m[x_of] for m in means})
     fine = np.geomspace(xs[0], xs[-1], 120)
     for i, (value, colour) in enumerate(zip(lines, _shades(len(lines)), strict=True)):
         points = [m for m in means if m[line_of] == value]
-        bars = any(p[3] for p in points)  # drawn a little aside, so that they do not hide each other
-        aside = (xs[-1] / xs[0]) ** (0.006 * (i - (len(lines) - 1) / 2)) if bars else 1.0
-        where = (value, fine) if across == "tokens" else (fine, value)
-        draws = fitted.predict_draws(*where)
+        shift = 1.0
+        if any(p[3] for p in points):  # error bars would cover each other
+            shift = (xs[-1] / xs[0]) ** (0.006 * (i - (len(lines) - 1) / 2))
+        cell = (value, fine) if across == "tokens" else (fine, value)
         label = params_label(value) if across == "tokens" else f"V = {value}"
-        axes.fill_between(fine, *np.quantile(draws, (0.025, 0.975), axis=0), color=colour, alpha=0.18, linewidth=0)
-        axes.plot(fine, fitted.predict(*where), color=colour, linewidth=1.5)
+        axes.fill_between(fine, *fitted.predict_interval(*cell), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(fine, fitted.predict(*cell), color=colour, linewidth=1.5)
         axes.errorbar(
-            [p[x_of] * aside for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
+            [p[x_of] * shift for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
             fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0, label=label,
         )  # fmt: skip
     blind = scores.blind_errors(cells)
     if blind:
         level = float(np.mean(list(blind.values())))
         axes.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-        axes.text(xs[-1], level, "without the image", color=FAINT, fontsize=9, va="center", ha="right", bbox=paper)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axes.text(xs[-1], level, "without the image", color=FAINT, fontsize=9, va="center", ha="right", bbox=box)
     axes.set_xscale("log")
     errors = [m[2] for m in means] + list(blind.values())
     if max(errors) > 4 * max(min(errors), 1e-9):
@@ -145,23 +123,17 @@ def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, ac
     axes.set_ylabel("error")
     order = 1 if across == "tokens" else -1
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::order],
-        labels[::order],
-        title="LLM" if across == "tokens" else None,
-        bbox_to_anchor=(1.0, 1.0),
-        loc="upper left",
-    )
+    title = "LLM" if across == "tokens" else None
+    axes.legend(handles[::order], labels[::order], title=title, bbox_to_anchor=(1.0, 1.0), loc="upper left")
 
 
 @styled
 def cost_frontier(
     law: LawFit, rows: Scores | None, family: str, path: str | Path, questions: Sequence[Number] = (0, 50)
 ) -> Path:
-    """The paper's Figure 1: error against 2 N (Q + V), a curve for each V, one panel for each Q, with 95 % bands.
+    """Plots error against 2 N (Q + V) for each V, a panel per Q, with 95 % bands (arXiv 2411.03312, Figure 1).
 
-    The red line is the least error at each cost among the measured sizes, dotted curves go beyond them. Source: arXiv
-    2411.03312, redrawn from its released scores.
+    The red line is the least error at each cost within the measured sizes; dotted curves extrapolate.
     """
     fitted = law.family(family)
     tokens, sizes = fitted.rows["tokens"], fitted.rows["sizes"]
@@ -174,24 +146,20 @@ def cost_frontier(
         for value, colour in zip(tokens, _shades(len(tokens)), strict=True):
             cost = 2e9 * params * (question + value) / unit  # N is in billions
             inside, error = params <= sizes[-1], fitted.predict(params, value)
-            axes.fill_between(
-                cost, *np.quantile(fitted.predict_draws(params, value), (0.025, 0.975), axis=0),
-                color=colour, alpha=0.2, linewidth=0,
-            )  # fmt: skip
+            axes.fill_between(cost, *fitted.predict_interval(params, value), color=colour, alpha=0.2, linewidth=0)
             axes.plot(cost[inside], error[inside], color=colour, label=f"{value}")
             axes.plot(cost[~inside], error[~inside], color=colour, linestyle=(0, (1, 1.2)))
             ends += list(zip(cost[inside], error[inside], strict=True))
             if rows is not None:
-                seen = [c for c in rows.of(family).cells if c.tokens == value]
+                measured = [c for c in rows.of(family).cells if c.tokens == value]
                 axes.plot(
-                    [2e9 * c.params * (question + value) / unit for c in seen], [c.error for c in seen],
+                    [2e9 * c.params * (question + value) / unit for c in measured], [c.error for c in measured],
                     "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.5,
                 )  # fmt: skip
         cost, error = np.array(ends).T
         best = frontier.pareto(error, cost)
-        axes.plot(
-            cost[best], error[best], color=CONTRAST[1], linewidth=1.2, zorder=5, drawstyle="steps-post", label="least"
-        )
+        line = {"color": CONTRAST[1], "linewidth": 1.2, "zorder": 5, "drawstyle": "steps-post"}
+        axes.plot(cost[best], error[best], **line, label="least")
         axes.set_xscale("log")
         log_axis(axes.xaxis)
         axes.set_xlabel(f"{word} of the paper's cost, 2 N (Q + V)")
@@ -203,8 +171,7 @@ def cost_frontier(
 
 @styled
 def optimal_tokens(law: LawFit, path: str | Path, highest: Number = 1000) -> Path:
-    """V* = Q beta / (alpha - beta) against Q for every family, with 95 % bands; where more tokens always pay, the
-    most measured."""
+    """Plots V* = Q beta / (alpha - beta) against Q for every family with 95 % bands, clipped to the measured V."""
     question = np.geomspace(1, highest, 200)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -214,13 +181,8 @@ def optimal_tokens(law: LawFit, path: str | Path, highest: Number = 1000) -> Pat
         drawn = np.array([[frontier.optimal_tokens(1.0, alpha, beta)] for alpha, beta in draws]) * question
         value = frontier.optimal_tokens(1.0, form.params["alpha"], form.params["beta"]) * question
         clip = functools.partial(np.clip, a_min=tokens[0], a_max=tokens[-1])
-        axes.fill_between(
-            question,
-            *clip(np.quantile(drawn, (0.025, 0.975), axis=0, method="nearest")),
-            color=colour,
-            alpha=0.2,
-            linewidth=0,
-        )
+        ends = clip(np.quantile(drawn, (0.025, 0.975), axis=0, method="nearest"))
+        axes.fill_between(question, *ends, color=colour, alpha=0.2, linewidth=0)
         axes.plot(question, clip(value), color=colour, label=name)
         axes.text(question[-1] * 1.08, clip(value)[-1], name, color=colour, va="center", fontsize=10)
     axes.set_xscale("log")

@@ -1,12 +1,11 @@
-"""A law and a plan, for a terminal; and a plan as JSON."""
+"""Prints laws and plans, and writes a plan as JSON."""
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,14 +20,14 @@ from vlm_jax.sizing.roofline import Request
 
 
 def console() -> Console:
-    """The terminal, or a file of lines wide enough for the tables."""
+    """A console for stdout, wide enough for the tables if it is a file."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, with time left, for `total` pieces of work: call what it gives at the start of each."""
+    """A progress bar on stderr for `total` stages; call the result at the start of each."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     screen = Console(stderr=True)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
@@ -37,8 +36,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_law(law: LawFit, console: Console) -> None:
-    """Forms, ratio, prediction and warnings of every family; "size out" and "cell out" are errors on what was left
-    out."""
+    """Prints forms, ratio, prediction and warnings of every family; "size out" and "cell out" are held-out errors."""
     for name, family in law.families.items():
         console.print(_forms(name, family))
         console.print(f"chosen: {family.selection}", style="dim")
@@ -52,11 +50,9 @@ def print_law(law: LawFit, console: Console) -> None:
             console.print(f"noise of one row, from replicates: {noise:.3g} (standard deviation)")
         far, parts = 2 * sizes[-1], []
         for v in (family.rows["tokens"][0], family.rows["tokens"][-1]):
-            low, high = np.quantile(family.predict_draws(far, v), (0.025, 0.975))
-            parts.append(f"V={v} {float(family.predict(far, v)):.4f} {_interval(low, high)}")
-        console.print(
-            f"at twice the largest size, N = {params_label(far)}, {family.chosen} predicts {', '.join(parts)}"
-        )
+            parts.append(f"V={v} {float(family.predict(far, v)):.4f} {_interval(*family.predict_interval(far, v))}")
+        twice = f"at twice the largest size, N = {params_label(far)}"
+        console.print(f"{twice}, {family.chosen} predicts {', '.join(parts)}")
         for warning in family.warnings:
             code, _, text = warning.partition(": ")
             console.print(f"[yellow]{code}[/yellow]: {text}")
@@ -66,9 +62,8 @@ def print_law(law: LawFit, console: Console) -> None:
 def _forms(name: str, family: FamilyFit) -> Table:
     cells, sizes = family.rows["cells"], len(family.rows["sizes"])
     title = f"{name}: {cells} rows, {sizes} sizes, {len(family.rows['tokens'])} V; chosen: {family.chosen}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
-    for column in ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "cell out"):
-        table.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
+    columns = ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "cell out")
+    table = _table(columns, ("form",), title=title, title_style="bold")
     for key, one in family.forms.items():
         params = [_number(one.params.get(p)) for p in ("A", "B", "C", "alpha", "beta", "D")]
         scores = [f"{one.sse:.2e}", "-" if one.aicc is None else f"{one.aicc:.1f}"]
@@ -86,9 +81,7 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def plan_json(plan: Ranking, budget: Budget, request: Request, mode: str) -> str:
-    """The plan as one JSON object: `closed_form`, `choices` (best first, each with its whole `model`), `by_mode`, and
-    what was asked."""
-    asked = dataclasses.asdict(request) | {"on": request.on.name if request.on else None}
+    """The plan as a JSON object: the fields of `Ranking`, with the whole `model` of each choice, and the request."""
     values = {
         "closed_form": plan.closed_form._asdict(),
         "choices": [_choice_values(choice) for choice in plan.choices],
@@ -96,7 +89,7 @@ def plan_json(plan: Ranking, budget: Budget, request: Request, mode: str) -> str
         "extrapolated": plan.extrapolated and _choice_values(plan.extrapolated),
         "mode": mode,
         "budget": dataclasses.asdict(budget),
-        "request": asked,
+        "request": dataclasses.asdict(request) | {"on": request.on.name if request.on else None},
         "candidates": plan.candidates,
         "feasible": plan.feasible,
         "notes": plan.notes,
@@ -109,7 +102,7 @@ def _choice_values(choice: Choice) -> dict[str, Any]:
 
 
 def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, console: Console) -> None:
-    """The ranking, the cost of each part, and what the other mode would have said."""
+    """Prints the ranking, the cost of each part, the best choice of both modes, warnings and notes."""
     console.print(
         f"[bold]{budget.kind} <= {budget.amount:g}[/bold], Q = {request.question_tokens:g} ({request.question}),"
         f" {request.answer_tokens:g} answer tokens, batch {request.batch}"
@@ -128,9 +121,9 @@ def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, conso
         style="dim",
     )
     for name, choice in plan.by_mode.items():
-        console.print(f"{name:>5} cost chooses: {_in_words(choice) if choice else 'nothing is within the budget'}")
+        console.print(f"{name:>5} cost chooses: {_describe(choice) if choice else 'nothing is within the budget'}")
     if plan.extrapolated:
-        console.print(f"best that was not measured, ranked last: {_in_words(plan.extrapolated)}")
+        console.print(f"best extrapolated choice, ranked last: {_describe(plan.extrapolated)}")
     marks = [warning for choice in plan.choices for warning in choice.warnings]
     for warning in dict.fromkeys(marks):
         count = marks.count(warning)
@@ -139,17 +132,22 @@ def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, conso
         console.print(f"note: {note}", style="dim")
 
 
-def _in_words(choice: Choice) -> str:
+def _describe(choice: Choice) -> str:
     where = f"{choice.encoder} + {choice.compressor} V={choice.visual_tokens} -> {choice.llm}"
-    return f"{where}, error {choice.predicted_error:.4f}, {choice.flops / 1e12:.3g} TFLOPs in truth"
+    return f"{where}, error {choice.predicted_error:.4f}, {choice.flops / 1e12:.3g} TFLOPs at full cost"
+
+
+def _table(columns: Iterable[str], left: Iterable[str], **how: Any) -> Table:
+    """An empty table with the `left` columns left-aligned."""
+    table = Table(title_justify="left", box=None, padding=(0, 1), **how)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return table
 
 
 def _ranking(plan: Ranking) -> Table:
-    table = Table(box=None, padding=(0, 1))
-    left = ("llm", "compressor", "encoder", "binds")
     columns = ("", "llm", "V", "compressor", "encoder", "error", "95 %", "beats", "TFLOPs", "ms", "MB", "binds")
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    table = _table(columns, ("llm", "compressor", "encoder", "binds"))
     for rank, c in enumerate(plan.choices, start=1):
         cells = [str(rank), _marked(c.llm, c, "family", "params"), _marked(str(c.visual_tokens), c, "tokens")]
         cells += [_marked(c.compressor, c, "compressor"), _marked(c.encoder, c, "encoder"), f"{c.predicted_error:.4f}"]
@@ -168,9 +166,7 @@ def _amount(value: int | float) -> str:
 
 
 def _parts(plan: Ranking, title: str, values: list[dict[str, float]], scale: float) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-    for column in ("", "llm", "V", *PARTS, "total"):
-        table.add_column(column, justify="left" if column == "llm" else "right", no_wrap=True)
+    table = _table(("", "llm", "V", *PARTS, "total"), ("llm",), title=title)
     for rank, (c, parts) in enumerate(zip(plan.choices, values, strict=True), start=1):
         numbers = [parts[name] * scale for name in PARTS]
         table.add_row(str(rank), c.llm, str(c.visual_tokens), *map(_amount, (*numbers, sum(numbers))))

@@ -1,13 +1,13 @@
-"""Rows for a law: the project's result rows (jsonl), or a plain table of published scores (CSV), as one kind of cell.
+"""Measurements for a law, read from result rows (.jsonl) or from a table of scores (.csv) with the columns
 
-    family,llm_params_billion,visual_tokens,mean_score        the CSV's columns
-    encoder,compressor,llm                                    names in the zoo and the catalog: what was measured
+    family,llm_params_billion,visual_tokens,mean_score
+    encoder,compressor,llm                                optional: names in the zoo and the catalog
 
-Other columns are kept in `Measurement.extra`; `harness`, what scored the answers, goes into the law. A CSV's models
-have the sizes of `catalog.model_spec`; without those three columns a plan must be told what to choose from.
+Other columns are kept in `Measurement.extra`; `harness` goes into the law. Models of a CSV have the sizes of
+`catalog.model_spec`; without their names a plan needs --encoders, --compressors and --llms.
 
-Two counts of N meet here and are never mixed: result rows count non-embedding parameters, a published table gives the
-nominal size in a model's name. `Scores.params_are` says which, and the planner follows it.
+N is the number of non-embedding parameters in result rows and the nominal size of the model's name in tables;
+`Scores.params_are` records which.
 """
 
 import csv
@@ -16,6 +16,8 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
@@ -28,17 +30,17 @@ BILLION = 1e9
 
 
 class Measurement(NamedTuple):
-    """One measurement."""
+    """One cell of a grid, measured once."""
 
     family: str
     params: float  # N, in billions
     tokens: int  # V; 0 is the blind baseline
     error: float  # in [0, 1]
     stderr: float | None
-    seed: int | None  # None: the table does not say, so a second row of one cell is a duplicate and not a replicate
+    seed: int | None  # None: unknown, so a second row of the cell counts as a duplicate, not a replicate
     where: str  # "file:line", for messages
     extra: Mapping[str, str]
-    model: ModelSpec | None = None  # what was measured, where the file says
+    model: ModelSpec | None = None  # None: not given
 
 
 class Scores(NamedTuple):
@@ -51,14 +53,14 @@ class Scores(NamedTuple):
         return sorted({cell.family for cell in self.cells})
 
     def of(self, family: str) -> "Scores":
-        """One family's cells. Raises `UserError` that suggests the nearest."""
+        """The cells of one family. Raises `UserError` with a suggestion."""
         if family not in self.families():
             raise unknown("family", family, self.families())
         return self._replace(cells=tuple(cell for cell in self.cells if cell.family == family))
 
 
 def read(path: str | Path) -> Scores:
-    """A rows file of either kind, told apart by its ending. Raises `UserError` naming file, row and fix."""
+    """Measurements of a .jsonl or .csv file. Raises `UserError` naming file, row and fix."""
     suffix = Path(path).suffix.lower()
     if suffix == ".jsonl":
         pairs = results.read_lines(path)
@@ -67,23 +69,24 @@ def read(path: str | Path) -> Scores:
     elif suffix == ".csv":
         scores = Scores(tuple(_read_csv(path)), "nominal")
     else:
-        raise UserError(f"{path}: rows are read from .jsonl (result rows) or .csv ({','.join(COLUMNS)})")
+        raise UserError(f"{path}: expected .jsonl (result rows) or .csv ({','.join(COLUMNS)})")
     if not scores.cells:
         raise UserError(f"{path}: no rows")
     return scores
 
 
 def of_rows(rows: "Iterable[ResultRow] | Scores") -> Scores:
-    """Result rows already in memory, as scores; scores stay as they are."""
+    """Result rows as scores; scores are returned unchanged."""
     if isinstance(rows, Scores):
         return rows
     return Scores(tuple(from_row(row, f"row {row.cell!r}") for row in rows), "non_embedding")
 
 
 def from_row(row: ResultRow, where: str) -> Measurement:
-    """A result row as a cell: N is the decoder's non-embedding parameters."""
+    """A result row as a measurement."""
     if row.llm_params <= 0 or row.visual_tokens < 0:
-        raise UserError(f"{where}: llm_params={row.llm_params}, visual_tokens={row.visual_tokens} cannot be")
+        got = f"{row.llm_params}, {row.visual_tokens}"
+        raise UserError(f"{where}: expected llm_params above 0 and visual_tokens of 0 or more, got {got}")
     _check_fraction(row.error, "error", where)
     params = row.llm_params / BILLION
     return Measurement(row.family, params, row.visual_tokens, row.error, row.stderr, row.seed, where, {}, row.model)
@@ -93,19 +96,19 @@ def _read_csv(path: str | Path) -> Iterable[Measurement]:
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot read: {error}") from error
     reader = csv.DictReader(io.StringIO(text))
     if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        raise UserError(f"{path}: missing column(s) {', '.join(missing)}; the header must have {','.join(COLUMNS)}")
+        raise UserError(f"{path}: expected columns {','.join(COLUMNS)}, missing {','.join(missing)}")
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row or any(value is None for value in row.values()):
-            raise UserError(f"{where}: this line does not have as many fields as the header")
+            raise UserError(f"{where}: expected as many fields as the header has")
         params, tokens, score = (_number(row[name], name, where) for name in COLUMNS[1:])
         if params <= 0:
-            raise UserError(f"{where}: llm_params_billion={params:g} must be above 0")
+            raise UserError(f"{where}: expected llm_params_billion above 0, got {params:g}")
         if tokens < 0 or tokens != int(tokens):
-            raise UserError(f"{where}: visual_tokens={tokens:g} must be a whole number, 0 for the blind baseline")
+            raise UserError(f"{where}: expected an integer visual_tokens (0: blind baseline), got {tokens:g}")
         _check_fraction(score, "mean_score", where)
         extra = {name: value for name, value in row.items() if name not in COLUMNS}
         seed = int(_number(extra["seed"], "seed", where)) if extra.get("seed") else None
@@ -115,18 +118,20 @@ def _read_csv(path: str | Path) -> Iterable[Measurement]:
 
 
 def _model(row: Mapping[str, str], params: float, tokens: int, where: str) -> ModelSpec | None:
-    """What a line names, or None where it names nothing."""
+    """The model that a line names, if any."""
     names = [row.get(kind) or "" for kind in ("encoder", "compressor", "llm")]
     if not any(names):
         return None
     if not all(names):
         raise UserError(f"{where}: expected encoder, compressor and llm, or none of them; got {','.join(names)}")
-    from vlm_jax.compress import catalog  # brings jax along, which a table without names does not need
+    from vlm_jax.compress import catalog  # imports jax, which a table without names does not need
 
     encoder, compressor, llm = names
     try:
         if zoo.nominal_params(llm) != params * BILLION:
-            raise UserError(f"llm {llm} has {zoo.nominal_params(llm) / BILLION:g} billion, not {params:g}")
+            raise UserError(
+                f"llm {llm}: expected llm_params_billion={zoo.nominal_params(llm) / BILLION:g}, got {params:g}"
+            )
         return catalog.model_spec(zoo.encoder(encoder), compressor if tokens else "blind", tokens, zoo.decoder(llm))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -138,26 +143,40 @@ def _number(text: str, name: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: {name} is {text!r}; it must be a finite number")
+        raise UserError(f"{where}: expected a finite number as {name}, got {text!r}")
     return value
 
 
 def _check_fraction(value: int | float, name: str, where: str) -> None:
-    if not math.isfinite(value):
-        raise UserError(f"{where}: {name} is {value}; it must be a number between 0 and 1")
-    if 1 < value <= 100:
-        raise UserError(f"{where}: {name}={value:g} looks like a percentage; divide by 100, it must be between 0 and 1")
     if not 0 <= value <= 1:
-        raise UserError(f"{where}: {name}={value:g} must be between 0 and 1")
+        fix = " (a percentage? divide by 100)" if 1 < value <= 100 else ""
+        raise UserError(f"{where}: expected {name} between 0 and 1, got {value:g}{fix}")
 
 
 def seen(cells: Iterable[Measurement]) -> tuple[Measurement, ...]:
-    """The cells with an image."""
+    """The cells with visual tokens."""
     return tuple(cell for cell in cells if cell.tokens > 0)
 
 
+def cell_means(cells: Iterable[Measurement]) -> list[tuple[float, int, float, float]]:
+    """(N, V, mean error, its standard error) of every cell with visual tokens, ascending.
+
+    The standard error is that between replicates, or that of the measurements if it is larger.
+    """
+    groups: dict[tuple[float, int], list[Measurement]] = {}
+    for cell in seen(cells):
+        groups.setdefault((cell.params, cell.tokens), []).append(cell)
+    out = []
+    for (params, tokens), group in sorted(groups.items()):
+        errors = np.array([cell.error for cell in group])
+        own = np.sqrt(sum((cell.stderr or 0.0) ** 2 for cell in group)) / len(group)
+        between = errors.std(ddof=1) / np.sqrt(len(group)) if len(group) > 1 else 0.0
+        out.append((params, tokens, float(errors.mean()), float(max(own, between))))
+    return out
+
+
 def blind_errors(cells: Iterable[Measurement]) -> dict[float, float]:
-    """Mean error without an image, by N."""
+    """Mean error of the blind baseline by N."""
     sums: dict[float, list[float]] = {}
     for cell in cells:
         if cell.tokens == 0:
@@ -166,18 +185,17 @@ def blind_errors(cells: Iterable[Measurement]) -> dict[float, float]:
 
 
 def above_blind(scores: Scores) -> Scores:
-    """Scores counted from what the same LLM reaches without an image: (score - blind) / (1 - blind), so that blind is
-    error 1.
+    """Scores relative to the blind baseline of the same LLM, (score - blind) / (1 - blind); blind rows are unchanged.
 
-    The blind rows stay. Raises `UserError` where a size has no blind row, or a perfect one.
+    Raises `UserError` if a size has no blind row, or one without errors.
     """
     cells = []
     for cell in scores.cells:
         blind = blind_errors(other for other in scores.cells if other.family == cell.family).get(cell.params)
         if not blind:
             raise UserError(
-                f"{cell.where}: --floor blind needs a row with visual_tokens=0 and an error above 0 for family"
-                f" {cell.family!r} at N={cell.params:g} billion"
+                f"{cell.where}: --floor blind: expected a row with visual_tokens=0 and an error above 0 for family"
+                f" {cell.family!r} at N={cell.params:g} billion, got none"
             )
         stderr = None if cell.stderr is None else cell.stderr / blind
         cells.append(cell if cell.tokens == 0 else cell._replace(error=cell.error / blind, stderr=stderr))
@@ -185,7 +203,7 @@ def above_blind(scores: Scores) -> Scores:
 
 
 def params_label(params: int | float) -> str:
-    """N in billions as people say it: 7 -> "7B", 0.5 -> "0.5B", 5.6e-05 -> "56k"."""
+    """N in billions as a label: 7 -> "7B", 0.5 -> "0.5B", 5.6e-05 -> "56k"."""
     for scale, letter, least in ((1.0, "B", 0.5), (1e-3, "M", 1.0), (1e-6, "k", 1.0)):
         if params >= scale * least:
             return f"{params / scale:.3g}{letter}"

@@ -1,9 +1,8 @@
-"""The solver: many small fits of one form at once, by variable projection (doi:10.1137/0710036).
+"""Batched fits of one form by variable projection (doi:10.1137/0710036).
 
-For given exponents the best coefficients follow from non-negative least squares, so only (alpha, beta) is searched: a
-grid of starts and some random ones, then a damped Gauss-Newton descent (Levenberg-Marquardt) on the projected
-residuals. Everything carries a leading axis of problems, so a thousand bootstraps are one call. The same input gives
-the same bytes.
+For given exponents the best coefficients follow from non-negative least squares, so only (alpha, beta) is searched:
+Levenberg-Marquardt on the projected residuals, from grid and random starts. All arrays have a leading axis of problems,
+so a thousand bootstraps are one call. The same input gives the same bytes.
 
 Losses: "squared" error, or "log": Huber's loss (doi:10.1214/aoms/1177703732) of log prediction - log error, for
 errors that span decades.
@@ -28,7 +27,7 @@ _GRID = np.array([-0.5, -0.1, -0.02, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6,
 
 
 class Solution(NamedTuple):
-    """The best of each of R problems."""
+    """The best fit of each of R problems."""
 
     theta: Floats  # [R, 2] alpha, beta
     coefficients: Floats  # [R, k] in the centred units of `Problem`
@@ -36,14 +35,14 @@ class Solution(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """R fits of one form to the same n cells, which differ in errors and weights."""
+    """R fits of one form to the same n cells with different errors and weights."""
 
     form: Form
     log_params: Floats  # [n]
     log_tokens: Floats  # [n]
     error: Floats  # [R, n]
-    weight: Floats  # [R, n]; 0 leaves a row out
-    floor: Floats  # [R]: the value of a fixed D, the lower bound of any other
+    weight: Floats  # [R, n]; 0 ignores a row
+    floor: Floats  # [R] value of a fixed D, lower bound of another
     loss: Loss
 
     def take(self, which: NDArray[np.intp]) -> "Problem":
@@ -53,7 +52,7 @@ class Problem(NamedTuple):
 def problem(
     form: Form, params: Floats, tokens: Floats, error: Floats, weight: Floats, loss: Loss, fixed: Floats | float = 0.0
 ) -> Problem:
-    """`error` and `weight` are [R, n] or [n]; `fixed` is the D of a "fixed" floor, one or R of them."""
+    """A `Problem` from errors and weights of [R, n] or [n]; `fixed`, scalar or [R], is D of a "fixed" floor."""
     error, weight = np.broadcast_arrays(*np.atleast_2d(error, weight))
     lowest = {"nonnegative": 0.0, "free": FREE_FLOOR, "fixed": fixed, "none": 0.0}[form.floor]
     floor = np.broadcast_to(np.asarray(lowest, float), error.shape[:1])
@@ -61,9 +60,9 @@ def problem(
 
 
 def solve(of: Problem, seed: int, hints: Floats | None = None, tolerance: float = 1e-13, steps: int = 100) -> Solution:
-    """The best fit of every problem, to a relative `tolerance` in cost or for so many steps.
+    """The best fit of every problem, to a relative `tolerance` in cost or for `steps` steps.
 
-    `hints` [S, 2] replaces the global search by these starts (for bootstraps).
+    `hints` [S, 2] are starts that replace the global search (for bootstraps).
     """
     if of.form.floor == "none":
         residual, coefficients, _ = _project(of, np.zeros((len(of.error), 2)))
@@ -77,7 +76,7 @@ def solve(of: Problem, seed: int, hints: Floats | None = None, tolerance: float 
 
 
 def _starts(of: Problem, seed: int, best: int = 5, random: int = 5) -> Floats:
-    """[R, best + random, 2]: the best points of a grid, and random ones."""
+    """The best points of a grid, and random ones, [R, best + random, 2]."""
     grid = np.stack(np.meshgrid(_GRID, _GRID, indexing="ij"), axis=-1).reshape(-1, 2)
     problems = len(of.error)
     index = np.repeat(np.arange(problems), len(grid))
@@ -91,8 +90,7 @@ def _starts(of: Problem, seed: int, best: int = 5, random: int = 5) -> Floats:
 def descend(
     of: Problem, theta: Floats, movable: tuple[bool, bool] = (True, True), tolerance: float = 1e-13, steps: int = 100
 ) -> Solution:
-    """Levenberg-Marquardt from `theta` [R, 2] on the projected residuals; an exponent that is not movable stays where
-    it is."""
+    """Levenberg-Marquardt from `theta` [R, 2] on the projected residuals; exponents that are not movable are held."""
     theta = np.clip(theta, LOWEST, HIGHEST)
     residual, coefficients, predicted = _project(of, theta)
     cost = np.sum(residual**2, axis=1)
@@ -102,35 +100,35 @@ def descend(
     for _ in range(steps):
         if not len(active) or not len(free):
             break
-        part, here, r, near = of.take(active), theta[active], residual[active], predicted[active]
+        part, start, r, near = of.take(active), theta[active], residual[active], predicted[active]
         probes = [sign * _STEP * np.eye(2)[axis] for axis in free for sign in (1, -1)]
-        many = len(probes)  # all probes of all problems are one call
-        beside = np.concatenate([here + probe for probe in probes])
-        at = _project(of.take(np.tile(active, many)), beside, np.tile(near, (many, 1)), 3)[0]
+        count = len(probes)  # all probes of all problems in one call
+        probed = np.concatenate([start + probe for probe in probes])
+        at = _project(of.take(np.tile(active, count)), probed, np.tile(near, (count, 1)), 3)[0]
         up, down = np.moveaxis(at.reshape(len(free), 2, *r.shape), (1, 0), (0, 3))
         slope = (up - down) / (2 * _STEP)
-        across = np.swapaxes(slope, 1, 2)
-        normal, gradient = across @ slope, (across @ r[..., None])[..., 0]
+        transposed = np.swapaxes(slope, 1, 2)
+        normal, gradient = transposed @ slope, (transposed @ r[..., None])[..., 0]
         scale = np.einsum("rii->ri", normal) + 1e-300
         normal[:, np.arange(len(free)), np.arange(len(free))] += damping[active, None] * scale + _RIDGE * scale
-        move = np.zeros_like(here)
+        move = np.zeros_like(start)
         move[:, free] = -np.linalg.solve(normal, gradient[..., None])[..., 0]
-        there = np.clip(here + np.clip(move, -0.5, 0.5), LOWEST, HIGHEST)
-        new_residual, new_coefficients, new_predicted = _project(part, there, near, 5)
+        new = np.clip(start + np.clip(move, -0.5, 0.5), LOWEST, HIGHEST)
+        new_residual, new_coefficients, new_predicted = _project(part, new, near, 5)
         new_cost = np.sum(new_residual**2, axis=1)
         better = new_cost < cost[active]
         gain = cost[active] - new_cost
-        small = (np.abs(there - here).max(axis=1) < 1e-9) | (better & (gain < tolerance * cost[active]))
-        took = active[better]
-        theta[took], residual[took], cost[took] = there[better], new_residual[better], new_cost[better]
-        coefficients[took], predicted[took] = new_coefficients[better], new_predicted[better]
+        small = (np.abs(new - start).max(axis=1) < 1e-9) | (better & (gain < tolerance * cost[active]))
+        accepted = active[better]
+        theta[accepted], residual[accepted], cost[accepted] = new[better], new_residual[better], new_cost[better]
+        coefficients[accepted], predicted[accepted] = new_coefficients[better], new_predicted[better]
         damping[active] = np.where(better, damping[active] / 10, damping[active] * 10)
         active = active[~(small | (damping[active] > 1e8))]
     return Solution(theta, coefficients, cost)
 
 
 def columns(of: Problem, theta: Floats) -> Floats:
-    """The design [R, n, k] at exponents [R, 2], in centred logarithms; the last column is D's where D is solved for."""
+    """Design matrix [R, n, k] at exponents [R, 2], in centred logarithms; the last column is D's unless D is fixed."""
     ones = np.ones_like(of.error)
     params, tokens = of.log_params - of.log_params.mean(), of.log_tokens - of.log_tokens.mean()
     if of.form.floor == "none":
@@ -141,10 +139,9 @@ def columns(of: Problem, theta: Floats) -> Floats:
 
 
 def _project(of: Problem, theta: Floats, near: Floats | None = None, rounds: int = 8) -> tuple[Floats, Floats, Floats]:
-    """Residuals [R, n] whose squares add up to the cost, the best coefficients [R, k] at these exponents, predictions
-    [R, n].
+    """Residuals [R, n], whose squares sum to the cost, best coefficients [R, k] and predictions [R, n] at `theta`.
 
-    The log loss takes `rounds` of Gauss-Newton in the logarithm with Huber's weights, from the predictions `near`.
+    The log loss takes `rounds` Gauss-Newton steps with Huber weights, starting at the predictions `near`.
     """
     design, floor = columns(of, theta), of.floor[:, None]
     fit = _least_squares if of.form.floor == "none" else _nonnegative
@@ -169,7 +166,7 @@ def _apply(design: Floats, coefficients: Floats) -> Floats:
 
 
 def _normal(design: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats]:
-    """The normal equations: gram [R, k, k], with a trace of ridge where columns coincide, and moment [R, k]."""
+    """Gram matrix [R, k, k], with a small ridge, and moment [R, k] of the normal equations."""
     weighted = np.swapaxes(design * weight[..., None], 1, 2)
     gram, index = weighted @ design, np.arange(design.shape[-1])
     gram[:, index, index] = gram[:, index, index] * (1 + _RIDGE) + 1e-280
@@ -182,13 +179,13 @@ def _least_squares(design: Floats, target: Floats, weight: Floats) -> Floats:
 
 
 def _nonnegative(design: Floats, target: Floats, weight: Floats) -> Floats:
-    """Exact non-negative least squares of up to four columns: the best of all subsets whose solution is feasible."""
+    """Exact non-negative least squares for up to four columns: the best feasible solution over all subsets."""
     gram, moment = _normal(design, target, weight)
     answer = np.linalg.solve(gram, moment[..., None])[..., 0]
     poor = np.flatnonzero((answer < 0).any(axis=1))
     if len(poor):
         size = design.shape[-1]
-        inside = np.array(list(product((0.0, 1.0), repeat=size)))[:-1]  # [subsets, k]; the full one has been tried
+        inside = np.array(list(product((0.0, 1.0), repeat=size)))[:-1]  # [subsets, k] without the full one
         both, outside = inside[:, :, None] * inside[:, None, :], np.eye(size) * (1 - inside)[:, None, :]
         some = np.linalg.solve(gram[poor, None] * both + outside, (moment[poor, None] * inside)[..., None])[..., 0]
         gain = np.where((some >= 0).all(axis=-1), np.einsum("rsk,rk->rs", some, moment[poor]), -np.inf)
@@ -197,7 +194,7 @@ def _nonnegative(design: Floats, target: Floats, weight: Floats) -> Floats:
 
 
 def named(of: Problem, solution: Solution) -> dict[str, Floats]:
-    """Parameters by name, each [R], in the units of `laws`: N in billions, V in tokens."""
+    """Parameters [R] by name, for N in billions and V in tokens."""
     alpha, beta = solution.theta.T
     centre_n, centre_v = of.log_params.mean(), of.log_tokens.mean()
     if of.form.floor == "none":

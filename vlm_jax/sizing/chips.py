@@ -1,5 +1,4 @@
-"""Accelerators as their vendors describe them; peaks are the figures for dense bfloat16. How long work takes on them
-says `sizing.roofline`."""
+"""Accelerators by their vendors' data sheets; peaks are for dense bfloat16. Times on them: `sizing.roofline`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,24 +8,23 @@ from vlm_jax.core.errors import unknown
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator as its vendor describes it."""
+    """One accelerator, by its vendor's data sheet."""
 
     name: str
     peak_flops: float  # bfloat16 FLOP/s
     bandwidth: float  # bytes/s of its memory
     memory_bytes: float
-    interconnect: float = 0.0  # bytes/s that it can send to its neighbours over all its links together
-    torus: int = 0  # dimensions of the network of one pod or slice; 0: a switch, every pair at full speed
-    devices: int = 1  # that JAX sees of one chip
-    usable_bytes: float = 0.0  # of the memory of one such device, that XLA gives to programs
-    clock: float = 0.0  # Hz; what XLA:TPU counts its estimates in. The peak over twice the multipliers
+    interconnect: float = 0.0  # bytes/s sent over all links together
+    torus: int = 0  # dimensions of a slice's network; 0: a switch, every pair at full speed
+    devices: int = 1  # JAX devices per chip
+    usable_bytes: float = 0.0  # memory of one device that XLA gives to programs
+    clock: float = 0.0  # Hz, the unit of XLA:TPU's estimates: the peak over twice the multipliers
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the published peaks that a real program reaches. The defaults are an assumption, typical of large
-    dense products, of streaming reads and of ring collectives; `sizing.calibration` replaces the first two by a
-    measurement."""
+    """Shares of the published peaks that a program reaches. The defaults are assumptions, typical of large dense
+    products, streaming reads and ring collectives; `sizing.calibration` measures the first two."""
 
     compute: int | float = 0.6
     bandwidth: int | float = 0.8
@@ -51,14 +49,14 @@ CHIPS = {
 
 
 def chip(name: str) -> Chip:
-    """The chip of that name, in either case. Raises `UserError` that suggests the nearest."""
+    """The chip of that name, in any case. Raises `UserError` with a suggestion."""
     if name.lower() not in CHIPS:
         raise unknown("chip", name, CHIPS)
     return CHIPS[name.lower()]
 
 
 def device(name: str) -> Chip:
-    """What JAX calls a device of that chip: the chip, or a half of it."""
+    """One JAX device of that chip: the chip, or half of it."""
     whole = chip(name)
     fields = ("peak_flops", "bandwidth", "memory_bytes", "interconnect")
     halved = {field: getattr(whole, field) / whole.devices for field in fields}
@@ -72,5 +70,5 @@ _DEVICE_KINDS = (
 
 
 def of_device(kind: str) -> Chip | None:
-    """The chip behind JAX's `device_kind` ("TPU v5 lite", "NVIDIA H100 80GB HBM3"); None for one not in the table."""
+    """The chip of a JAX `device_kind` such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None if unknown."""
     return next((CHIPS[name] for text, name in _DEVICE_KINDS if text in kind.lower()), None)

@@ -1,19 +1,18 @@
-"""What a model costs, from the fields of its spec alone: parameters, FLOPs and bytes by part. No device is touched.
+"""Parameters, FLOPs and bytes of a model by part, computed from its spec. No device is touched.
 
-Conventions, the same everywhere:
+Conventions:
 
 1. A product of [m, k] and [k, n] is 2 m k n FLOPs. Only matrix products count: norms, activations, rotary positions,
-   softmax and additions are below two percent of a model of useful width, and a test holds the sums to XLA's own
+   softmax and additions are below two percent of a model of useful width, and a test compares the sums with XLA's
    count.
-2. Attention is counted as it is computed, densely: each of L queries against each of S keys, masked or not, for
-   scores and for values. A causal or windowed mask saves nothing here.
-3. The vocabulary head runs where a token is drawn: once after prefill, once per decoded token. In training, on every
-   text position.
-4. Looking up an embedding is free in FLOPs.
-5. N of the law is `decoder_params(spec, embedding="excluded")`: everything but the embedding table and the head.
+2. Attention is counted densely: each of L queries against each of S keys, masked or not, for scores and for values. A
+   causal or windowed mask saves nothing.
+3. The vocabulary head runs once after prefill and once per decode step; in training, on every text position.
+4. An embedding lookup costs no FLOPs.
+5. N of the law is `decoder_params(spec, "excluded")`: everything but the embedding table and the head.
 
-The compressor's FLOPs come from its own row of `compress.catalog`; its weights are left out of the bytes, they are
-small beside the language model's.
+The compressor's FLOPs come from its row of `compress.catalog`; its weights are left out of the bytes, they are small
+compared with the decoder's.
 """
 
 import functools
@@ -24,17 +23,17 @@ from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSp
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 CHANNELS = 3  # of a pixel
-Number = int | float  # a count of tokens may be a mean
-PARTS = ("encoder", "compressor", "question", "prefill", "decode")  # of a request; the projector with the compressor
-Question = Literal["fresh", "cached"]  # a cached question costs no prefill: its keys and values are kept
+Number = int | float  # token counts may be means
+PARTS = ("encoder", "compressor", "question", "prefill", "decode")  # of a request; "compressor" includes the projector
+Question = Literal["fresh", "cached"]  # the keys and values of a cached question are reused, so it needs no prefill
 
 
 class Pass(NamedTuple):
-    """FLOPs of some tokens through the decoder, in parts that do not overlap."""
+    """FLOPs of one pass through the decoder, in disjoint parts."""
 
-    layers: float  # the projections and MLPs: linear in the tokens
-    attention: float  # scores and values: the quadratic term
-    head: float  # the vocabulary
+    layers: float  # projections and MLPs: linear in the tokens
+    attention: float  # scores and values: quadratic
+    head: float  # logits
 
     @property
     def total(self) -> float:
@@ -42,14 +41,14 @@ class Pass(NamedTuple):
 
 
 class ModelFlops(NamedTuple):
-    """Forward FLOPs of one question about one image, in parts that do not overlap."""
+    """Forward FLOPs of one question about one image, in disjoint parts."""
 
     encoder: float
     compressor: float
     projector: float
-    question: Pass  # the question alone through the decoder, for compressors that read it
-    prefill: Pass  # image tokens and question, and the first token's logits
-    decode: Pass  # all answer tokens after the first
+    question: Pass  # the question alone through the decoder, for query-dependent compressors
+    prefill: Pass  # image tokens, question and the first token's logits
+    decode: Pass  # all decode steps
 
     @property
     def total(self) -> float:
@@ -57,27 +56,31 @@ class ModelFlops(NamedTuple):
 
     @property
     def by_part(self) -> dict[str, float]:
-        """By `PARTS`."""
+        """FLOPs by `PARTS`."""
         passes = (self.question.total, self.prefill.total, self.decode.total)
         return dict(zip(PARTS, (self.encoder, self.compressor + self.projector, *passes), strict=True))
 
-    @property
-    def attention(self) -> float:
-        """The decoder's quadratic term over all passes; part of `total`, not beside it."""
-        return sum(part.attention for part in self[3:])
+
+class ModelParams(NamedTuple):
+    """Parameter counts of a model, in disjoint parts."""
+
+    encoder: int
+    compressor: int
+    projector: int
+    decoder: int  # N of the law
+    embedding: int  # the table, and the head unless tied
 
     @property
-    def head(self) -> float:
-        """The vocabulary head over all passes; part of `total`, not beside it."""
-        return sum(part.head for part in self[3:])
+    def total(self) -> int:
+        return sum(self)
 
 
 def encoder_params(spec: EncoderSpec) -> int:
-    """Scalars of the encoder: patch kernel, position table, [class token], [pre-norm], blocks, [final norm],
+    """Parameters of the encoder: patch kernel, position table, [class token], [pre-norm], blocks, [final norm],
     [pooling head].
 
     A block has two layer norms (2E each), four projections (E^2 + E) and an MLP (2EF + F + E). The pooling head has a
-    probe (E), four projections, one norm and one MLP. CLIP's projection to the shared text space is not part of it.
+    probe (E), four projections, one norm and one MLP. CLIP's projection to the shared text space is not included.
     """
     width, inner = spec.width, spec.mlp_width
     norm, attention, mlp = 2 * width, 4 * (width**2 + width), 2 * width * inner + inner + width
@@ -88,33 +91,55 @@ def encoder_params(spec: EncoderSpec) -> int:
     return stem + spec.blocks * (2 * norm + attention + mlp) + norm * (not spec.feature_layer) + pool
 
 
-def _projection_params(spec: DecoderSpec) -> int:
-    """One block's kernels: D N C (queries), 2 D K C (keys, values), N C D (out), 3 D F (gate, up, down)."""
+def _layer_kernels(spec: DecoderSpec) -> int:
+    """Kernel parameters of one layer: D N C (queries), 2 D K C (keys, values), N C D (out), 3 D F (gate, up, down)."""
     return spec.width * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads) + 3 * spec.width * spec.mlp_width
 
 
 def decoder_params(spec: DecoderSpec, embedding: Literal["excluded", "included"] = "included") -> int:
-    """Scalars of the decoder; "excluded" leaves out the embedding table and the head and is N of the law.
+    """Parameters of the decoder; "excluded" leaves out the embedding table and the head, which gives N of the law.
 
-    A block has its kernels, two RMS norms of width D (four if sandwiched), [biases of q, k, v], [two norms of width
+    A layer has its kernels, two RMS norms of width D (four if sandwiched), [biases of q, k, v], [two norms of width
     C]; then one final norm. The embedding is W D, and an untied head another W D.
     """
     biases = (spec.heads + 2 * spec.kv_heads) * spec.head_dim * spec.qkv_bias
     norms = (4 if spec.sandwich_norm else 2) * spec.width + 2 * spec.head_dim * spec.qk_norm
-    inner = spec.depth * (_projection_params(spec) + biases + norms) + spec.width
+    inner = spec.depth * (_layer_kernels(spec) + biases + norms) + spec.width
     return inner + (spec.vocab * spec.width * (1 if spec.tied_head else 2) if embedding == "included" else 0)
 
 
-def projector_params(kind: str, encoder_width: int, width: int) -> int:
-    """Scalars of the projector: E D + D, and for "mlp" another D^2 + D."""
+def _projector_kernels(kind: str, encoder_width: int, width: int) -> int:
     if kind not in ("linear", "mlp"):
         raise unknown("projector", kind, ("linear", "mlp"))
-    return encoder_width * width + width + (width**2 + width if kind == "mlp" else 0)
+    return encoder_width * width + (width**2 if kind == "mlp" else 0)
+
+
+def projector_params(kind: str, encoder_width: int, width: int) -> int:
+    """Parameters of the projector: E D + D, and for "mlp" another D^2 + D."""
+    return _projector_kernels(kind, encoder_width, width) + width * (2 if kind == "mlp" else 1)
+
+
+def params(model: ModelSpec) -> ModelParams:
+    """Parameters of every part of the model; the compressor's are counted from the shapes of its weights."""
+    import jax
+
+    from vlm_jax.compress import catalog
+    from vlm_jax.core.tree import count
+
+    compressor, inner = model.compressor, decoder_params(model.decoder, "excluded")
+    key = jax.ShapeDtypeStruct((2,), "uint32")  # the shape of a key: creating one would initialise a backend
+    weights = jax.eval_shape(lambda key: catalog.row(compressor.name).init_weights(key, compressor), key)
+    return ModelParams(
+        encoder_params(model.encoder),
+        count(weights),
+        projector_params(model.projector, model.encoder.width, model.decoder.width),
+        inner,
+        decoder_params(model.decoder) - inner,
+    )
 
 
 def encoder_flops(spec: EncoderSpec) -> float:
-    """Forward FLOPs of one image up to the final tokens, with the blocks that run; the pooling head is not on the
-    way to the decoder.
+    """Forward FLOPs of one image through the blocks that run; the pooling head is not on the path to the decoder.
 
     With S = patches (+ 1 for a class token): patches 2 P p^2 3 E, then per block 2 S (4 E^2 + 2 E F) + 4 S^2 E.
     """
@@ -123,81 +148,34 @@ def encoder_flops(spec: EncoderSpec) -> float:
     return float(2 * spec.patches * spec.patch_size**2 * CHANNELS * width + spec.blocks * block)
 
 
-def pass_flops(spec: DecoderSpec, tokens: Number, keys: Number, logits: Number) -> Pass:
-    """FLOPs of `tokens` new tokens that attend to `keys` keys each (themselves included), with `logits` of them read
-    out.
+@functools.lru_cache(maxsize=100_000)
+def compressor_flops(spec: CompressorSpec) -> float:
+    """Forward FLOPs of one image through the compressor by its catalog row, without the question pass."""
+    from vlm_jax.compress import catalog  # imports jax, which most callers of this module do not need
 
-    Per layer 2 L (kernel parameters) + 4 L S N C; the head 2 D W a token read out.
+    return float(catalog.row(spec.name).flops(spec))
+
+
+def pass_flops(spec: DecoderSpec, tokens: Number, keys: Number, logits: Number) -> Pass:
+    """FLOPs of `tokens` new tokens that attend to `keys` keys each (themselves included), with logits for `logits` of
+    them.
+
+    Per layer 2 L (kernel parameters) + 4 L S N C; the head 2 D W per position with logits.
     """
     return Pass(
-        float(2 * tokens * spec.depth * _projection_params(spec)),
+        float(2 * tokens * spec.depth * _layer_kernels(spec)),
         float(4 * tokens * keys * spec.depth * spec.heads * spec.head_dim),
         float(2 * logits * spec.width * spec.vocab),
     )
 
 
 def decode_flops(spec: DecoderSpec, context_tokens: Number, answer_tokens: Number) -> Pass:
-    """FLOPs of a whole answer behind `context_tokens` of image and question.
+    """FLOPs of the A - 1 decode steps of A answer tokens (eos included): prefill's logits give the first token.
 
-    Prefill's logits already give the first answer token, so A tokens (the end mark is one) take A - 1 passes; pass t
-    attends to context + t keys, and the sum over t is in closed form.
+    Step t attends to context + t keys; the sum over t is in closed form.
     """
     steps = max(answer_tokens - 1, 0)
-    mean_keys = context_tokens + (steps + 1) / 2
-    return pass_flops(spec, steps, mean_keys, steps)
-
-
-def projector_flops(kind: str, encoder_width: int, width: int, tokens: int) -> float:
-    """FLOPs of V tokens through the projector."""
-    if kind not in ("linear", "mlp"):
-        raise unknown("projector", kind, ("linear", "mlp"))
-    return 2.0 * tokens * (encoder_width * width + (width**2 if kind == "mlp" else 0))
-
-
-@functools.lru_cache(maxsize=100_000)
-def compressor_flops(spec: CompressorSpec) -> float:
-    """Forward FLOPs of one image through the compressor, as its catalog row counts them; the question pass is not
-    part of it."""
-    from vlm_jax.compress import catalog  # brings jax along, which most callers of this module do not need
-
-    return float(catalog.row(spec.name).flops(spec))
-
-
-def compressor_params(spec: CompressorSpec) -> int:
-    """Scalars of the compressor's weights, from their shapes alone."""
-    import jax
-
-    from vlm_jax.compress import catalog
-    from vlm_jax.core.tree import count
-
-    key = jax.ShapeDtypeStruct((2,), "uint32")  # a key's shape: asking for a real one would wake a device
-    return count(jax.eval_shape(lambda key: catalog.row(spec.name).init_weights(key, spec), key))
-
-
-class ModelParams(NamedTuple):
-    """Scalars of a model, in parts that do not overlap."""
-
-    encoder: int
-    compressor: int
-    projector: int
-    decoder: int  # N of the law
-    embedding: int  # the table, and the head where it is not tied
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-def params(model: ModelSpec) -> ModelParams:
-    """Scalars of every part of the model."""
-    inner = decoder_params(model.decoder, "excluded")
-    return ModelParams(
-        encoder_params(model.encoder),
-        compressor_params(model.compressor),
-        projector_params(model.projector, model.encoder.width, model.decoder.width),
-        inner,
-        decoder_params(model.decoder) - inner,
-    )
+    return pass_flops(spec, steps, context_tokens + (steps + 1) / 2, steps)
 
 
 def _reads_question(spec: CompressorSpec) -> bool:
@@ -206,65 +184,58 @@ def _reads_question(spec: CompressorSpec) -> bool:
     return bool(catalog.row(spec.name).query_dependent)
 
 
-def _fresh_tokens(model: ModelSpec, question_tokens: Number, question: Question) -> Number:
-    """Tokens that prefill runs: V, and the question unless it is cached, which behind tokens that follow it it cannot
-    be."""
+def _prefill_tokens(model: ModelSpec, question_tokens: Number, question: Question) -> Number:
+    """V, plus the question unless it is cached. Image tokens that depend on the question precede it, so then nothing
+    can be cached."""
     cached = question == "cached" and not _reads_question(model.compressor)
     return model.compressor.tokens + (0 if cached else question_tokens)
 
 
 def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number, question: Question = "fresh") -> ModelFlops:
-    """Forward FLOPs of one question (Q tokens) and its answer, by part. Token counts may be means, hence floats.
+    """Forward FLOPs of one question (Q tokens) and its answer, by part.
 
     V = 0 is the blind baseline: no encoder, no compressor, no projector.
     """
     decoder, tokens = model.decoder, model.compressor.tokens
-    nothing = Pass(0.0, 0.0, 0.0)
+    skipped = Pass(0.0, 0.0, 0.0)
     prefix = question_tokens + tokens
-    prefill = pass_flops(decoder, _fresh_tokens(model, question_tokens, question), prefix, 1)
+    prefill = pass_flops(decoder, _prefill_tokens(model, question_tokens, question), prefix, 1)
     decode = decode_flops(decoder, prefix, answer_tokens)
     if tokens == 0:
-        return ModelFlops(0.0, 0.0, 0.0, nothing, prefill, decode)
-    reads = _reads_question(model.compressor)
+        return ModelFlops(0.0, 0.0, 0.0, skipped, prefill, decode)
     return ModelFlops(
         encoder_flops(model.encoder),
         compressor_flops(model.compressor),
-        projector_flops(model.projector, model.encoder.width, decoder.width, tokens),
-        pass_flops(decoder, question_tokens, question_tokens, 0) if reads else nothing,
+        2.0 * tokens * _projector_kernels(model.projector, model.encoder.width, decoder.width),
+        pass_flops(decoder, question_tokens, question_tokens, 0) if _reads_question(model.compressor) else skipped,
         prefill,
         decode,
     )
 
 
 def row_fields(parts: ModelFlops) -> dict[str, float]:
-    """The cost fields of a `ResultRow`; the projector is booked with the compressor."""
+    """The FLOPs fields of a `ResultRow`."""
     return {f"{part}_flops": value for part, value in parts.by_part.items()}
 
 
 def train_flops(
-    model: ModelSpec,
-    text_tokens: int,
-    train: tuple[str, ...],
-    features: Literal["pixels", "stored"],
-    question_tokens: Number = 0,
-    copies: int = 1,
-) -> float:
-    """FLOPs of one row of training, forward and backward: T text tokens of some questions about an image, and so many
-    copies of the image's V tokens; times the batch gives a step's.
+    model: ModelSpec, text_tokens: int, train: tuple[str, ...], features: Literal["pixels", "stored"],
+    question_tokens: Number = 0, copies: int = 1,
+) -> float:  # fmt: skip
+    """Model FLOPs of one training row, forward and backward: T text tokens and `copies` copies of V image tokens.
 
-    A backward pass costs one forward for the gradients of activations and one for those of weights. A part that
-    learns pays both; a frozen part pays the first only if something before it learns (a frozen decoder behind a
-    connector that learns), else nothing. Attention multiplies activations with activations, so it pays twice whenever
-    gradients pass it. Every position is read out. Rematerialisation is repeated work, not progress, and is not
-    counted: divide by this for MFU. `train` names parts of "encoder", "connector", "decoder"; the question pass, if
-    the compressor has one, has no gradient.
+    The backward pass costs one forward for activation gradients and one for weight gradients. A trained part pays
+    both; a frozen part pays the first only if a part before it is trained (a frozen decoder behind a trained
+    connector). Attention multiplies activations with activations, so it pays twice wherever gradients pass. Every
+    position has logits. Rematerialisation is not counted, so divide by this for MFU. `train` names parts of "encoder",
+    "connector", "decoder"; the question pass has no gradient.
     """
     decoder, tokens = model.decoder, model.compressor.tokens
     forward = flops(model, question_tokens, 1)
     views = copies if _reads_question(model.compressor) else 1
     length = copies * tokens + text_tokens
     row = pass_flops(decoder, length, length, length)
-    parts = {  # (products with weights, products of activations), in the order of the data's flow
+    parts = {  # (products with weights, products of activations), in forward order
         "encoder": (views * forward.encoder if features == "pixels" else 0.0, 0.0),
         "connector": (views * (forward.compressor + forward.projector), 0.0),
         "decoder": (row.layers + row.head, row.attention),
@@ -279,99 +250,86 @@ def train_flops(
 
 
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
-    """Model FLOPs of one step of a stage: `train_flops` of every row of the batch."""
+    """Model FLOPs of one train step of a stage: `train_flops` times the batch."""
     features = "stored" if spec.data.frozen_features else "pixels"
     row = train_flops(spec.model, spec.data.text_tokens, stage.train, features, question_tokens, image_copies(spec))
     return spec.data.batch_examples * row
 
 
 def image_copies(spec: RunSpec) -> int:
-    """How often the image's V tokens stand in a row of training: once, or once for each question."""
+    """Copies of the image's V tokens in a training row: one, or one per question."""
     from vlm_jax.compress import catalog
 
     return 1 if catalog.shares_image(spec.model, spec.compute) else spec.data.questions_per_example
 
 
 def run_flops(spec: RunSpec, question_tokens: float = 0.0) -> float:
-    """Model FLOPs of all steps of all stages. `question_tokens` matters to compressors that read the question."""
+    """Model FLOPs of all steps of all stages. `question_tokens` matters to query-dependent compressors only."""
     return sum(stage.total_steps * step_flops(spec, stage, question_tokens) for stage in spec.stages)
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one scalar."""
+    """Bytes per element. Raises `UserError` for an unknown dtype."""
     if dtype not in DTYPE_BYTES:
         raise unknown("dtype", dtype, DTYPE_BYTES)
     return DTYPE_BYTES[dtype]
 
 
 def moved_bytes(
-    model: ModelSpec,
-    question_tokens: Number,
-    answer_tokens: Number,
-    batch: int = 1,
-    dtype: str = "bfloat16",
+    model: ModelSpec, question_tokens: Number, answer_tokens: Number, batch: int = 1, dtype: str = "bfloat16",
     question: Question = "fresh",
-) -> dict[str, Number]:
-    """Bytes that a batch of requests moves to and from memory, by `PARTS`: `flops` has the work of one of them.
+) -> dict[str, Number]:  # fmt: skip
+    """Memory traffic of a batch of requests in bytes, by `PARTS`; `flops` has the work of one of them.
 
-    The encoder, the projector and every pass of the decoder read their weights once for the batch; prefill writes the
-    cache, and each of the A - 1 steps of decoding reads it as far as it has come. The pass of the question reads out no
-    token, so the head stays where it is.
+    The encoder, the projector and every pass of the decoder read their weights once per batch; prefill writes the
+    cache, and each of the A - 1 decode steps reads what is in it so far. The question pass has no logits and does not
+    read the head.
     """
-    encoder, decoder, tokens = model.encoder, model.decoder, model.compressor.tokens
-    inner = decoder_params(decoder, "excluded")
-    streamed = weight_bytes(inner + decoder.vocab * decoder.width, dtype)  # the head, tied or not
-    fresh, prefix = _fresh_tokens(model, question_tokens, question), question_tokens + tokens
-    steps = max(answer_tokens - 1, 0)
+    encoder, decoder, tokens, size = model.encoder, model.decoder, model.compressor.tokens, dtype_bytes(dtype)
+    layers = decoder_params(decoder, "excluded") * size
+    streamed = layers + decoder.vocab * decoder.width * size  # the head, tied or not
+    prefix, steps = question_tokens + tokens, max(answer_tokens - 1, 0)
     step = cache_bytes(decoder, prefix + (steps + 1) / 2, dtype) + decoder_activation_bytes(decoder, 1, dtype)
-    prefill = decoder_activation_bytes(decoder, fresh, dtype) + cache_bytes(decoder, prefix, dtype)
-    moved = {"prefill": streamed + batch * prefill, "decode": steps * (streamed + batch * step)}
+    fresh = decoder_activation_bytes(decoder, _prefill_tokens(model, question_tokens, question), dtype)
+    moved = {
+        "prefill": streamed + batch * (fresh + cache_bytes(decoder, prefix, dtype)),
+        "decode": steps * (streamed + batch * step),
+    }
     if tokens == 0:
         return dict.fromkeys(PARTS, 0.0) | moved
     image = (encoder.patches + 2 * tokens) * encoder.width + tokens * decoder.width
     projector = projector_params(model.projector, encoder.width, decoder.width)
-    asks = weight_bytes(inner, dtype) + batch * decoder_activation_bytes(decoder, question_tokens, dtype)
+    asks = layers + batch * decoder_activation_bytes(decoder, question_tokens, dtype)
     return {
-        "encoder": weight_bytes(encoder_params(encoder), dtype) + batch * encoder_activation_bytes(encoder, dtype),
-        "compressor": weight_bytes(projector + batch * image, dtype),
+        "encoder": encoder_params(encoder) * size + batch * encoder_activation_bytes(encoder, dtype),
+        "compressor": (projector + batch * image) * size,
         "question": asks if _reads_question(model.compressor) else 0.0,
         **moved,
     }
 
 
-def request_cache_bytes(
-    model: ModelSpec, question_tokens: Number, answer_tokens: Number, dtype: str = "bfloat16"
-) -> Number:
-    """Keys and values of one request at the end of its answer."""
-    return cache_bytes(model.decoder, model.compressor.tokens + question_tokens + answer_tokens, dtype)
-
-
 def memory_bytes(
     model: ModelSpec, question_tokens: Number, answer_tokens: Number, batch: int = 1, dtype: str = "bfloat16"
 ) -> Number:
-    """What must fit: the weights of encoder and decoder, and a cache for every request of the batch."""
-    weights = weight_bytes(decoder_params(model.decoder) + encoder_params(model.encoder), dtype)
-    return weights + batch * request_cache_bytes(model, question_tokens, answer_tokens, dtype)
-
-
-def weight_bytes(params: int, dtype: str = "bfloat16") -> int:
-    """Bytes of that many scalars."""
-    return params * dtype_bytes(dtype)
+    """Bytes of the encoder's and decoder's weights, and of a full cache for every request of the batch."""
+    weights = (decoder_params(model.decoder) + encoder_params(model.encoder)) * dtype_bytes(dtype)
+    length = model.compressor.tokens + question_tokens + answer_tokens
+    return weights + batch * cache_bytes(model.decoder, length, dtype)
 
 
 def cache_bytes(spec: DecoderSpec, tokens: Number, dtype: str = "bfloat16") -> Number:
-    """Bytes of keys and values of one sequence: 2 x layers x K x C a token. Local layers keep all positions too, as
-    `core.structs.Cache`."""
+    """Bytes of the keys and values of one sequence: 2 x layers x K x C per token. As in `core.structs.Cache`, local
+    layers keep all positions too."""
     return 2 * spec.depth * spec.kv_heads * spec.head_dim * tokens * dtype_bytes(dtype)
 
 
 def decoder_activation_bytes(spec: DecoderSpec, tokens: Number, dtype: str = "bfloat16") -> Number:
-    """Bytes that activations move to and from memory in a pass of `tokens` tokens.
+    """Bytes of activations that a pass of `tokens` tokens moves to and from memory.
 
-    Assumes that norms, rotary positions, activations and softmax are fused into the products beside them, so that a
-    product reads its input once and writes its output once, and that scores never leave the chip. Per layer and
-    token: the residual stream is read and written round each half (4 D), its normed input read (2 D), q, k, v written
-    and read (2 N C + 4 K C), attention's output written and read (2 N C), gate and up written and read (4 F).
+    Assumes that norms, rotary positions, activations and softmax are fused into the adjacent products, so that a
+    product reads its input once and writes its output once, and that scores stay on chip. Per layer and token: the
+    residual stream is read and written around each half (4 D), its normed input read (2 D), q, k, v written and read
+    (2 N C + 4 K C), attention's output written and read (2 N C), gate and up written and read (4 F).
     """
     heads, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     layer = 6 * spec.width + 4 * heads + 4 * keys + 4 * spec.mlp_width
@@ -379,6 +337,6 @@ def decoder_activation_bytes(spec: DecoderSpec, tokens: Number, dtype: str = "bf
 
 
 def encoder_activation_bytes(spec: EncoderSpec, dtype: str = "bfloat16") -> Number:
-    """The same for one image through the encoder: 6 E + 8 E + 2 F a token and layer (its MLP has no gate)."""
+    """The same for one image through the encoder: 6 E + 8 E + 2 F per token and layer (its MLP has no gate)."""
     tokens = spec.patches + spec.class_token
     return spec.blocks * (14 * spec.width + 2 * spec.mlp_width) * tokens * dtype_bytes(dtype)

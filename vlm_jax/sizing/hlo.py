@@ -1,16 +1,14 @@
-"""What a compiled program sends between chips, read from its text.
+"""Collectives of a compiled program, parsed from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once and says nothing of the network. Here every collective is found
-in the scheduled program, weighed by its bytes, and multiplied by the trips of the loops round it. Three things of
-XLA:TPU's text need care:
+XLA's cost analysis counts the body of a loop once and does not cover the network. Here every collective of the
+scheduled program is counted with its bytes times the trip counts of the loops around it. In XLA:TPU's text:
 
-1. A gather that runs beside products is split over many fusions, each of which repeats the instruction: those of one
-   computation tree with one `channel_id` are one collective.
-2. A sum of which each chip keeps a part stands as an all-reduce inside a computation called all-reduce-scatter: it
-   costs a reduce-scatter.
-3. Slices are joined by their hosts: what they exchange stands as sends with a note.
-4. Groups are written as lists, as an iota, or as a mesh of their own. They are expanded, and named by the mesh axes
-   along which the group of the first chip extends.
+1. A gather that overlaps with products is split over many fusions, each of which repeats the instruction: those with
+   one `channel_id` are one collective.
+2. A reduce-scatter may be written as an all-reduce inside a computation called all-reduce-scatter.
+3. Transfers between slices go through the hosts and are written as annotated sends.
+4. Groups are written as lists, as an iota, or as a mesh. They are named by the mesh axes along which the group of the
+   first chip extends.
 
 Wire bytes are what one chip sends in a ring over a group of n: (n - 1) / n of the result of a gather or of the operand
 of a reduce-scatter or all-to-all, twice that for an all-reduce, everything for a permute.
@@ -23,10 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BITS = {"pred": 8, "bf16": 16}  # of types whose names do not end in their bits
+_BITS = {"pred": 8, "bf16": 16}  # types whose names do not match `_bits`
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
           "collective-broadcast")  # fmt: skip
-SLICE = "slice"  # the mesh axis that hosts carry exchanges over
+SLICE = "slice"  # the mesh axis across slices
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w-]*)\(")
@@ -36,20 +34,20 @@ _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One exchange of a program, with all its repetitions."""
+    """One collective of a program, over all its trips."""
 
     kind: str
     axes: tuple[str, ...]  # mesh axes that the group spans
-    group: int  # chips that take part
-    trips: int  # how often it runs in one call of the program
-    result: tuple[str, ...]  # "bf16[4096,11008]", of each array that it makes
-    wire_bytes: float  # that one chip sends, over all trips
-    beside_products: bool  # whether XLA runs it while products go on
-    source: str  # where in the program it comes from
+    group: int  # chips in the group
+    trips: int  # executions per call of the program
+    result: tuple[str, ...]  # shapes of the results, "bf16[4096,11008]"
+    wire_bytes: float  # sent by one chip over all trips
+    beside_products: bool  # overlapped with products
+    source: str  # its op_name
 
     @property
     def whole(self) -> float:
-        """Bytes of the widest array that it handles, once."""
+        """Bytes of the largest result."""
         return max(map(shape_bytes, self.result), default=0.0)
 
 
@@ -61,66 +59,63 @@ class _Line(NamedTuple):
 
 
 def shape_bytes(shape: str) -> float:
-    """`"bf16[4096,11008]"` -> its bytes; of several shapes in a text, the sum. Tokens weigh nothing."""
-    return sum(
-        (
-            _bits(kind) / 8 * math.prod(int(size) for size in sizes.split(",") if size)
-            for kind, sizes in _SHAPE.findall(shape)
-        ),
-        0.0,
-    )
+    """Bytes of `"bf16[4096,11008]"`, or the sum over several shapes in a text; tokens have none."""
+    arrays = ((_bits(kind), [int(size) for size in sizes.split(",") if size]) for kind, sizes in _SHAPE.findall(shape))
+    return sum((bits / 8 * math.prod(sizes) for bits, sizes in arrays), 0.0)
 
 
 def _bits(kind: str) -> int:
-    """Of one element: `f32`, `s4`, `f8e4m3fn`."""
-    found = re.match(r"[fsuc](\d+)", kind)
-    return _BITS.get(kind, int(found[1]) if found else 0)
+    """Bits of one element: `f32`, `s4`, `f8e4m3fn`."""
+    match = re.match(r"[fsuc](\d+)", kind)
+    return _BITS.get(kind, int(match[1]) if match else 0)
 
 
 def collectives(text: str, mesh: Mapping[str, int], open_trips: int = 1) -> list[Collective]:
-    """Every collective of a compiled program, the heaviest first. `mesh` names the axes, slowest first; `open_trips` is
-    how often a loop runs of which the program does not say it (decoding, until every row has ended).
+    """Collectives of a compiled program, the largest first. `mesh` names the axes, slowest first; `open_trips` is the
+    trip count of loops without a known one (decoding, until every row has ended).
     """
-    rooms, entry = _computations(text)
-    trips = _trips(rooms, entry, open_trips)
-    seen: dict[tuple[str, str], Collective] = {}
-    for room, lines in rooms.items():
+    computations, entry = _computations(text)
+    trips = _trips(computations, entry, open_trips)
+    found: dict[tuple[str, str], Collective] = {}
+    for computation, lines in computations.items():
         for line in lines:
             kind = line.opcode.removesuffix("-start")
-            if "_xla_megascale_transfer_type" in line.text and line.opcode == "send" and trips.get(room):
-                seen[room, line.name] = _between_slices(line, trips[room], mesh)
-            if kind not in _KINDS or not trips.get(room):
+            if "_xla_megascale_transfer_type" in line.text and line.opcode == "send" and trips.get(computation):
+                found[computation, line.name] = _between_slices(line, trips[computation], mesh)
+            if kind not in _KINDS or not trips.get(computation):
                 continue
-            if kind == "all-reduce" and room.startswith("all-reduce-scatter"):
+            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            beside = line.opcode.endswith("-start") or room.startswith("async_collective") or "async_co" in line.text
-            found = _collective(kind, line, trips[room], mesh)._replace(beside_products=beside)
+            beside = (
+                line.opcode.endswith("-start") or computation.startswith("async_collective") or "async_co" in line.text
+            )
+            each = _collective(kind, line, trips[computation], mesh)._replace(beside_products=beside)
             channel = re.search(r"channel_id=(\d+)", line.text)
-            # Permutes share a channel and are each their own; so do the parts of a combined sum of several rooms.
-            own = kind == "collective-permute" or kind == "reduce-scatter" or channel is None
-            key = (kind, line.name if own or channel is None else channel[1])
-            if key not in seen or found.wire_bytes > seen[key].wire_bytes:
-                seen[key] = found
-    return sorted((found for found in seen.values() if found.group > 1), key=lambda found: -found.wire_bytes)
+            # Distinct permutes share a channel; so do the parts of a reduce-scatter that several computations hold.
+            shared = channel is None or kind in ("collective-permute", "reduce-scatter")
+            key = (kind, line.name if shared or channel is None else channel[1])
+            if key not in found or each.wire_bytes > found[key].wire_bytes:
+                found[key] = each
+    return sorted((each for each in found.values() if each.group > 1), key=lambda each: -each.wire_bytes)
 
 
 def compiler_cycles(text: str, open_trips: int = 1) -> float:
-    """Cycles that XLA:TPU itself expects a chip to compute and to move memory for, in one call; 0 if it does not say.
+    """XLA:TPU's own estimate of compute and memory cycles of one call; 0 without estimates.
 
-    Its estimates stand at the fusions; what they call is part of them.
+    The estimate of a fusion includes the computations that it calls.
     """
-    rooms, entry = _computations(text)
-    trips = _trips(rooms, entry, open_trips)
+    computations, entry = _computations(text)
+    trips = _trips(computations, entry, open_trips)
     scheduled = {entry} | {
-        name for lines in rooms.values() for line in lines if line.opcode == "while"
+        name for lines in computations.values() for line in lines if line.opcode == "while"
         for name in re.findall(r"(?:body|condition)=%?([\w.-]+)", line.text)
     }  # fmt: skip
-    estimates = (
-        (trips.get(room, 0), re.search(r'"estimated_cycles":"(\d+)"', line.text))
-        for room in scheduled
-        for line in rooms.get(room, ())
-    )
-    return float(sum(times * int(found[1]) for times, found in estimates if found))
+    total = 0
+    for computation in scheduled:
+        for line in computations.get(computation, ()):
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line.text):
+                total += trips.get(computation, 0) * int(estimate[1])
+    return float(total)
 
 
 def _collective(kind: str, line: _Line, trips: int, mesh: Mapping[str, int]) -> Collective:
@@ -131,7 +126,7 @@ def _collective(kind: str, line: _Line, trips: int, mesh: Mapping[str, int]) -> 
         shapes = shapes[:1]
     group, axes = _group(line.text, mesh)
     size = sum(map(shape_bytes, shapes))
-    if line.opcode.startswith("reduce-scatter"):  # the text of a true one shows the part that is kept
+    if line.opcode.startswith("reduce-scatter"):  # its result is one shard
         size *= group
     share = (group - 1) / group
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
@@ -142,7 +137,7 @@ def _collective(kind: str, line: _Line, trips: int, mesh: Mapping[str, int]) -> 
 
 
 def _between_slices(line: _Line, trips: int, mesh: Mapping[str, int]) -> Collective:
-    """What hosts exchange over the data-centre network: a send of (array, contexts) that names what becomes of it."""
+    """A transfer over the data-centre network: a send of (array, contexts) annotated with its collective."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line.text)
     name = kind[1].lower().replace("_", "-") if kind else "send"
     shape = "{}[{}]".format(*next((found for found in _SHAPE.findall(line.result) if _bits(found[0])), ("u8", "0")))
@@ -152,67 +147,67 @@ def _between_slices(line: _Line, trips: int, mesh: Mapping[str, int]) -> Collect
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
-    """Name -> instructions, and the name of the entry."""
-    rooms: dict[str, list[_Line]] = {}
+    """Instructions by computation, and the name of the entry computation."""
+    computations: dict[str, list[_Line]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            current = rooms.setdefault(header[2], [])
+            current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             opcode = _OPCODE.search(" " + found[2])
             if opcode:
                 current.append(_Line(found[1], opcode[1], found[2][: opcode.start()], found[2]))
-    return rooms, entry
+    return computations, entry
 
 
-def _trips(rooms: Mapping[str, list[_Line]], entry: str, open_trips: int) -> dict[str, int]:
-    """How often each computation runs in one call. One that several places call counts for all of them."""
+def _trips(computations: Mapping[str, list[_Line]], entry: str, open_trips: int) -> dict[str, int]:
+    """Executions of each computation per call, summed over its callers."""
     calls: dict[str, list[tuple[str, int]]] = {}
-    for room, lines in rooms.items():
+    for computation, lines in computations.items():
         for line in lines:
-            times = _loop_trips(line.text, rooms, open_trips) if line.opcode == "while" else 1
+            times = _loop_trips(line.text, computations, open_trips) if line.opcode == "while" else 1
             callees = [(name, times) for _, name in _CALLS.findall(line.text)]
             callees += [(name.strip(" %"), 1) for group in _LISTS.findall(line.text) for name in group.split(",")]
-            calls.setdefault(room, []).extend((name, times) for name, times in callees if name in rooms)
+            calls.setdefault(computation, []).extend((name, times) for name, times in callees if name in computations)
     order: list[str] = []
     done: set[str] = set()
 
-    def visit(room: str) -> None:
-        if room not in done:
-            done.add(room)
-            for name, _ in calls.get(room, ()):
+    def visit(computation: str) -> None:
+        if computation not in done:
+            done.add(computation)
+            for name, _ in calls.get(computation, ()):
                 visit(name)
-            order.append(room)
+            order.append(computation)
 
     visit(entry)
     trips = dict.fromkeys(order, 0) | {entry: 1}
-    for room in reversed(order):
-        for name, times in calls.get(room, ()):
-            trips[name] += trips[room] * times
+    for computation in reversed(order):
+        for name, times in calls.get(computation, ()):
+            trips[name] += trips[computation] * times
     return trips
 
 
-def _loop_trips(line: str, rooms: Mapping[str, list[_Line]], open_trips: int) -> int:
-    """Of a while: what XLA knows of it, else the constant that its condition compares a counter from zero with."""
+def _loop_trips(line: str, computations: Mapping[str, list[_Line]], open_trips: int) -> int:
+    """Trip count of a while: XLA's, else the constant in its condition (counters start at zero), else `open_trips`."""
     known = re.search(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)', line)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", line)
-    lines = rooms.get(condition[1], []) if condition else []
+    lines = computations.get(condition[1], []) if condition else []
     bounds = [re.search(r"constant\((\d+)\)", each.text) for each in lines if each.opcode == "constant"]
     return max((int(bound[1]) for bound in bounds if bound), default=open_trips)
 
 
 def _group(text: str, mesh: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
-    """Chips in a group, and the mesh axes along which the first chip's group extends."""
+    """Size of a group, and the mesh axes that the first chip's group spans."""
     chips = math.prod(mesh.values())
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         members = np.array([int(pairs[1]), int(pairs[2])])
     else:
         members = _first_group(text, chips)
-    places = np.stack(np.unravel_index(members, tuple(mesh.values())))
-    axes = tuple(name for name, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1)
+    coords = np.stack(np.unravel_index(members, tuple(mesh.values())))
+    axes = tuple(name for name, row in zip(mesh, coords, strict=True) if len(set(row.tolist())) > 1)
     return len(members), axes
 
 
@@ -232,7 +227,7 @@ def _first_group(text: str, chips: int) -> np.ndarray:
 
 
 def _iota(sizes: str | None, order: str | None, chips: int) -> np.ndarray:
-    """Chips 0, 1, ... laid out in these sizes and transposed, flat."""
+    """Chip ids reshaped to these sizes and transposed, flat."""
     ids = np.arange(chips)
     if sizes:
         ids = ids.reshape([int(size) for size in sizes.split(",")])

@@ -1,20 +1,19 @@
-"""How long work takes on a chip: a request part by part, or one call of a compiled program.
+"""Roofline times on a chip: of a request part by part, or of one call of a compiled program.
 
 A part of a request takes max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency)): compute and memory traffic
-overlap, parts do not (the roofline model, doi:10.1145/1498765.1498785). Several chips are an ideal division of work and
-bytes: traffic between chips, the host and queues are left out, so these times are lower bounds.
+overlap, parts do not (the roofline model, doi:10.1145/1498765.1498785). Several chips divide work and bytes evenly:
+traffic between chips, the host and queues are left out, so these times are lower bounds.
 
-For a compiled program: how long it takes at least, and about how long, by compute, memory and network of one chip.
-
-Work is analytic (`sizing.cost`), the network is read from the program (`sizing.hlo`). Assumptions, in order of weight:
+For a compiled program, compute and memory traffic are analytic (`sizing.cost`) and the network is read from the program
+(`sizing.hlo`). Assumptions, in order of weight:
 
 1. Products reach `Efficiency.compute` of the peak, memory and network their shares of their bandwidths.
-2. Products, memory traffic and the exchanges that XLA runs beside products overlap perfectly; exchanges that it does
-   not run beside products add their whole time. step = max(compute, memory, hidden) + exposed.
-3. A kernel that rests split is written once and read once for every gather; scores of attention go through memory in
-   float32 unless attention is fused; other activations as in `cost.decoder_activation_bytes`.
+2. Products, memory traffic and the collectives that XLA overlaps with products overlap perfectly; other collectives
+   add their whole time. step = max(compute, memory, hidden) + exposed.
+3. A kernel that is gathered is written once and read once per gather; attention scores go through memory in float32
+   unless attention is fused; other activations as in `cost.decoder_activation_bytes`.
 4. A ring over a mesh axis uses the links of the torus dimensions along which the axis extends: both directions where
-   the dimension closes on itself, one where it does not. Between slices every chip has `_BETWEEN_SLICES`.
+   the dimension wraps around, one where it does not. Between slices every chip has `_DCN_BANDWIDTH`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +25,13 @@ from vlm_jax.sizing import cost
 from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
 from vlm_jax.sizing.hlo import SLICE, Collective
 
-_BETWEEN_SLICES = 3.1e9  # bytes/s of one chip: a share of its host's network card, an assumption
-_RESIDENT = 4  # bytes of a parameter or moment at rest
+_DCN_BANDWIDTH = 3.1e9  # bytes/s per chip: its share of the host's network card, an assumption
+_STATE_BYTES = 4  # of a parameter or moment
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, an image and a question at a time, and how it is served."""
+    """An image with a question, and how it is served."""
 
     question_tokens: cost.Number = 50
     answer_tokens: cost.Number = 20
@@ -45,7 +44,7 @@ class Request:
 
 
 class PartTime(NamedTuple):
-    """Seconds of one part, and which of the two limits it."""
+    """Seconds of one part, and which resource limits it."""
 
     secs: float
     binds: Literal["compute", "memory"]
@@ -61,20 +60,20 @@ def part_time(
 
 
 def request_times(model: ModelSpec, request: Request) -> dict[str, PartTime]:
-    """Of a batch of requests, by `cost.PARTS`. `request.on` must be a chip."""
-    asked, batch = (request.question_tokens, request.answer_tokens), request.batch
-    flops = cost.flops(model, *asked, request.question).by_part
-    moved = cost.moved_bytes(model, *asked, batch, request.dtype, request.question)
-    how = (request.on, request.chips, request.efficiency)
-    return {part: part_time(batch * flops[part], moved[part], *how) for part in cost.PARTS}
+    """Seconds of a batch of requests, by `cost.PARTS`. `request.on` must be a chip."""
+    lengths, batch = (request.question_tokens, request.answer_tokens), request.batch
+    flops = cost.flops(model, *lengths, request.question).by_part
+    moved = cost.moved_bytes(model, *lengths, batch, request.dtype, request.question)
+    hardware = (request.on, request.chips, request.efficiency)
+    return {part: part_time(batch * flops[part], moved[part], *hardware) for part in cost.PARTS}
 
 
 class Work(NamedTuple):
-    """What the whole program does, over all chips."""
+    """FLOPs of the whole program over all chips, and memory traffic of one chip."""
 
-    model_flops: float  # progress; what MFU counts
-    flops: float  # with what is computed again in the backward pass
-    chip_bytes: float  # through the memory of one chip
+    model_flops: float  # what MFU counts
+    flops: float  # with rematerialisation
+    chip_bytes: float
 
 
 class Prediction(NamedTuple):
@@ -82,66 +81,64 @@ class Prediction(NamedTuple):
 
     compute_secs: float
     memory_secs: float
-    hidden_secs: float  # of the network, beside products
-    exposed_secs: float  # of the network, with nothing beside it
+    hidden_secs: float  # network, overlapped with products
+    exposed_secs: float  # network, not overlapped
     step_secs: float
     mfu: float
     binds: str
-    compiler_secs: float  # what XLA:TPU itself expects of products and memory, the network not counted; 0: not known
+    compiler_secs: float  # XLA:TPU's own estimate of products and memory, without the network; 0: not known
 
 
-def train_work(spec: RunSpec, stage: StageSpec, chips: int, kept_apart: int = 1, rests_apart: int = 1) -> Work:
-    """One step of a stage on that many devices. `kept_apart` is into how many parts a kernel stays cut while it is
-    multiplied, `rests_apart` into how many between its uses.
+def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
+    """Work of one train step on that many devices. A kernel has `compute_shards` shards while it is multiplied and
+    `storage_shards` in the train state.
     """
     model, remat = spec.model, spec.compute.remat
     decoder, data = model.decoder, spec.data
     examples, length = data.batch_examples, data.text_tokens + cost.image_copies(spec) * model.compressor.tokens
     useful = cost.step_flops(spec, stage)
-    again = cost.pass_flops(decoder, length, length, length)
-    repeated = {"none": again.head, "dots": again.head + again.attention, "block": again.total}[remat]
+    forward = cost.pass_flops(decoder, length, length, length)
+    recomputed = {"none": forward.head, "dots": forward.head + forward.attention, "block": forward.total}[remat]
     sizes = cost.params(model)
     passes = {"none": 2, "dots": 2, "block": 3}[remat]
     learned = sum({"encoder": sizes.encoder, "connector": sizes.compressor + sizes.projector,
                    "decoder": sizes.decoder + sizes.embedding}[part] for part in stage.train)  # fmt: skip
     dtype = cost.dtype_bytes(spec.compute.dtype)
     kernels = (
-        _kernel_bytes(sizes.total / kept_apart, dtype, passes, rests_apart > kept_apart)
+        _kernel_bytes(spec, sizes.total / compute_shards, passes, storage_shards > compute_shards)
         + 2 * dtype * learned
-        + 7 * _RESIDENT * learned / rests_apart
+        + 7 * _STATE_BYTES * learned / storage_shards
     )
     activations = (passes + 2) * _pass_bytes(spec, length, length)
     if not spec.data.frozen_features:
         activations += cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     logits = 9 * 4 * decoder.vocab * length
-    return Work(useful, useful + examples * repeated, kernels + (activations + logits) * examples / chips)
+    return Work(useful, useful + examples * recomputed, kernels + (activations + logits) * examples / chips)
 
 
-def prefill_work(spec: RunSpec, chips: int, kept_apart: int = 1, rests_apart: int = 1) -> Work:
-    """Image and text of every row of a batch, and one word's logits each; arguments as above."""
+def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
+    """Work of prefill: image and text of every row, and one position's logits each; arguments as in `train_work`."""
     model, rows = spec.model, spec.evaluation.batch_examples
     length = spec.data.text_tokens + model.compressor.tokens
     flops = rows * cost.flops(model, spec.data.text_tokens, 1).total
-    held = cost.params(model).total / kept_apart
-    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, rests_apart > kept_apart)
+    kernels = _kernel_bytes(spec, cost.params(model).total / compute_shards, 1, storage_shards > compute_shards)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     return Work(flops, flops, kernels + activations * rows / chips)
 
 
-def decode_work(spec: RunSpec, chips: int, kept_apart: int = 1, rests_apart: int = 1) -> Work:
-    """One more word for every row of a batch, behind a full context; arguments as above."""
+def decode_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
+    """Work of one decode step for every row, behind a full context; arguments as in `train_work`."""
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
     keys = spec.data.text_tokens + spec.model.compressor.tokens + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
-    held = cost.decoder_params(decoder) / kept_apart
-    kernels = _kernel_bytes(held, cost.dtype_bytes(spec.compute.dtype), 1, rests_apart > kept_apart)
+    kernels = _kernel_bytes(spec, cost.decoder_params(decoder) / compute_shards, 1, storage_shards > compute_shards)
     cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)
     return Work(flops, flops, kernels + cache * rows / chips)
 
 
-def _kernel_bytes(params: float, dtype_bytes: int, passes: int, gathered: bool) -> float:
-    """Each pass reads a kernel; one that rests in more parts (`gathered`) it also writes."""
-    return params * dtype_bytes * passes * (2 if gathered else 1)
+def _kernel_bytes(spec: RunSpec, params: float, passes: int, gathered: bool) -> float:
+    """Each pass reads a kernel, and writes it first if it is gathered from more shards."""
+    return params * cost.dtype_bytes(spec.compute.dtype) * passes * (2 if gathered else 1)
 
 
 def _pass_bytes(spec: RunSpec, tokens: int, keys: int) -> cost.Number:
@@ -152,54 +149,43 @@ def _pass_bytes(spec: RunSpec, tokens: int, keys: int) -> cost.Number:
 
 
 def predict(
-    work: Work,
-    collectives: Sequence[Collective],
-    chip: Chip,
-    chips: int,
-    link_share: Callable[[tuple[str, ...]], float],
-    cycles: float = 0.0,
-    efficiency: Efficiency = ASSUMED,
-) -> Prediction:
-    """Seconds of a program on that many chips; `link_share` says what part of a chip's links a group can use, `cycles`
-    what the compiler expects. The part that takes the most of the step binds; exchanges with nothing beside them, which
-    nothing hides, count as network.
+    work: Work, collectives: Sequence[Collective], chip: Chip, chips: int,
+    link_share: Callable[[tuple[str, ...]], float], cycles: float = 0.0, efficiency: Efficiency = ASSUMED,
+) -> Prediction:  # fmt: skip
+    """Seconds of a program on that many chips. `link_share` gives the share of a chip's links that a group can use,
+    `cycles` is the compiler's estimate. The resource that takes most of the step binds; exposed collectives count as
+    network.
     """
     network = {True: 0.0, False: 0.0}
-    for found in collectives:
-        speed = _BETWEEN_SLICES if SLICE in found.axes else chip.interconnect * link_share(found.axes)
-        network[found.beside_products] += found.wire_bytes / speed
+    for each in collectives:
+        speed = _DCN_BANDWIDTH if SLICE in each.axes else chip.interconnect * link_share(each.axes)
+        network[each.beside_products] += each.wire_bytes / speed
     compute, memory = work.flops / chips / chip.peak_flops, work.chip_bytes / chip.bandwidth
     hidden, exposed = network[True], network[False]
-    overlapped = {
-        "compute": compute / efficiency.compute,
-        "memory": memory / efficiency.bandwidth,
-        "network": hidden / efficiency.interconnect,
-    }
-    binds = max(overlapped, key=lambda name: overlapped[name])
-    alone = exposed / efficiency.interconnect
-    step = overlapped[binds] + alone
-    if alone > overlapped[binds]:
-        binds = "network"
+    limits = (compute / efficiency.compute, memory / efficiency.bandwidth, hidden / efficiency.interconnect)
+    added = exposed / efficiency.interconnect
+    step = max(limits) + added
+    binds = "network" if added > max(limits) else ("compute", "memory", "network")[limits.index(max(limits))]
     mfu = work.model_flops / (step * chips * chip.peak_flops)
-    own = cycles / chip.clock if chip.clock else 0.0
-    return Prediction(compute, memory, hidden, exposed, step, mfu, binds, own)
+    compiler_secs = cycles / chip.clock if chip.clock else 0.0
+    return Prediction(compute, memory, hidden, exposed, step, mfu, binds, compiler_secs)
 
 
-def ring_share(places: Sequence[tuple[int, ...]], extent: tuple[int, ...], chip: Chip) -> float:
-    """Part of a chip's links that a ring over these places of a torus uses; `extent` is the whole torus.
+def ring_share(coords: Sequence[tuple[int, ...]], extent: tuple[int, ...], chip: Chip) -> float:
+    """Share of a chip's links that a ring over these torus coordinates uses; `extent` is the whole torus.
 
-    A v5e or v6e dimension closes on itself at 16 chips, a three-dimensional one at every multiple of 4.
+    A v5e or v6e dimension wraps around at 16 chips, a three-dimensional one at every multiple of 4.
     """
     if not chip.torus:
         return 1.0
     links = 0
     for dimension, size in enumerate(extent):
-        along = len({place[dimension] for place in places})
-        closes = size == 16 if chip.torus == 2 else size % 4 == 0
-        links += 0 if along == 1 else 2 if along == size and closes else 1
+        along = len({coord[dimension] for coord in coords})
+        wraps = size == 16 if chip.torus == 2 else size % 4 == 0
+        links += 0 if along == 1 else 2 if along == size and wraps else 1
     return max(links, 1) / (2 * chip.torus)
 
 
-def torus_extent(places: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Sides of the torus that these places fill."""
-    return tuple(max(side) + 1 for side in zip(*places, strict=True))
+def torus_extent(coords: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Sides of the torus that these coordinates fill."""
+    return tuple(max(side) + 1 for side in zip(*coords, strict=True))

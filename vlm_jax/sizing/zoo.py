@@ -1,37 +1,27 @@
-"""The models that exist, by name: dimensions only, as published. Weights are loaded elsewhere.
+"""Specs of published encoders and decoders, by name. Sources are the config files of their checkpoints.
 
-Names are lower case, `family-size`; encoders end in their resolution. Sources are the configuration files of the
-published checkpoints.
+Names are lower case, `family-size`; encoders end in their resolution.
 """
 
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, DecoderSpec, EncoderSpec, RopeBands
 
-
-def _siglip(
-    name: str, image_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_width: int
-) -> EncoderSpec:
-    return EncoderSpec(name, image_size, patch_size, width, depth, heads, mlp_width)
+# Positional sizes are the leading fields of the specs, (name, image_size, patch_size, width, depth, heads, mlp_width)
+# of an encoder and (name, width, depth, heads, kv_heads, head_dim, mlp_width, vocab) of a decoder.
 
 
-def _clip(
-    name: str, image_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_width: int
-) -> EncoderSpec:
+def _clip(*sizes: int | str) -> EncoderSpec:
     return EncoderSpec(
-        name, image_size, patch_size, width, depth, heads, mlp_width,
+        *sizes,  # type: ignore[arg-type]
         activation="quick_gelu", class_token=True, patch_bias=False, pre_norm=True, pooling_head=False, norm_eps=1e-5,
         pixel_mean=CLIP_MEAN, pixel_std=CLIP_STD, resize="crop", interpolation="bicubic",
     )  # fmt: skip
 
 
 def _ladder(width: int, vocab: int = 96) -> DecoderSpec:
-    """A step of the study's own ladder: two layers, heads of 8 channels, a gated MLP of 8/3 the width."""
+    """A decoder of the built-in study: two layers, heads of 8 channels, a gated MLP of 8/3 the width."""
     heads = width // 8
     return DecoderSpec(f"d{width}", width, 2, heads, heads, 8, width * 8 // 3, vocab)
-
-
-# The sizes of a decoder below are (name, width, depth, heads, kv_heads, head_dim, mlp_width, vocab), as in
-# `DecoderSpec`.
 
 
 def _qwen2(*sizes: int | str, tied: bool, theta: float = 1e6, eps: float = 1e-6) -> DecoderSpec:
@@ -47,7 +37,7 @@ def _llama(*sizes: int | str, tied: bool, theta: float, **fields: object) -> Dec
 
 
 def _llama3(*sizes: int | str, tied: bool, factor: float) -> DecoderSpec:
-    """Llama 3.1 and 3.2: first trained on 8192 positions, then stretched."""
+    """Llama 3.1 and 3.2: trained on 8192 positions, then extended."""
     return _llama(*sizes, tied=tied, theta=5e5, rope_factor=factor, rope_bands=RopeBands(1.0, 4.0, 8192))
 
 
@@ -69,26 +59,26 @@ def _gemma3(*sizes: int | str, query_channels: int, window: int, factor: float) 
     )  # fmt: skip
 
 
-_ENCODERS = (
-    _siglip("glyph-64", 64, 8, 128, 4, 4, 512),
-    _siglip("siglip-b16-224", 224, 16, 768, 12, 12, 3072),
-    _siglip("siglip-b16-384", 384, 16, 768, 12, 12, 3072),
-    _siglip("siglip-l16-256", 256, 16, 1024, 24, 16, 4096),
-    _siglip("siglip-l16-384", 384, 16, 1024, 24, 16, 4096),
-    _siglip("siglip-so400m14-224", 224, 14, 1152, 27, 16, 4304),
-    _siglip("siglip-so400m14-384", 384, 14, 1152, 27, 16, 4304),
-    _siglip("siglip2-b16-224", 224, 16, 768, 12, 12, 3072),
-    _siglip("siglip2-b16-384", 384, 16, 768, 12, 12, 3072),
-    _siglip("siglip2-l16-384", 384, 16, 1024, 24, 16, 4096),
-    _siglip("siglip2-so400m14-224", 224, 14, 1152, 27, 16, 4304),
-    _siglip("siglip2-so400m14-384", 384, 14, 1152, 27, 16, 4304),
-    _siglip("siglip2-so400m16-384", 384, 16, 1152, 27, 16, 4304),
-    _siglip("siglip2-g16-384", 384, 16, 1536, 40, 16, 6144),
+ENCODERS = {spec.name: spec for spec in (
+    EncoderSpec("glyph-64", 64, 8, 128, 4, 4, 512),
+    EncoderSpec("siglip-b16-224", 224, 16, 768, 12, 12, 3072),
+    EncoderSpec("siglip-b16-384", 384, 16, 768, 12, 12, 3072),
+    EncoderSpec("siglip-l16-256", 256, 16, 1024, 24, 16, 4096),
+    EncoderSpec("siglip-l16-384", 384, 16, 1024, 24, 16, 4096),
+    EncoderSpec("siglip-so400m14-224", 224, 14, 1152, 27, 16, 4304),
+    EncoderSpec("siglip-so400m14-384", 384, 14, 1152, 27, 16, 4304),
+    EncoderSpec("siglip2-b16-224", 224, 16, 768, 12, 12, 3072),
+    EncoderSpec("siglip2-b16-384", 384, 16, 768, 12, 12, 3072),
+    EncoderSpec("siglip2-l16-384", 384, 16, 1024, 24, 16, 4096),
+    EncoderSpec("siglip2-so400m14-224", 224, 14, 1152, 27, 16, 4304),
+    EncoderSpec("siglip2-so400m14-384", 384, 14, 1152, 27, 16, 4304),
+    EncoderSpec("siglip2-so400m16-384", 384, 16, 1152, 27, 16, 4304),
+    EncoderSpec("siglip2-g16-384", 384, 16, 1536, 40, 16, 6144),
     _clip("clip-l14-224", 224, 14, 1024, 24, 16, 4096),
     _clip("clip-l14-336", 336, 14, 1024, 24, 16, 4096),
-)
+)}  # fmt: skip
 
-_DECODERS = (
+DECODERS = {spec.name: spec for spec in (
     *map(_ladder, (24, 48, 96, 192, 384)),
     _qwen2("qwen1.5-0.5b", 1024, 24, 16, 16, 64, 2816, 151936, tied=True),
     _qwen2("qwen1.5-1.8b", 2048, 24, 16, 16, 128, 5504, 151936, tied=False),
@@ -128,22 +118,19 @@ _DECODERS = (
     _llama("smollm2-135m", 576, 30, 9, 3, 64, 1536, 49152, tied=True, theta=1e5),
     _llama("smollm2-360m", 960, 32, 15, 5, 64, 2560, 49152, tied=True, theta=1e5),
     _llama("smollm2-1.7b", 2048, 24, 32, 32, 64, 8192, 49152, tied=True, theta=1.3e5),
-)
-
-ENCODERS = {spec.name: spec for spec in _ENCODERS}
-DECODERS = {spec.name: spec for spec in _DECODERS}
+)}  # fmt: skip
 ALIASES = {"vicuna-7b": "llama2-7b", "vicuna-13b": "llama2-13b"}  # the same dimensions under another name
 
 
 def encoder(name: str) -> EncoderSpec:
-    """The encoder of that name. Raises `UserError` that suggests the nearest."""
+    """The encoder of that name. Raises `UserError` with a suggestion."""
     if name not in ENCODERS:
         raise unknown("encoder", name, ENCODERS)
     return ENCODERS[name]
 
 
 def decoder(name: str) -> DecoderSpec:
-    """The decoder of that name or alias. Raises `UserError` that suggests the nearest."""
+    """The decoder of that name or alias. Raises `UserError` with a suggestion."""
     name = ALIASES.get(name, name)
     if name not in DECODERS:
         raise unknown("llm", name, (*DECODERS, *ALIASES))
@@ -151,14 +138,14 @@ def decoder(name: str) -> DecoderSpec:
 
 
 def family(name: str) -> str:
-    """The ladder that a decoder is a step of: "qwen1.5-7b" -> "qwen1.5"; "d" is the study's own."""
+    """Model family of a decoder: "qwen1.5-7b" -> "qwen1.5"; "d" is the built-in study's."""
     return name.rpartition("-")[0] or name.rstrip("0123456789")
 
 
 def nominal_params(name: str) -> float:
-    """Parameters as the published name tells them: "qwen1.5-7b" -> 7e9. The study's ladder counts what is no embedding.
+    """Parameters by the published name, "qwen1.5-7b" -> 7e9; the built-in study's are non-embedding parameters.
 
-    Published tables of scores speak of models by this size, so a law fitted to one must be asked with it.
+    Published scores list models by this size, so a law fitted to them takes it as N.
     """
     from vlm_jax.sizing.cost import decoder_params
 
