@@ -89,7 +89,8 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     else:
         sizes, text = compiled.memory_analysis(), compiled.as_text()
         outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + outputs
+        # What a program does not read (the encoder, while decoding) is no argument of it, but stays on the device.
+        peak = max(sizes.argument_size_in_bytes, inputs) + sizes.temp_size_in_bytes + outputs
     memory = Memory(params_bytes, moments, inputs - params_bytes - moments, peak - inputs, peak)
     return Program(memory, text, time.monotonic() - start)
 
