@@ -1,4 +1,4 @@
-"""Image files to pixels, against what the reference's own processors make of them, and bad files message in one line."""
+"""Image preprocessing equals that of the reference's processors; errors of bad files are one line."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_pixels_are_the_processors(tmp_path, name: str) -> None:
     """Bit for bit, for images that are wide, tall, square and too small; from its own configuration file."""
     config = json.loads(str(HF[f"images/{name}/config"]))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    spec = processors.prepared(encoder("siglip" if name.startswith("siglip") else "clip"), tmp_path)
+    spec = processors.with_processor_files(encoder("siglip" if name.startswith("siglip") else "clip"), tmp_path)
     np.testing.assert_array_equal(prepare(peers.pictures(), spec), HF[f"images/{name}"])
 
 
@@ -54,7 +54,7 @@ def test_the_device_normalises_as_the_host(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_a_folder_without_a_processor_takes_the_familys_defaults(tmp_path, name: str) -> None:
-    spec = processors.prepared(encoder(name), tmp_path)
+    spec = processors.with_processor_files(encoder(name), tmp_path)
     np.testing.assert_array_equal(prepare(peers.pictures(), spec), HF[f"images/{name}"])
 
 
@@ -62,12 +62,12 @@ def test_the_processor_inside_processor_config_json_comes_first(tmp_path) -> Non
     """Newer folders hold it there; an older preprocessor_config.json beside it says nothing any more."""
     inner = json.loads(str(HF["images/siglip_bilinear/config"]))
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner, "processor_class": "X"}))
-    assert processors.prepared(encoder("siglip"), tmp_path).interpolation == "bilinear"
+    assert processors.with_processor_files(encoder("siglip"), tmp_path).interpolation == "bilinear"
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**inner, "resample": 3, "image_mean": [0.9] * 3}))
-    spec = processors.prepared(encoder("siglip"), tmp_path)
+    spec = processors.with_processor_files(encoder("siglip"), tmp_path)
     assert (spec.interpolation, spec.pixel_mean) == ("bilinear", (0.1, 0.2, 0.3))
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
-    spec = processors.prepared(encoder("siglip"), tmp_path)
+    spec = processors.with_processor_files(encoder("siglip"), tmp_path)
     assert (spec.interpolation, spec.pixel_mean) == ("bicubic", (0.9, 0.9, 0.9))
 
 
@@ -134,7 +134,7 @@ def test_errors_name_a_processor_file_without_a_json_object(tmp_path) -> None:
     for content, message in (("{", "not valid JSON"), ("[1]", "expected an object")):
         (tmp_path / "preprocessor_config.json").write_text(content)
         with pytest.raises(UserError, match=rf"preprocessor_config\.json: {message}"):
-            processors.prepared(encoder("siglip"), tmp_path)
+            processors.with_processor_files(encoder("siglip"), tmp_path)
 
 
 def turned(picture: np.ndarray) -> Image.Image:

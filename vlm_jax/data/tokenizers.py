@@ -29,14 +29,14 @@ from vlm_jax.data.token_files import TokenizerFiles, check_utf8
 _SPACE = "\u2581"  # SentencePiece's space
 _LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
-Encode = Callable[[str], list[int]]
+_Encode = Callable[[str], list[int]]
 
 
 class Tokenizer(NamedTuple):
     """A tokenizer. `special` maps the names that templates use ("bos_token") to the text of the token."""
 
-    encode: Encode
-    encode_without_special: Encode
+    encode: _Encode
+    encode_without_special: _Encode
     decode: Callable[[Sequence[int]], str]
     size: int  # highest id + 1, without the caller's extra tokens and special tokens that have no role
     pad: int | None
@@ -90,8 +90,8 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str]
 class _Backend(NamedTuple):
     """The vocabulary of one file format."""
 
-    encode: Encode
-    encode_without_special: Encode
+    encode: _Encode
+    encode_without_special: _Encode
     decode: Callable[[Sequence[int]], str]
     ids: Mapping[str, int]  # of all tokens
     added: set[str]  # special tokens added to the model's own vocabulary
