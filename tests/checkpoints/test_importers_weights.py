@@ -61,7 +61,7 @@ def test_any_placement_holds_the_same_numbers(tmp_path, strategy: str) -> None:
     heard: list[int] = []
     spread = inspection.load_parts(there, plan=plan, on_tensor=heard.append)["decoder"]
     assert tree.sha256(spread) == tree.sha256(inspection.load_parts(there)["decoder"])
-    assert sum(heard) == there.weights.size_bytes
+    assert sum(heard) == inspection.size_bytes(there)
     shards = jax.tree.map(lambda leaf: leaf.sharding, spread)
     assert tree.flatten(shards) == tree.flatten(plan.shardings(inspection.boxed(there, "decoder")))
     kernel = spread["blocks"]["mlp"]["up"]["kernel"]
@@ -253,7 +253,9 @@ def test_no_tensor_is_read_before_it_is_wanted(tmp_path, monkeypatch) -> None:
     path = folder(tmp_path)
     monkeypatch.setattr(np, "memmap", None)
     there = inspection.inspect(path)
-    assert there.weights.size_bytes == sum(math.prod(shape) * 4 for shape in tensor_tables.expected([TABLE]).values())
+    assert inspection.size_bytes(there) == sum(
+        math.prod(shape) * 4 for shape in tensor_tables.expected([TABLE]).values()
+    )
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp_tensor"])

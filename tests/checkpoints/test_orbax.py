@@ -73,14 +73,14 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path) -> None:
 def test_the_newest_are_kept_and_the_incomplete_do_not_count(tmp_path) -> None:
     where = plan("replicated", 1, 1, 1)
     store = Checkpoints(tmp_path, keep=2)
-    assert store.latest() is None
+    assert store.latest_intact(print) is None
     for step in (2, 4, 6):
         store.save(step, placed(boxed(step), where), CURSOR, {"secs": 2.5})
     store.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
     store = Checkpoints(tmp_path, keep=2)
-    assert store.latest() == 6
+    assert store.latest_intact(print) == 6
     store.close()
 
 

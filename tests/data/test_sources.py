@@ -29,7 +29,7 @@ def test_building_twice_gives_the_same_bytes(dataset, config, data_dir, tmp_path
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_a_split_holds_the_records_of_its_builder(dataset, config, name, data_dir, tmp_path):
     split = sources.load(dataset, config, name, data_dir)
-    builder = sources._builder_class(dataset)(config=config, data_dir=tmp_path)
+    builder = sources._locate(dataset, config, tmp_path)[0](config=config, data_dir=tmp_path)
     records = [record for _, record in builder._generate_examples(name)]
     assert split.ids == tuple(r["id"] for r in records)
     assert split.family == dataset.removeprefix("glyph_")

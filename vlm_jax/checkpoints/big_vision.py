@@ -31,9 +31,8 @@ _ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 def load_encoder(path: str | Path, spec: EncoderSpec) -> dict[str, Any]:
-    """Parameters of `models.vision.Encoder` (float32, numpy) from a `.npz`.
-
-    Raises `UserError` for a missing or corrupt file, or tensors that do not fit the spec.
+    """Parameters of `models.vision.Encoder` (float32, numpy) from a `.npz`. Raises `UserError` for a missing or corrupt
+    file, or tensors that do not fit the spec.
     """
     weights = open_weights(path)
     root, block = tower(weights)
@@ -50,17 +49,15 @@ def save_encoder(path: str | Path, params: Mapping[str, Any], spec: EncoderSpec)
     write_npz(Path(path), tensors(params, encoder_table(spec, "params/img/", UNROLLED)))
 
 
-def save_model(path: str | Path, params: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Writes SigLIP, linear projector and Gemma as a checkpoint of big_vision's PaliGemma, which has the same logits but
-    does not apply Gemma 2's final softcap. Raises `UserError` for any other model.
+def export_tables(spec: ModelSpec) -> dict[str, TensorTable]:
+    """Part -> table of an image tower, or of PaliGemma, whose logits are ours without Gemma 2's final softcap. Raises
+    `UserError` for any other model.
     """
-    tables = model_tables(spec)
-    write_npz(Path(path), (pair for part, table in tables.items() for pair in tensors(params[part], table)))
-
-
-def model_tables(spec: ModelSpec) -> dict[str, TensorTable]:
-    """Part -> table of a checkpoint of big_vision's PaliGemma. Raises `UserError` for any other model."""
     decoder, encoder = spec.decoder, spec.encoder
+    if encoder is None:
+        raise UserError("expected a model with an encoder for a .npz, got a language model")
+    if decoder is None:
+        return {"encoder": encoder_table(encoder, "params/img/", UNROLLED)}
     is_gemma = decoder.norm_plus_one and decoder.tied_head and not (decoder.qk_norm or decoder.qkv_bias)
     fits = {
         f"compressor {spec.compressor.name}": spec.compressor.name == "none",

@@ -13,6 +13,7 @@ import jax
 
 from vlm_jax.checkpoints import big_vision, tensor_tables
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.checkpoints.huggingface.fields import config_path
 from vlm_jax.checkpoints.info import CheckpointInfo
 from vlm_jax.checkpoints.tensor_files import TensorFiles, open_weights
 from vlm_jax.checkpoints.tensor_tables import OnTensor, TensorTable, load_params, noop
@@ -27,10 +28,9 @@ PARTS = ("encoder", "connector", "decoder")
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
-    """The specs and tables of a folder (or a `.npz`), after a check of every name and shape. No tensor is read.
-
-    Raises `UserError` for an unsupported architecture, a config field that our modules cannot express, or tensors that
-    do not fit the config.
+    """The specs and tables of a folder (or a `.npz`), after a check of every name and shape. No tensor is read. Raises
+    `UserError` for an unsupported architecture, a config field that our modules cannot express, or tensors that do not
+    fit the config.
     """
     path, weights = Path(path), open_weights(path)
     if weights.path.suffix == ".npz":
@@ -50,11 +50,6 @@ def architectures() -> dict[str, Callable[[TensorFiles, dict[str, Any]], Checkpo
     """Architecture -> the function that reads it."""
     decoders = dict.fromkeys(hf_decoder.ARCHITECTURES, _decoder_only)
     return {**decoders, "Gemma3ForConditionalGeneration": _text_of_gemma3, **hf_vlm.ROWS}
-
-
-def config_path(path: Path) -> Path:
-    """config.json of a folder, or beside a file."""
-    return (path if path.is_dir() else path.parent) / "config.json"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -118,9 +113,8 @@ def load_parts(
     scan_layers: bool = True,
 ) -> dict[str, Any]:
     """{"encoder": ..., "connector": ..., "decoder": ...}: the parameters of those `parts` that the checkpoint has; see
-    `tensor_tables.load_params`. `scan_layers` is that of `ComputeSpec`.
-
-    Raises `UserError` where the head of a tied decoder is not its embedding.
+    `tensor_tables.load_params`. `scan_layers` is that of `ComputeSpec`. Raises `UserError` where the head of a tied
+    decoder is not its embedding.
     """
     params = {}
     for part in parts:

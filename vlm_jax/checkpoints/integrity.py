@@ -28,25 +28,24 @@ def damage(folder: Path) -> str:
         if not (folder / name).is_dir():
             return f"half-written: {name} is missing"
     try:
-        expected = json.loads((folder / _DIGESTS).read_bytes())
-        names = sorted(expected)
-        sizes = {name: int(expected[name]["bytes"]) for name in names}
-        digests = {name: expected[name]["sha256"] for name in names}
+        expected = sorted(json.loads((folder / _DIGESTS).read_bytes()).items())
+        sizes = {name: int(entry["bytes"]) for name, entry in expected}
+        digests = {name: entry["sha256"] for name, entry in expected}
     except FileNotFoundError:
         return f"half-written: {_DIGESTS} is missing"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
-    for name in names:
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != sizes[name]:
-            return f"{name} has {path.stat().st_size} bytes, expected {sizes[name]}"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
     try:
-        actual = _digests(folder, names)
+        actual = _digests(folder, list(digests))
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    changed = [name for name in names if actual[name]["sha256"] != digests[name]]
+    changed = [name for name, digest in digests.items() if actual[name]["sha256"] != digest]
     return f"{changed[0]} has changed since it was written" if changed else ""
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from vlm_jax.checkpoints import integrity
 from vlm_jax.checkpoints.huggingface.fields import read_json
-from vlm_jax.core import specs
+from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.files import write_json
 
@@ -60,10 +60,6 @@ class Checkpoints:
             )
         self._saving = 0
 
-    def latest(self) -> int | None:
-        """Step of the latest complete checkpoint; its digests are not verified."""
-        return self._manager.latest_step()
-
     def latest_intact(self, on_damage: OnDamage) -> int | None:
         """Step of the latest checkpoint whose files match their digests; None where there are no checkpoints.
 
@@ -87,11 +83,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, cursor: Any, progress: dict[str, Any]) -> None:
         """Saves in the background. Raises `UserError` if this or the previous save cannot be written."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            cursor=ocp.args.JsonSave(cursor),
-            progress=ocp.args.JsonSave(progress),
-        )
+        cursor, progress = ocp.args.JsonSave(cursor), ocp.args.JsonSave(progress)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), cursor=cursor, progress=progress)
         with disk_errors(self.directory):
             self._manager.wait_until_finished()
             self._saving = step
@@ -104,11 +97,8 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state: Any, shardings: Any) -> Restored:
         """A checkpoint in the given shardings. Raises `UserError` where it cannot be read."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_sharded(abstract_state, shardings)),
-            cursor=ocp.args.JsonRestore(),
-            progress=ocp.args.JsonRestore(),
-        )
+        state = ocp.args.StandardRestore(_sharded(abstract_state, shardings))
+        args = ocp.args.Composite(state=state, cursor=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
         with _read_errors(self.directory / str(step)):
             restored = self._manager.restore(step, args=args)
         return Restored(restored["state"], restored["cursor"], restored["progress"])
@@ -135,9 +125,8 @@ def _sharded(abstract: Any, shardings: Any) -> Any:
 def restore_params(
     workdir: Path, abstract_params: Any, shardings: Any, on_damage: OnDamage, least_step: int = 0
 ) -> Any:
-    """Parameters of the latest intact checkpoint, without the optimizer state. Nothing is written.
-
-    Raises `UserError` where there is none, where its step is below `least_step`, or where it cannot be read.
+    """Parameters of the latest intact checkpoint, without the optimizer state. Nothing is written. Raises `UserError`
+    where there is none, where its step is below `least_step`, or where it cannot be read.
     """
     directory = workdir.absolute() / "checkpoints"
     if not directory.is_dir():
@@ -219,6 +208,10 @@ def _read_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _is_empty(value: Any) -> bool:
+    return value in ([], {})
+
+
 def lock_workdir(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] = ()) -> None:
     """Writes `spec.json` to a new workdir, or checks that an existing one equals `spec` except for `may_change`.
 
@@ -227,7 +220,10 @@ def lock_workdir(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] 
     """
     path = workdir / "spec.json"
     if path.exists():
-        stored, given = (_flat(specs.complete(values)) for values in (read_spec(workdir), spec))
+        stored, given = (
+            {name.replace("/", "."): leaf for name, leaf in tree.flatten(specs.complete(values), _is_empty).items()}
+            for values in (read_spec(workdir), spec)
+        )
         differing = [name for name in sorted({*stored, *given}) if stored.get(name) != given.get(name)]
         differing = [name for name in differing if not name.startswith(tuple(may_change) or "\0")]
         if differing:
@@ -249,11 +245,3 @@ def read_spec(workdir: Path) -> dict[str, Any]:
     if values is None:
         raise UserError(f"{workdir}: no spec.json, so no run was started here")
     return values
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of the leaves of nested dicts and lists."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if items is None or not tree:
-        return {prefix: tree}
-    return {name: leaf for key, value in items for name, leaf in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}

@@ -48,15 +48,9 @@ class TensorFiles(NamedTuple):
     shapes: Shapes
     read: Callable[[str], np.ndarray]
 
-    @property
-    def size_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
-
 
 def open_weights(path: str | Path) -> TensorFiles:
     """The tensors of a Hugging Face folder, a `.safetensors`, a `.npz`, or torch's `.bin` where torch is installed.
-
     Raises `UserError` for what is missing, truncated or corrupt.
     """
     path = Path(path)

@@ -109,9 +109,8 @@ def _templated_ids(
 def expand_image_tokens(
     ids: Sequence[int], image_id: int | None, image_token_id: int | None, visual_tokens: int, images: int = 1
 ) -> list[int]:
-    """Replaces each `image_id` (the tokenizer's id of "<image>") by `visual_tokens` times `image_token_id`.
-
-    Raises `UserError` where `image_id` does not occur `images` times.
+    """Replaces each `image_id` (the tokenizer's id of "<image>") by `visual_tokens` times `image_token_id`. Raises
+    `UserError` where `image_id` does not occur `images` times.
     """
     if (count := list(ids).count(image_id)) != images:  # type: ignore[arg-type]
         raise image_count_error(count, images)

@@ -35,10 +35,9 @@ _16_BIT = ("PNG", "PPM")  # formats whose mode "I" holds 16 bits
 
 def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     """A path, the bytes of a file, a PIL image or uint8[h, w, 3] as RGB, rotated by EXIF, transparency on white, 16-bit
-    grey scaled to 8 bits. Errors call an image without a path `name`.
-
-    Raises `UserError` for a file that is missing, truncated or no image, an image with more than `MAX_PIXELS`, values
-    of unknown range (arrays other than uint8, PIL's modes "F" and "I"), and anything else.
+    grey scaled to 8 bits. Errors call an image without a path `name`. Raises `UserError` for a file that is missing,
+    truncated or no image, an image with more than `MAX_PIXELS`, values of unknown range (arrays other than uint8, PIL's
+    modes "F" and "I"), and anything else.
     """
     if isinstance(image, Image.Image):
         return _rgb(image, name)

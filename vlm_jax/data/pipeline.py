@@ -104,12 +104,9 @@ def _views(
     if layout.reads_question:
         count, question = chosen.shape[1], split.bare_questions[example[:, None], chosen]
 
-    def repeated(leaf: np.ndarray) -> np.ndarray:
-        return np.repeat(leaf[:, None], count, axis=1)
-
-    if features is None:
-        return Views(pixels=repeated(split.images(example)), question=question)
-    return Views(features=jax.tree.map(repeated, features(example)), question=question)
+    images = split.images(example) if features is None else features(example)
+    images = jax.tree.map(lambda leaf: np.repeat(leaf[:, None], count, axis=1), images)
+    return Views(question=question, **{"pixels" if features is None else "features": images})
 
 
 def longest_row(split: Split, questions: int) -> int:

@@ -54,24 +54,16 @@ class Split(NamedTuple):
         return np.stack(decoded) if self.encoder is None else images.fit(decoded, self.encoder)
 
 
-def configs(dataset: str) -> tuple[str, ...]:
-    """Names of a data set's configs. Raises `UserError` for an unknown data set."""
-    return tuple(_builder_class(dataset).builder_configs)
-
-
-def _builder_class(dataset: str) -> Any:
+def _locate(dataset: str, config: str, data_dir: str | Path) -> tuple[Any, Path]:
+    """(builder class, folder of a data set)."""
     if dataset not in DATASETS:
         raise unknown("dataset", dataset, DATASETS)
     # Imported on use: TFDS registers a builder when its class is created.
     module = importlib.import_module(f"vlm_jax.data.{dataset}.builder")
-    return getattr(module, DATASETS[dataset])
-
-
-def _folder(dataset: str, config: str, data_dir: str | Path) -> Path:
-    builder_class = _builder_class(dataset)
+    builder_class = getattr(module, DATASETS[dataset])
     if config not in builder_class.builder_configs:
         raise unknown(f"config of {dataset}", config, builder_class.builder_configs)
-    return Path(data_dir) / dataset / config / str(builder_class.VERSION)
+    return builder_class, Path(data_dir) / dataset / config / str(builder_class.VERSION)
 
 
 def _unreadable(folder: Path, error: object) -> UserError:
@@ -80,9 +72,9 @@ def _unreadable(folder: Path, error: object) -> UserError:
 
 def _open(dataset: str, config: str, data_dir: str | Path) -> Any:
     """The TFDS builder. Raises `UserError` where its folder exists but was not written by this builder."""
-    folder = _folder(dataset, config, data_dir)
+    builder_class, folder = _locate(dataset, config, data_dir)
     try:
-        builder = _builder_class(dataset)(config=config, data_dir=data_dir)
+        builder = builder_class(config=config, data_dir=data_dir)
     except Exception as error:
         raise _unreadable(folder, error) from error
     if folder.exists():
@@ -98,13 +90,12 @@ def _open(dataset: str, config: str, data_dir: str | Path) -> Any:
 
 
 def build(dataset: str, config: str, data_dir: str | Path) -> Path:
-    """Builds a data set unless it exists. Returns its folder.
-
-    Raises `UserError` for an unknown data set or config, and a folder that is unreadable or incomplete.
+    """Builds a data set unless it exists. Returns its folder. Raises `UserError` for an unknown data set or config, and
+    a folder that is unreadable or incomplete.
     """
     import tensorflow_datasets as tfds
 
-    folder = _folder(dataset, config, data_dir)
+    _, folder = _locate(dataset, config, data_dir)
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(data_dir) / f".{dataset}-{config}.lock"):
@@ -128,7 +119,7 @@ def load(dataset: str, config: str, split: str, data_dir: str | Path, tokenizer:
     """
     import tensorflow_datasets as tfds
 
-    folder = _folder(dataset, config, data_dir)
+    _, folder = _locate(dataset, config, data_dir)
     if not folder.exists():
         raise UserError(f"dataset folder {folder} does not exist: build {dataset}/{config}, or choose another folder")
     builder = _open(dataset, config, data_dir)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from vlm_jax.checkpoints import big_vision
 from vlm_jax.checkpoints.huggingface import hf_decoder, hf_encoder, hf_vlm, processors
 from vlm_jax.checkpoints.huggingface.fields import read_json
-from vlm_jax.checkpoints.tensor_tables import MAX_SHARD_BYTES, OnTensor, TensorTable, noop, save_params
+from vlm_jax.checkpoints.tensor_tables import MAX_SHARD_BYTES, OnTensor, TensorTable, noop, save_params, tensors
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
@@ -32,9 +32,8 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def layout(spec: ModelSpec, image_token: int | None = None) -> tuple[dict[str, Any], dict[str, TensorTable]]:
-    """(config.json, table of every part) of a whole model, a language model (no encoder) or a vision tower.
-
-    Raises `UserError` for a model that no class of transformers computes.
+    """(config.json, table of every part) of a whole model, a language model (no encoder) or a vision tower. Raises
+    `UserError` for a model that no class of transformers computes.
     """
     if spec.encoder is None:
         return hf_decoder.hf_config(spec.decoder), {"decoder": hf_decoder.decoder_table(spec.decoder)}
@@ -42,19 +41,15 @@ def layout(spec: ModelSpec, image_token: int | None = None) -> tuple[dict[str, A
         config = hf_encoder.encoder_config(spec.encoder)
         kind = "CLIPVisionModel" if spec.encoder.class_token else "SiglipVisionModel"
         return {"architectures": [kind], **config}, {"encoder": hf_encoder.encoder_table(spec.encoder, "vision_model.")}
-    hf_vlm.export_kind(spec)
-    if image_token is None:
-        raise UserError("the model's vocabulary has no image token (export the decoder or encoder alone)")
     return hf_vlm.export_config(spec, image_token), hf_vlm.export_tables(spec)
 
 
 def part_of(spec: ModelSpec, part: str) -> ModelSpec:
     """The spec of one part: "whole", "decoder" or "encoder"."""
-    if part == "whole":
-        return spec
-    if getattr(spec, part) is None:
+    if part != "whole" and getattr(spec, part) is None:
         raise UserError(f"the model has no {part}")
-    return dataclasses.replace(spec, **{"encoder" if part == "decoder" else "decoder": None})
+    removed = {"whole": {}, "decoder": {"encoder": None}, "encoder": {"decoder": None}}[part]
+    return dataclasses.replace(spec, **removed)
 
 
 def save_folder(
@@ -111,14 +106,11 @@ def _companions(source: Path, out: Path) -> dict[str, Any]:
 
 def save_npz(out: Path, spec: ModelSpec, params: Mapping[str, Any]) -> None:
     """Writes the vision tower, or a whole PaliGemma, as a big_vision checkpoint."""
-    check_npz(out, spec)
+    tables = big_vision.export_tables(spec)
     check_vacant(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if spec.decoder is None:
-            big_vision.save_encoder(out, params["encoder"], spec.encoder)
-        else:
-            big_vision.save_model(out, params, spec)
+        big_vision.write_npz(out, (pair for part, table in tables.items() for pair in tensors(params[part], table)))
     except OSError as error:
         raise _cannot_write(out, error) from error
 
@@ -126,19 +118,9 @@ def save_npz(out: Path, spec: ModelSpec, params: Mapping[str, Any]) -> None:
 def check(out: Path, spec: ModelSpec, image_token: int | None) -> None:
     """Raises `UserError` for a model that the format of `out` (a folder, or a `.npz`) cannot hold."""
     if out.suffix == ".npz":
-        check_npz(out, spec)
+        big_vision.export_tables(spec)
     else:
         layout(spec, image_token)
-
-
-def check_npz(out: Path, spec: ModelSpec) -> None:
-    """Raises `UserError` for a model that a big_vision checkpoint cannot hold."""
-    if spec.encoder is None:
-        raise UserError(f"{out}: expected a model with an encoder for a .npz, got a language model")
-    if spec.decoder is None:
-        big_vision.encoder_table(spec.encoder, "", big_vision.UNROLLED)
-    else:
-        big_vision.model_tables(spec)
 
 
 def check_vacant(out: Path) -> None:

@@ -12,7 +12,7 @@ from vlm_jax.core.errors import UserError
 Fixed = Mapping[str, tuple[Any, ...]]  # field -> its supported values
 _MAX = 1e30  # of a number
 
-# Fields that no output of a forward pass depends on: bookkeeping, training, generation, and names of files.
+# Fields that no output of a forward pass depends on: bookkeeping, training, file names, and generation (older files).
 HARMLESS = {
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp",
     "_name_or_path", "name_or_path", "_commit_hash", "_from_model_config", "auto_map", "custom_pipelines", "revision",
@@ -53,6 +53,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, got {type(content).__name__}")
     return content
+
+
+def config_path(path: Path) -> Path:
+    """config.json of a folder, or beside a file."""
+    return (path if path.is_dir() else path.parent) / "config.json"
 
 
 def harmless(name: str) -> bool:

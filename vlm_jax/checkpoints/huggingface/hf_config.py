@@ -34,8 +34,9 @@ def _sizes(
     return sizes | more
 
 
+_TANH = "gelu_pytorch_tanh"
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
-_GEMMA2 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2 = {"hidden_activation": _TANH, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _PLUS_ONE = {"norm_plus_one": True, "scale_embedding": True}
 FAMILIES = {
@@ -43,14 +44,10 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", _sizes(32000, 4096, 14336, 32, 32, 8, 131072, sliding_window=4096), {}),
     "qwen2": Family("Qwen2ForCausalLM", _sizes(151936, 4096, 22016, 32, 32, 32, 32768, **_QWEN), {"qkv_bias": True}),
     "qwen3": Family(
-        "Qwen3ForCausalLM",
-        _sizes(151936, 4096, 22016, 32, 32, 32, 32768, **_QWEN, head_dim=128),
-        {"qk_norm": True},
+        "Qwen3ForCausalLM", _sizes(151936, 4096, 22016, 32, 32, 32, 32768, **_QWEN, head_dim=128), {"qk_norm": True}
     ),
     "gemma": Family(
-        "GemmaForCausalLM",
-        _sizes(256000, 3072, 24576, 28, 16, 16, 8192, **_GEMMA, hidden_act="gelu_pytorch_tanh"),
-        _PLUS_ONE,
+        "GemmaForCausalLM", _sizes(256000, 3072, 24576, 28, 16, 16, 8192, **_GEMMA, hidden_act=_TANH), _PLUS_ONE
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -94,9 +91,8 @@ ACTIVATIONS = {
 
 
 def decoder_spec(config: Config, where: str) -> DecoderSpec:
-    """The spec of a config.json or its `text_config`. `where` names the file in errors.
-
-    Raises `UserError` with the name of a field that our decoder does not implement.
+    """The spec of a config.json or its `text_config`. `where` names the file in errors. Raises `UserError` with the
+    name of a field that our decoder does not implement.
     """
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
@@ -120,15 +116,9 @@ def decoder_spec(config: Config, where: str) -> DecoderSpec:
     scale = number("query_pre_attn_scalar") ** -0.5 if "query_pre_attn_scalar" in family.defaults else None
     if attention_factor != 1:
         scale = (scale or head_dim**-0.5) * attention_factor**2
+    name, mlp_width, vocab = Path(where).parent.name or kind, number("intermediate_size"), number("vocab_size")
     return DecoderSpec(
-        name=Path(where).parent.name or kind,
-        width=width,
-        depth=depth,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=number("intermediate_size"),
-        vocab=number("vocab_size"),
+        name, width, depth, heads, kv_heads, head_dim, mlp_width, vocab,
         context=hf_rope.context(number("max_position_embeddings"), rope),
         norm_eps=fields.number(given, "rms_norm_eps", where, float),
         tied_head=fields.flag(given, "tie_word_embeddings", where),
@@ -139,7 +129,7 @@ def decoder_spec(config: Config, where: str) -> DecoderSpec:
         **_windows(given, kind, depth, where),
         **rope,
         **family.spec,
-    )
+    )  # fmt: skip
 
 
 def _check_fields(config: Config, kind: str, where: str) -> None:

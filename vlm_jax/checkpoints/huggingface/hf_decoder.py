@@ -21,9 +21,8 @@ _ROWS = 4096  # of the embedding, compared at once
 
 
 def prefixes(weights: TensorFiles) -> tuple[str, str]:
-    """The prefix of `embed_tokens.weight` and the name of the head, which depend on the version of transformers.
-
-    Raises `UserError` where there is not exactly one embedding.
+    """The prefix of `embed_tokens.weight` and the name of the head, which depend on the version of transformers. Raises
+    `UserError` where there is not exactly one embedding.
     """
     tables = [name for name in weights.shapes if name == _EMBEDDING or name.endswith("." + _EMBEDDING)]
     if len(tables) != 1:
@@ -97,9 +96,8 @@ def family_of(spec: DecoderSpec) -> str:
 
 
 def hf_config(spec: DecoderSpec) -> dict[str, Any]:
-    """The config.json of a decoder, for transformers 4 and 5.
-
-    Raises `UserError` with the fields that no supported architecture has.
+    """The config.json of a decoder, for transformers 4 and 5. Raises `UserError` with the fields that no supported
+    architecture has.
     """
     kind = family_of(spec)
     defaults = FAMILIES[kind].defaults

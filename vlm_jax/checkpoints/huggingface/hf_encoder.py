@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.checkpoints.huggingface.fields import check as check_fields
+from vlm_jax.checkpoints.huggingface import fields
 from vlm_jax.checkpoints.tensor_files import TensorFiles
 from vlm_jax.checkpoints.tensor_tables import Leaf, TensorTable, conv_patch, linear, same
 from vlm_jax.core.errors import UserError, unknown
@@ -27,6 +27,10 @@ IGNORED = (
 )  # fmt: skip
 _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+_SIZES = {
+    "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "depth": "num_hidden_layers",
+    "heads": "num_attention_heads", "mlp_width": "intermediate_size",
 }  # fmt: skip
 # Files leave out fields at their defaults.
 _SHARED_DEFAULTS = {
@@ -58,46 +62,35 @@ _FIRST = "embeddings.patch_embedding.weight"
 
 
 def encoder_spec(config: Mapping[str, Any], where: str) -> EncoderSpec:
-    """The spec of a config.json or its `vision_config`. `where` names the file in errors.
-
-    Raises `UserError` with the name of a field that our encoder does not implement.
+    """The spec of a config.json or its `vision_config`. `where` names the file in errors. Raises `UserError` with the
+    name of a field that our encoder does not implement.
     """
     kind = str(config.get("model_type"))
     if kind not in DEFAULTS:
         raise unknown(f"{where}: model_type of the vision tower", kind, DEFAULTS)
     fixed = {**_FIXED, "use_cls_token": (kind == "clip_vision_model",)}
-    check_fields(config, f"{where}: vision tower", {*DEFAULTS[kind], *_OUTER}, fixed)
-    fields = {**DEFAULTS[kind], **config}
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    for name in sizes:
-        fields[name] = _whole(fields[name], name, where)
-    if fields["num_channels"] != 3:
-        raise UserError(f"{where}: num_channels={fields['num_channels']}: expected 3")
-    if fields["hidden_size"] % fields["num_attention_heads"]:
-        heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    fields.check(config, f"{where}: vision tower", {*DEFAULTS[kind], *_OUTER}, fixed)
+    values = {**DEFAULTS[kind], **config}
+    sizes = {field: _size(values[name], name, where) for field, name in _SIZES.items()}
+    width, depth, heads, image_size = (sizes[name] for name in ("width", "depth", "heads", "image_size"))
+    if values["num_channels"] != 3:
+        raise UserError(f"{where}: num_channels={values['num_channels']}: expected 3")
+    if width % heads:
         raise UserError(f"{where}: num_attention_heads={heads}: expected a divisor of hidden_size={width}")
-    if fields["image_size"] < fields["patch_size"]:
-        raise UserError(f"{where}: image_size={fields['image_size']}: expected at least patch_size")
-    eps = fields["layer_norm_eps"]
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
-        raise UserError(f"{where}: layer_norm_eps={eps!r}: expected a positive number below 1")
-    if str(fields["hidden_act"]) not in _ACTIVATIONS:
-        raise unknown(f"{where}: hidden_act", fields["hidden_act"], _ACTIVATIONS)
-    clip, depth = kind == "clip_vision_model", fields["num_hidden_layers"]
+    if image_size < sizes["patch_size"]:
+        raise UserError(f"{where}: image_size={image_size}: expected at least patch_size={sizes['patch_size']}")
+    if str(values["hidden_act"]) not in _ACTIVATIONS:
+        raise unknown(f"{where}: hidden_act", values["hidden_act"], _ACTIVATIONS)
+    clip = kind == "clip_vision_model"
     return EncoderSpec(
-        name=f"{kind.split('_')[0]}-{fields['hidden_size']}x{depth}-{fields['patch_size']}-{fields['image_size']}",
-        image_size=fields["image_size"],
-        patch_size=fields["patch_size"],
-        width=fields["hidden_size"],
-        depth=depth,
-        heads=fields["num_attention_heads"],
-        mlp_width=fields["intermediate_size"],
-        activation=_ACTIVATIONS[fields["hidden_act"]],
+        name=f"{kind.split('_')[0]}-{width}x{depth}-{sizes['patch_size']}-{image_size}",
+        **sizes,
+        activation=_ACTIVATIONS[values["hidden_act"]],
         class_token=clip,
         patch_bias=not clip,
         pre_norm=clip,
-        pooling_head=not clip and bool(fields["vision_use_head"]),
-        norm_eps=float(eps),
+        pooling_head=not clip and bool(values["vision_use_head"]),
+        norm_eps=fields.number(values, "layer_norm_eps", where, float),
         feature_layer=depth if clip else 0,
         interpolation="bicubic",  # the family's preprocessing, for folders without a processor
         **({"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD, "resize": "crop"} if clip else {}),
@@ -120,7 +113,7 @@ def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**({"model_type": outer} if outer else {}), **inner}
 
 
-def _whole(value: Any, name: str, where: str) -> int:
+def _size(value: Any, name: str, where: str) -> int:
     """A positive integer; a pair of equal sides counts as one."""
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
@@ -214,16 +207,12 @@ def encoder_config(spec: EncoderSpec) -> dict[str, Any]:
     if len({spec.class_token, spec.pre_norm, not spec.patch_bias}) > 1 or (spec.class_token and spec.pooling_head):
         raise UserError(f"encoder {spec.name}: neither SigLIP nor CLIP, so no transformers model has its layers")
     activations = {name: hf_name for hf_name, name in reversed(_ACTIVATIONS.items())}
-    fields = {
+    config = {
         "model_type": "clip_vision_model" if spec.class_token else "siglip_vision_model",
-        "hidden_size": spec.width,
-        "intermediate_size": spec.mlp_width,
+        **{name: getattr(spec, field) for field, name in _SIZES.items()},
         "num_hidden_layers": spec.blocks,
-        "num_attention_heads": spec.heads,
         "num_channels": 3,
-        "image_size": spec.image_size,
-        "patch_size": spec.patch_size,
         "hidden_act": activations[spec.activation],
         "layer_norm_eps": spec.norm_eps,
     }
-    return fields if spec.class_token else {**fields, "vision_use_head": spec.pooling_head}
+    return config if spec.class_token else {**config, "vision_use_head": spec.pooling_head}

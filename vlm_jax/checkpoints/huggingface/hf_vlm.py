@@ -26,14 +26,9 @@ FIXED = {"quantization_config": (None,), "is_encoder_decoder": (False,), "add_cr
 _SELECT = {"default": True, "full": False}  # whether the class token is dropped
 
 
-def _where(weights: TensorFiles) -> str:
-    """config.json, for error messages."""
-    return str((weights.path if weights.path.suffix != ".safetensors" else weights.path.parent) / "config.json")
-
-
 def encoder_only(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """A row of `inspection.architectures`: SigLIP or CLIP."""
-    where, prefix = _where(weights), hf_encoder.prefix_of(weights)
+    where, prefix = str(fields.config_path(weights.path)), hf_encoder.prefix_of(weights)
     if str(config.get("model_type")) not in hf_encoder.DEFAULTS:
         read = {*OUTER, "vision_config_dict", "text_config_dict", "projection_dim", "logit_scale_init_value"}
         fields.check(config, where, read, FIXED)
@@ -47,7 +42,7 @@ def llava(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """A row of `inspection.architectures`: LLaVA-1.5 (arXiv 2310.03744). The patches of an inner layer go through an
     MLP with exact GELU and replace the prompt's image tokens; attention is causal.
     """
-    where = _where(weights)
+    where = str(fields.config_path(weights.path))
     fixed = {"projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,)}
     read = {*OUTER, "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length", "vocab_size"}
     fields.check(config, where, read, {**FIXED, **fixed})
@@ -73,7 +68,7 @@ def paligemma(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     """A row of `inspection.architectures`: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555). All patches
     go through one linear layer; attention over image and prompt is bidirectional.
     """
-    where = _where(weights)
+    where = str(fields.config_path(weights.path))
     # Sizes are read from the parts' configs; transformers ignores those of the whole too.
     read = {*OUTER, "projection_dim", "hidden_size", "num_hidden_layers", "vocab_size"}
     fields.check(config, where, read, FIXED)
@@ -91,7 +86,7 @@ def _whole(
     mask: str,
     image_token: int,
 ) -> CheckpointInfo:
-    where = _where(weights)
+    where = str(fields.config_path(weights.path))
     image_token = config.get("image_token_index", config.get("image_token_id", image_token))
     text = config.get("text_config")
     if not isinstance(image_token, int) or image_token < 0:
@@ -157,9 +152,12 @@ def export_kind(spec: ModelSpec) -> str:
     )
 
 
-def export_config(spec: ModelSpec, image_token: int) -> dict[str, Any]:
+def export_config(spec: ModelSpec, image_token: int | None) -> dict[str, Any]:
     """config.json of a whole model. The vision tower's depth is the number of layers we have."""
-    kind, vision = export_kind(spec), hf_encoder.encoder_config(spec.encoder)
+    kind = export_kind(spec)
+    if image_token is None:
+        raise UserError("the model's vocabulary has no image token (export the decoder or encoder alone)")
+    vision = hf_encoder.encoder_config(spec.encoder)
     shared = {
         "architectures": [kind],
         "vision_config": vision,
@@ -182,7 +180,6 @@ def export_config(spec: ModelSpec, image_token: int) -> dict[str, Any]:
 
 def export_tables(spec: ModelSpec) -> dict[str, TensorTable]:
     """Part -> table under the names that every version of transformers reads."""
-    export_kind(spec)
     return {
         "encoder": hf_encoder.encoder_table(spec.encoder, "vision_tower.vision_model."),
         "connector": projector_table(spec.projector, spec.encoder.width, spec.decoder.width, _PROJECTOR),

@@ -17,9 +17,8 @@ _MAX_NUMBER = 1e30
 
 def with_processor_files(encoder: EncoderSpec, path: Path) -> EncoderSpec:
     """The encoder with the preprocessing of its weights at `path`, a folder or a file in one: `image_processor` of
-    processor_config.json, else preprocessor_config.json, else unchanged. The image size stays.
-
-    Raises `UserError` for a processor that is not supported.
+    processor_config.json, else preprocessor_config.json, else unchanged. The image size stays. Raises `UserError` for a
+    processor that is not supported.
     """
     folder = path if path.is_dir() else path.parent
     for name in NAMES:
@@ -36,7 +35,6 @@ def with_processor_files(encoder: EncoderSpec, path: Path) -> EncoderSpec:
 
 def with_processor(encoder: EncoderSpec, config: Mapping[str, Any], where: str) -> EncoderSpec:
     """The encoder with the preprocessing of an image processor's config; missing fields keep the encoder's values.
-
     Raises `UserError` with `where` and the field's name.
     """
     for name in ("do_resize", "do_rescale", "do_normalize"):
@@ -96,12 +94,9 @@ def processor_config(encoder: EncoderSpec) -> dict[str, Any]:
         sizes = {"size": {"shortest_edge": encoder.shortest_edge or size}, "crop_size": square}
     return {
         "image_processor_type": f"{kinds[encoder.resize]}ImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
         "do_pad": encoder.resize == "pad",
         "do_center_crop": encoder.resize != "squash",
-        "do_rescale": True,
-        "do_normalize": True,
         **sizes,
         "resample": _FILTERS.index(encoder.interpolation),
         "rescale_factor": encoder.pixel_rescale,
