@@ -148,7 +148,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("vlm_jax.train", "--workdir", workdir): "--config",
         ("vlm_jax.evaluate", "--workdir", workdir): "spec.json",
         ("vlm_jax.evaluate", "--workdir", str(trained), "--rows", f"{home}/text.png/r"): "r: cannot write rows here",
-        ("vlm_jax.evaluate", "--workdir", f"{home}/lost"): "checkpoint of step 6, the newest intact one is of step 3",
+        ("vlm_jax.evaluate", "--workdir", f"{home}/lost"): "checkpoint of step 6, the latest intact one is of step 3",
         ("vlm_jax.predict", "--model", str(trained), "--image", f"{home}/text.png", "--prompt", "x"): "text.png",
         ("experiments.launch", "--grid", "configs/grids/demo.py", "--workdir", str(half), "--dry-run"): "rows.jsonl:1",
         ("experiments.report", "--workdir", workdir): "rows.jsonl",

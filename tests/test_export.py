@@ -14,7 +14,7 @@ from tests.golden import peers_decoders as peers
 from tests.golden.drawn import weights
 from vlm_jax import build, export, job
 from vlm_jax.checkpoints import inspection, orbax
-from vlm_jax.checkpoints.tensor_tables import open_weights
+from vlm_jax.checkpoints.tensor_files import open_weights
 from vlm_jax.core.errors import UserError
 from vlm_jax.models.vlm import Vlm
 
@@ -61,9 +61,9 @@ def test_large_models_are_split_and_cast(tmp_path, published: Path) -> None:
 
 def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path, published: Path) -> None:
     for told, words in {
-        "there is something already": ["--out", str(published)],
+        "already exists": ["--out", str(published)],
         "the model has no encoder": ["--out", str(tmp_path / "a"), "--part", "encoder"],
-        "holds an image tower": ["--out", str(tmp_path / "a.npz")],
+        "expected a model with an encoder for a .npz": ["--out", str(tmp_path / "a.npz")],
         "cannot be written": ["--out", str(published / "config.json" / "a")],
         "must be positive": ["--out", str(tmp_path / "a"), "--max-shard-gb", "0"],
         "-gb nan must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "nan"],
@@ -75,7 +75,7 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path, published:
 
 
 def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
-    """Its whole has a compressor, which no public class has."""
+    """The whole model has a compressor, which no class of transformers has."""
     model = builders.model()
     params = builders.params(Vlm(model, builders.COMPUTE))
     network = SimpleNamespace(model=Vlm(model, builders.COMPUTE), encoder=params.pop("encoder"))

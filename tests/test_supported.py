@@ -76,7 +76,7 @@ def test_a_model_is_written_as_its_row_says(row: list[str], tmp_path: Path) -> N
         parts = ModelSpec(there.encoder, None, None, there.decoder, there.mask)
         spec = inspection.model_spec(there) if whole else parts
         if ".npz" in name:
-            exporting.check_npz(place / "out.npz", spec)
+            exporting.check(place / "out.npz", spec, None)
         else:
             kinds |= set(exporting.layout(spec, there.image_token)[0]["architectures"])
     if ".npz" not in name:

@@ -170,8 +170,8 @@ def _prepared(spec: RunSpec) -> EncoderSpec:
     if not spec.encoder_checkpoint:
         return encoder
     if path.suffix == ".npz":
-        return processors.prepared(encoder, path)
-    source = processors.prepared(inspection.inspect(path).encoder or encoder, path)
+        return processors.with_processor_files(encoder, path)
+    source = processors.with_processor_files(inspection.inspect(path).encoder or encoder, path)
     return dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
 
 

@@ -91,7 +91,7 @@ def _read(
         return spec, params, None
     there = inspection.inspect(path)
     if there.encoder is not None:
-        there = there._replace(encoder=processors.prepared(there.encoder, path))
+        there = there._replace(encoder=processors.with_processor_files(there.encoder, path))
     whole = there.encoder is not None and there.decoder is not None
     spec = inspection.model_spec(there) if whole else ModelSpec(there.encoder, None, None, there.decoder, there.mask)
     spec = exporting.part_of(spec, part)

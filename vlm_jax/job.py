@@ -93,7 +93,7 @@ def train(
 def _sound_step(checkpoints: Checkpoints, on_notice: Callable[[str], None]) -> int:
     """The step to resume from; 0 for the start. Damaged checkpoints are moved aside."""
     damaged = {}
-    step = checkpoints.newest_sound(damaged.__setitem__)
+    step = checkpoints.latest_intact(damaged.__setitem__)
     for other, what in damaged.items():
         aside = checkpoints.set_aside(other)
         on_notice(f"checkpoint {other} is damaged ({what}): moved to {aside}, resuming from step {step}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import grain
 from absl import flags
 
-from vlm_jax.data import reading
+from experiments.glyph_encoder import reading
 
 
 class Page(NamedTuple):

@@ -4,7 +4,7 @@
     file
     python -m experiments.glyph_encoder.train --steps 200 --out /tmp/encoder.npz
 
-Every patch predicts the digit, shape and colour on it (`data.reading`). The readout is thrown away; the encoder is
+Every patch predicts the digit, shape and colour on it (`reading`). The readout is thrown away; the encoder is
 saved as the image side of a big_vision checkpoint, and the study starts from it as one starts from a public SigLIP.
 """
 
@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.glyph_encoder import reading
 from experiments.glyph_encoder.pages import Page, pages
 from vlm_jax.checkpoints import big_vision
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.axes import VISION, VOCAB
 from vlm_jax.core.specs import ComputeSpec, OptimSpec, StageSpec
 from vlm_jax.core.structs import LossSums
-from vlm_jax.data import reading
 from vlm_jax.distributed import partitioning
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import initializers

@@ -50,10 +50,10 @@ def copy(folder: str) -> dict:
     """The bytes of the file in fresh memory, in the file's order: what no loader that owns its weights can go below."""
     import numpy as np
 
-    from vlm_jax.checkpoints import tensor_tables
+    from vlm_jax.checkpoints import tensor_files
 
     before, cpu, start = _memory("VmRSS"), time.process_time(), time.perf_counter()
-    there = tensor_tables.open_weights(folder)
+    there = tensor_files.open_weights(folder)
     held = [np.copy(there.read(name)) for name in there.shapes]
     return _result(start, cpu, before, sum(array.nbytes for array in held))
 

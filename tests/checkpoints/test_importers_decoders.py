@@ -141,8 +141,8 @@ REFUSED = {
     "num_key_value_heads=5": ("llama3.1-8b", {"num_key_value_heads": 5}),
     "hidden_size='4096'": ("llama3.1-8b", {"hidden_size": "4096"}),
     "tie_word_embeddings='false'": ("llama3.1-8b", {"tie_word_embeddings": "false"}),
-    "rope_theta stands beside": ("gemma3-1b", {"rope_parameters": {"rope_theta": 1e6}}),
-    "only the plain kind": (
+    "rope_theta belongs in one": ("gemma3-1b", {"rope_parameters": {"rope_theta": 1e6}}),
+    "expected rope_type='default'": (
         "gemma3-1b",
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
     ),

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests import builders
-from vlm_jax.checkpoints import inspection, tensor_tables
+from vlm_jax.checkpoints import inspection, tensor_files, tensor_tables
 from vlm_jax.checkpoints.huggingface import hf_decoder
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
@@ -61,7 +61,7 @@ def test_any_placement_holds_the_same_numbers(tmp_path, strategy: str) -> None:
     heard: list[int] = []
     spread = inspection.load_parts(there, plan=plan, on_tensor=heard.append)["decoder"]
     assert tree.sha256(spread) == tree.sha256(inspection.load_parts(there)["decoder"])
-    assert sum(heard) == there.weights.size_bytes
+    assert sum(heard) == inspection.size_bytes(there)
     shards = jax.tree.map(lambda leaf: leaf.sharding, spread)
     assert tree.flatten(shards) == tree.flatten(plan.shardings(inspection.boxed(there, "decoder")))
     kernel = spread["blocks"]["mlp"]["up"]["kernel"]
@@ -93,7 +93,7 @@ def test_written_and_read_is_the_same_bytes(tmp_path, max_shard_bytes: int) -> N
     params = inspection.load_parts(inspection.inspect(folder(tmp_path / "in", arrays)))["decoder"]
     out.mkdir()
     tensor_tables.save_params(out, [(params, TABLE)], max_shard_bytes)
-    again = tensor_tables.open_weights(out)
+    again = tensor_files.open_weights(out)
     assert set(again.shapes) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(again.read(name), array)
@@ -117,7 +117,7 @@ def test_parts_of_one_tensor_are_cut_and_joined(tmp_path) -> None:
         for k, name in enumerate("qkv")
     }
     boxed = {name: jax.ShapeDtypeStruct((2, 5, 4), "float32") for name in "qkv"}
-    params = tensor_tables.load_params(tensor_tables.open_weights(tmp_path / "fused.npz"), table, boxed, None)
+    params = tensor_tables.load_params(tensor_files.open_weights(tmp_path / "fused.npz"), table, boxed, None)
     np.testing.assert_array_equal(params["k"], fused[:, 1].transpose(0, 2, 1))
     ((name, back),) = tensor_tables.tensors(params, table)
     assert name == "qkv"
@@ -127,7 +127,7 @@ def test_parts_of_one_tensor_are_cut_and_joined(tmp_path) -> None:
 def test_bfloat16_in_an_npz_is_known_by_its_two_bytes(tmp_path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16)
     np.savez(tmp_path / "a.npz", **{"params/x": array})
-    there = tensor_tables.open_weights(tmp_path / "a.npz")
+    there = tensor_files.open_weights(tmp_path / "a.npz")
     assert there.shapes == {"params/x": ((2, 3), np.dtype(ml_dtypes.bfloat16))}
     np.testing.assert_array_equal(there.read("params/x"), array)
 
@@ -141,10 +141,8 @@ def test_missing_misshapen_and_unknown_tensors_are_all_named(tmp_path) -> None:
     told = str(error.value)
     assert "3 tensor(s) do not fit" in told
     assert "model.layers.1.mlp.up_proj.weight is missing (the file has model.layers.1.mlp.up_projection.weight)" in told
-    assert "model.norm.weight has shape [9], [16] is wanted" in told
-    assert (
-        "model.layers.1.mlp.up_projection.weight is not known (expected is model.layers.1.mlp.up_proj.weight)" in told
-    )
+    assert "model.norm.weight: expected shape [16], got [9]" in told
+    assert "model.layers.1.mlp.up_projection.weight is unexpected (expected model.layers.1.mlp.up_proj.weight)" in told
 
 
 def test_many_differences_are_counted(tmp_path) -> None:
@@ -199,21 +197,21 @@ def _whole_numbers(path) -> None:
 
 NESTED = "[" * 10**5
 BROKEN = {
-    "q_proj.weight holds int8": _whole_numbers,
+    "q_proj.weight: expected floating-point weights, got int8": _whole_numbers,
     "config.json: not valid JSON (maximum recursion": lambda path: _config(path, NESTED),
     "index.json: not an index of weights (maximum": lambda path: _index(path, NESTED),
-    "names 1, which is no file": lambda path: _index(path, '{"weight_map": {"x": 1}}'),
-    "names None, which is no file": lambda path: _index(path, '{"weight_map": {"x": null}}'),
+    "expected names of files beside it, got 1": lambda path: _index(path, '{"weight_map": {"x": 1}}'),
+    "expected names of files beside it, got None": lambda path: _index(path, '{"weight_map": {"x": null}}'),
     "num_hidden_layers=10000000, but": lambda path: _config(path, json.dumps({**CONFIG, "num_hidden_layers": 10**7})),
     "unknown architecture 'GPT2LMHeadModel': valid": lambda path: _config(
         path, json.dumps({**CONFIG, "architectures": ["GPT2LMHeadModel"]})
     ),
     "not a complete safetensors file": _truncated,
     "model.safetensors: not a complete": _of_noise,
-    "names model-00001-of-00002.safetensors, which is not there": _shard_gone,
-    "'../secret.safetensors', which is no file beside it": _shard_outside,
+    "model-00001-of-00002.safetensors does not exist": _shard_gone,
+    "expected names of files beside it, got '../secret.safetensors'": _shard_outside,
     "torch": _torch_alone,
-    "no weights here": lambda path: (path / "model.safetensors").unlink(),
+    "no weights": lambda path: (path / "model.safetensors").unlink(),
     "config.json: missing": lambda path: (path / "config.json").unlink(),
     "config.json: not valid JSON": lambda path: (path / "config.json").write_text("{"),
     "unknown architecture 'LlamaForCausalM': did you mean 'LlamaForCausalLM'": lambda path: (
@@ -239,7 +237,7 @@ def test_a_cut_npz_is_told(tmp_path) -> None:
     for size in (0, 100, len(data) - 30):
         (tmp_path / "a.npz").write_bytes(data[:size])
         with pytest.raises(UserError, match=r"a\.npz: not a readable \.npz"):
-            tensor_tables.open_weights(tmp_path / "a.npz")
+            tensor_files.open_weights(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("header", ["{'descr': (", "{'descr': [[]], 'shape': 1}", "(" * 9000, "{" + "1:" * 50])
@@ -247,7 +245,7 @@ def test_an_npz_with_a_strange_header_is_told(tmp_path, header: str) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
     with pytest.raises(UserError, match=r"a\.npz: not a readable \.npz"):
-        tensor_tables.open_weights(tmp_path / "a.npz")
+        tensor_files.open_weights(tmp_path / "a.npz")
 
 
 def test_no_tensor_is_read_before_it_is_wanted(tmp_path, monkeypatch) -> None:
@@ -255,7 +253,9 @@ def test_no_tensor_is_read_before_it_is_wanted(tmp_path, monkeypatch) -> None:
     path = folder(tmp_path)
     monkeypatch.setattr(np, "memmap", None)
     there = inspection.inspect(path)
-    assert there.weights.size_bytes == sum(math.prod(shape) * 4 for shape in tensor_tables.expected([TABLE]).values())
+    assert inspection.size_bytes(there) == sum(
+        math.prod(shape) * 4 for shape in tensor_tables.expected([TABLE]).values()
+    )
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp_tensor"])
@@ -280,6 +280,6 @@ def test_layers_stacked_in_the_file_are_read_one_by_one(tmp_path) -> None:
     }
     box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 3), "float32"), ("embed", "mlp"))
     table, boxed = inspection.unstack_table(table, 2), {f"blocks_{i}": {"k": box, "v": box} for i in range(2)}
-    params = tensor_tables.load_params(tensor_tables.open_weights(tmp_path / "fused.npz"), table, boxed, None)
+    params = tensor_tables.load_params(tensor_files.open_weights(tmp_path / "fused.npz"), table, boxed, None)
     np.testing.assert_array_equal(params["blocks_1"]["v"], fused[1, 1].T)
     np.testing.assert_array_equal(params["blocks_0"]["k"], fused[0, 0].T)

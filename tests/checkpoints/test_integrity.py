@@ -28,7 +28,7 @@ def saved(tmp_path: Path) -> Path:
 
 def newest(workdir: Path) -> tuple[int | None, dict[int, str]]:
     store, told = Checkpoints(workdir, keep=9), {}
-    step = store.newest_sound(told.__setitem__)
+    step = store.latest_intact(told.__setitem__)
     store.close()
     return step, told
 

@@ -14,7 +14,7 @@ from vlm_jax import export
 from vlm_jax.checkpoints import inspection
 from vlm_jax.checkpoints.huggingface import hf_config
 from vlm_jax.checkpoints.huggingface.fields import harmless
-from vlm_jax.checkpoints.tensor_tables import open_weights
+from vlm_jax.checkpoints.tensor_files import open_weights
 from vlm_jax.core.errors import UserError
 
 pytestmark = [*MARKS, with_transformers]
@@ -111,13 +111,13 @@ def test_torch_files_that_are_no_plain_weights_are_told(tmp_path, archive: bool)
 
     one = torch.ones(2, 2)
     for told, content in {
-        "not Tensor": one,
-        "not list": [one],
-        "not NoneType": {"state_dict": None},
-        "a tensor is called 3": {3: one},
-        "x is a torch.sparse_coo tensor": {"x": one.to_sparse()},
-        "x is a torch.strided tensor of torch.complex64": {"x": one.to(torch.complex64)},
-        "torch finds no plain weights": {"x": Path("a")},
+        "got Tensor": one,
+        "got list": [one],
+        "got NoneType": {"state_dict": None},
+        "the key 3": {3: one},
+        "x: .* got a torch.sparse_coo tensor": {"x": one.to_sparse()},
+        "x: .* got a torch.strided tensor of torch.complex64": {"x": one.to(torch.complex64)},
+        "objects that would have to run code": {"x": Path("a")},
     }.items():
         torch.save(content, tmp_path / "a.bin", _use_new_zipfile_serialization=archive)
         with pytest.raises(UserError, match=told) as error:

@@ -12,7 +12,8 @@ from vlm_jax.checkpoints.huggingface import hf_encoder, hf_vlm
 from vlm_jax.checkpoints.huggingface.hf_config import FAMILIES
 from vlm_jax.checkpoints.info import CheckpointInfo
 from vlm_jax.checkpoints.inspection import inspect, load_parts, model_spec
-from vlm_jax.checkpoints.tensor_tables import TensorFiles, expected
+from vlm_jax.checkpoints.tensor_files import TensorFiles
+from vlm_jax.checkpoints.tensor_tables import expected
 from vlm_jax.core.errors import UserError
 from vlm_jax.sizing import cost, zoo
 
@@ -108,9 +109,9 @@ VISION_TROUBLE = [
     ("siglip_vision", {"num_attention_heads": 3}, "num_attention_heads=3"),
     ("siglip_vision", {"rope_theta": 1e4}, "rope_theta"),
     ("siglip_vision", {"architectures": ["Siglip2VisionModel"]}, "Siglip2VisionModel.*did you mean.*SiglipVisionModel"),
-    ("siglip_vision", {"hidden_size": 32}, "has shape"),
+    ("siglip_vision", {"hidden_size": 32}, "expected shape"),
     ("siglip_vision", {"num_hidden_layers": 4}, r"encoder\.layers\.3.* is missing"),
-    ("siglip_vision", {"num_hidden_layers": 2}, r"encoder\.layers\.2.* is not known"),
+    ("siglip_vision", {"num_hidden_layers": 2}, r"encoder\.layers\.2.* is unexpected"),
     ("siglip", {"vision_config": None}, "vision_config is missing"),
     ("llava", {"projector_hidden_act": "silu"}, "projector_hidden_act='silu'"),
     ("llava", {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
@@ -139,5 +140,5 @@ def test_an_archive_without_an_image_tower_is_told(tmp_path) -> None:
 
 
 def test_a_tower_without_a_language_model_is_no_whole_model(tmp_path) -> None:
-    with pytest.raises(UserError, match="SiglipVisionModel is no whole model: it has encoder"):
+    with pytest.raises(UserError, match="expected a whole model, got SiglipVisionModel"):
         model_spec(inspect(write(tmp_path, "siglip_vision")))

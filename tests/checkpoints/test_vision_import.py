@@ -18,7 +18,8 @@ from tests.golden import drawn
 from tests.golden import peers_vision as peers
 from vlm_jax.checkpoints.huggingface import exporting, hf_encoder
 from vlm_jax.checkpoints.inspection import inspect, load_parts, model_spec
-from vlm_jax.checkpoints.tensor_tables import load_params, open_weights
+from vlm_jax.checkpoints.tensor_files import open_weights
+from vlm_jax.checkpoints.tensor_tables import load_params
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
@@ -54,7 +55,7 @@ def tower(folder: Path, **view: Any) -> tuple[Encoder, Any]:
     prefix = hf_encoder.prefix_of(weights)
     encoder = Encoder(spec, builders.COMPUTE)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, spec.image_size, spec.image_size, 3)))
-    ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(spec, prefix))
+    ignore = (*hf_encoder.IGNORED, *hf_encoder.unused(spec, prefix))
     return encoder, load_params(
         weights, hf_encoder.encoder_table(spec, prefix), boxed["params"], None, "float32", ignore
     )

@@ -1,4 +1,4 @@
-"""Image files to pixels, against what the reference's own processors make of them, and bad files told in one line."""
+"""Image preprocessing equals that of the reference's processors; errors of bad files are one line."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_pixels_are_the_processors(tmp_path, name: str) -> None:
     """Bit for bit, for images that are wide, tall, square and too small; from its own configuration file."""
     config = json.loads(str(HF[f"images/{name}/config"]))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    spec = processors.prepared(encoder("siglip" if name.startswith("siglip") else "clip"), tmp_path)
+    spec = processors.with_processor_files(encoder("siglip" if name.startswith("siglip") else "clip"), tmp_path)
     np.testing.assert_array_equal(prepare(peers.pictures(), spec), HF[f"images/{name}"])
 
 
@@ -54,7 +54,7 @@ def test_the_device_normalises_as_the_host(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_a_folder_without_a_processor_takes_the_familys_defaults(tmp_path, name: str) -> None:
-    spec = processors.prepared(encoder(name), tmp_path)
+    spec = processors.with_processor_files(encoder(name), tmp_path)
     np.testing.assert_array_equal(prepare(peers.pictures(), spec), HF[f"images/{name}"])
 
 
@@ -62,12 +62,12 @@ def test_the_processor_inside_processor_config_json_comes_first(tmp_path) -> Non
     """Newer folders hold it there; an older preprocessor_config.json beside it says nothing any more."""
     inner = json.loads(str(HF["images/siglip_bilinear/config"]))
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner, "processor_class": "X"}))
-    assert processors.prepared(encoder("siglip"), tmp_path).interpolation == "bilinear"
+    assert processors.with_processor_files(encoder("siglip"), tmp_path).interpolation == "bilinear"
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**inner, "resample": 3, "image_mean": [0.9] * 3}))
-    spec = processors.prepared(encoder("siglip"), tmp_path)
+    spec = processors.with_processor_files(encoder("siglip"), tmp_path)
     assert (spec.interpolation, spec.pixel_mean) == ("bilinear", (0.1, 0.2, 0.3))
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
-    spec = processors.prepared(encoder("siglip"), tmp_path)
+    spec = processors.with_processor_files(encoder("siglip"), tmp_path)
     assert (spec.interpolation, spec.pixel_mean) == ("bicubic", (0.9, 0.9, 0.9))
 
 
@@ -103,7 +103,7 @@ def test_another_resolution_keeps_the_way_of_cutting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("do_resize", False, "do_resize"),
         ("size", {"height": 18, "width": 20}, "square"),
@@ -116,25 +116,25 @@ def test_another_resolution_keeps_the_way_of_cutting() -> None:
         ("image_std", [0, 0, 0], "image_std"),
     ],
 )
-def test_what_a_processor_asks_and_we_do_not_do_is_named(field: str, value: object, told: str) -> None:
+def test_errors_name_the_unsupported_field_of_a_processor(field: str, value: object, message: str) -> None:
     config = {"size": {"height": 18, "width": 18}, field: value}
-    with pytest.raises(UserError, match=f"conf.json: .*{told}"):
+    with pytest.raises(UserError, match=f"conf.json: .*{message}"):
         processors.with_processor(encoder("siglip"), config, "conf.json")
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad"])
-def test_an_image_that_is_too_thin_to_be_scaled_is_told(resize: str) -> None:
-    """Neither is scaled to 336 x 33,600,000, nor filled up to a square of 100,000."""
+def test_an_image_too_thin_to_be_resized_is_rejected(resize: str) -> None:
+    """Its resized copy would have 336 x 33,600,000 pixels, its padded square a side of 100,000."""
     spec = dataclasses.replace(encoder("clip"), image_size=336, resize=resize)
     with pytest.raises(UserError, match="100000 x 1 is too long and thin"):
         images.fit([np.zeros((1, 100_000, 3), np.uint8)], spec)
 
 
-def test_a_processor_file_that_is_no_json_is_told(tmp_path) -> None:
-    for content, told in (("{", "not valid JSON"), ("[1]", "expected an object")):
+def test_errors_name_a_processor_file_without_a_json_object(tmp_path) -> None:
+    for content, message in (("{", "not valid JSON"), ("[1]", "expected an object")):
         (tmp_path / "preprocessor_config.json").write_text(content)
-        with pytest.raises(UserError, match=rf"preprocessor_config\.json: {told}"):
-            processors.prepared(encoder("siglip"), tmp_path)
+        with pytest.raises(UserError, match=rf"preprocessor_config\.json: {message}"):
+            processors.with_processor_files(encoder("siglip"), tmp_path)
 
 
 def turned(picture: np.ndarray) -> Image.Image:
@@ -184,8 +184,8 @@ def test_what_is_transparent_lies_on_white(mode: str) -> None:
     elif mode != "RGBA":
         image = image.convert(mode)
         colour = np.asarray(image.convert("RGB"))  # of blue: its grey, or the palette's nearest
-    wanted = 255 + (colour - 255.0) * (alpha[..., None] / 255)
-    assert np.abs(images.read_image(image) - wanted).max() <= 1
+    expected = 255 + (colour - 255.0) * (alpha[..., None] / 255)
+    assert np.abs(images.read_image(image) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
@@ -193,7 +193,7 @@ def test_grey_of_16_bits_is_scaled_by_its_depth(tmp_path, mode: str) -> None:
     """0 ... 65535 to 0 ... 255, to the nearest: from a file, and as a PIL image that knows what it is."""
     levels = np.random.default_rng(0).integers(0, 65536, (9, 14))
     levels[0, :2] = 0, 65535
-    wanted = np.repeat(np.rint(levels / 257)[..., None], 3, axis=-1)
+    expected = np.repeat(np.rint(levels / 257)[..., None], 3, axis=-1)
     if mode == "I":
         header = f"P5 {levels.shape[1]} {levels.shape[0]} 65535\n".encode()
         path = tmp_path / "deep.pgm"
@@ -201,15 +201,15 @@ def test_grey_of_16_bits_is_scaled_by_its_depth(tmp_path, mode: str) -> None:
     else:
         path = tmp_path / "deep.png"
         image = Image.frombytes(mode, levels.shape[::-1], levels.astype(">u2" if mode[-1] == "B" else "<u2").tobytes())
-        np.testing.assert_array_equal(images.read_image(image), wanted)
+        np.testing.assert_array_equal(images.read_image(image), expected)
         image.save(path)
-    np.testing.assert_array_equal(images.read_image(path), wanted)
+    np.testing.assert_array_equal(images.read_image(path), expected)
     with Image.open(path) as opened:
-        np.testing.assert_array_equal(images.read_image(opened), wanted)
+        np.testing.assert_array_equal(images.read_image(opened), expected)
 
 
 @pytest.mark.parametrize(
-    ("image", "told"),
+    ("image", "message"),
     [
         (np.zeros((5, 4, 3), np.int32), r"int32\[5, 4, 3\]"),
         (np.zeros((5, 4, 3), np.uint16), r"uint16\[5, 4, 3\]"),
@@ -226,8 +226,8 @@ def test_grey_of_16_bits_is_scaled_by_its_depth(tmp_path, mode: str) -> None:
         (7, "got int"),
     ],
 )
-def test_numbers_of_unknown_range_are_refused_by_name(image: object, told: str) -> None:
-    with pytest.raises(UserError, match=f"^image 3: .*{told}"):
+def test_values_of_unknown_range_are_rejected(image: object, message: str) -> None:
+    with pytest.raises(UserError, match=f"^image 3: .*{message}"):
         images.read_image(image, "image 3")
 
 
@@ -239,16 +239,16 @@ def test_only_image_formats_are_opened(tmp_path) -> None:
         images.read_image(path)
 
 
-def test_bad_image_files_are_told_in_one_line(tmp_path) -> None:
+def test_errors_of_bad_image_files_are_one_line(tmp_path) -> None:
     with pytest.raises(UserError, match="no such image"):
         images.read_image(tmp_path / "none.png")
     whole = tmp_path / "whole.png"
     Image.fromarray(peers.pictures()[0]).save(whole)
     for content in (whole.read_bytes()[:200], b"", b"not an image", whole.read_bytes()[:60]):
         (tmp_path / "bad.png").write_bytes(content)
-        with pytest.raises(UserError, match=r"bad\.png: not a readable image") as told:
+        with pytest.raises(UserError, match=r"bad\.png: not a readable image") as message:
             images.read_image(tmp_path / "bad.png")
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(message.value)
         with pytest.raises(UserError, match=r"^image: not a readable image"):
             images.read_image(content)
     with pytest.raises(UserError, match="not a readable image"):
@@ -256,7 +256,7 @@ def test_bad_image_files_are_told_in_one_line(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("side", [12_000, 40_000])
-def test_a_giant_image_is_refused_unread(tmp_path, side: int) -> None:
+def test_a_giant_image_is_rejected_unread(tmp_path, side: int) -> None:
     """A file of a hundred bytes that claims 144 or 1,600 million pixels."""
     path = tmp_path / "giant.png"
     Image.new("1", (8, 8)).save(path)

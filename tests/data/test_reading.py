@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vlm_jax.data import glyphs, reading
+from experiments.glyph_encoder import reading
+from vlm_jax.data import glyphs
 
 
 def test_labels_follow_the_rule_patch_by_patch():

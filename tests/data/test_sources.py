@@ -29,7 +29,7 @@ def test_building_twice_gives_the_same_bytes(dataset, config, data_dir, tmp_path
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_a_split_holds_the_records_of_its_builder(dataset, config, name, data_dir, tmp_path):
     split = sources.load(dataset, config, name, data_dir)
-    builder = sources._builder_class(dataset)(config=config, data_dir=tmp_path)
+    builder = sources._locate(dataset, config, tmp_path)[0](config=config, data_dir=tmp_path)
     records = [record for _, record in builder._generate_examples(name)]
     assert split.ids == tuple(r["id"] for r in records)
     assert split.family == dataset.removeprefix("glyph_")
@@ -90,10 +90,10 @@ def test_pixels_reach_the_batch(data_dir):
         ("glyph_orc", "rows4_tiny", "train", "unknown dataset 'glyph_orc': did you mean 'glyph_ocr'"),
         ("glyph_ocr", "row4_tiny", "train", "unknown config of glyph_ocr 'row4_tiny': did you mean 'rows4_tiny'"),
         ("glyph_ocr", "rows4_tiny", "trian", "unknown split 'trian': did you mean 'train'"),
-        ("glyph_ocr", "rows4", "train", "is not there: build glyph_ocr/rows4 first"),
+        ("glyph_ocr", "rows4", "train", "does not exist: build glyph_ocr/rows4"),
     ],
 )
-def test_names_that_do_not_exist(dataset, config, split, message, data_dir):
+def test_unknown_names_are_rejected(dataset, config, split, message, data_dir):
     with pytest.raises(UserError, match=message):
         sources.load(dataset, config, split, data_dir)
 
@@ -137,7 +137,7 @@ def _build_and_load(folder):
         _other_recipe,
     ],
 )
-def test_a_broken_folder_is_named_with_the_fix(damage, data_dir, tmp_path):
+def test_errors_name_a_damaged_folder_and_the_fix(damage, data_dir, tmp_path):
     folder = tmp_path / "glyph_ocr" / "rows4_tiny" / "1.0.0"
     shutil.copytree(data_dir / "glyph_ocr" / "rows4_tiny" / "1.0.0", folder)
     damage(folder)
@@ -148,7 +148,7 @@ def test_a_broken_folder_is_named_with_the_fix(damage, data_dir, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_errors_name_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data folder .*file cannot be written"):
         sources.build("glyph_ocr", "rows4_tiny", tmp_path / "file")

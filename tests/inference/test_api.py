@@ -131,9 +131,9 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
         with pytest.raises(UserError, match=told):
             vlm_jax.generate(model, images, prompts)
     for told, prompts in (
-        ("a prompt is a text", [3]),
-        ("a prompt is a text", [[]]),
-        ("a prompt is a text", [[3]]),
+        ("prompt: expected a string", [3]),
+        ("prompt: expected a string", [[]]),
+        ("prompt: expected a string", [[3]]),
         ("expected a list of texts", 3),
     ):
         with pytest.raises(UserError, match=told):

@@ -154,7 +154,7 @@ def test_a_big_vision_file_without_a_processor_is_bilinear(tmp_path: Path) -> No
     assert (encoder.resize, encoder.interpolation, encoder.pixel_std) == ("squash", "bilinear", (0.5, 0.5, 0.5))
     shutil.copy(source / "processor_config.json", tmp_path / "alone")
     assert vlm_jax.load(tmp_path / "alone" / "model.npz").spec.encoder.interpolation == "bicubic"
-    assert processors.prepared(encoder, source).interpolation == "bicubic"
+    assert processors.with_processor_files(encoder, source).interpolation == "bicubic"
 
 
 @pytest.mark.parametrize("resize", images.RESIZING)
@@ -168,4 +168,4 @@ def test_an_exported_folder_says_how_images_are_prepared(tmp_path: Path, resize:
     spec = dataclasses.replace(builders.model(), encoder=encoder)
     params = builders.params(Vlm(spec, builders.COMPUTE))
     exporting.save_folder(tmp_path / "out", exporting.part_of(spec, "encoder"), params)
-    assert processors.prepared(dataclasses.replace(builders.ENCODER, taps=()), tmp_path / "out") == encoder
+    assert processors.with_processor_files(dataclasses.replace(builders.ENCODER, taps=()), tmp_path / "out") == encoder

@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, tmp_path) -> None
     job.train(run, workdir, lambda log, values: None, on_notice=notices.append, on_start=lambda: notices.append("go"))
     (notice, start) = notices
     assert start == "go"
-    assert f"checkpoint 5 is damaged (state/d/{data.name} is not what was written)" in notice
+    assert f"checkpoint 5 is damaged (state/d/{data.name} has changed since it was written)" in notice
     assert "resuming from step 4" in notice
     assert (workdir / "damaged" / "5").is_dir()
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]

@@ -1,9 +1,8 @@
-"""big_vision's `.npz` checkpoints: flat arrays under slash-joined names. The image tower of SigLIP, alone or beside its
-text tower, and PaliGemma (image tower, linear head, Gemma).
+"""big_vision's `.npz` checkpoints, arrays under slash-joined names: the image tower of SigLIP, with or without its text
+tower, and PaliGemma (image tower, linear head, Gemma).
 
-big_vision keeps blocks apart (`encoderblock_3/...`) or, when it was trained with scan, stacked as we do
-(`encoderblock/...`); both are read. There is no configuration beside the file: sizes follow from the shapes, and what
-has no shape (softcaps, the base of the rotary angles) from the family.
+Blocks are unrolled (`encoderblock_3/...`) or, for models trained with scan, stacked as ours (`encoderblock/...`); both
+are read. There is no config file: sizes are read from the shapes, the rest (softcaps, rope_theta) from the family.
 """
 
 import zipfile
@@ -16,64 +15,61 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints.info import CheckpointInfo
-from vlm_jax.checkpoints.tensor_tables import Leaf, TensorFiles, TensorTable, load_params, open_weights, same, tensors
+from vlm_jax.checkpoints.tensor_files import TensorFiles, open_weights
+from vlm_jax.checkpoints.tensor_tables import Leaf, TensorTable, load_params, same, tensors
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.models.vision import Encoder
 from vlm_jax.sizing import zoo
 
-# Optimiser state, counters, the text tower with its temperature and bias.
-IGNORED = (r"opt/.*", r"(?:.*/)?(?:chrono|states)/.*", r"(?:.*/)?txt/.*", r"(?:params/)?[tb]")
-APART, STACKED = "encoderblock_{i}", "encoderblock"
+# Optimizer state, counters, the text tower with its temperature and bias.
+_IGNORED = (r"opt/.*", r"(?:.*/)?(?:chrono|states)/.*", r"(?:.*/)?txt/.*", r"(?:params/)?[tb]")
+UNROLLED, STACKED = "encoderblock_{i}", "encoderblock"
 _FIRST = "embedding/kernel"
 _ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 def load_encoder(path: str | Path, spec: EncoderSpec) -> dict[str, Any]:
-    """Parameters of `models.vision.Encoder` (float32, numpy) from a `.npz` of a ViT or of both towers.
-
-    Raises `UserError` for a missing or corrupt file, or tensors that do not fit the spec.
+    """Parameters of `models.vision.Encoder` (float32, numpy) from a `.npz`. Raises `UserError` for a missing or corrupt
+    file, or tensors that do not fit the spec.
     """
     weights = open_weights(path)
     root, block = tower(weights)
     encoder = Encoder(spec, ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)))
     image = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0), image)["params"]
-    ignore = (*IGNORED, f"{root}head/.*", f"{root}pre_logits/.*", *_no_pool(spec, root))
+    pool = () if spec.pooling_head else (f"{root}MAPHead_0/.*",)
+    ignore = (*_IGNORED, f"{root}head/.*", f"{root}pre_logits/.*", *pool)
     return jax.device_get(load_params(weights, encoder_table(spec, root, block), boxed, None, "float32", ignore))
 
 
 def save_encoder(path: str | Path, params: Mapping[str, Any], spec: EncoderSpec) -> None:
     """Writes the encoder as the image side (`params/img/...`) of a big_vision checkpoint."""
-    write_npz(Path(path), tensors(params, encoder_table(spec, "params/img/", APART)))
+    write_npz(Path(path), tensors(params, encoder_table(spec, "params/img/", UNROLLED)))
 
 
-def save_model(path: str | Path, params: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Writes SigLIP, linear projector and Gemma as a checkpoint of big_vision's PaliGemma, which computes the same
-    logits (but for Gemma 2's cap on them, which it does not apply).
-
-    Raises `UserError` for a model that is no PaliGemma.
+def export_tables(spec: ModelSpec) -> dict[str, TensorTable]:
+    """Part -> table of an image tower, or of PaliGemma, whose logits are ours without Gemma 2's final softcap. Raises
+    `UserError` for any other model.
     """
-    tables = model_tables(spec)
-    write_npz(Path(path), (pair for part, table in tables.items() for pair in tensors(params[part], table)))
-
-
-def model_tables(spec: ModelSpec) -> dict[str, TensorTable]:
-    """Part -> table of a checkpoint of big_vision's PaliGemma."""
     decoder, encoder = spec.decoder, spec.encoder
-    gemma = decoder.norm_plus_one and decoder.tied_head and not (decoder.qk_norm or decoder.qkv_bias)
-    problems = {
-        f"compressor {spec.compressor.name}": spec.compressor.name != "none",
-        f"projector {spec.projector}": spec.projector != "linear",
-        f"mask {spec.mask}": spec.mask != "prefix",
-        f"language model {decoder.name}": not gemma or decoder.rope_theta != 1e4 or decoder.rope_factor != 1,
-        f"feature layer {encoder.feature_layer}": encoder.feature_layer != 0,
-        f"activation {encoder.activation}": encoder.activation != "gelu_tanh",
+    if encoder is None:
+        raise UserError("expected a model with an encoder for a .npz, got a language model")
+    if decoder is None:
+        return {"encoder": encoder_table(encoder, "params/img/", UNROLLED)}
+    is_gemma = decoder.norm_plus_one and decoder.tied_head and not (decoder.qk_norm or decoder.qkv_bias)
+    fits = {
+        f"compressor {spec.compressor.name}": spec.compressor.name == "none",
+        f"projector {spec.projector}": spec.projector == "linear",
+        f"mask {spec.mask}": spec.mask == "prefix",
+        f"language model {decoder.name}": is_gemma and decoder.rope_theta == 1e4 and decoder.rope_factor == 1,
+        f"feature layer {encoder.feature_layer}": encoder.feature_layer == 0,
+        f"activation {encoder.activation}": encoder.activation == "gelu_tanh",
     }
-    wrong = [name for name, here in problems.items() if here]
+    wrong = ", ".join(name for name, fit in fits.items() if not fit)
     if wrong:
-        raise UserError(f"{', '.join(wrong)}: big_vision's PaliGemma is SigLIP, a linear projector and Gemma 1 or 2")
+        raise UserError(f"{wrong}: expected big_vision's PaliGemma, SigLIP with a linear projector and Gemma 1 or 2")
     return {
         "encoder": encoder_table(encoder, "params/img/", STACKED),
         "connector": projector_table(encoder, decoder, "params/img/"),
@@ -82,7 +78,7 @@ def model_tables(spec: ModelSpec) -> dict[str, TensorTable]:
 
 
 def write_npz(path: Path, named: Iterable[tuple[str, np.ndarray]]) -> None:
-    """numpy's archive, one array in memory at a time; nothing stands at `path` before all of it does."""
+    """Writes numpy's archive atomically, with one array in memory at a time."""
     with atomic_write(path) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as archive:
         for name, array in named:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
@@ -90,36 +86,36 @@ def write_npz(path: Path, named: Iterable[tuple[str, np.ndarray]]) -> None:
 
 
 def inspect_npz(weights: TensorFiles) -> CheckpointInfo:
-    """What a big_vision checkpoint holds: PaliGemma where there is an `llm`, else the image tower."""
+    """The specs and tables of a checkpoint: PaliGemma where it has an `llm`, else the image tower."""
     root, block = tower(weights)
     encoder = _encoder_spec(weights, root, block)
     tables = {"encoder": encoder_table(encoder, root, block)}
     body = f"{root.removesuffix('img/')}llm/"
     if f"{body}embedder/input_embedding" not in weights.shapes:
-        ignore = (*IGNORED, f"{root}head/.*", f"{root}pre_logits/.*")
+        ignore = (*_IGNORED, f"{root}head/.*", f"{root}pre_logits/.*")
         return CheckpointInfo("big_vision ViT", encoder, None, None, "causal", None, tables, weights, {}, ignore)
     decoder = _decoder_spec(weights, body)
     tables |= {
         "connector": projector_table(encoder, decoder, root),
         "decoder": decoder_table(decoder, body),
     }
-    # big_vision's prompts have no placeholder; Hugging Face gives it the first id behind this vocabulary.
+    # big_vision has no image token; Hugging Face's is the first id after this vocabulary.
     kind, token = "big_vision PaliGemma", decoder.vocab
-    return CheckpointInfo(kind, encoder, "linear", decoder, "prefix", token, tables, weights, {}, IGNORED)
+    return CheckpointInfo(kind, encoder, "linear", decoder, "prefix", token, tables, weights, {}, _IGNORED)
 
 
 def tower(weights: TensorFiles) -> tuple[str, str]:
-    """What stands before the image tower's names, and how it names its blocks."""
+    """(prefix of the image tower's names, `UNROLLED` or `STACKED`)."""
     roots = [name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(_FIRST) and "txt/" not in name]
     if not roots:
-        raise UserError(f"{weights.path}: no image tower of big_vision: no tensor ends in {_FIRST}")
+        raise UserError(f"{weights.path}: no image tower (expected a tensor that ends in {_FIRST})")
     root = min(roots, key=len)
     stacked = f"{root}Transformer/{STACKED}/LayerNorm_0/scale" in weights.shapes
-    return root, STACKED if stacked else APART
+    return root, STACKED if stacked else UNROLLED
 
 
 def encoder_table(spec: EncoderSpec, root: str, block: str) -> TensorTable:
-    """Every parameter of `models.vision.Encoder` under big_vision's names; `block` is `APART` or `STACKED`."""
+    """Every parameter of `models.vision.Encoder` under big_vision's names; `block` is `UNROLLED` or `STACKED`."""
     width, patch = spec.width, spec.patch_size
     if spec.class_token or spec.pre_norm:
         raise UserError(f"encoder {spec.name}: big_vision's files hold SigLIP, not CLIP")
@@ -160,14 +156,14 @@ def _mlp_shapes(spec: EncoderSpec) -> list[tuple[str, str, dict[str, tuple[int, 
 
 
 def _leaves(path: str, hf_name: str, shapes: Mapping[str, tuple[int, ...]], blocks: int = 0) -> TensorTable:
-    """Arrays that are the same on both sides; one tensor a block where `hf_name` counts blocks, else stacked."""
-    apart = blocks and "{i}" in hf_name
-    full = {name: (blocks, *shape) if blocks and not apart else shape for name, shape in shapes.items()}
-    return {f"{path}/{name}": same(f"{hf_name}/{name}", shape, blocks if apart else 0) for name, shape in full.items()}
+    """Rows for arrays of the same shape in both; one tensor for each block where `hf_name` has "{i}", else stacked."""
+    stacked = blocks if "{i}" not in hf_name else 0
+    full = {name: (stacked, *shape) if stacked else shape for name, shape in shapes.items()}
+    return {f"{path}/{name}": same(f"{hf_name}/{name}", full[name], blocks - stacked) for name in shapes}
 
 
 def projector_table(encoder: EncoderSpec, decoder: DecoderSpec, root: str) -> TensorTable:
-    """PaliGemma's linear projector is the tower's head."""
+    """PaliGemma's linear projector, the head of the image tower."""
     return {
         "projector/kernel": same(f"{root}head/kernel", (encoder.width, decoder.width)),
         "projector/bias": same(f"{root}head/bias", (decoder.width,)),
@@ -208,15 +204,11 @@ def decoder_table(spec: DecoderSpec, root: str) -> TensorTable:
     }  # fmt: skip
 
 
-def _no_pool(spec: EncoderSpec, root: str) -> tuple[str, ...]:
-    return () if spec.pooling_head else (f"{root}MAPHead_0/.*",)
-
-
 def _shape(weights: TensorFiles, name: str, axes: int) -> tuple[int, ...]:
     shape = weights.shapes.get(name, ((), None))[0]
     if len(shape) != axes:
-        told = f"has shape {list(shape)}" if name in weights.shapes else "is missing"
-        raise UserError(f"{weights.path}: {name} {told}; an array of {axes} axes is wanted")
+        actual = f"shape {list(shape)}" if name in weights.shapes else "none"
+        raise UserError(f"{weights.path}: {name}: expected an array of {axes} axes, got {actual}")
     return shape
 
 
@@ -224,35 +216,33 @@ def _encoder_spec(weights: TensorFiles, root: str, block: str) -> EncoderSpec:
     patch, _, _, width = _shape(weights, f"{root}{_FIRST}", 4)
     side = round(_shape(weights, f"{root}pos_embedding", 3)[1] ** 0.5)
     first = f"{root}Transformer/{block}/".replace("{i}", "0")
-    extra = int(block == STACKED)
-    heads = _shape(weights, f"{first}{_ATTENTION}/query/kernel", 3 + extra)[1 + extra]
-    inner = _shape(weights, f"{first}MlpBlock_0/Dense_0/kernel", 2 + extra)[1 + extra]
-    scale = "LayerNorm_0/scale"
-    depth = weights.shapes[first + scale][0][0] if extra else sum(
-        name.startswith(f"{root}Transformer/") and name.endswith(scale) for name in weights.shapes
-    )  # fmt: skip
+    axis = 1 if block == STACKED else 0
+    heads = _shape(weights, f"{first}{_ATTENTION}/query/kernel", 3 + axis)[1 + axis]
+    inner = _shape(weights, f"{first}MlpBlock_0/Dense_0/kernel", 2 + axis)[1 + axis]
+    norms = [n for n in weights.shapes if n.startswith(f"{root}Transformer/") and n.endswith("LayerNorm_0/scale")]
+    depth = weights.shapes[norms[0]][0][0] if block == STACKED else len(norms)
     pool = f"{root}MAPHead_0/probe" in weights.shapes
     name = f"siglip-{width}x{depth}-{patch}-{side * patch}"
     return EncoderSpec(name, side * patch, patch, width, depth, heads, inner, pooling_head=pool)
 
 
 def _decoder_spec(weights: TensorFiles, root: str) -> DecoderSpec:
-    """Gemma's sizes from the shapes. What big_vision leaves out of Gemma 2 is left out: sliding windows, and the cap on
-    the logits, which its PaliGemma does not apply (order and greedy answers are the same with it).
+    """Gemma's spec from the shapes. As in big_vision's PaliGemma, Gemma 2 has no sliding windows and no final softcap
+    (which does not change greedy decoding).
     """
     vocab, width = _shape(weights, f"{root}embedder/input_embedding", 2)
     depth, heads, head_dim, _ = _shape(weights, f"{root}layers/attn/attn_vec_einsum/w", 4)
     inner = _shape(weights, f"{root}layers/mlp/linear", 3)[1]
     grouped = f"{root}layers/attn/kv_einsum/w"
     kv_heads = _shape(weights, grouped, 5)[2] if grouped in weights.shapes else heads
-    second = f"{root}layers/post_attention_norm/scale" in weights.shapes
+    is_gemma2 = f"{root}layers/post_attention_norm/scale" in weights.shapes
     sizes = (width, depth, heads, kv_heads, head_dim, inner)
     known = [s for s in zoo.DECODERS.values() if s.name.startswith("gemma") and sizes == _sizes(s)]
     return DecoderSpec(
-        known[0].name if known else f"gemma{2 if second else ''}-{width}x{depth}", *sizes, vocab,
-        sandwich_norm=second, norm_plus_one=True, activation="gelu_tanh", scale_embedding=True,
-        query_scale=known[0].query_scale if known else None,  # Gemma 2 27B divides by the square root of D / N
-        attention_softcap=50.0 if second else None, context=8192,
+        known[0].name if known else f"gemma{2 if is_gemma2 else ''}-{width}x{depth}", *sizes, vocab,
+        sandwich_norm=is_gemma2, norm_plus_one=True, activation="gelu_tanh", scale_embedding=True,
+        query_scale=known[0].query_scale if known else None,  # Gemma 2 27B has sqrt(D / N)
+        attention_softcap=50.0 if is_gemma2 else None, context=8192,
     )  # fmt: skip
 
 

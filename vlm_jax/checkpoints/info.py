@@ -1,21 +1,22 @@
-"""What a reader of published weights says of them, whichever format they came in."""
+"""The description of a published model, for every checkpoint format."""
 
 from typing import Any, NamedTuple
 
-from vlm_jax.checkpoints.tensor_tables import TensorFiles, TensorTable
+from vlm_jax.checkpoints.tensor_files import TensorFiles
+from vlm_jax.checkpoints.tensor_tables import TensorTable
 from vlm_jax.core.specs import DecoderSpec, EncoderSpec
 
 
 class CheckpointInfo(NamedTuple):
-    """A published model in our words. `tables` holds the parts that it has."""
+    """A published model as our specs and tables. Parts that it does not have are None and missing in `tables`."""
 
-    kind: str  # the architecture, as the file calls it
+    kind: str  # the architecture's name in the file
     encoder: EncoderSpec | None
     projector: str | None
     decoder: DecoderSpec | None
     mask: str  # "causal" or "prefix", as `ModelSpec.mask`
-    image_token: int | None  # the id that stands for an image in a prompt
+    image_token: int | None  # id of the image token
     tables: dict[str, TensorTable]  # of "encoder", "connector", "decoder"
     weights: TensorFiles
-    config: dict[str, Any]  # config.json, or what stands for it
-    ignore: tuple[str, ...] = ()  # regexes of tensors that may be there without being wanted
+    config: dict[str, Any]  # config.json, {} where the format has none
+    ignore: tuple[str, ...] = ()  # regexes of tensors that are not read

@@ -1,10 +1,9 @@
-"""What a folder or file of published weights is: our specs of its parts, and the tables that read and write them.
+"""Reads published checkpoints: `inspect` returns their specs and tables, `load_parts` their parameters.
 
-`inspect` reads config.json's `architectures` and asks the row of that name in `architectures`; a row is a function of
-(weights, config) that returns a `CheckpointInfo`. Support for an architecture is a row.
+`inspect` calls the row of `architectures()` for the name in config.json's `architectures`; a row is a function of
+(weights, config) that returns a `CheckpointInfo`. A new architecture is a new row.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 
 import jax
 
-from vlm_jax.checkpoints import big_vision
-from vlm_jax.checkpoints import tensor_tables as w
+from vlm_jax.checkpoints import big_vision, tensor_tables
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.checkpoints.huggingface.fields import config_path
 from vlm_jax.checkpoints.info import CheckpointInfo
-from vlm_jax.checkpoints.tensor_tables import TensorFiles, TensorTable
+from vlm_jax.checkpoints.tensor_files import TensorFiles, open_weights
+from vlm_jax.checkpoints.tensor_tables import OnTensor, TensorTable, load_params, noop
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import AttentionMetadata
@@ -28,24 +28,22 @@ PARTS = ("encoder", "connector", "decoder")
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
-    """Reads what a folder (or a `.npz`) holds, and checks every name and shape. No tensor is read.
-
-    Raises `UserError` for an architecture that is not supported, a configuration field that our modules cannot
-    express, or tensors that do not fit the configuration.
+    """The specs and tables of a folder (or a `.npz`), after a check of every name and shape. No tensor is read. Raises
+    `UserError` for an unsupported architecture, a config field that our modules cannot express, or tensors that do not
+    fit the config.
     """
-    weights = w.open_weights(path)
+    path, weights = Path(path), open_weights(path)
     if weights.path.suffix == ".npz":
-        found = big_vision.inspect_npz(weights)
+        info = big_vision.inspect_npz(weights)
     else:
-        config = read_config(Path(path))
-        kind = architecture(config, Path(path))
-        rows = architectures()
+        config = read_config(path)
+        kind, rows = architecture(config, path), architectures()
         if kind not in rows:
-            raise UserError(f"{config_path(Path(path))}: {unknown('architecture', kind, rows, cutoff=0.8)}")
-        _check_depth(weights, config, Path(path))
-        found = rows[kind](weights, config)
-    w.check(weights, found.tables.values(), found.ignore)
-    return found
+            raise UserError(f"{config_path(path)}: {unknown('architecture', kind, rows, cutoff=0.8)}")
+        _check_depth(weights, config, path)
+        info = rows[kind](weights, config)
+    tensor_tables.check(weights, info.tables.values(), info.ignore)
+    return info
 
 
 def architectures() -> dict[str, Callable[[TensorFiles, dict[str, Any]], CheckpointInfo]]:
@@ -54,40 +52,29 @@ def architectures() -> dict[str, Callable[[TensorFiles, dict[str, Any]], Checkpo
     return {**decoders, "Gemma3ForConditionalGeneration": _text_of_gemma3, **hf_vlm.ROWS}
 
 
-def config_path(path: Path) -> Path:
-    """Where the configuration of a folder, or of a file in one, stands."""
-    return (path if path.is_dir() else path.parent) / "config.json"
-
-
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises `UserError` where there is none, or where it is not JSON."""
+    """config.json. Raises `UserError` where it is missing or not a JSON object."""
     path = config_path(folder)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; it says which model the weights are") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: an object is wanted, not {type(config).__name__}")
+    config = fields.read_json(path)
+    if config is None:
+        raise UserError(f"{path}: missing (it names the weights' architecture)")
     return config
 
 
 def architecture(config: Mapping[str, Any], where: Path) -> str:
-    """The one architecture that a config.json names."""
+    """The architecture in a config.json."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise UserError(f"{config_path(where)}: architectures={names!r}: one name in a list is wanted")
+        raise UserError(f"{config_path(where)}: architectures={names!r}: expected a list of one name")
     return str(names[0])
 
 
 def _check_depth(weights: TensorFiles, config: dict[str, Any], path: Path) -> None:
-    """Raises `UserError` for more layers than the file has tensors, before names are made of them."""
+    """Raises `UserError` for more layers than tensors, before a table of that size is built."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        depth = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if isinstance(depth, int | float) and depth > len(weights.shapes):
-            held = len(weights.shapes)
-            raise UserError(f"{config_path(path)}: num_hidden_layers={depth}, but there are only {held} tensors")
+        depth, count = part.get("num_hidden_layers") if isinstance(part, dict) else None, len(weights.shapes)
+        if isinstance(depth, int | float) and depth > count:
+            raise UserError(f"{config_path(path)}: num_hidden_layers={depth}, but there are only {count} tensors")
 
 
 def _decoder_only(weights: TensorFiles, config: dict[str, Any], text: dict[str, Any] | None = None) -> CheckpointInfo:
@@ -98,85 +85,81 @@ def _decoder_only(weights: TensorFiles, config: dict[str, Any], text: dict[str, 
 
 
 def _text_of_gemma3(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
-    """The language model alone: Gemma 3's way with images is not ours."""
+    """The language model alone: Gemma 3's image encoding is not supported."""
     where, text = str(config_path(weights.path)), config.get("text_config")
     read = {*hf_vlm.OUTER, "mm_tokens_per_image"} - {"tie_word_embeddings"}
     fields.check(config, where, read, {**hf_vlm.FIXED, "tie_word_embeddings": (True,)})
     if not isinstance(text, dict):
-        raise UserError(f"{where}: text_config={text!r}: an object is wanted")
-    found = _decoder_only(weights, config, text)
-    return found._replace(ignore=(*found.ignore, r".*vision_tower\..*", r".*multi_modal_projector\..*"))
+        raise UserError(f"{where}: text_config={text!r}: expected an object")
+    info = _decoder_only(weights, config, text)
+    return info._replace(ignore=(*info.ignore, r".*vision_tower\..*", r".*multi_modal_projector\..*"))
 
 
-def with_encoder(found: CheckpointInfo, encoder: EncoderSpec) -> CheckpointInfo:
-    """The same files, of whose image tower other layers are looked at (taps, feature layer, pooling head): which
-    tensors are read follows from `encoder`.
-    """
-    if found.weights.path.suffix == ".npz":
-        table = big_vision.encoder_table(encoder, *big_vision.tower(found.weights))
+def with_encoder(info: CheckpointInfo, encoder: EncoderSpec) -> CheckpointInfo:
+    """The checkpoint with another encoder spec (taps, feature layer, pooling head), which decides the tensors read."""
+    if info.weights.path.suffix == ".npz":
+        table = big_vision.encoder_table(encoder, *big_vision.tower(info.weights))
     else:
-        table = hf_encoder.encoder_table(encoder, hf_encoder.prefix_of(found.weights))
-    return found._replace(encoder=encoder, tables={**found.tables, "encoder": table})
+        table = hf_encoder.encoder_table(encoder, hf_encoder.prefix_of(info.weights))
+    return info._replace(encoder=encoder, tables={**info.tables, "encoder": table})
 
 
 def load_parts(
-    found: CheckpointInfo,
+    info: CheckpointInfo,
     parts: Iterable[str] = PARTS,
     plan: Any | None = None,
     dtype: str | None = "float32",
-    on_tensor: Callable[[int], None] | None = None,
+    on_tensor: OnTensor | None = None,
     scan_layers: bool = True,
 ) -> dict[str, Any]:
-    """{"encoder": ..., "connector": ..., "decoder": ...}, as far as asked for and there; see `weights.load_params`.
-
-    scan_layers: as in `ComputeSpec`: the decoder's layers stacked, or each on its own without ever being stacked.
-
-    Raises `UserError` for a head in the file that config.json says is the embedding, and is not.
+    """{"encoder": ..., "connector": ..., "decoder": ...}: the parameters of those `parts` that the checkpoint has; see
+    `tensor_tables.load_params`. `scan_layers` is that of `ComputeSpec`. Raises `UserError` where the head of a tied
+    decoder is not its embedding.
     """
-    read = {}
+    params = {}
     for part in parts:
-        if part in found.tables:
-            table = found.tables[part]
+        if part in info.tables:
+            table = info.tables[part]
             if part == "decoder":
-                if found.decoder.tied_head:
-                    hf_decoder.check_tied(found.weights, table)
-                table = table if scan_layers else unstack_table(table, found.decoder.depth)
-            shapes = boxed(found, part, scan_layers)
-            read[part] = w.load_params(found.weights, table, shapes, plan, dtype, (".*",), on_tensor)
-    return read
+                if info.decoder.tied_head:
+                    hf_decoder.check_tied(info.weights, table)
+                table = table if scan_layers else unstack_table(table, info.decoder.depth)
+            shapes = boxed(info, part, scan_layers)
+            params[part] = load_params(info.weights, table, shapes, plan, dtype, (".*",), on_tensor or noop)
+    return params
 
 
-def size_bytes(found: CheckpointInfo, parts: Iterable[str] = PARTS) -> int:
-    """Bytes of the tensors that those parts are read from."""
-    names = w.expected(found.tables[part] for part in parts if part in found.tables)
-    return sum(math.prod(shape) * found.weights.shapes[name][1].itemsize for name, shape in names.items())
+def size_bytes(info: CheckpointInfo, parts: Iterable[str] = PARTS) -> int:
+    """Bytes of the tensors of those parts."""
+    names = tensor_tables.expected(info.tables[part] for part in parts if part in info.tables)
+    return sum(math.prod(shape) * info.weights.shapes[name][1].itemsize for name, shape in names.items())
 
 
 def unstack_table(table: TensorTable, depth: int) -> TensorTable:
-    """The table of a decoder with scan_layers=True -> that of the same decoder with scan_layers=False."""
-    blocks = {path.removeprefix("blocks/"): leaf for path, leaf in table.items() if path.startswith("blocks/")}
-    rest = {path: leaf for path, leaf in table.items() if not path.startswith("blocks/")}
-    return {**rest, **{f"blocks_{i}/{name}": leaf.block(i) for i in range(depth) for name, leaf in blocks.items()}}
+    """A decoder's table for scan_layers=True -> its table for scan_layers=False."""
+    blocks = [path for path in table if path.startswith("blocks/")]
+    unstacked = {f"blocks_{i}/{path[7:]}": table[path].block(i) for i in range(depth) for path in blocks}
+    return {**{path: leaf for path, leaf in table.items() if path not in blocks}, **unstacked}
 
 
-def boxed(found: CheckpointInfo, part: str, scan_layers: bool = True) -> Any:
-    """Boxed shapes of one part of a found model."""
+def boxed(info: CheckpointInfo, part: str, scan_layers: bool = True) -> Any:
+    """Shapes of the parameters of one part, with axis names."""
     compute = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1), scan_layers=scan_layers)
     key = jax.random.key(0)
     if part == "encoder":
-        image = jax.ShapeDtypeStruct((1, found.encoder.image_size, found.encoder.image_size, 3), "float32")
-        return jax.eval_shape(Encoder(found.encoder, compute).init, key, image)["params"]
+        image = jax.ShapeDtypeStruct((1, info.encoder.image_size, info.encoder.image_size, 3), "float32")
+        return jax.eval_shape(Encoder(info.encoder, compute).init, key, image)["params"]
     if part == "connector":
-        return jax.eval_shape(lambda key: connector.init_weights(key, model_spec(found)), key)
+        return jax.eval_shape(lambda key: connector.init_weights(key, model_spec(info)), key)
     text = jax.ShapeDtypeStruct((1, 2), "int32")
     metadata = AttentionMetadata(text, text, text)
-    return jax.eval_shape(Decoder(found.decoder, compute).init, key, text, metadata)["params"]
+    return jax.eval_shape(Decoder(info.decoder, compute).init, key, text, metadata)["params"]
 
 
-def model_spec(found: CheckpointInfo) -> ModelSpec:
-    """A whole model, in which every patch reaches the decoder. Raises `UserError` where a part is missing."""
-    encoder, decoder = found.encoder, found.decoder
-    if encoder is None or decoder is None or found.projector is None:
-        raise UserError(f"{found.weights.path}: {found.kind} is no whole model: it has {', '.join(found.tables)}")
+def model_spec(info: CheckpointInfo) -> ModelSpec:
+    """The spec of a whole model, without compression. Raises `UserError` where a part is missing."""
+    encoder, decoder = info.encoder, info.decoder
+    if encoder is None or decoder is None or info.projector is None:
+        raise UserError(f"{info.weights.path}: expected a whole model, got {info.kind} ({', '.join(info.tables)})")
     compressor = CompressorSpec("none", encoder.patches, encoder.grid, encoder.width, 0, decoder.width, 1, 1, 1, 0)
-    return ModelSpec(encoder, compressor, found.projector, decoder, found.mask)
+    return ModelSpec(encoder, compressor, info.projector, decoder, info.mask)

@@ -1,7 +1,7 @@
-"""Whether the files of a checkpoint are those that were written: a SHA-256 of each, kept beside them.
+"""SHA-256 digests of a checkpoint's files, written and verified.
 
-`sign` runs before a checkpoint gets its final name, so one without digests is damaged: on a bucket, where a folder is
-renamed file by file, a run may have died in between.
+`sign` runs before a checkpoint gets its final name, so that one without digests is incomplete: object stores rename a
+folder file by file, and a run may die in between.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from pathlib import Path
 from vlm_jax.core.files import write_json
 
 _DIGESTS = "sha256.json"
-# Written by Orbax when the digests have been taken, and not needed to restore.
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
-_NEEDED = ("state", "cursor")
+# Written by Orbax after the digests, and not needed to restore.
+_UNSIGNED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_REQUIRED = ("state", "cursor")
 
 
 def sign(folder: Path) -> None:
@@ -23,40 +23,39 @@ def sign(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; "" if nothing is."""
-    missing = [name for name in _NEEDED if not (folder / name).is_dir()]
-    if missing:
-        return f"half-written: {missing[0]} is missing"
+    """The first problem of a checkpoint, "" if it is intact."""
+    for name in _REQUIRED:
+        if not (folder / name).is_dir():
+            return f"half-written: {name} is missing"
     try:
-        written = json.loads((folder / _DIGESTS).read_bytes())
-        names = sorted(written)
-        sizes = {name: int(written[name]["bytes"]) for name in names}
-        digests = {name: written[name]["sha256"] for name in names}
+        expected = sorted(json.loads((folder / _DIGESTS).read_bytes()).items())
+        sizes = {name: int(entry["bytes"]) for name, entry in expected}
+        digests = {name: entry["sha256"] for name, entry in expected}
     except FileNotFoundError:
         return f"half-written: {_DIGESTS} is missing"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
-    for name in names:
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != sizes[name]:
-            return f"{name} has {path.stat().st_size} bytes, {sizes[name]} were written"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
     try:
-        found = _digests(folder, names)
+        actual = _digests(folder, list(digests))
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    changed = [name for name in names if found[name]["sha256"] != digests[name]]
-    return f"{changed[0]} is not what was written" if changed else ""
+    changed = [name for name, digest in digests.items() if actual[name]["sha256"] != digest]
+    return f"{changed[0]} has changed since it was written" if changed else ""
 
 
 def _files(folder: Path) -> list[str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [str(path.relative_to(folder)) for path in paths if path.name not in _LATER and path.parent != folder]
+    return [str(path.relative_to(folder)) for path in paths if path.name not in _UNSIGNED and path.parent != folder]
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, dict[str, str | int]]:
-    """On several threads: hashing gives the interpreter free."""
+    """In threads: hashing releases the GIL."""
 
     def digest(name: str) -> dict[str, str | int]:
         with open(folder / name, "rb") as file:

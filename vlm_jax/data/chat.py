@@ -1,11 +1,11 @@
-"""From a question to the ids that a model reads: chat templates, and the place of the image.
+"""Prompts to token ids: chat templates and image placeholders.
 
-    layout = chat_format_of("LlavaForConditionalGeneration", text, "<image>")
-    ids = prompt_ids(layout, text, "What is this?", image_token=32000, visual_tokens=576)
+    chat_format = chat_format_of("LlavaForConditionalGeneration", tokenizer, "<image>")
+    ids = prompt_ids(chat_format, tokenizer, "What is this?", image_token_id=32000, visual_tokens=576)
 
-A folder's own template is rendered as the reference does: sandboxed Jinja with `trim_blocks` and `lstrip_blocks`,
-`raise_exception`, `strftime_now`, `tojson` and the `generation` tag. Where a folder has none, its family's prompt
-stands in `FAMILIES`; a base model reads the prompt as it is.
+A folder's own template is rendered as transformers does: sandboxed Jinja with `trim_blocks` and `lstrip_blocks`,
+`raise_exception`, `strftime_now`, `tojson` and the `generation` tag. A folder without one uses its family's template in
+`FAMILIES`; a base model gets the prompt unchanged.
 """
 
 import datetime
@@ -18,11 +18,17 @@ import jinja2
 from jinja2 import ext, nodes, sandbox
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import messages
-from vlm_jax.data.messages import Message
+from vlm_jax.data.messages import (
+    ContentFormat,
+    Message,
+    detect_content_format,
+    format_messages,
+    image_count_error,
+    is_conversation,
+)  # fmt: skip
 from vlm_jax.data.tokenizers import Tokenizer
 
-# Our words for prompts that a family was trained with, for folders that hold no template.
+# Templates of the prompts that a family was trained with, for folders without one.
 FAMILIES = {
     "LlavaForConditionalGeneration": (
         "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}"
@@ -30,121 +36,124 @@ FAMILIES = {
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     ),
 }
-# Families whose processor writes the prompt itself: image, begin token, prompt, new line.
+# Families whose processor builds the prompt itself: image, bos token, prompt, newline.
 _PREFIX_FAMILIES = ("PaliGemmaForConditionalGeneration", "big_vision PaliGemma")
 
 
 class ChatFormat(NamedTuple):
-    """How a question becomes a prompt."""
+    """How a model's prompts are built."""
 
-    kind: str  # "template", "prefix" (PaliGemma), "image first" (this project's runs), or "plain"
+    kind: str  # "template", "prefix" (PaliGemma), "image first" (runs of `vlm_jax.train`), or "plain"
     template: str | None
-    image: str  # the text that stands for an image
+    image_token: str  # text of the image token
 
 
-def chat_format_of(architecture: str, text: Tokenizer, image: str = "<image>") -> ChatFormat:
-    """The layout of a published model, from its own template if it has one."""
+def chat_format_of(architecture: str, tokenizer: Tokenizer, image_token: str = "<image>") -> ChatFormat:
+    """The chat format of a published model, with the template of its folder if it has one."""
     if architecture in _PREFIX_FAMILIES:
-        return ChatFormat("prefix", None, image)
-    template = text.template or FAMILIES.get(architecture)
-    return ChatFormat("template" if template else "plain", template, image)
+        return ChatFormat("prefix", None, image_token)
+    template = tokenizer.template or FAMILIES.get(architecture)
+    return ChatFormat("template" if template else "plain", template, image_token)
 
 
 def prompt_ids(
-    layout: ChatFormat, text: Tokenizer, prompt: Any, image_token: int | None, visual_tokens: int, images: int = 1
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    prompt: Any,
+    image_token_id: int | None,
+    visual_tokens: int,
+    images: int = 1,
 ) -> list[int]:
-    """The ids of one prompt, with `visual_tokens` placeholders where each of its images stands.
+    """Token ids of one prompt, with each image as `visual_tokens` times `image_token_id`.
 
-    A prompt that names its images itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is. A list of
-    messages goes through the template, in the form that it reads.
+    A string that contains the image token ("USER: <image>\\nWhat is this? ASSISTANT:") skips the template. A list of
+    messages goes through it.
 
-    Raises `UserError` for a template that refuses the messages, messages for a model without a template, or places for
-    another number of images than there are.
+    Raises `UserError` for messages that the template rejects, messages for a model without a template, or a number of
+    image placeholders other than `images`.
     """
-    if not isinstance(prompt, str) and not messages.are_messages(prompt):
-        raise UserError("a prompt is a text, or a list of messages: objects with `role` and `content`")
-    images = images if image_token is not None and visual_tokens else 0
-    mark = layout.image
-    if layout.kind == "image first":
-        return [image_token or 0] * (visual_tokens * images) + text.encode(f"{_only_text(prompt)}\n")  # as in training
-    if layout.kind == "prefix":
-        ids = text.encode_without_special(_prefix_prompt(layout, text, _only_text(prompt), images))
-    elif isinstance(prompt, str) and (layout.kind == "plain" or (images and mark in prompt)):
-        ids = text.encode(prompt if mark in prompt else f"{mark}\n" * images + prompt)
-    elif layout.template is None:
-        raise UserError("this model has no chat template: give the prompt as one text")
+    if not isinstance(prompt, str) and not is_conversation(prompt):
+        raise UserError("prompt: expected a string or a list of messages, objects with `role` and `content`")
+    images = images if image_token_id is not None and visual_tokens else 0
+    image_token, kind = chat_format.image_token, chat_format.kind
+    if not isinstance(prompt, str) and kind != "template":
+        raise UserError(f"prompt: expected a string, got a list of messages (chat format {kind!r} has no template)")
+    if kind == "image first":  # as in training
+        return [image_token_id or 0] * (visual_tokens * images) + tokenizer.encode(f"{prompt}\n")
+    if kind == "prefix":
+        bos = tokenizer.special.get("bos_token", "")
+        head, _, tail = prompt.rpartition(image_token) if images else ("", "", prompt)
+        before = f"{head}{image_token}" if images and image_token in prompt else image_token * images
+        ids = tokenizer.encode_without_special(f"{before}{bos}{tail}\n")
+    elif isinstance(prompt, str) and (kind == "plain" or (images and image_token in prompt)):
+        ids = tokenizer.encode(prompt if image_token in prompt else f"{image_token}\n" * images + prompt)
     else:
-        talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        what = _reads(layout.template, tuple(text.special.items()), mark)
-        talk = messages.shaped(talk, what, mark, images)
-        rendered = render(layout.template, talk, text.special)
-        # A template writes its own begin token; of a model that sees, the processor adds one where it did not.
-        begins = rendered.startswith(text.special.get("bos_token") or "\0")
-        ids = text.encode_without_special(rendered) if begins or image_token is None else text.encode(rendered)
-    return expanded(ids, text.id(mark), image_token, visual_tokens, images) if images else ids
+        ids = _templated_ids(chat_format, tokenizer, prompt, image_token_id is not None, images)
+    if not images:
+        return ids
+    return expand_image_tokens(ids, tokenizer.id(image_token), image_token_id, visual_tokens, images)
 
 
-def expanded(
-    ids: Sequence[int], written: int | None, image_token: int | None, visual_tokens: int, images: int = 1
+def _templated_ids(
+    chat_format: ChatFormat, tokenizer: Tokenizer, prompt: str | Sequence[Message], has_vision: bool, images: int
 ) -> list[int]:
-    """Each image mark (the tokenizer's id of "<image>") as a run of `visual_tokens` placeholders. Raises `UserError`
-    where there are not as many marks as images.
-    """
-    if (places := list(ids).count(written)) != images:  # type: ignore[arg-type]
-        raise UserError(f"the prompt has {places} places for images: expected {images}, one for each image given")
-    run = [image_token] * visual_tokens
-    return [one for token in ids for one in (run if token == written else [token])]  # type: ignore[misc]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    content_format = _content_format(chat_format.template, tuple(tokenizer.special.items()), chat_format.image_token)
+    messages = format_messages(messages, content_format, chat_format.image_token, images)
+    text = render(chat_format.template, messages, tokenizer.special)
+    # Templates write their own bos token; the processor of a vision-language model adds a missing one.
+    has_bos = text.startswith(tokenizer.special.get("bos_token") or "\0")
+    return tokenizer.encode_without_special(text) if has_bos or not has_vision else tokenizer.encode(text)
 
 
-def bare_question(layout: ChatFormat, prompt: Any) -> str:
-    """What a prompt asks, without images and template: the text of the first message of the user's; of a text that
-    names its images itself, what stands behind the first image, up to the answer's role (as the official QueCC reads a
-    prompt of LLaVA's).
+def expand_image_tokens(
+    ids: Sequence[int], image_id: int | None, image_token_id: int | None, visual_tokens: int, images: int = 1
+) -> list[int]:
+    """Replaces each `image_id` (the tokenizer's id of "<image>") by `visual_tokens` times `image_token_id`. Raises
+    `UserError` where `image_id` does not occur `images` times.
     """
+    if (count := list(ids).count(image_id)) != images:  # type: ignore[arg-type]
+        raise image_count_error(count, images)
+    placeholders = [image_token_id] * visual_tokens
+    return [i for token in ids for i in (placeholders if token == image_id else [token])]  # type: ignore[misc]
+
+
+def bare_question(chat_format: ChatFormat, prompt: Any) -> str:
+    """The question of a prompt, without images and template: the text of the first user message; of a string with image
+    tokens, what follows the first of them up to "ASSISTANT" (as the official QueCC cuts LLaVA's prompts).
+    """
+    image_token = chat_format.image_token
     if isinstance(prompt, str):
-        if layout.image not in prompt:
+        if image_token not in prompt:
             return prompt
-        behind = prompt.partition(layout.image)[2].replace(layout.image, "")
-        return behind.partition("ASSISTANT")[0].strip()
+        tail = prompt.partition(image_token)[2].replace(image_token, "")
+        return tail.partition("ASSISTANT")[0].strip()
     content = next((message.get("content") for message in prompt if message.get("role") == "user"), "")
     parts = [content] if isinstance(content, str) else content or ()
     texts = (part if isinstance(part, str) else part.get("text", "") for part in parts)
-    return "\n".join(one for one in texts if one).replace(layout.image, "").strip()
-
-
-def _only_text(prompt: str | Sequence[Message]) -> str:
-    if not isinstance(prompt, str):
-        raise UserError("this model reads one text, not a list of messages")
-    return prompt
-
-
-def _prefix_prompt(layout: ChatFormat, text: Tokenizer, prompt: str, images: int) -> str:
-    bos, mark = text.special.get("bos_token", ""), layout.image
-    if images and mark in prompt:
-        head, _, tail = prompt.rpartition(mark)
-        return f"{head}{mark}{bos}{tail}\n"
-    return f"{mark * images}{bos}{prompt}\n"
+    return "\n".join(text for text in texts if text).replace(image_token, "").strip()
 
 
 @functools.lru_cache(maxsize=32)
-def _reads(template: str, special: tuple[tuple[str, str], ...], mark: str) -> messages.Reads:
-    return messages.reads(lambda trial: render(template, trial, dict(special)), mark)
+def _content_format(template: str, special: tuple[tuple[str, str], ...], image_token: str) -> ContentFormat:
+    return detect_content_format(lambda messages: render(template, messages, dict(special)), image_token)
 
 
-def render(template: str, talk: Sequence[Message], special: Mapping[str, str]) -> str:
-    """A chat template on messages, up to where the answer begins. Raises `UserError` with the template's complaint."""
+def render(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
+    """The text of messages in a chat template, with the generation prompt. Raises `UserError` with the template's
+    error.
+    """
+    arguments = {"tools": None, "documents": None, "add_generation_prompt": True, **special}
     try:
-        return _compiled(template).render(
-            messages=talk, tools=None, documents=None, add_generation_prompt=True, **special
-        )
+        return _compiled(template).render(messages=messages, **arguments)
     except UserError:
         raise
-    except Exception as error:  # a template is a program of the folder's: whatever it raises is its own
-        raise UserError(f"the chat template does not take these messages: {error or type(error).__name__}") from error
+    except Exception as error:  # a template is a program and may raise anything
+        raise UserError(f"chat template: cannot render these messages ({error or type(error).__name__})") from error
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what training learns; here it is its content."""
+    """Renders `{% generation %}...{% endgeneration %}`, the span that is trained on, as its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -158,27 +167,17 @@ def _compiled(template: str) -> jinja2.Template:
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals.update(
-        raise_exception=_refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form)
+        raise_exception=_raise, strftime_now=lambda pattern: datetime.datetime.now().strftime(pattern)
     )
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+        raise UserError(f"chat template, line {error.lineno}: not valid Jinja ({error.message})") from error
     except (RecursionError, SyntaxError, UnicodeEncodeError) as error:
-        raise UserError(f"the chat template cannot be compiled: {type(error).__name__}") from error
+        raise UserError(f"chat template: cannot be compiled ({type(error).__name__})") from error
 
 
-def _refuse(message: str) -> None:
+def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

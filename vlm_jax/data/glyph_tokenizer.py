@@ -1,7 +1,4 @@
-"""Words to numbers: one word-level tokenizer over the closed vocabulary of the suite.
-
-Promises: `PAD_ID` is 0; the numbers of words never depend on the data set, so one decoder reads every family.
-"""
+"""The word-level tokenizer of the glyph suite. Its vocabulary is the same for all data sets; `PAD_ID` is 0."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,22 +15,18 @@ END_ID = vocabulary.WORDS.index(vocabulary.END)
 VOCAB_SIZE = len(vocabulary.WORDS)
 
 
+@functools.cache
 def glyph_tokenizer() -> Tokenizer:
-    """A Hugging Face tokenizer: split at white space, one number a word. Save it with `.save(path)`."""
-    words = {word: number for number, word in enumerate(vocabulary.WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=vocabulary.PAD))
+    """A Hugging Face tokenizer that splits at white space, one id a word. Save it with `.save(path)`."""
+    ids = {word: number for number, word in enumerate(vocabulary.WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=vocabulary.PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
 
-@functools.cache
-def _tokenizer() -> Tokenizer:
-    return glyph_tokenizer()
-
-
 def encode(text: str) -> list[int]:
-    """`"read row two"` -> its numbers. Raises `UserError` for a word outside the vocabulary."""
-    ids = _tokenizer().encode(text).ids
+    """Ids of "read row two". Raises `UserError` for a word outside the vocabulary."""
+    ids = glyph_tokenizer().encode(text).ids
     if PAD_ID in ids:
         words = text.split()
         raise unknown("word", words[ids.index(PAD_ID)], vocabulary.WORDS[2:])
@@ -41,7 +34,7 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The words up to the first end token, without padding and without numbers that a larger embedding has to spare."""
+    """The words up to the first end token, without padding and ids beyond the vocabulary."""
     ids = [int(i) for i in ids]
     ids = ids[: ids.index(END_ID)] if END_ID in ids else ids
     return " ".join(vocabulary.WORDS[i] for i in ids if PAD_ID < i < VOCAB_SIZE)
@@ -50,7 +43,7 @@ def decode(ids: Sequence[int]) -> str:
 def encode_table(
     texts: Sequence[str], end: Sequence[int] = (), encode: Callable[[str], Sequence[int]] = encode
 ) -> tuple[Int[np.ndarray, "n L"], Int[np.ndarray, " n"]]:
-    """Many texts at once, each followed by `end`, padded to the longest: (numbers as int32, lengths)."""
+    """(ids, lengths) of many texts, each followed by `end`, padded with 0 to the longest."""
     unique, where = np.unique(np.asarray(texts), return_inverse=True)
     rows = [[*encode(text), *end] for text in unique.tolist()]
     lengths = np.array([len(row) for row in rows], np.int32)

@@ -1,8 +1,8 @@
-"""Messages in the form that a chat template reads.
+"""Messages in the content format that a chat template expects.
 
-A message's content is a text, or a list of parts: {"type": "text", "text": "What is this?"} and {"type": "image"}. The
-templates of vision-language models read parts, those of language models texts, some both; each would drop or misprint
-the other form without a word. Which it is, a trial tells.
+A message's content is a string, or a list of parts: {"type": "text", "text": "What is this?"} and {"type": "image"}.
+Templates of vision-language models loop over parts, those of language models print strings, some accept both. Given the
+other form, a template drops or misprints it without an error; a trial render detects the form.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,79 +12,78 @@ from vlm_jax.core.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
 Part = Mapping[str, Any]
-# TokenizerFiles to a template, the second where none looks: no letters, whose case it might change.
-_TRIAL, _UNREAD = "71934", "80215"
+# Trial text, and the name of a field that no template reads. Digits: a template may change the case of letters.
+_TEXT, _UNREAD = "71934", "80215"
 
 
-class Reads(NamedTuple):
-    """What a template reads."""
+class ContentFormat(NamedTuple):
+    """Forms of `content` that a template renders."""
 
-    texts: bool
+    strings: bool
     parts: bool
-    images: bool  # a part that is an image becomes the mark
+    images: bool  # an image part is rendered as the image token
 
 
-def are_messages(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages of which each of the user's has a content."""
-    return (
-        isinstance(prompt, Sequence)
-        and len(prompt) > 0
-        and all(
-            isinstance(one, Mapping)
-            and "role" in one
-            and (one["role"] != "user" or isinstance(one.get("content"), str | list | tuple))
-            for one in prompt
-        )
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, each with a role, and each user message with a content."""
+    if not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return all(
+        isinstance(message, Mapping)
+        and "role" in message
+        and (message["role"] != "user" or isinstance(message.get("content"), str | list | tuple))
+        for message in prompt
     )
 
 
-def reads(render: Callable[[Sequence[Message]], str], mark: str) -> Reads:
-    """Tries a template. One that refuses every trial is taken for one of texts."""
+def detect_content_format(render: Callable[[Sequence[Message]], str], image_token: str) -> ContentFormat:
+    """The content format of a template, from trial renders; strings where every trial raises."""
 
-    def said(content: str | list[Part]) -> str:
+    def rendered(content: str | list[Part]) -> str:
         try:
             return render([{"role": "user", "content": content}])
         except UserError:
             return ""
 
-    text, image = ({"type": "text", "text": _TRIAL, _UNREAD: ""}, {"type": "image", _UNREAD: ""})
-    texts, alone, both = said(_TRIAL), said([text]), said([image, text])
-    # Where the unread is said too, a part stands there as Python or JSON prints it.
-    parts = _TRIAL in alone and _UNREAD not in alone
-    return Reads(_TRIAL in texts or not parts, parts, parts and mark in both and _UNREAD not in both)
+    text, image = {"type": "text", "text": _TEXT, _UNREAD: ""}, {"type": "image", _UNREAD: ""}
+    string, text_part, both_parts = rendered(_TEXT), rendered([text]), rendered([image, text])
+    # Where the unread field appears too, the template printed the part as Python or JSON.
+    parts = _TEXT in text_part and _UNREAD not in text_part
+    images = parts and image_token in both_parts and _UNREAD not in both_parts
+    return ContentFormat(_TEXT in string or not parts, parts, images)
 
 
-def shaped(messages: Sequence[Message], what: Reads, mark: str, images: int) -> list[Message]:
-    """The messages as the template reads them, with all images in front of the first of the user's unless they place
-    them.
+def format_messages(
+    messages: Sequence[Message], content_format: ContentFormat, image_token: str, images: int
+) -> list[Message]:
+    """The messages in a template's content format. Images are put in front of the first user message where no message
+    has an image part or image token.
 
     Args:
-        mark: the text that stands for an image.
-        images: how many there are.
+        image_token: text of the image token ("<image>").
+        images: number of images.
 
-    Raises `UserError` for parts of other kinds, for images without a message of the user's, or places for another
-    number of images than there are.
+    Raises `UserError` for parts of other types, or where the number of image parts and tokens is not `images`.
     """
-    split = [_split(message) for message in messages]
-    places = _places(split, mark)
-    if images and not places:
-        _place(messages, split, images)
-    elif places != images and (images or any(part["type"] == "image" for parts in split for part in parts or ())):
-        raise UserError(f"the messages have {places} places for images: expected {images}, one for each image given")
-    out = []
-    for message, parts in zip(messages, split, strict=True):
-        plain = isinstance(message.get("content"), str) and len(parts or ()) == 1
-        if parts is None or (plain and what.texts):
-            out.append(message)
-        elif what.parts:
-            out.append({**message, "content": parts if what.images else _marked(parts, mark)})
-        else:
-            out.append({**message, "content": "\n".join(part.get("text", mark) for part in parts)})
-    return out
+    contents = [_to_parts(message) for message in messages]
+    parts = [part for content in contents for part in content or ()]
+    count = sum(part.get("text", image_token).count(image_token) for part in parts)
+    if images and not count:
+        first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), None)
+        if first is None:
+            raise UserError("messages: expected one of the role 'user' to hold the image, got none")
+        contents[first] = [*({"type": "image"} for _ in range(images)), *(contents[first] or ())]
+    elif count != images and (images or any(part["type"] == "image" for part in parts)):
+        raise image_count_error(count, images)
+    return [_format(*pair, content_format, image_token) for pair in zip(messages, contents, strict=True)]
 
 
-def _split(message: Message) -> list[Part] | None:
-    """A message's content as parts; None where it has none."""
+def image_count_error(count: int, images: int) -> UserError:
+    return UserError(f"prompt: expected {images} image placeholders, one for each image given, got {count}")
+
+
+def _to_parts(message: Message) -> list[Part] | None:
+    """A message's content as parts, None where it has none."""
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -94,22 +93,17 @@ def _split(message: Message) -> list[Part] | None:
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else part
         if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
-            raise UserError(f"{part!r} is no part of a message: give one of the type 'text', with its text, or 'image'")
+            raise UserError(f"message part: expected type 'text' with its text, or type 'image', got {part!r}")
     return [{"type": "image"} if part["type"] == "image" else part for part in parts]
 
 
-def _places(split: Sequence[list[Part] | None], mark: str) -> int:
-    return sum(part.get("text", mark).count(mark) for parts in split for part in parts or ())
-
-
-def _place(messages: Sequence[Message], split: list[list[Part] | None], images: int) -> None:
-    for i, message in enumerate(messages):
-        if message.get("role") == "user":
-            split[i] = [*({"type": "image"} for _ in range(images)), *(split[i] or ())]
-            return
-    raise UserError("no message of the role 'user': there is no place for the image")
-
-
-def _marked(parts: Sequence[Part], mark: str) -> list[Part]:
-    """With the mark, on a line of its own, in the place of each image."""
-    return [{"type": "text", "text": f"{mark}\n"} if part["type"] == "image" else part for part in parts]
+def _format(message: Message, parts: list[Part] | None, content_format: ContentFormat, image_token: str) -> Message:
+    is_string = isinstance(message.get("content"), str) and len(parts or ()) == 1
+    if parts is None or (is_string and content_format.strings):
+        return message
+    if not content_format.parts:
+        return {**message, "content": "\n".join(part.get("text", image_token) for part in parts)}
+    if not content_format.images:
+        image = {"type": "text", "text": f"{image_token}\n"}
+        parts = [image if part["type"] == "image" else part for part in parts]
+    return {**message, "content": parts}

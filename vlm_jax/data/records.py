@@ -43,14 +43,6 @@ class Chunk(NamedTuple):
     answers: list[list[str]]
 
 
-def png(image: UInt8[np.ndarray, "H W 3"]) -> io.BytesIO:
-    """The image as a PNG file in memory: TFDS stores it untouched."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png", compress_level=_PNG_LEVEL)
-    buffer.seek(0)
-    return buffer
-
-
 class GlyphBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A builder of the suite: a subclass names its family and makes chunks."""
 
@@ -102,12 +94,15 @@ class GlyphBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             rng = np.random.default_rng([config.seed, glyphs.SPLITS.index(split), start])
             chunk = self.chunk(split, start, rng, min(CHUNK, total - start))
             for row, image in enumerate(chunk.images):
+                png = io.BytesIO()  # TFDS stores a file untouched
+                Image.fromarray(image).save(png, "png", compress_level=_PNG_LEVEL)
+                png.seek(0)
                 yield (
                     start + row,
                     {
                         "id": f"{config.name}-{split}-{start + row:05d}",
                         "family": self.FAMILY,
-                        "image": png(image),
+                        "image": png,
                         "questions": chunk.questions[row],
                         "answers": chunk.answers[row],
                     },

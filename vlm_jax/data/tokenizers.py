@@ -1,12 +1,12 @@
-"""Tokenizers of public models, from the files of their folders.
+"""Tokenizers of published models.
 
     tokenizer = read_tokenizer(folder, config)
-    tokenizer.encode("What is this?")           # as the reference's tokenizer, with the special tokens that it adds
-    tokenizer.encode_without_special(text)      # none added; special tokens written in the text are recognised
+    tokenizer.encode("What is this?")           # with the special tokens that the reference adds
+    tokenizer.encode_without_special(text)      # none added; special tokens in the text are recognised
     tokenizer.decode(ids)                       # special tokens left out
 
-Read are `tokenizer.json` (tokenizers library) and SentencePiece's `*.model`; what the files beside them say is read by
-`data.token_files`. How a question becomes a prompt stands in `data.chat`.
+Reads `tokenizer.json` (tokenizers library) and SentencePiece's `*.model`; `data.token_files` reads the files beside
+them, `data.chat` builds prompts.
 """
 
 import itertools
@@ -23,211 +23,216 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import glyph_tokenizer as words
-from vlm_jax.data import token_files
-from vlm_jax.data.token_files import TokenizerFiles, written
+from vlm_jax.data import glyph_tokenizer, token_files
+from vlm_jax.data.token_files import TokenizerFiles, check_utf8
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # SentencePiece's space
 _LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+_Encode = Callable[[str], list[int]]
 
 
 class Tokenizer(NamedTuple):
     """A tokenizer. `special` maps the names that templates use ("bos_token") to the text of the token."""
 
-    encode: Callable[[str], list[int]]
-    encode_without_special: Callable[[str], list[int]]
+    encode: _Encode
+    encode_without_special: _Encode
     decode: Callable[[Sequence[int]], str]
-    size: int  # one more than the highest id; marks that the caller adds and unnamed special tokens do not count
+    size: int  # highest id + 1, without the caller's extra tokens and special tokens that have no role
     pad: int | None
-    eos_ids: tuple[int, ...]  # any of these ends an answer
+    eos_ids: tuple[int, ...]
     special: dict[str, str]
-    template: str | None  # the folder's own chat template
+    template: str | None  # chat template of the folder
 
     def id(self, token: str) -> int | None:
-        """The id of one special token, None where the tokenizer does not know it."""
+        """The id of a special token, None where the tokenizer does not have it."""
         ids = self.encode_without_special(token)
         return ids[-1] if len(ids) == 1 else None
 
 
 def word_tokenizer() -> Tokenizer:
-    """The project's own: one number a word, for runs that `vlm_jax.train` made."""
+    """The word-level tokenizer of the glyph suite, for runs of `vlm_jax.train`."""
+    words = glyph_tokenizer
     return Tokenizer(
-        words.encode,
-        words.encode,
-        words.decode,
-        words.VOCAB_SIZE,
-        words.PAD_ID,
-        (words.END_ID,),
-        {},
-        None,
+        words.encode, words.encode, words.decode, words.VOCAB_SIZE, words.PAD_ID, (words.END_ID,), {}, None
     )
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, Any], more: Sequence[str] = ()) -> Tokenizer:
+def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a folder, or of one file (`tokenizer.json`, `*.model`) and the files beside it.
 
     Args:
-        config: config.json, for the tokens that end an answer; {} where there is none.
-        more: special tokens that it is to know besides its own ("<image>").
+        config: config.json, for `eos_ids`; {} where there is none.
+        extra: special tokens to add ("<image>").
 
     Raises `UserError` for a folder without a tokenizer, or a file that cannot be read.
     """
-    files = token_files.read(folder, config, more)
+    files = token_files.read(folder, config, extra)
     special = files.special
-    make = _from_json if files.file.suffix == ".json" else _from_sentencepiece
-    encode, plain, decode, ids, spare = make(files)
-    # A special token that the tokenizer's files do not use themselves may have no embedding: it is refused in use.
-    aside = (spare | set(more)) - {special[name] for name in token_files.NAMED if name in special}
-    size = max((number for token, number in ids.items() if token not in aside), default=-1) + 1
-    ends = files.eos_ids
-    if ends is None:
-        ends = [ids[special["eos_token"]]] if special.get("eos_token") in ids else []
+    backend = (_from_json if files.file.suffix == ".json" else _from_sentencepiece)(files)
+    # An added special token without a role may have no embedding, so that it does not count for the size.
+    uncounted = (backend.added | set(extra)) - {special[name] for name in token_files.ROLES if name in special}
+    eos_ids = files.eos_ids
+    if eos_ids is None:
+        eos_ids = [backend.ids[special["eos_token"]]] if special.get("eos_token") in backend.ids else []
     return Tokenizer(
-        lambda text: encode(written(text)),
-        lambda text: plain(written(text)),
-        decode,
-        size,
-        ids.get(special.get("pad_token")),
-        tuple(ends),
-        special,
-        files.template,
+        encode=lambda text: backend.encode(check_utf8(text)),
+        encode_without_special=lambda text: backend.encode_without_special(check_utf8(text)),
+        decode=backend.decode,
+        size=max((number for token, number in backend.ids.items() if token not in uncounted), default=-1) + 1,
+        pad=backend.ids.get(special.get("pad_token")),
+        eos_ids=tuple(eos_ids),
+        special=special,
+        template=files.template,
     )
 
 
-# encode, plain, decode, the ids of all tokens, and the special tokens that were added to the model's own
-Parts = tuple[
-    Callable[[str], list[int]], Callable[[str], list[int]], Callable[[Sequence[int]], str], Mapping[str, int], set[str]
-]
+class _Backend(NamedTuple):
+    """The vocabulary of one file format."""
+
+    encode: _Encode
+    encode_without_special: _Encode
+    decode: Callable[[Sequence[int]], str]
+    ids: Mapping[str, int]  # of all tokens
+    added: set[str]  # special tokens added to the model's own vocabulary
 
 
-def _from_json(files: TokenizerFiles) -> Parts:
+def _from_json(files: TokenizerFiles) -> _Backend:
     settings, special, added = files.settings, files.special, files.added
     try:
         backend = HfTokenizer.from_file(str(files.file))
-    except Exception as error:  # the library raises nothing more exact
+    except Exception as error:  # the library raises plain Exception
         raise UserError(f"{files.file}: not a readable tokenizer ({error})") from error
     backend.no_padding()
     backend.no_truncation()
-    byte_level = type(backend.model).__name__ != "BPE" or "ByteLevel" in str(backend.pre_tokenizer)
-    if files.model_type in (None, "llama") and settings.get("tokenizer_class") in _LLAMAS and not byte_level:
-        _respace(backend, _scheme(settings))
+    is_bpe = type(backend.model).__name__ == "BPE"
+    is_llama = files.model_type in (None, "llama") and settings.get("tokenizer_class") in _LLAMAS
+    if is_llama and is_bpe and "ByteLevel" not in str(backend.pre_tokenizer):
+        _set_llama_spaces(backend, _prepend_scheme(settings))
     known = backend.get_vocab(with_added_tokens=True)
     new = sorted((token for token in added if token not in known), key=lambda t: (added[t] is None, added[t] or 0))
     backend.add_tokens([AddedToken(t, **{"special": True, "normalized": False, **files.flags.get(t, {})}) for t in new])
-    # Named special tokens are always recognised whole and left out of what is decoded.
+    # Tokens with a role are always matched whole, and left out of decoded text.
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special.values()])
     ids = backend.get_vocab(with_added_tokens=True)
-    plain = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        before, behind = _around(settings, special, ids)
-        encode = lambda text: [*before, *plain(text), *behind]  # noqa: E731
-    else:
-        encode = lambda text: backend.encode(text).ids  # noqa: E731
-    clean = bool(settings.get("clean_up_tokenization_spaces")) and type(backend.model).__name__ != "BPE"
+
+    def encode_without_special(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def encode(text: str) -> list[int]:
+        if "add_bos_token" in settings or "add_eos_token" in settings:
+            return _with_bos_eos(encode_without_special(text), settings, special, ids)
+        return backend.encode(text).ids
 
     def decode(numbers: Sequence[int]) -> str:
         text = backend.decode([int(n) for n in numbers], skip_special_tokens=True)
-        return _cleaned(text) if clean else text
+        return _clean_up(text) if settings.get("clean_up_tokenization_spaces") and not is_bpe else text
 
-    return encode, plain, decode, ids, {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    added_special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    return _Backend(encode, encode_without_special, decode, ids, added_special)
 
 
-def _scheme(settings: Mapping[str, Any]) -> str:
-    """Where Llama's tokenizer puts a space before a word that has none: at the start of the text ("first"); of the old
-    way (`legacy`) behind every special token too ("always"); or nowhere ("never").
+def _prepend_scheme(settings: Mapping[str, Any]) -> str:
+    """Where Llama's tokenizer prepends a space: "first", at the start of the text; "always", after special tokens too
+    (`legacy`); or "never".
     """
     if settings.get("add_prefix_space") is False:
         return "never"
     return "always" if settings.get("legacy") else "first"
 
 
-def _respace(backend: HfTokenizer, scheme: str) -> None:
-    """As the class that the folder names: it takes the vocabulary alone from tokenizer.json, whatever that says."""
+def _set_llama_spaces(backend: HfTokenizer, scheme: str) -> None:
+    """Llama's classes in transformers take the vocabulary of tokenizer.json, but not its normalizer and decoder."""
     backend.normalizer = None
     backend.pre_tokenizer = Metaspace(_SPACE, prepend_scheme=scheme, split=False)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps if scheme == "never" else [*steps, decoders.Strip(" ", 1, 0)])
 
 
-def _around(settings: dict[str, Any], special: dict[str, str], ids: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """What the tokenizer's settings put before and behind each text."""
-    return tuple(  # type: ignore[return-value]
-        [ids[special[name]]] if settings.get(f"add_{name}") and special.get(name) in ids else []
+def _with_bos_eos(
+    ids: list[int], settings: Mapping[str, Any], special: Mapping[str, str], vocabulary: Mapping[str, int]
+) -> list[int]:
+    bos, eos = (
+        [vocabulary[special[name]]] if settings.get(f"add_{name}") and special.get(name) in vocabulary else []
         for name in ("bos_token", "eos_token")
     )
+    return [*bos, *ids, *eos]
 
 
-def _cleaned(text: str) -> str:
-    """Spaces that word pieces leave before punctuation and English contractions."""
+def _clean_up(text: str) -> str:
+    """transformers' clean_up_tokenization: no spaces before punctuation and English contractions."""
     text = re.sub(r" ([.?!,])", r"\1", text).replace(" ' ", "'")
     return re.sub(r" (n't|'m|'s|'ve|'re)", r"\1", text)
 
 
-def _letters(some: bytes) -> str:
-    """UTF-8, or a mark for each byte of what is not."""
+def _decode_bytes(some: bytes) -> str:
+    """UTF-8, or a replacement character for each byte of an invalid sequence."""
     try:
         return some.decode()
     except UnicodeDecodeError:
         return "\ufffd" * len(some)
 
 
-def _from_sentencepiece(files: TokenizerFiles) -> Parts:
-    settings, special, scheme = files.settings, files.special, _scheme(files.settings)
-    model, inner, adds_space = _with_and_without_a_space(files.file)
+def _from_sentencepiece(files: TokenizerFiles) -> _Backend:
+    settings, special, scheme = files.settings, files.special, _prepend_scheme(files.settings)
+    model, without_prefix, adds_prefix = _read_sentencepiece(files.file)
     ids = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-    own = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
-    for name, number in own.items():
+    roles = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
+    for name, number in roles.items():
         if number >= 0:
             special.setdefault(f"{name}_token", model.id_to_piece(number))
+    # Tokens that are matched whole, before the text is split into pieces.
     whole, size = {token: ids[token] for token in special.values() if token in ids}, len(ids)
     for token, number in files.added.items():
         if token not in ids:
             number = size if number is None else number
             size = max(size, number + 1)
         whole[token] = ids.setdefault(token, number)
-    cut = re.compile("|".join(f"({re.escape(token)})" for token in sorted(whole, key=len, reverse=True)) or r"(?!)")
+    by_length = sorted(whole, key=len, reverse=True)
+    pattern = re.compile("|".join(f"({re.escape(token)})" for token in by_length) or r"(?!)")
 
-    def plain(text: str) -> list[int]:
+    def encode_without_special(text: str) -> list[int]:
         out, start = [], 0
-        for match in (*cut.finditer(text), None):
+        for match in (*pattern.finditer(text), None):
             piece = text[start : match.start() if match else None]
-            # Of a model alone, its library puts a space before each piece.
-            has_one = scheme == "never" or piece[:1] in (" ", _SPACE) or bool(out and scheme == "first")
-            use = inner if settings and has_one else model
+            # A model without a tokenizer_config.json prepends a space to each piece, as its library does.
+            has_space = scheme == "never" or piece[:1] in (" ", _SPACE) or bool(out and scheme == "first")
             if piece:
-                out += use.encode(piece)
+                out += (without_prefix if settings and has_space else model).encode(piece)
             if match:
                 out.append(whole[match.group()])
                 start = match.end()
         return out
 
-    before, behind = _around({"add_bos_token": True, **settings}, special, ids)
-    loud = {token for token, flags in files.flags.items() if not flags.get("special", True)}
+    def encode(text: str) -> list[int]:
+        return _with_bos_eos(encode_without_special(text), {"add_bos_token": True, **settings}, special, ids)
+
+    not_special = {token for token, flags in files.flags.items() if not flags.get("special", True)}
     names = {number: token for token, number in whole.items()}
-    quiet = {number for number, token in names.items() if token not in loud}
+    skipped = {number for number, token in names.items() if token not in not_special}
 
     def decode(numbers: Sequence[int]) -> str:
-        kept = [int(n) for n in numbers if int(n) not in quiet and (int(n) < len(model) or int(n) in names)]
+        kept = [int(n) for n in numbers if int(n) not in skipped and (int(n) < len(model) or int(n) in names)]
         out = ""
         for is_byte, run in itertools.groupby(kept, key=lambda n: n < len(model) and model.is_byte(n)):
             if is_byte:
-                out += _letters(bytes(int(model.id_to_piece(n)[3:5], 16) for n in run))
+                out += _decode_bytes(bytes(int(model.id_to_piece(n)[3:5], 16) for n in run))
             else:
                 out += "".join(names[n] if n in names else model.id_to_piece(n).replace(_SPACE, " ") for n in run)
-        return out.removeprefix(" ") if adds_space and scheme != "never" else out
+        return out.removeprefix(" ") if adds_prefix and scheme != "never" else out
 
-    return (lambda text: [*before, *plain(text), *behind]), plain, decode, ids, set(whole) - loud
+    return _Backend(encode, encode_without_special, decode, ids, set(whole) - not_special)
 
 
-def _with_and_without_a_space(file: Path) -> tuple[Any, Any, bool]:
-    """A SentencePiece model as it is, the same without a space before a text, and whether the first puts one."""
-    model, inner = sentencepiece.SentencePieceProcessor(), sentencepiece.SentencePieceProcessor()
+def _read_sentencepiece(file: Path) -> tuple[Any, Any, bool]:
+    """A SentencePiece model, the same model without `add_dummy_prefix`, and whether the first has it."""
+    model, without_prefix = sentencepiece.SentencePieceProcessor(), sentencepiece.SentencePieceProcessor()
     try:
         content = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
         model.LoadFromSerializedProto(content.SerializeToString())
     except (OSError, RuntimeError, DecodeError) as error:
         raise UserError(f"{file}: not a readable SentencePiece model ({error})") from error
-    adds_space = content.normalizer_spec.add_dummy_prefix
+    adds_prefix = content.normalizer_spec.add_dummy_prefix
     content.normalizer_spec.add_dummy_prefix = False
-    inner.LoadFromSerializedProto(content.SerializeToString())
-    return model, inner, adds_space
+    without_prefix.LoadFromSerializedProto(content.SerializeToString())
+    return model, without_prefix, adds_prefix

@@ -123,7 +123,7 @@ def load(
         raise UserError(f"{path}: holds no image encoder to join with {llm}")
     if image_size is not None and vision_info.encoder is None:
         raise UserError(f"{path}: a language model alone has no images: leave image_size out")
-    own = vision_info.encoder and processors.prepared(vision_info.encoder, path)
+    own = vision_info.encoder and processors.with_processor_files(vision_info.encoder, path)
     resized = vision_info if own is None else vision_info._replace(encoder=vision.at_size(own, image_size))
     spec = _joined_spec(resized, llm_info if llm else resized, compressor, tokens)
     if own is not None:

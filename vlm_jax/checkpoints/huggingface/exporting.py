@@ -1,7 +1,7 @@
-"""A model of ours as a folder that transformers loads: config.json, safetensors, how images are prepared, and the
-tokenizer's files as given.
+"""Exports a model as a folder that transformers loads (config.json, safetensors, the processor's and tokenizer's files)
+or as a big_vision `.npz`.
 
-What no public class computes is refused before anything is written; a folder appears when it is complete.
+A model that no class of transformers computes is rejected before anything is written; folders are written atomically.
 """
 
 import dataclasses
@@ -14,29 +14,26 @@ from typing import Any
 import jax.numpy as jnp
 
 from vlm_jax.checkpoints import big_vision
-from vlm_jax.checkpoints import tensor_tables as w
 from vlm_jax.checkpoints.huggingface import hf_decoder, hf_encoder, hf_vlm, processors
-from vlm_jax.checkpoints.inspection import read_config
-from vlm_jax.checkpoints.tensor_tables import TensorTable
+from vlm_jax.checkpoints.huggingface.fields import read_json
+from vlm_jax.checkpoints.tensor_tables import MAX_SHARD_BYTES, OnTensor, TensorTable, noop, save_params, tensors
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ModelSpec
 
-# Files beside the weights that belong to the words and the pictures, not to the parameters.
-COMPANIONS = (
+# Files of the tokenizer, generation and image processor, which are copied.
+_COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "generation_config.json", "chat_template.json", "chat_template.jinja",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def layout(spec: ModelSpec, image_token: int | None = None) -> tuple[dict[str, Any], dict[str, TensorTable]]:
-    """config.json, and the table of every part. A spec without encoder is a language model, one without decoder a
-    tower.
-
-    Raises `UserError` for what no architecture of transformers computes.
+    """(config.json, table of every part) of a whole model, a language model (no encoder) or a vision tower. Raises
+    `UserError` for a model that no class of transformers computes.
     """
     if spec.encoder is None:
         return hf_decoder.hf_config(spec.decoder), {"decoder": hf_decoder.decoder_table(spec.decoder)}
@@ -44,20 +41,15 @@ def layout(spec: ModelSpec, image_token: int | None = None) -> tuple[dict[str, A
         config = hf_encoder.encoder_config(spec.encoder)
         kind = "CLIPVisionModel" if spec.encoder.class_token else "SiglipVisionModel"
         return {"architectures": [kind], **config}, {"encoder": hf_encoder.encoder_table(spec.encoder, "vision_model.")}
-    hf_vlm.export_kind(spec)
-    if image_token is None:
-        raise UserError("no token of the model's vocabulary stands for an image: export its decoder or encoder alone")
     return hf_vlm.export_config(spec, image_token), hf_vlm.export_tables(spec)
 
 
 def part_of(spec: ModelSpec, part: str) -> ModelSpec:
-    """The spec of one part alone: "whole", "decoder" or "encoder"."""
-    if part == "whole":
-        return spec
-    if getattr(spec, part) is None:
+    """The spec of one part: "whole", "decoder" or "encoder"."""
+    if part != "whole" and getattr(spec, part) is None:
         raise UserError(f"the model has no {part}")
-    other = {"decoder": "encoder", "encoder": "decoder"}[part]
-    return dataclasses.replace(spec, **{other: None})
+    removed = {"whole": {}, "decoder": {"encoder": None}, "encoder": {"decoder": None}}[part]
+    return dataclasses.replace(spec, **removed)
 
 
 def save_folder(
@@ -66,81 +58,72 @@ def save_folder(
     params: Mapping[str, Any],
     image_token: int | None = None,
     source: Path | None = None,
-    max_shard_bytes: int = w.MAX_SHARD_BYTES,
-    wrote: w.OnTensor = w.noop,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: OnTensor = noop,
 ) -> None:
     """Writes the parts that `spec` has, in the dtype of their parameters.
 
     Args:
-        source: a Hugging Face folder whose tokenizer, and the ids of its special tokens, go along.
+        source: a Hugging Face folder whose tokenizer and special token ids are copied.
 
-    Raises `UserError` where `out` holds something already, or where no architecture of transformers fits.
+    Raises `UserError` where `out` is not empty, or for a model that no class of transformers computes.
     """
     config, tables = layout(spec, image_token)
     check_vacant(out)
     parts = [(params[part], table) for part, table in tables.items()]
     if spec.encoder is not None and spec.encoder.feature_layer:
-        parts.append(hf_encoder.idle_norm(tables["encoder"], params["encoder"]["position"]))
+        parts.append(hf_encoder.identity_norm(tables["encoder"], params["encoder"]["position"]))
     kinds = {str(jnp.dtype(leaf.dtype)) for part, _ in parts for leaf in tree.flatten(part).values()}
     config["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
     try:
         with atomic_write(out) as folder:
             folder.mkdir(parents=True)
-            w.save_params(folder, parts, max_shard_bytes, wrote)
+            save_params(folder, parts, max_shard_bytes, on_tensor)
             if source is not None:
                 config |= _companions(source, folder)
             if spec.encoder is not None and not any((folder / name).exists() for name in processors.NAMES):
-                prepared = processors.processor_config(spec.encoder)
-                (folder / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
+                processor = processors.processor_config(spec.encoder)
+                (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        raise _cannot_write(out, error) from error
+
+
+def _cannot_write(out: Path, error: OSError) -> UserError:
+    return UserError(f"{out}: cannot be written ({error.strerror})")
 
 
 def _companions(source: Path, out: Path) -> dict[str, Any]:
-    """Copies the files of words and pictures; returns the special tokens that config.json names."""
-    config = read_config(source) if (source / "config.json").exists() else {}
+    """Copies the tokenizer's and processor's files; returns the special token ids of config.json."""
+    config = read_json(source / "config.json") or {}
     text = config.get("text_config")
     config = {**(text if isinstance(text, dict) else {}), **config}
-    for name in COMPANIONS:
+    for name in _COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    return {name: config[name] for name in _TOKENS if name in config}
+    return {name: config[name] for name in _TOKEN_IDS if name in config}
 
 
 def save_npz(out: Path, spec: ModelSpec, params: Mapping[str, Any]) -> None:
-    """The image tower, or a whole PaliGemma, as a big_vision checkpoint."""
-    check_npz(out, spec)
+    """Writes the vision tower, or a whole PaliGemma, as a big_vision checkpoint."""
+    tables = big_vision.export_tables(spec)
     check_vacant(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if spec.decoder is None:
-            big_vision.save_encoder(out, params["encoder"], spec.encoder)
-        else:
-            big_vision.save_model(out, params, spec)
+        big_vision.write_npz(out, (pair for part, table in tables.items() for pair in tensors(params[part], table)))
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        raise _cannot_write(out, error) from error
 
 
 def check(out: Path, spec: ModelSpec, image_token: int | None) -> None:
-    """Raises `UserError` for what the format of `out` (a folder, or a `.npz`) cannot hold."""
+    """Raises `UserError` for a model that the format of `out` (a folder, or a `.npz`) cannot hold."""
     if out.suffix == ".npz":
-        check_npz(out, spec)
+        big_vision.export_tables(spec)
     else:
         layout(spec, image_token)
 
 
-def check_npz(out: Path, spec: ModelSpec) -> None:
-    """Raises `UserError` for what a checkpoint of big_vision cannot hold."""
-    if spec.encoder is None:
-        raise UserError(f"{out}: a .npz holds an image tower, and the model has none")
-    if spec.decoder is None:
-        big_vision.encoder_table(spec.encoder, "", big_vision.APART)
-    else:
-        big_vision.model_tables(spec)
-
-
 def check_vacant(out: Path) -> None:
-    """Raises `UserError` where a file or a folder with something in it stands at `out`."""
+    """Raises `UserError` where `out` is a file or a folder that is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: there is something already; name a new folder")
+        raise UserError(f"{out}: already exists (choose a new folder)")

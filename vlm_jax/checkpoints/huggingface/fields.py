@@ -1,16 +1,18 @@
-"""Fields of a config.json: each is read, has the one value that we compute with, is harmless, or is refused by name."""
+"""Fields of a config.json: each is read, has a supported value, is harmless, or raises an error with its name."""
 
+import json
 import re
 import reprlib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from vlm_jax.core.errors import UserError
 
-Fixed = Mapping[str, tuple[Any, ...]]
-_MOST = 1e30  # a number beyond is a slip
+Fixed = Mapping[str, tuple[Any, ...]]  # field -> its supported values
+_MAX = 1e30  # of a number
 
-# Fields that no output of a forward pass depends on: bookkeeping, training, generation, and names of files.
+# Fields that no output of a forward pass depends on: bookkeeping, training, file names, and generation (older files).
 HARMLESS = {
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp",
     "_name_or_path", "name_or_path", "_commit_hash", "_from_model_config", "auto_map", "custom_pipelines", "revision",
@@ -26,7 +28,7 @@ HARMLESS = {
     "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "_vocab_size", "ignore_index",
     "num_logits_to_keep", "mm_vision_tower", "neftune_noise_alpha", "z_loss_coefficient", "generation_config",
     "unsloth_fixed", "unsloth_version", "num_image_tokens", "library_name", "license", "model_name", "tags",
-    # What generation took from here before it had a file of its own.
+    # Fields of generation_config.json in older files.
     "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
     "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
@@ -38,39 +40,59 @@ _HARMLESS_KINDS = re.compile(
 )
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None where there is no such file. Raises `UserError` for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def config_path(path: Path) -> Path:
+    """config.json of a folder, or beside a file."""
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
 def harmless(name: str) -> bool:
-    """Whether no output of a forward pass depends on that field."""
+    """Whether no output of a forward pass depends on the field."""
     return name in HARMLESS or _HARMLESS_KINDS.fullmatch(name) is not None
 
 
 def check(config: Mapping[str, Any], where: str, read: Collection[str], fixed: Fixed) -> None:
-    """Raises `UserError` for a field that is neither harmless nor read and does not have a value of `fixed`. A field
-    that nobody here has heard of may be empty, null or false.
+    """Raises `UserError` for a field that is neither read nor harmless nor has a value of `fixed`. An unknown field may
+    be empty, null or false.
     """
     for name, value in config.items():
         if name in read:
             continue
         if name in fixed:
             if value is not None and value not in fixed[name]:
-                told = " (the weights are quantised)" if name == "quantization_config" else ""
-                raise UserError(f"{where}: {name}={reprlib.repr(value)} is not supported{told}: {fixed[name][0]!r} is")
+                reason = " (the weights are quantised)" if name == "quantization_config" else ""
+                raise UserError(
+                    f"{where}: {name}={reprlib.repr(value)} is not supported{reason}: expected {fixed[name][0]!r}"
+                )
         elif not harmless(name) and not (value is None or value is False or value in ("", [], {})):
-            raise UserError(
-                f"{where}: the field {name}={reprlib.repr(value)} is not known, and may change the mathematics"
-            )
+            raise UserError(f"{where}: unknown field {name}={reprlib.repr(value)}, which may change the outputs")
 
 
 def number(config: Mapping[str, Any], name: str, where: str, kind: type = int) -> Any:
-    """A positive `int` or `float`. Raises `UserError` that names the field."""
+    """A positive `int` or `float`. Raises `UserError` with the field's name."""
     value = config[name]
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX
     if not fits or (kind is int and value != int(value)):
-        raise UserError(f"{where}: {name}={value!r}: a positive {'number' if kind is float else 'integer'} is wanted")
+        raise UserError(f"{where}: {name}={value!r}: expected a positive {'number' if kind is float else 'integer'}")
     return kind(value)
 
 
 def flag(config: Mapping[str, Any], name: str, where: str) -> bool:
-    """True or false. Raises `UserError` that names the field."""
+    """True or false. Raises `UserError` with the field's name."""
     if not isinstance(config[name], bool):
-        raise UserError(f"{where}: {name}={config[name]!r}: true or false is wanted")
+        raise UserError(f"{where}: {name}={config[name]!r}: expected true or false")
     return config[name]

@@ -1,8 +1,7 @@
-"""config.json of a Hugging Face decoder <-> `DecoderSpec`.
+"""`DecoderSpec` from the config.json of a Hugging Face decoder.
 
-A field that changes the mathematics is read, or must have the one value that our decoder has; nothing of that kind is
-passed over. Files leave out what equals the default of their configuration class, so those defaults stand here.
-Rotary positions are read by `hf_rope`.
+A field that changes the outputs is read or must have the value that our decoder implements. Files leave out fields at
+the defaults of their configuration class; `FAMILIES` holds those defaults. `hf_rope` reads the rotary embedding.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ class Family(NamedTuple):
 
     architecture: str
     defaults: dict[str, Any]
-    spec: dict[str, Any]  # what sets the family apart, whatever the sizes
+    spec: dict[str, Any]  # fields of `DecoderSpec` for every model of the family
 
 
 def _sizes(
@@ -35,8 +34,9 @@ def _sizes(
     return sizes | more
 
 
+_TANH = "gelu_pytorch_tanh"
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
-_GEMMA2 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2 = {"hidden_activation": _TANH, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _PLUS_ONE = {"norm_plus_one": True, "scale_embedding": True}
 FAMILIES = {
@@ -44,14 +44,10 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", _sizes(32000, 4096, 14336, 32, 32, 8, 131072, sliding_window=4096), {}),
     "qwen2": Family("Qwen2ForCausalLM", _sizes(151936, 4096, 22016, 32, 32, 32, 32768, **_QWEN), {"qkv_bias": True}),
     "qwen3": Family(
-        "Qwen3ForCausalLM",
-        _sizes(151936, 4096, 22016, 32, 32, 32, 32768, **_QWEN, head_dim=128),
-        {"qk_norm": True},
+        "Qwen3ForCausalLM", _sizes(151936, 4096, 22016, 32, 32, 32, 32768, **_QWEN, head_dim=128), {"qk_norm": True}
     ),
     "gemma": Family(
-        "GemmaForCausalLM",
-        _sizes(256000, 3072, 24576, 28, 16, 16, 8192, **_GEMMA, hidden_act="gelu_pytorch_tanh"),
-        _PLUS_ONE,
+        "GemmaForCausalLM", _sizes(256000, 3072, 24576, 28, 16, 16, 8192, **_GEMMA, hidden_act=_TANH), _PLUS_ONE
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -72,34 +68,31 @@ READ = {
     "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "layer_types", "sliding_window_pattern",
     "hidden_activation", "hidden_act",
 }  # fmt: skip
-# Fields that change the mathematics, and the values that mean what our decoder does.
+# Fields that change the outputs, and the values that our decoder implements.
+_TRUE = (
+    "is_causal", "causal", "use_rope", "use_rotary", "rotary", "scale_attn_weights", "use_rms_norm", "gated_mlp",
+    "do_layer_norm_before", "norm_before",
+)  # fmt: skip
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_bidirectional_attention": (False,),
     "partial_rotary_factor": (1,),
     "quantization_config": (None,),
-    "attn_logit_softcapping": (None,),  # of families that do not read it
+    "attn_logit_softcapping": (None,),  # in families that do not read it
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "position_embedding_type": ("rope", "rotary"),
-    **dict.fromkeys(
-        (
-            "is_causal", "causal", "use_rope", "use_rotary", "rotary", "scale_attn_weights", "use_rms_norm",
-            "gated_mlp", "do_layer_norm_before", "norm_before",
-        ),
-        (True,),
-    ),
-}  # fmt: skip
+    **dict.fromkeys(_TRUE, (True,)),
+}
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu",
 }  # fmt: skip
 
 
 def decoder_spec(config: Config, where: str) -> DecoderSpec:
-    """The spec of a text model's config (config.json, or `text_config` in one). `where` names the file in errors.
-
-    Raises `UserError` for a field that our decoder cannot express, by its name.
+    """The spec of a config.json or its `text_config`. `where` names the file in errors. Raises `UserError` with the
+    name of a field that our decoder does not implement.
     """
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
@@ -107,30 +100,26 @@ def decoder_spec(config: Config, where: str) -> DecoderSpec:
     family = FAMILIES[kind]
     _check_fields(config, kind, where)
     given = {**family.defaults, **config}
-    heads = fields.number(given, "num_attention_heads", where)
-    width = fields.number(given, "hidden_size", where)
-    keys = heads if given["num_key_value_heads"] is None else fields.number(given, "num_key_value_heads", where)
-    if heads % keys or (given["head_dim"] is None and width % heads):
+
+    def number(name: str) -> int:
+        return fields.number(given, name, where)
+
+    heads, width, depth = number("num_attention_heads"), number("hidden_size"), number("num_hidden_layers")
+    kv_heads = heads if given["num_key_value_heads"] is None else number("num_key_value_heads")
+    if heads % kv_heads or (given["head_dim"] is None and width % heads):
         raise UserError(
-            f"{where}: hidden_size={width}, num_attention_heads={heads} and num_key_value_heads={keys} do not divide"
+            f"{where}: hidden_size={width}, num_attention_heads={heads}, num_key_value_heads={kv_heads}: expected "
+            "multiples of each other"
         )
-    sandwich = "query_pre_attn_scalar" in family.defaults
-    depth = fields.number(given, "num_hidden_layers", where)
-    head_dim = width // heads if given["head_dim"] is None else fields.number(given, "head_dim", where)
+    head_dim = width // heads if given["head_dim"] is None else number("head_dim")
     rope, attention_factor = hf_rope.read(given, kind, where)
-    scale = fields.number(given, "query_pre_attn_scalar", where) ** -0.5 if sandwich else None
+    scale = number("query_pre_attn_scalar") ** -0.5 if "query_pre_attn_scalar" in family.defaults else None
     if attention_factor != 1:
         scale = (scale or head_dim**-0.5) * attention_factor**2
+    name, mlp_width, vocab = Path(where).parent.name or kind, number("intermediate_size"), number("vocab_size")
     return DecoderSpec(
-        name=Path(where).parent.name or kind,
-        width=width,
-        depth=depth,
-        heads=heads,
-        kv_heads=keys,
-        head_dim=head_dim,
-        mlp_width=fields.number(given, "intermediate_size", where),
-        vocab=fields.number(given, "vocab_size", where),
-        context=hf_rope.context(fields.number(given, "max_position_embeddings", where), rope),
+        name, width, depth, heads, kv_heads, head_dim, mlp_width, vocab,
+        context=hf_rope.context(number("max_position_embeddings"), rope),
         norm_eps=fields.number(given, "rms_norm_eps", where, float),
         tied_head=fields.flag(given, "tie_word_embeddings", where),
         activation=_activation(given, kind, where),
@@ -140,16 +129,15 @@ def decoder_spec(config: Config, where: str) -> DecoderSpec:
         **_windows(given, kind, depth, where),
         **rope,
         **family.spec,
-    )
+    )  # fmt: skip
 
 
 def _check_fields(config: Config, kind: str, where: str) -> None:
-    """Raises `UserError` for a field that changes the mathematics and is not read."""
     family = FAMILIES[kind]
     own = {name: (family.spec.get(name, False),) for name in ("qkv_bias", "qk_norm")}
     fixed = {**FIXED, **own, "use_qk_norm": own["qk_norm"]}
     if "sliding_window" in family.defaults:
-        fixed["use_sliding_window"] = (True, False)  # Mistral and Gemma use hf_name whatever that says
+        fixed["use_sliding_window"] = (True, False)  # Mistral and Gemma ignore it
     fields.check(config, where, {*family.defaults, *READ}, fixed)
 
 
@@ -161,11 +149,11 @@ def _activation(config: Config, kind: str, where: str) -> str:
     field = "hidden_activation" if kind in ("gemma2", "gemma3_text") else "hidden_act"
     name = str(FAMILIES[kind].defaults[field] if config[field] is None else config[field])
     if kind == "gemma":
-        # The first Gemma files say "gelu" and were trained with its tanh form.
+        # The first Gemma files have "gelu" but were trained with the tanh approximation.
         name = "gelu_pytorch_tanh" if name == "gelu" else name
         other = config.get("hidden_activation")
-        if other not in (None, name):  # the later field, which transformers 4 follows and 5 does not
-            raise UserError(f"{where}: hidden_activation={other!r} is not supported beside {field}={config[field]!r}")
+        if other not in (None, name):  # the newer field, which transformers 4 reads and 5 does not
+            raise UserError(f"{where}: hidden_activation={other!r} is not supported with {field}={config[field]!r}")
     if name not in ACTIVATIONS:
         raise UserError(f"{where}: {unknown(field, name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -181,7 +169,7 @@ def _windows(config: Config, kind: str, depth: int, where: str) -> dict[str, Any
     if types is not None:
         names = {"full_attention": False, "sliding_attention": True}
         if not isinstance(types, list) or len(types) != depth or any(str(name) not in names for name in types):
-            raise UserError(f"{where}: layer_types: {' or '.join(names)} is wanted for each of {depth} layers")
+            raise UserError(f"{where}: layer_types: expected {' or '.join(names)} for each of {depth} layers")
         local = [names[name] for name in types]
     elif kind.startswith("gemma"):
         given = {"sliding_window_pattern": 6, **config}
@@ -190,14 +178,14 @@ def _windows(config: Config, kind: str, depth: int, where: str) -> dict[str, Any
     else:
         first = config.get("max_window_layers", 0)
         if not isinstance(first, int):
-            raise UserError(f"{where}: max_window_layers={first!r}: an integer is wanted")
+            raise UserError(f"{where}: max_window_layers={first!r}: expected an integer")
         local = [i >= first for i in range(depth)]
     if kind == "mistral" and not all(local):
-        raise UserError(f"{where}: layer_types: layers of two kinds are not part of {FAMILIES[kind].architecture}")
+        raise UserError(f"{where}: layer_types: expected one type for all layers of {FAMILIES[kind].architecture}")
     if not any(local):
         return {}
     for pattern in (0, *range(2, depth + 1)):
         if local == [not pattern or (i + 1) % pattern != 0 for i in range(depth)]:
             return {"window": fields.number(config, "sliding_window", where), "window_pattern": pattern}
     field = "layer_types" if types is not None else "max_window_layers"
-    raise UserError(f"{where}: {field}: only a pattern in which every n-th layer sees everything is supported")
+    raise UserError(f"{where}: {field}: expected full attention in every n-th layer and sliding windows elsewhere")

@@ -1,6 +1,6 @@
-"""Hugging Face's decoders: which of their tensors each parameter of `models.decoder` is, and the way back.
+"""Hugging Face's decoders: the tensor of each parameter of `models.decoder`, and config.json from a `DecoderSpec`.
 
-Llama 2 and 3, Vicuna, SmolLM2, Mistral, Qwen 1.5 to 3, Gemma 1 to 3 are one table: they differ in which rows it has.
+Llama 2 and 3, Vicuna, SmolLM2, Mistral, Qwen 1.5 to 3, Gemma 1 to 3 share one table and differ in the rows it has.
 """
 
 import dataclasses
@@ -10,33 +10,31 @@ import numpy as np
 
 from vlm_jax.checkpoints.huggingface import hf_rope
 from vlm_jax.checkpoints.huggingface.hf_config import ACTIVATIONS, FAMILIES, decoder_spec
-from vlm_jax.checkpoints.tensor_tables import Leaf, TensorFiles, TensorTable, linear, same
+from vlm_jax.checkpoints.tensor_files import TensorFiles
+from vlm_jax.checkpoints.tensor_tables import Leaf, TensorTable, linear, same
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec
 
-__all__ = ["ARCHITECTURES", "decoder_spec", "decoder_table", "hf_config", "ignore", "prefixes"]
-
 ARCHITECTURES = tuple(family.architecture for family in FAMILIES.values())
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
-_ROWS = 4096  # compared at once
+_ROWS = 4096  # of the embedding, compared at once
 
 
 def prefixes(weights: TensorFiles) -> tuple[str, str]:
-    """What stands before `embed_tokens.weight`, and the whole name of the head: writers of whole models differ in both.
-
-    Raises `UserError` where there is not exactly one embedding table.
+    """The prefix of `embed_tokens.weight` and the name of the head, which depend on the version of transformers. Raises
+    `UserError` where there is not exactly one embedding.
     """
     tables = [name for name in weights.shapes if name == _EMBEDDING or name.endswith("." + _EMBEDDING)]
     if len(tables) != 1:
-        raise UserError(f"{weights.path}: {len(tables)} tensors are called {_EMBEDDING}; a language model has one")
+        raise UserError(f"{weights.path}: expected one tensor {_EMBEDDING}, got {len(tables)}")
     heads = [name for name in weights.shapes if name == _HEAD or name.endswith("." + _HEAD)]
     return tables[0].removesuffix(_EMBEDDING), heads[0] if len(heads) == 1 else _HEAD
 
 
 def decoder_table(spec: DecoderSpec, prefix: str = "model.", head: str = _HEAD) -> TensorTable:
-    """Our path in the decoder's parameters -> their tensor."""
+    """Every parameter of `models.decoder.Decoder` under Hugging Face's names."""
     width, inner = (spec.width,), (spec.mlp_width,)
-    heads, keys = (spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim)
+    heads, kv_heads = (spec.heads, spec.head_dim), (spec.kv_heads, spec.head_dim)
     block, blocks = prefix + "layers.{i}.", spec.depth
 
     def norm(name: str) -> Leaf:
@@ -51,7 +49,7 @@ def decoder_table(spec: DecoderSpec, prefix: str = "model.", head: str = _HEAD) 
         "blocks/mlp/up/kernel": linear(block + "mlp.up_proj.weight", width, inner, blocks),
         "blocks/mlp/down/kernel": linear(block + "mlp.down_proj.weight", inner, width, blocks),
     }
-    for part, hf_name, outputs in (("query", "q", heads), ("key", "k", keys), ("value", "v", keys)):
+    for part, hf_name, outputs in (("query", "q", heads), ("key", "k", kv_heads), ("value", "v", kv_heads)):
         name = f"{block}self_attn.{hf_name}_proj"
         table[f"blocks/attention/{part}/kernel"] = linear(name + ".weight", width, outputs, blocks)
         if spec.qkv_bias:
@@ -72,24 +70,24 @@ def decoder_table(spec: DecoderSpec, prefix: str = "model.", head: str = _HEAD) 
 
 
 def ignore(spec: DecoderSpec) -> tuple[str, ...]:
-    """Regexes of tensors that writers add and nobody needs: tables of angles, and the copy of a tied head."""
+    """Regexes of tensors that are not read: rotary frequencies, and the copy of a tied head."""
     return (r".*rotary_emb\.inv_freq", *([r"(.*\.)?lm_head\.weight"] if spec.tied_head else []))
 
 
 def check_tied(weights: TensorFiles, table: TensorTable) -> None:
-    """Raises `UserError` where the file of a tied head holds a head beside the embedding, and they are not the same."""
+    """Raises `UserError` where a tied decoder's file has a head that differs from the embedding."""
     name = table["embedding"].hf_name
-    for head in (one for one in weights.shapes if one == _HEAD or one.endswith("." + _HEAD)):
-        embedding, other = weights.read(name), weights.read(head)
-        pairs = (
-            [a[i : i + _ROWS].astype("float32") for a in (embedding, other)] for i in range(0, len(embedding), _ROWS)
-        )
-        if embedding.shape != other.shape or not all(np.array_equal(one, other) for one, other in pairs):
-            raise UserError(f"{weights.path}: {head} is not {name}, though config.json says tie_word_embeddings=true")
+    for head_name in (one for one in weights.shapes if one == _HEAD or one.endswith("." + _HEAD)):
+        embedding, head = weights.read(name), weights.read(head_name)
+        slices = [slice(i, i + _ROWS) for i in range(0, len(embedding), _ROWS)]
+        if embedding.shape != head.shape or not all(
+            np.array_equal(embedding[rows].astype("float32"), head[rows].astype("float32")) for rows in slices
+        ):
+            raise UserError(f"{weights.path}: {head_name} is not {name}, but config.json has tie_word_embeddings=true")
 
 
 def family_of(spec: DecoderSpec) -> str:
-    """The family that a spec's features belong to."""
+    """The key of `FAMILIES` for a spec."""
     if spec.norm_plus_one:
         return "gemma" if not spec.sandwich_norm else "gemma3_text" if spec.qk_norm else "gemma2"
     if spec.qk_norm or spec.qkv_bias:
@@ -98,9 +96,8 @@ def family_of(spec: DecoderSpec) -> str:
 
 
 def hf_config(spec: DecoderSpec) -> dict[str, Any]:
-    """The config.json of a decoder, in the style that transformers 4 and 5 both read.
-
-    Raises `UserError` that names the fields for which no architecture here has a place.
+    """The config.json of a decoder, for transformers 4 and 5. Raises `UserError` with the fields that no supported
+    architecture has.
     """
     kind = family_of(spec)
     defaults = FAMILIES[kind].defaults
@@ -110,7 +107,7 @@ def hf_config(spec: DecoderSpec) -> dict[str, Any]:
         "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
         "rms_norm_eps": spec.norm_eps, "tie_word_embeddings": spec.tied_head, "rope_theta": spec.rope_theta,
         "max_position_embeddings": spec.context or defaults["max_position_embeddings"],
-        "hidden_act": {part: hf_name for hf_name, part in reversed(ACTIVATIONS.items())}[spec.activation],
+        "hidden_act": {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}[spec.activation],
     }  # fmt: skip
     config |= hf_rope.scaling(spec, (_scale(spec) * spec.head_dim**0.5) ** 0.5)
     if "sliding_window" in defaults:
@@ -119,8 +116,8 @@ def hf_config(spec: DecoderSpec) -> dict[str, Any]:
         config |= {"use_sliding_window": spec.window is not None, "max_window_layers": 0}
     if "query_pre_attn_scalar" in defaults:
         config["hidden_activation"] = config.pop("hidden_act")
-        channels = _scale(spec) ** -2
-        config["query_pre_attn_scalar"] = round(channels) if abs(channels - round(channels)) < 1e-6 else channels
+        scalar = _scale(spec) ** -2
+        config["query_pre_attn_scalar"] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
         config["final_logit_softcapping"] = spec.logit_softcap
     if kind == "gemma2":
         config["attn_logit_softcapping"] = spec.attention_softcap
@@ -130,20 +127,21 @@ def hf_config(spec: DecoderSpec) -> dict[str, Any]:
         pattern = spec.window_pattern or spec.depth + 1 if spec.window else 1
         names = ("sliding_attention", "full_attention")
         config["layer_types"] = [names[i % pattern == 0] for i in range(1, spec.depth + 1)]
-    _check_same(spec, config)
+    _check_round_trip(spec, config)
     return config
 
 
-def _check_same(spec: DecoderSpec, config: dict[str, Any]) -> None:
-    """Raises `UserError` unless the config says all that the spec does."""
+def _check_round_trip(spec: DecoderSpec, config: dict[str, Any]) -> None:
+    """Raises `UserError` with the fields of the spec that the config does not hold."""
     again = decoder_spec(config, "config.json")
-    free = {"name", "context"} | ({"query_scale"} if abs(_scale(spec) - _scale(again)) < 1e-9 else set())
-    free |= {"window_pattern", "local_rope_theta"} if spec.window is None else set()
-    fields = [field.name for field in dataclasses.fields(spec) if field.name not in free]
-    lost = [name for name in fields if getattr(spec, name) != getattr(again, name)]
+    ignored = {"name", "context"} | ({"query_scale"} if abs(_scale(spec) - _scale(again)) < 1e-9 else set())
+    ignored |= {"window_pattern", "local_rope_theta"} if spec.window is None else set()
+    before, after = dataclasses.asdict(spec), dataclasses.asdict(again)
+    lost = [f"{name}={before[name]}" for name in before if name not in ignored and before[name] != after[name]]
     if lost:
-        told = ", ".join(f"{name}={getattr(spec, name)}" for name in lost)
-        raise UserError(f"decoder {spec.name}: no Hugging Face architecture has {told} beside its other fields")
+        raise UserError(
+            f"decoder {spec.name}: no Hugging Face architecture has {', '.join(lost)} with the other fields"
+        )
 
 
 def _scale(spec: DecoderSpec) -> float:

@@ -1,10 +1,10 @@
-"""SigLIP, SigLIP 2 of fixed resolution and CLIP in Hugging Face folders: configuration and names, both ways.
+"""Vision towers of Hugging Face folders <-> `EncoderSpec`: SigLIP, SigLIP 2 of fixed resolution, and CLIP.
 
-The image tower stands alone (`SiglipVisionModel`, `CLIPVisionModel`), beside a text tower (`SiglipModel`, `CLIPModel`),
-or inside a vision-language model; its names differ by a prefix, which `prefix_of` finds.
+The tower is a model of its own (`SiglipVisionModel`, `CLIPVisionModel`), or part of `SiglipModel`, `CLIPModel` or a
+vision-language model; the tensor names differ by a prefix (`prefix_of`).
 
-`last_hidden_state` of SigLIP is behind the last norm, that of CLIP is not (its last norm belongs to the class token's
-projection); a CLIP tower therefore comes with `feature_layer` = its depth, so that our tokens are hf_name.
+SigLIP's `last_hidden_state` includes the last norm, CLIP's does not (its last norm belongs to the class token's
+projection); a CLIP spec therefore has `feature_layer` = depth, so that our tokens equal `last_hidden_state`.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.checkpoints.huggingface.fields import check as check_fields
-from vlm_jax.checkpoints.tensor_tables import Leaf, TensorFiles, TensorTable, conv_patch, linear, same
+from vlm_jax.checkpoints.huggingface import fields
+from vlm_jax.checkpoints.tensor_files import TensorFiles
+from vlm_jax.checkpoints.tensor_tables import Leaf, TensorTable, conv_patch, linear, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 
-ALONE = ("SiglipVisionModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
-BESIDE_TEXT = ("SiglipModel", "CLIPModel")
-# What stands beside the image tower, and buffers that older files hold.
+VISION_ARCHITECTURES = ("SiglipVisionModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+DUAL_ARCHITECTURES = ("SiglipModel", "CLIPModel")
+# The text tower, and buffers of older files.
 IGNORED = (
     r"text_model\..*", r"text_projection\.weight", r"visual_projection\.weight", r"logit_scale", r"logit_bias",
     r".*\.position_ids",
@@ -27,34 +28,32 @@ IGNORED = (
 _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu",
 }  # fmt: skip
-# Published files leave out what is at its default.
+_SIZES = {
+    "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "depth": "num_hidden_layers",
+    "heads": "num_attention_heads", "mlp_width": "intermediate_size",
+}  # fmt: skip
+# Files leave out fields at their defaults.
 _SHARED_DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_channels": 3, "image_size": 224,
 }  # fmt: skip
-_DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {
         **_SHARED_DEFAULTS, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
         "vision_use_head": True,
     },
     "clip_vision_model": {**_SHARED_DEFAULTS, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }  # fmt: skip
-KINDS = tuple(_DEFAULTS)
-# Fields that change what is computed, and the values that mean what our towers do.
+# Fields that change the outputs, and the values that our encoder implements.
+_TRUE = ("qkv_bias", "attention_bias", "mlp_bias", "use_bias", "bias", "use_absolute_position_embeddings")
 _FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "is_causal": (False,),
     "position_embedding_type": ("absolute", "learned"),
-    **dict.fromkeys(
-        (
-            "qkv_bias", "attention_bias", "mlp_bias", "use_bias", "bias", "use_absolute_position_embeddings",
-        ),
-        (True,),
-    ),
-}  # fmt: skip
-# Of the model that the tower is part of, or of the classes' other uses (older files say every field that any model
-# has); its tokens do not depend on them.
-_BESIDE = {
+    **dict.fromkeys(_TRUE, (True,)),
+}
+# Fields of the whole model or of other classes, on which the tower's tokens do not depend.
+_OUTER = {
     "projection_dim", "projection_size", "projector_hidden_act", "num_positions", "vocab_size", "patch_size",
     "logit_scale_init_value", "vision_use_head", "tie_word_embeddings",
 }  # fmt: skip
@@ -63,82 +62,72 @@ _FIRST = "embeddings.patch_embedding.weight"
 
 
 def encoder_spec(config: Mapping[str, Any], where: str) -> EncoderSpec:
-    """A config.json, or the `vision_config` of one, as our spec.
-
-    Raises `UserError` that names the field and file (`where`) for a kind, activation or size that we do not have.
+    """The spec of a config.json or its `vision_config`. `where` names the file in errors. Raises `UserError` with the
+    name of a field that our encoder does not implement.
     """
     kind = str(config.get("model_type"))
-    if kind not in _DEFAULTS:
-        raise unknown(f"{where}: model_type of the image tower", kind, _DEFAULTS)
+    if kind not in DEFAULTS:
+        raise unknown(f"{where}: model_type of the vision tower", kind, DEFAULTS)
     fixed = {**_FIXED, "use_cls_token": (kind == "clip_vision_model",)}
-    check_fields(config, f"{where}: image tower", {*_DEFAULTS[kind], *_BESIDE}, fixed)
-    fields = {**_DEFAULTS[kind], **config}
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    for name in sizes:
-        fields[name] = _whole(fields[name], name, where)
-    if fields["num_channels"] != 3:
-        raise UserError(f"{where}: num_channels={fields['num_channels']}: images have 3")
-    if fields["hidden_size"] % fields["num_attention_heads"]:
-        raise UserError(f"{where}: num_attention_heads={fields['num_attention_heads']} must divide hidden_size")
-    if fields["image_size"] < fields["patch_size"]:
-        raise UserError(f"{where}: image_size={fields['image_size']} holds no patch of {fields['patch_size']}")
-    eps = fields["layer_norm_eps"]
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
-        raise UserError(f"{where}: layer_norm_eps={eps!r}: a positive number is wanted")
-    if str(fields["hidden_act"]) not in _ACTIVATIONS:
-        raise unknown(f"{where}: hidden_act", fields["hidden_act"], _ACTIVATIONS)
-    clip, depth = kind == "clip_vision_model", fields["num_hidden_layers"]
+    fields.check(config, f"{where}: vision tower", {*DEFAULTS[kind], *_OUTER}, fixed)
+    values = {**DEFAULTS[kind], **config}
+    sizes = {field: _size(values[name], name, where) for field, name in _SIZES.items()}
+    width, depth, heads, image_size = (sizes[name] for name in ("width", "depth", "heads", "image_size"))
+    if values["num_channels"] != 3:
+        raise UserError(f"{where}: num_channels={values['num_channels']}: expected 3")
+    if width % heads:
+        raise UserError(f"{where}: num_attention_heads={heads}: expected a divisor of hidden_size={width}")
+    if image_size < sizes["patch_size"]:
+        raise UserError(f"{where}: image_size={image_size}: expected at least patch_size={sizes['patch_size']}")
+    if str(values["hidden_act"]) not in _ACTIVATIONS:
+        raise unknown(f"{where}: hidden_act", values["hidden_act"], _ACTIVATIONS)
+    clip = kind == "clip_vision_model"
     return EncoderSpec(
-        name=f"{kind.split('_')[0]}-{fields['hidden_size']}x{depth}-{fields['patch_size']}-{fields['image_size']}",
-        image_size=fields["image_size"],
-        patch_size=fields["patch_size"],
-        width=fields["hidden_size"],
-        depth=depth,
-        heads=fields["num_attention_heads"],
-        mlp_width=fields["intermediate_size"],
-        activation=_ACTIVATIONS[fields["hidden_act"]],
+        name=f"{kind.split('_')[0]}-{width}x{depth}-{sizes['patch_size']}-{image_size}",
+        **sizes,
+        activation=_ACTIVATIONS[values["hidden_act"]],
         class_token=clip,
         patch_bias=not clip,
         pre_norm=clip,
-        pooling_head=not clip and bool(fields["vision_use_head"]),
-        norm_eps=float(eps),
+        pooling_head=not clip and bool(values["vision_use_head"]),
+        norm_eps=fields.number(values, "layer_norm_eps", where, float),
         feature_layer=depth if clip else 0,
-        interpolation="bicubic",  # the images' preparation is that of the family, where the folder has no processor
+        interpolation="bicubic",  # the family's preprocessing, for folders without a processor
         **({"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD, "resize": "crop"} if clip else {}),
     )
 
 
 def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The image tower's part of a config.json; what it leaves out follows from the whole's `model_type`."""
-    inner = config if str(config.get("model_type")) in _DEFAULTS else config.get("vision_config")
+    """The vision tower's part of a config.json, with a missing `model_type` filled in from the outer one."""
+    inner = config if str(config.get("model_type")) in DEFAULTS else config.get("vision_config")
     if not isinstance(inner, Mapping):
         raise UserError(f"{where}: vision_config is missing")
     if inner is not config:
-        legacy = config.get("vision_config_dict")  # older files say the same twice
+        legacy = config.get("vision_config_dict")  # a copy in older files
         if legacy is not None and (
             not isinstance(legacy, Mapping) or any(inner.get(name, value) != value for name, value in legacy.items())
         ):
-            raise UserError(f"{where}: vision_config_dict does not say the same as vision_config")
+            raise UserError(f"{where}: vision_config_dict differs from vision_config")
         inner = {**(legacy or {}), **inner}
     outer = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(str(config.get("model_type")))
     return {**({"model_type": outer} if outer else {}), **inner}
 
 
-def _whole(value: Any, name: str, where: str) -> int:
-    """A positive integer; a pair of equal sides is one side."""
+def _size(value: Any, name: str, where: str) -> int:
+    """A positive integer; a pair of equal sides counts as one."""
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {name}={value!r}: a positive whole number is wanted, the same for both sides")
+        raise UserError(f"{where}: {name}={value!r}: expected a positive integer, the same for both sides")
     return value
 
 
 def prefix_of(weights: TensorFiles) -> str:
-    """What stands before the image tower's names: "", "vision_model.", "model.vision_tower." ..."""
-    found = [name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(_FIRST)]
-    if len(found) != 1:
-        raise UserError(f"{weights.path}: {len(found)} tensors end in {_FIRST}; one image tower is wanted")
-    return found[0]
+    """The prefix of the vision tower's tensors: "", "vision_model.", "model.vision_tower." ..."""
+    prefixes = [name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(_FIRST)]
+    if len(prefixes) != 1:
+        raise UserError(f"{weights.path}: expected one vision tower, got {len(prefixes)} tensors that end in {_FIRST}")
+    return prefixes[0]
 
 
 def encoder_table(spec: EncoderSpec, prefix: str) -> TensorTable:
@@ -163,7 +152,7 @@ def encoder_table(spec: EncoderSpec, prefix: str) -> TensorTable:
     if spec.class_token:
         table["class_token"] = same(f"{stem}class_embedding", (width,))
     if spec.pre_norm:
-        table |= _norm("pre_norm", f"{prefix}pre_layrnorm", width)  # their spelling
+        table |= _norm("pre_norm", f"{prefix}pre_layrnorm", width)  # sic
     if not spec.feature_layer:
         table |= _norm("norm", f"{prefix}post_layernorm", width)
     if spec.pooling_head:
@@ -174,11 +163,11 @@ def encoder_table(spec: EncoderSpec, prefix: str) -> TensorTable:
             "pooling/attention/out/kernel": linear(f"{pool}attention.out_proj.weight", heads, (width,)),
             "pooling/attention/out/bias": same(f"{pool}attention.out_proj.bias", (width,)),
         }
-        for part, path in enumerate(("query", "key", "value")):  # torch keeps the three in one tensor
-            one = linear(f"{pool}attention.in_proj_weight", (width,), heads)
-            whole = one._replace(file_shape=(3 * width, width), part=(0, part, 3))
+        for part, path in enumerate(("query", "key", "value")):  # one tensor in torch
+            kernel = linear(f"{pool}attention.in_proj_weight", (width,), heads)
+            kernel = kernel._replace(file_shape=(3 * width, width), part=(0, part, 3))
             bias = Leaf(f"{pool}attention.in_proj_bias", (3 * width,), (width,), (0,), part=(0, part, 3))
-            table |= {f"pooling/attention/{path}/kernel": whole, f"pooling/attention/{path}/bias": bias}
+            table |= {f"pooling/attention/{path}/kernel": kernel, f"pooling/attention/{path}/bias": bias}
     return table
 
 
@@ -195,18 +184,18 @@ def _mlp(path: str, hf_name: str, spec: EncoderSpec, blocks: int = 0) -> TensorT
     }
 
 
-def not_run(spec: EncoderSpec, prefix: str) -> tuple[str, ...]:
-    """Regexes of the tower's tensors that the spec does not look at: blocks behind, the last norm, the pooling head."""
-    behind = [str(i) for i in range(spec.blocks, spec.depth)]
-    names = [rf"encoder\.layers\.(?:{'|'.join(behind)})\..*"] if behind else []
+def unused(spec: EncoderSpec, prefix: str) -> tuple[str, ...]:
+    """Regexes of the tower's tensors that the spec does not use: later blocks, the last norm, the pooling head."""
+    later = [str(i) for i in range(spec.blocks, spec.depth)]
+    names = [rf"encoder\.layers\.(?:{'|'.join(later)})\..*"] if later else []
     names += [r"post_layernorm\..*"] if spec.feature_layer else []
     names += [] if spec.pooling_head else [r"head\..*"]
     return tuple(prefix.replace(".", r"\.") + name for name in names)
 
 
-def idle_norm(table: TensorTable, like: Any) -> tuple[dict[str, np.ndarray], TensorTable]:
-    """The last norm of a tower whose tokens are taken before it, as the identity, in the dtype of `like` [N, E]: the
-    classes of transformers always have one.
+def identity_norm(table: TensorTable, like: Any) -> tuple[dict[str, np.ndarray], TensorTable]:
+    """(parameters, table) of a last norm with scale 1 and bias 0, for a tower that ends before it: the classes of
+    transformers always have one. The dtype is that of `like` [N, E].
     """
     hf_name = table["position"].hf_name.replace("embeddings.position_embedding.weight", "post_layernorm")
     params = {"scale": np.ones(like.shape[1], like.dtype), "bias": np.zeros(like.shape[1], like.dtype)}
@@ -214,21 +203,16 @@ def idle_norm(table: TensorTable, like: Any) -> tuple[dict[str, np.ndarray], Ten
 
 
 def encoder_config(spec: EncoderSpec) -> dict[str, Any]:
-    """The spec as a `vision_config`. A tower cut at an inner layer is written as deep as it is held."""
-    activations = {path: hf_name for hf_name, path in reversed(_ACTIVATIONS.items())}
-    fields = {
+    """The `vision_config` of a spec. With an inner `feature_layer` its depth is the number of layers we have."""
+    if len({spec.class_token, spec.pre_norm, not spec.patch_bias}) > 1 or (spec.class_token and spec.pooling_head):
+        raise UserError(f"encoder {spec.name}: neither SigLIP nor CLIP, so no transformers model has its layers")
+    activations = {name: hf_name for hf_name, name in reversed(_ACTIVATIONS.items())}
+    config = {
         "model_type": "clip_vision_model" if spec.class_token else "siglip_vision_model",
-        "hidden_size": spec.width,
-        "intermediate_size": spec.mlp_width,
+        **{name: getattr(spec, field) for field, name in _SIZES.items()},
         "num_hidden_layers": spec.blocks,
-        "num_attention_heads": spec.heads,
         "num_channels": 3,
-        "image_size": spec.image_size,
-        "patch_size": spec.patch_size,
         "hidden_act": activations[spec.activation],
         "layer_norm_eps": spec.norm_eps,
     }
-    clip = (spec.class_token, spec.pre_norm, not spec.patch_bias)
-    if len(set(clip)) > 1 or (spec.class_token and spec.pooling_head):
-        raise UserError(f"encoder {spec.name}: neither SigLIP nor CLIP, so no transformers model has its layers")
-    return fields if spec.class_token else {**fields, "vision_use_head": spec.pooling_head}
+    return config if spec.class_token else {**config, "vision_use_head": spec.pooling_head}

@@ -1,8 +1,7 @@
-"""Rotary positions in a Hugging Face config.json <-> the `rope_*` fields of `DecoderSpec`.
+"""Rotary embeddings of a Hugging Face config.json <-> the `rope_*` fields of `DecoderSpec`.
 
-`rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5) are both understood. YaRN
-(arXiv 2309.00071) multiplies cosine and sine, of queries and of keys, by an attention factor; its square is part of our
-`query_scale`.
+Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). YaRN (arXiv 2309.00071)
+multiplies cosine and sine of queries and keys by an attention factor; its square is part of our `query_scale`.
 """
 
 import math
@@ -20,57 +19,51 @@ _FIELDS = {
 }  # fmt: skip
 _YARN = {"beta_slow": 1.0, "beta_fast": 32.0}  # the paper's alpha and beta (section 3.2)
 _YARN_MORE = ("truncate", "attention_factor", "mscale", "mscale_all_dim")
-_RAMPS = {True: RAMPS[2], False: RAMPS[1]}  # what `truncate` says
-_KINDS = ("full_attention", "sliding_attention")  # of layers
+_RAMPS = {True: RAMPS[2], False: RAMPS[1]}  # by `truncate`
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read(config: Mapping[str, Any], kind: str, where: str) -> tuple[dict[str, Any], float]:
-    """`rope_theta`, `rope_factor`, `rope_bands` and `local_rope_theta`, from either style of file; and the attention
-    factor.
-
-    Raises `UserError` for what our decoder does not compute.
-    """
+    """(`rope_*` fields of `DecoderSpec`, attention factor). Raises `UserError` for unsupported fields."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     for name, group in (("rope_parameters", new), ("rope_scaling", old)):
-        kinds = [group, *((group[one] for one in _KINDS if one in group) if isinstance(group, dict) else ())]
+        kinds = [group, *((group[one] for one in _LAYER_TYPES if one in group) if isinstance(group, dict) else ())]
         if any(one is not None and not isinstance(one, dict) for one in kinds):
-            raise UserError(f"{where}: {name}={group!r}: an object is wanted")
+            raise UserError(f"{where}: {name}={group!r}: expected an object")
     if kind == "gemma3_text":
-        return _of_two_kinds(config, new or {}, old or {}, where), 1.0
+        return _gemma3(config, new or {}, old or {}, where), 1.0
     group = old or new or {}
-    if any(one in group for one in _KINDS):
+    if any(one in group for one in _LAYER_TYPES):
         groups = [one for one in group.values() if one is not None] or [{}]
         if any(one != groups[0] for one in groups):
-            raise UserError(f"{where}: rope_parameters: kinds of layers that differ are not supported for {kind}")
+            raise UserError(f"{where}: rope_parameters: expected one group for all layer types of {kind}")
         group = groups[0]
-    group, where = {"rope_theta": config.get("rope_theta", 1e4), **group}, f"{where}: rope_{_style(old)}"
+    group, where = {"rope_theta": config.get("rope_theta", 1e4), **group}, f"{where}: {_field(old)}"
     if kind == "gemma2":
-        _check_plain_scale(group, where)
-    return _one(group, config, where), _attention_factor(group, where)
+        _check_not_yarn(group, where)
+    return _rope_fields(group, config, where), _attention_factor(group, where)
 
 
-def _style(old: Mapping[str, Any] | None) -> str:
-    return "scaling" if old else "parameters"
+def _field(old: Mapping[str, Any] | None) -> str:
+    return "rope_scaling" if old else "rope_parameters"
 
 
-def _of_two_kinds(
-    config: Mapping[str, Any], new: Mapping[str, Any], old: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Gemma 3: layers that see everything, and local ones with a base of their own."""
-    if stray := set(new) - set(_KINDS):
-        raise UserError(f"{where}: rope_parameters: {min(stray)} stands beside the kinds of layers; it belongs in one")
-    whole = {"rope_theta": config.get("rope_theta", 1e6), **(new.get("full_attention") or {}), **old}
-    near = {"rope_theta": config.get("rope_local_base_freq", 1e4), **(new.get("sliding_attention") or {})}
-    local = _one(near, config, f"{where}: rope_parameters.sliding_attention")
+def _gemma3(config: Mapping[str, Any], new: Mapping[str, Any], old: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Gemma 3's sliding-attention layers have a `rope_theta` of their own."""
+    if stray := set(new) - set(_LAYER_TYPES):
+        raise UserError(f"{where}: rope_parameters: {min(stray)} belongs in one of {', '.join(_LAYER_TYPES)}")
+    full = {"rope_theta": config.get("rope_theta", 1e6), **(new.get("full_attention") or {}), **old}
+    sliding = {"rope_theta": config.get("rope_local_base_freq", 1e4), **(new.get("sliding_attention") or {})}
+    local = _rope_fields(sliding, config, f"{where}: rope_parameters.sliding_attention")
     if local["rope_factor"] != 1 or local["rope_bands"]:
-        raise UserError(f"{where}: rope_parameters.sliding_attention: only the plain kind is supported")
-    where = f"{where}: rope_{_style(old)}"
-    _check_plain_scale(whole, where)
-    return {**_one(whole, config, where), "local_rope_theta": local["rope_theta"]}
+        raise UserError(f"{where}: rope_parameters.sliding_attention: expected rope_type='default'")
+    where = f"{where}: {_field(old)}"
+    _check_not_yarn(full, where)
+    return {**_rope_fields(full, config, where), "local_rope_theta": local["rope_theta"]}
 
 
-def _check_plain_scale(group: Mapping[str, Any], where: str) -> None:
-    """Of families with a scale of their own, which cannot be told from the factor again; and local layers have none."""
+def _check_not_yarn(group: Mapping[str, Any], where: str) -> None:
+    """For families with a `query_scale` of their own, from which the attention factor cannot be recovered."""
     if _type(group) == "yarn":
         raise UserError(f"{where}: rope_type='yarn' is not supported for Gemma 2 and 3")
 
@@ -79,10 +72,10 @@ def _type(group: Mapping[str, Any]) -> str:
     return str(group.get("rope_type", group.get("type", "default")))
 
 
-def _one(group: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope_fields(group: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = _type(group)
     if kind not in _FIELDS:
-        raise UserError(f"{where}: rope_type={kind!r} is not supported: {', '.join(_FIELDS)} are")
+        raise UserError(f"{where}: rope_type={kind!r} is not supported: expected one of {', '.join(_FIELDS)}")
     yarn = kind == "yarn"
     allowed = ("rope_type", "type", "rope_theta", *_FIELDS[kind], *(_YARN_MORE if yarn else ()))
     for name, value in group.items():
@@ -108,34 +101,33 @@ def _one(group: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dic
 
 
 def _attention_factor(group: Mapping[str, Any], where: str) -> float:
-    """As given; else by `mscale`, where both of its fields are there; else 0.1 ln s + 1 (section 3.4)."""
+    """`attention_factor`, else the ratio of both `mscale` fields, else 0.1 ln s + 1 (section 3.4)."""
     if _type(group) != "yarn":
         return 1.0
     factor = number(group, "factor", where, float)
     if group.get("attention_factor") is not None:
         return number(group, "attention_factor", where, float)
     if group.get("mscale") is None or group.get("mscale_all_dim") is None:
-        return _warmth(factor)
-    scales = (number(group, name, where, float) for name in ("mscale", "mscale_all_dim"))
-    above, below = (_warmth(factor, scale) for scale in scales)
-    return above / below
+        return _mscale(factor)
+    scale, scale_all = (number(group, name, where, float) for name in ("mscale", "mscale_all_dim"))
+    return _mscale(factor, scale) / _mscale(factor, scale_all)
 
 
-def _warmth(factor: float, scale: float = 1.0) -> float:
+def _mscale(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def context(trained: int, fields: Mapping[str, Any]) -> int:
-    """Positions that a model of `max_position_embeddings` = `trained` is good for: files with YaRN mostly leave there
-    what the model had without.
+    """Context length of a model with `max_position_embeddings` = `trained`, which for YaRN is often the length before
+    scaling.
     """
     bands = fields["rope_bands"]
-    stretched = bands is not None and bands.ramp in _RAMPS.values()
-    return max(trained, int(fields["rope_factor"] * bands.original_context)) if stretched else trained
+    is_yarn = bands is not None and bands.ramp in _RAMPS.values()
+    return max(trained, int(fields["rope_factor"] * bands.original_context)) if is_yarn else trained
 
 
 def scaling(spec: DecoderSpec, attention_factor: float) -> dict[str, Any]:
-    """The `rope_scaling` of a spec, {} where it is the plain kind."""
+    """The `rope_scaling` entry of a spec, {} for rope_type "default"."""
     bands = spec.rope_bands
     if bands is None:
         return {"rope_scaling": {"rope_type": "linear", "factor": spec.rope_factor}} if spec.rope_factor != 1 else {}
@@ -147,6 +139,6 @@ def scaling(spec: DecoderSpec, attention_factor: float) -> dict[str, Any]:
     }  # fmt: skip
     if kind == "yarn":
         group["truncate"] = bands.ramp == _RAMPS[True]
-        if abs(attention_factor - _warmth(spec.rope_factor)) > 1e-9:
+        if abs(attention_factor - _mscale(spec.rope_factor)) > 1e-9:
             group["attention_factor"] = attention_factor
     return {"rope_scaling": group}

@@ -1,10 +1,10 @@
-"""Whole vision-language models in Hugging Face folders: LLaVA-1.5 and PaliGemma 1 and 2, both ways.
+"""Vision-language models of Hugging Face folders <-> `ModelSpec`: LLaVA-1.5, PaliGemma 1 and 2.
 
-`transformers` has renamed their tensors more than once (`vision_tower.vision_model.encoder...` or without the middle
-word; `language_model.model.layers...` or `model.language_model.layers...`): the prefixes are read off the file.
+The tensors' prefixes depend on the version of transformers (`vision_tower.vision_model.encoder...` or
+`vision_tower.encoder...`; `language_model.model.layers...` or `model.language_model.layers...`) and are read from the
+file.
 
-PaliGemma's reference divides image features by sqrt(D) and then multiplies all embeddings by it, or does neither; this
-one does neither.
+PaliGemma's reference divides image features by sqrt(D) and then multiplies all embeddings by it; we do neither.
 """
 
 import dataclasses
@@ -13,66 +13,63 @@ from typing import Any
 
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder
 from vlm_jax.checkpoints.info import CheckpointInfo
-from vlm_jax.checkpoints.tensor_tables import TensorFiles, TensorTable, linear, same
+from vlm_jax.checkpoints.tensor_files import TensorFiles
+from vlm_jax.checkpoints.tensor_tables import TensorTable, linear, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import EncoderSpec, ModelSpec
 
 _PROJECTOR = "multi_modal_projector."
 LLAVA, PALIGEMMA = "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"
-# Fields of a whole model that are read, or belong to its parts; and those that must have one value.
+# Fields of a whole model that are read here or by its parts, and those with one supported value.
 OUTER = {"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"}
 FIXED = {"quantization_config": (None,), "is_encoder_decoder": (False,), "add_cross_attention": (False,)}
-_SELECT = {"default": True, "full": False}  # whether the first token of the tower is dropped
-
-
-def _where(weights: TensorFiles) -> str:
-    """The configuration's file, as errors name it."""
-    return str((weights.path if weights.path.suffix != ".safetensors" else weights.path.parent) / "config.json")
+_SELECT = {"default": True, "full": False}  # whether the class token is dropped
 
 
 def encoder_only(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
-    """A row of `found.architectures`: SigLIP or CLIP."""
-    where, prefix = _where(weights), hf_encoder.prefix_of(weights)
-    if str(config.get("model_type")) not in hf_encoder.KINDS:  # of a tower alone every field is the tower's
+    """A row of `inspection.architectures`: SigLIP or CLIP."""
+    where, prefix = str(fields.config_path(weights.path)), hf_encoder.prefix_of(weights)
+    if str(config.get("model_type")) not in hf_encoder.DEFAULTS:
         read = {*OUTER, "vision_config_dict", "text_config_dict", "projection_dim", "logit_scale_init_value"}
         fields.check(config, where, read, FIXED)
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
     tables = {"encoder": hf_encoder.encoder_table(spec, prefix)}
-    ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(spec, prefix))
+    ignore = (*hf_encoder.IGNORED, *hf_encoder.unused(spec, prefix))
     return CheckpointInfo(config["architectures"][0], spec, None, None, "causal", None, tables, weights, config, ignore)
 
 
 def llava(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
-    """A row of `found.architectures`: LLaVA-1.5 (arXiv 2310.03744). An inner layer's patches go through two layers with
-    the exact GELU and stand where the prompt has placeholders; every token sees those before it.
+    """A row of `inspection.architectures`: LLaVA-1.5 (arXiv 2310.03744). The patches of an inner layer go through an
+    MLP with exact GELU and replace the prompt's image tokens; attention is causal.
     """
-    where = _where(weights)
+    where = str(fields.config_path(weights.path))
     fixed = {"projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,)}
     read = {*OUTER, "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length", "vocab_size"}
     fields.check(config, where, read, {**FIXED, **fixed})
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or isinstance(layer, bool):
-        raise UserError(f"{where}: vision_feature_layer={layer!r}: one layer is supported, not several joined")
+        raise UserError(f"{where}: vision_feature_layer={layer!r}: expected one layer")
     layer += spec.depth + 1 if layer < 0 else 0  # transformers counts the embeddings as layer 0
     if not 1 <= layer <= spec.depth:
-        raise UserError(f"{where}: vision_feature_layer={config['vision_feature_layer']}: the tower has {spec.depth}")
+        layer = config["vision_feature_layer"]
+        raise UserError(f"{where}: vision_feature_layer={layer}: expected a layer of the tower, which has {spec.depth}")
     select = config.get("vision_feature_select_strategy", "default")
     if str(select) not in _SELECT:
         raise unknown(f"{where}: vision_feature_select_strategy", select, _SELECT)
     if _SELECT[select] != spec.class_token:
-        told = "keeps the class token" if spec.class_token else "drops a patch of a tower that has no class token"
-        raise UserError(f"{where}: vision_feature_select_strategy={select!r} {told}, which is not supported")
+        effect = "keeps the class token" if spec.class_token else "drops a patch of a tower that has no class token"
+        raise UserError(f"{where}: vision_feature_select_strategy={select!r} {effect}, which is not supported")
     spec = dataclasses.replace(spec, feature_layer=layer, pooling_head=False)
     return _whole(weights, config, LLAVA, spec, "mlp", "causal", 32000)
 
 
 def paligemma(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
-    """A row of `found.architectures`: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555). All patches
-    through one layer, then the prompt; image and prompt see each other both ways.
+    """A row of `inspection.architectures`: PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555). All patches
+    go through one linear layer; attention over image and prompt is bidirectional.
     """
-    where = _where(weights)
-    # The sizes belong to the parts; what the whole says of them is not looked at, by transformers neither.
+    where = str(fields.config_path(weights.path))
+    # Sizes are read from the parts' configs; transformers ignores those of the whole too.
     read = {*OUTER, "projection_dim", "hidden_size", "num_hidden_layers", "vocab_size"}
     fields.check(config, where, read, FIXED)
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
@@ -89,24 +86,24 @@ def _whole(
     mask: str,
     image_token: int,
 ) -> CheckpointInfo:
-    where = _where(weights)
-    image_token, text = (
-        config.get("image_token_index", config.get("image_token_id", image_token)),
-        config.get("text_config"),
-    )
+    where = str(fields.config_path(weights.path))
+    image_token = config.get("image_token_index", config.get("image_token_id", image_token))
+    text = config.get("text_config")
     if not isinstance(image_token, int) or image_token < 0:
-        raise UserError(f"{where}: image_token_index={image_token!r}: the id of a token is wanted")
+        raise UserError(f"{where}: image_token_index={image_token!r}: expected a token id")
     if not isinstance(text, Mapping):
         raise UserError(f"{where}: text_config is missing")
     defaults = {"model_type": "llama" if kind == LLAVA else "gemma"}
-    # The mask is the whole model's business, and so is whether the head is tied.
+    # The whole model's config decides the mask and whether the head is tied.
     text = {**defaults, **{name: value for name, value in text.items() if name != "use_bidirectional_attention"}}
     if "tie_word_embeddings" in config:
         text["tie_word_embeddings"] = bool(config["tie_word_embeddings"] or text.get("tie_word_embeddings"))
     decoder = hf_decoder.decoder_spec(text, where)
     projected = config.get("projection_dim", decoder.width) if kind == PALIGEMMA else decoder.width
     if projected != decoder.width:
-        raise UserError(f"{where}: projection_dim={projected}, but the language model is {decoder.width} wide")
+        raise UserError(
+            f"{where}: projection_dim={projected}: expected the language model's hidden_size, {decoder.width}"
+        )
     roots = {name.partition(_PROJECTOR)[0] for name in weights.shapes if _PROJECTOR in name}
     prefix = hf_encoder.prefix_of(weights)
     tables = {
@@ -114,19 +111,19 @@ def _whole(
         "connector": projector_table(projector, encoder.width, decoder.width, min(roots, default="") + _PROJECTOR),
         "decoder": hf_decoder.decoder_table(decoder, *hf_decoder.prefixes(weights)),
     }
-    ignore = (*hf_encoder.IGNORED, *hf_encoder.not_run(encoder, prefix), *hf_decoder.ignore(decoder))
+    ignore = (*hf_encoder.IGNORED, *hf_encoder.unused(encoder, prefix), *hf_decoder.ignore(decoder))
     return CheckpointInfo(kind, encoder, projector, decoder, mask, image_token, tables, weights, config, ignore)
 
 
 ROWS = {
-    **dict.fromkeys((*hf_encoder.ALONE, *hf_encoder.BESIDE_TEXT), encoder_only),
+    **dict.fromkeys((*hf_encoder.VISION_ARCHITECTURES, *hf_encoder.DUAL_ARCHITECTURES), encoder_only),
     LLAVA: llava,
     PALIGEMMA: paligemma,
 }
 
 
 def projector_table(projector: str, encoder_width: int, width: int, prefix: str) -> TensorTable:
-    """The projector of `models.connector` under Hugging Face's names; the connector has no other weights."""
+    """The projector of `models.connector` under Hugging Face's names."""
     layers = {"linear": {"": "linear"}, "mlp": {"": "linear_1", "out_": "linear_2"}}[projector]
     table = {}
     for name, hf_name in layers.items():
@@ -137,13 +134,12 @@ def projector_table(projector: str, encoder_width: int, width: int, prefix: str)
 
 
 def export_kind(spec: ModelSpec) -> str:
-    """The architecture of `transformers` that computes what this model does.
-
-    Raises `UserError` where none does: a compressor, or a combination that no public class has.
+    """The architecture of transformers for a model. Raises `UserError` for a compressor or another combination that no
+    class of transformers has.
     """
     if spec.compressor.name != "none":
         raise UserError(
-            f"compressor {spec.compressor.name}: no public class has it; export the decoder or encoder alone"
+            f"compressor {spec.compressor.name}: no transformers class has it (export the decoder or encoder alone)"
         )
     if spec.projector == "mlp" and spec.mask == "causal" and spec.encoder.feature_layer:
         return LLAVA
@@ -152,13 +148,16 @@ def export_kind(spec: ModelSpec) -> str:
         return PALIGEMMA
     raise UserError(
         f"projector {spec.projector}, mask {spec.mask}, feature_layer {spec.encoder.feature_layer}: neither LLaVA "
-        "(mlp, causal, an inner layer) nor PaliGemma (linear, prefix, Gemma); no public class computes this"
+        "(mlp, causal, an inner layer) nor PaliGemma (linear, prefix, Gemma)"
     )
 
 
-def export_config(spec: ModelSpec, image_token: int) -> dict[str, Any]:
-    """config.json of a whole model. A tower cut at an inner layer is written as deep as it is held."""
-    kind, vision = export_kind(spec), hf_encoder.encoder_config(spec.encoder)
+def export_config(spec: ModelSpec, image_token: int | None) -> dict[str, Any]:
+    """config.json of a whole model. The vision tower's depth is the number of layers we have."""
+    kind = export_kind(spec)
+    if image_token is None:
+        raise UserError("the model's vocabulary has no image token (export the decoder or encoder alone)")
+    vision = hf_encoder.encoder_config(spec.encoder)
     shared = {
         "architectures": [kind],
         "vision_config": vision,
@@ -174,21 +173,15 @@ def export_config(spec: ModelSpec, image_token: int) -> dict[str, Any]:
             "vision_feature_select_strategy": "default" if spec.encoder.class_token else "full",
             "image_seq_length": spec.encoder.patches,
         }  # fmt: skip
-    vision["projection_dim"] = spec.decoder.width
-    return {
-        **shared,
-        "model_type": "paligemma",
-        "projection_dim": spec.decoder.width,
-        "hidden_size": spec.decoder.width,
-    }
+    width = spec.decoder.width
+    vision["projection_dim"] = width
+    return {**shared, "model_type": "paligemma", "projection_dim": width, "hidden_size": width}
 
 
 def export_tables(spec: ModelSpec) -> dict[str, TensorTable]:
-    """Part -> table under the names that every version of `transformers` reads."""
-    export_kind(spec)
-    body = "language_model."
+    """Part -> table under the names that every version of transformers reads."""
     return {
         "encoder": hf_encoder.encoder_table(spec.encoder, "vision_tower.vision_model."),
         "connector": projector_table(spec.projector, spec.encoder.width, spec.decoder.width, _PROJECTOR),
-        "decoder": hf_decoder.decoder_table(spec.decoder, f"{body}model.", f"{body}lm_head.weight"),
+        "decoder": hf_decoder.decoder_table(spec.decoder, "language_model.model.", "language_model.lm_head.weight"),
     }

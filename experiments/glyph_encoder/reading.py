@@ -1,4 +1,4 @@
-"""Dense glyph reading: what lies on every patch, to pre-train the study's encoder on the looks of all families.
+"""Dense glyph labels of every patch, which pre-train the encoder of the study on images like those of all families.
 
 Promises: a batch is a pure function of (seed, split, size, step); "test" shows only instances and pictures that "train"
 never shows. Training images are warped, shaded and noised in ways that keep the label; test images look as the suite's
