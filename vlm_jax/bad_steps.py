@@ -47,7 +47,7 @@ def make_check(
                 if processes.is_primary():
                     with open(workdir / _SKIPPED, "a") as file:
                         file.write(json.dumps({"step": step.number, "examples": ids(step.number)}) + "\n")
-        if bad := guard.first_bad(steps, spec.bad_step):
+        if bad := guard.find_stop(steps, spec.bad_step):
             _stop(workdir, bad, ids(bad[0]), split.name, state)
 
     return check

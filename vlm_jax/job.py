@@ -119,16 +119,16 @@ def _train_stages(
     """All stages that the checkpoint at step `restored` has not finished; 0 starts from fresh parameters."""
     network, spec, plan = run.network, run.network.spec, run.network.plan
     params = cursor = state = None
-    secs_before, step, unlogged = 0.0, restored, loop.Unlogged()
+    secs_before, step, log_sums = 0.0, restored, loop.LogSums()
     rows = plan.rows(spec.data.batch_examples)
 
     def secs() -> float:
         return secs_before + time.monotonic() - started
 
-    def save(step: int, state: TrainState, cursor: pipeline.Cursor, unlogged: loop.Unlogged) -> None:
+    def save(step: int, state: TrainState, cursor: pipeline.Cursor, log_sums: loop.LogSums) -> None:
         if metrics is not None:
             metrics.wait()
-        checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.unlogged_to_dict(unlogged)})
+        checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.log_sums_to_dict(log_sums)})
 
     subset = functools.cache(lambda: make_evaluator(run, spec.evaluation.subset_examples))
     evaluation_secs = [0.0]  # since the last log
@@ -148,7 +148,7 @@ def _train_stages(
         if restored > first:
             abstract = nn.meta.unbox(update.abstract)
             state, cursor, progress = checkpoints.restore(restored, abstract, update.shardings)
-            secs_before, unlogged = progress.get("secs", 0.0), logbook.unlogged_from_dict(progress)
+            secs_before, log_sums = progress.get("secs", 0.0), logbook.log_sums_from_dict(progress)
             if restored == last == specs.total_steps(spec):
                 return _End(restored, state, secs_before)
         else:
@@ -174,16 +174,16 @@ def _train_stages(
             on_evaluate=evaluate_subset,
             check=bad_steps.make_check(workdir, run.train, spec, guard.skipped(state.opt_state)),
             stop=stop,
-            unlogged=unlogged,
+            log_sums=log_sums,
         )
-        step, state, unlogged = end.step, end.state, end.unlogged
+        step, state, log_sums = end.step, end.state, end.log_sums
         params, cursor = state.params, end.cursor or cursor
         if end.stopped and step < specs.total_steps(spec):
-            save(step, state, cursor, unlogged)
+            save(step, state, cursor, log_sums)
             checkpoints.wait()
             raise RunStopped(f"saved step {step} of {specs.total_steps(spec)}; the same command resumes", STOPPED)
     if restored < last:
-        save(last, state, cursor, unlogged)
+        save(last, state, cursor, log_sums)
     return _End(step, state, secs())
 
 

@@ -40,18 +40,18 @@ def evaluation_numbers(result: harness.Result) -> dict[str, float]:
     }
 
 
-def unlogged_to_dict(unlogged: loop.Unlogged) -> dict[str, float]:
+def log_sums_to_dict(log_sums: loop.LogSums) -> dict[str, float]:
     """What a checkpoint keeps of an unfinished log; float32 passes through JSON unchanged."""
-    if unlogged.sums is None:
+    if log_sums.sums is None:
         return {}
-    return {name: float(total) for name, total in unlogged.sums._asdict().items()} | {"unlogged_steps": unlogged.steps}
+    return {name: float(total) for name, total in log_sums.sums._asdict().items()} | {"unlogged_steps": log_sums.steps}
 
 
-def unlogged_from_dict(values: dict[str, float]) -> loop.Unlogged:
+def log_sums_from_dict(values: dict[str, float]) -> loop.LogSums:
     """The inverse; nothing where nothing was kept."""
     if "unlogged_steps" not in values:
-        return loop.Unlogged()
-    return loop.Unlogged(
+        return loop.LogSums()
+    return loop.LogSums(
         LossSums(*(np.float32(values[name]) for name in LossSums._fields)), int(values["unlogged_steps"])
     )
 

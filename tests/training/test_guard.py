@@ -89,5 +89,5 @@ def steps(*of: tuple[float, float, int | None]) -> list[guard.StepRecord]:
     ],
 )
 def test_where_a_run_stops(spec: BadStepSpec, of: tuple, number: int | None) -> None:
-    bad = guard.first_bad(steps(*of), spec)
+    bad = guard.find_stop(steps(*of), spec)
     assert (bad and bad[0]) == number

@@ -21,7 +21,7 @@ def run(first: int, last: int, log_every: int = 3, save_every: int = 0, initial:
         TrainState(jnp.asarray(first), jnp.asarray(initial), None), first, last,
         ((k, {"next": k + 1}) for k in itertools.count(first + 1)), jnp.asarray, step,
         log_every_steps=log_every, save_every_steps=save_every, on_log=logs.append,
-        on_save=lambda number, state, cursor, unlogged: saves.append((number, int(state.params), cursor)),
+        on_save=lambda number, state, cursor, log_sums: saves.append((number, int(state.params), cursor)),
     )  # fmt: skip
     return end, cursor, logs, saves
 
@@ -112,6 +112,6 @@ def test_a_log_that_was_cut_in_two_adds_up() -> None:
     every = dict(log_every_steps=3, save_every_steps=0, on_log=logs.append, on_save=print)
     batches = lambda first: ((k, k) for k in itertools.count(first))  # noqa: E731
     end = loop.run(state, 0, 9, batches(1), jnp.asarray, step, stop=lambda number: number == 5, **every)
-    assert (int(end.unlogged.sums["sum"]), end.unlogged.steps) == (4 + 5, 2)
-    loop.run(state, 5, 9, batches(6), jnp.asarray, step, unlogged=end.unlogged, **every)
+    assert (int(end.log_sums.sums["sum"]), end.log_sums.steps) == (4 + 5, 2)
+    loop.run(state, 5, 9, batches(6), jnp.asarray, step, log_sums=end.log_sums, **every)
     assert [(log.step, int(log.sums["sum"]), log.steps) for log in logs] == [(3, 6, 3), (6, 15, 3), (9, 24, 3)]
