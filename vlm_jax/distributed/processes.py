@@ -90,8 +90,8 @@ def _is_address(text: str) -> bool:
 
 
 def _exit_cleanly_on_abort() -> None:
-    """Installs a SIGABRT handler: JAX aborts a process that lost the coordinator from a C++ thread, where a handler that
-    is a C function can still print a message and choose the exit code."""
+    """Installs a SIGABRT handler: JAX aborts a process that lost the coordinator from a C++ thread, where only a C
+    function can still print a message and choose the exit code."""
     what = f"process {jax.process_index()} was aborted, as when another one is lost"
     message = f"error: {_RESUME.format(what)}\n".encode()
 

@@ -1,4 +1,4 @@
-"""The programs that answer, compiled once for each model, plan and size; the ahead-of-time compiler lowers the same."""
+"""Jitted inference programs, cached by model, plan and size; the ahead-of-time compiler lowers the same ones."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def logits_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callabl
 
 @functools.lru_cache(maxsize=32)
 def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int) -> Callable[..., Any]:
-    """`(params, inputs) -> Prefilled`, with `room` tokens more in the cache."""
+    """`(params, inputs) -> Prefilled`, with a cache for `room` new tokens."""
     vlm = Vlm(spec, compute)
     return plan.jit(lambda params, inputs: sampling.prefill(vlm, params, inputs, room))
 
@@ -36,8 +36,8 @@ def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int
 def sample_program(
     spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], room: int, kind: str
 ) -> Callable[..., Any]:
-    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, room], prefilled)`; the prompts' memory is
-    donated. `kind` is "greedy" or "sampled".
+    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, room], prefilled)`; donates `prefilled`.
+    `kind` is "greedy" or "sampled".
     """
     vlm = Vlm(spec, compute)
 
