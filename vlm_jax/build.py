@@ -102,22 +102,19 @@ def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
     if platform not in ("gpu", "cuda"):
         raise UserError(f"compute.attention=cudnn runs on NVIDIA GPUs, not on {platform}: set it to xla")
     if compute.dtype == "float32":
-        raise UserError(
-            "compute.attention=cudnn: expected 16-bit activations (set compute.dtype=bfloat16), got float32"
-        )
+        raise UserError("compute.attention=cudnn: expected compute.dtype=bfloat16, got float32")
 
 
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     """The network with its splits and features, built under `cache_dir` if missing. Raises `UserError`."""
     network = open_network(spec)
-    data, evaluation = spec.data, spec.evaluation
+    data, encoder = spec.data, network.model.spec.encoder
     train, test = (
-        _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)
+        _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)._replace(encoder=encoder)
         for name in (data.train_split, data.test_split)
     )
-    train, test = (split._replace(encoder=network.model.spec.encoder) for split in (train, test))
     pipeline.check_training(train, data)
-    pipeline.check(test, evaluation.questions_per_example)
+    pipeline.check(test, spec.evaluation.questions_per_example)
     if not data.frozen_features:
         return Run(network, train, test, None, None)
     return Run(network, train, test, *(_features(network, split, cache_dir / "features") for split in (train, test)))
@@ -155,9 +152,8 @@ def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.
     if (folder, key) not in _READERS:
         weights = jax.device_put({"encoder": network.encoder}, plan.replicated)
         encode = plan.jit(model.encode)
-        _READERS[folder, key] = feature_store.open_or_compute(
-            folder, key, split.images, split.examples, lambda image: encode(weights, image), split.name
-        )
+        source = (split.images, split.examples, lambda image: encode(weights, image), split.name)
+        _READERS[folder, key] = feature_store.open_or_compute(folder, key, *source)
     return _READERS[folder, key]
 
 

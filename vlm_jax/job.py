@@ -39,6 +39,7 @@ from vlm_jax.training import step as training_step
 from vlm_jax.training.metrics import MetricWriter
 
 OnLog = Callable[[loop.Log, dict[str, float]], None]
+_SHARED = ("question_tokens", "answer_tokens", "forced_nll", "images", "questions")  # of harness.Result and ResultRow
 
 
 def print_notice(message: str) -> None:
@@ -155,9 +156,8 @@ def _train_stages(
                 return _Trained(restored, state, secs_before)
         else:
             params = build.first_params(network) if params is None else params
-            init = functools.partial(
-                training_step.init_state, optimiser=update.optimiser, train=stage.train, step=first
-            )
+            parts = dict(optimiser=update.optimiser, train=stage.train, step=first)
+            init = functools.partial(training_step.init_state, **parts)
             state = plan.jit(init, out_shardings=update.shardings, donate_argnums=0)(params)
         layout = row_layout(network.model)
         end = loop.run(
@@ -295,17 +295,13 @@ def evaluate(
         llm_params=cost.decoder_params(model.decoder, "excluded"),
         llm_params_total=cost.decoder_params(model.decoder, "included"),
         visual_tokens=model.compressor.tokens,
-        question_tokens=result.question_tokens,
-        answer_tokens=result.answer_tokens,
+        **{name: getattr(result, name) for name in _SHARED},
         error=result.error[0],
         stderr=result.error[1],
         exact_error=result.exact[0],
         exact_stderr=result.exact[1],
         forced_error=result.forced[0],
         forced_stderr=result.forced[1],
-        forced_nll=result.forced_nll,
-        images=result.images,
-        questions=result.questions,
         **cost.row_fields(cost.flops(model, result.question_tokens, result.answer_tokens + 1)),
         train_steps=specs.total_steps(spec),
         train_flops=summary["train_flops"],

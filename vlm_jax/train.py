@@ -48,10 +48,8 @@ def _train(spec: Any, workdir: Path) -> None:
             note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
             progress.update(bar, completed=log.step, note=note)
 
-        def on_start() -> None:
-            stack.enter_context(progress)
-
-        job.train(run, workdir, on_log, processes.watch_sigterm(), on_start=on_start)
+        stop = processes.watch_sigterm()
+        job.train(run, workdir, on_log, stop, on_start=lambda: stack.enter_context(progress))
     if processes.is_primary():
         print(f"{workdir / 'summary.json'}")
 

@@ -77,18 +77,17 @@ def load_config(location: str, overrides: Mapping[str, str] | None = None) -> Co
 
 def _override(config: ConfigDict, name: str, text: str) -> None:
     node: Any = config
-    *parents, last = name.split(".")
-    for i, key in enumerate([*parents, last]):
+    keys = name.split(".")
+    for i, key in enumerate(keys):
         if isinstance(node, Sequence) and not isinstance(node, str) and key.isdigit() and int(key) < len(node):
             node = node[int(key)]
             continue
         if not isinstance(node, ConfigDict | dict) or key not in node:
             valid = list(node) if isinstance(node, ConfigDict | dict) else map(str, range(len(node)))
-            raise unknown(f"config field {'.'.join([*parents[:i], key])!r}:", key, valid)
-        if key == last and i == len(parents):
+            raise unknown(f"config field {'.'.join(keys[: i + 1])!r}:", key, valid)
+        if i == len(keys) - 1:
             node[key] = _typed(name, text, node[key])
-        else:
-            node = node[key]
+        node = node[key]
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

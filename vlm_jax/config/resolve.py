@@ -65,16 +65,10 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
     taps = tuple(values["taps"])
     if any(not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
-        raise UserError(
-            f"config field model.taps: expected distinct blocks of {encoder.name}, 1 to {encoder.depth}, "
-            f"got {list(taps)}"
-        )
+        raise UserError(f"config field model.taps: expected distinct blocks, 1 to {encoder.depth}, got {list(taps)}")
     layer = values["feature_layer"]
     if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
-        raise UserError(
-            f"config field model.feature_layer: expected 0 (after the final norm) or a block of {encoder.name}, 1 to "
-            f"{encoder.depth}, got {layer!r}"
-        )
+        raise UserError(f"config field model.feature_layer: expected a block, 0 to {encoder.depth}, got {layer!r}")
     encoder = dataclasses.replace(encoder, taps=taps, feature_layer=layer)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
@@ -123,10 +117,7 @@ def _check(spec: RunSpec) -> None:
         if stage.total_steps < 1:
             raise UserError(f"stage {stage.name}: expected total_steps of at least 1, got {stage.total_steps}")
         if not 0 <= stage.warmup_steps <= stage.total_steps:
-            raise UserError(
-                f"stage {stage.name}: expected warmup_steps from 0 to total_steps={stage.total_steps}, got "
-                f"{stage.warmup_steps}"
-            )
+            raise UserError(f"stage {stage.name}: expected warmup_steps <= total_steps, got {stage.warmup_steps}")
     if not spec.stages:
         raise UserError("config field stages: expected at least one stage, got none")
 

@@ -49,8 +49,7 @@ class EncoderSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.image_size // self.patch_size
-        return side, side
+        return (self.image_size // self.patch_size,) * 2
 
     @property
     def patches(self) -> int:

@@ -79,13 +79,14 @@ def generate_tokens(
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, None, questions)
     max_new_tokens = _new_tokens(model, inputs, max_new_tokens)
-    rows, room = inputs.tokens.shape[0], host.bucket(max_new_tokens)
+    rows, max_new = inputs.tokens.shape[0], host.bucket(max_new_tokens)
     config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
     inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
     settings = (np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p)
     try:
-        prefilled = programs.prefill_program(*config, room)(model.params, inputs)
-        out, prefilled = programs.sample_program(*config, model.eos_ids, room, kind)(model.params, prefilled, *settings)
+        prefilled = programs.prefill_program(*config, max_new)(model.params, inputs)
+        sample = programs.sample_program(*config, model.eos_ids, max_new, kind)
+        out, prefilled = sample(model.params, prefilled, *settings)
         out, hidden = jax.device_get((out, prefilled.hidden))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

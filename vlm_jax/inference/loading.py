@@ -220,9 +220,7 @@ def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | No
         image_text = () if model.spec.encoder is None else (IMAGE_TEXT,)
         tokenizer = tokenizers.read_tokenizer(folder, config, image_text)
         if tokenizer.size > vocab:
-            raise UserError(
-                f"{folder}: expected a tokenizer with ids below the model's vocabulary {vocab}, got {tokenizer.size - 1}"
-            )
+            raise UserError(f"{folder}: expected tokenizer ids below {vocab} (vocabulary), got {tokenizer.size - 1}")
         image_token = tokenizer.special.get("image_token", IMAGE_TEXT)
         chat_format = chat.chat_format_of(llm_info.kind, tokenizer, image_token)
         model = model._replace(

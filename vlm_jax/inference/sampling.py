@@ -1,7 +1,7 @@
 """Decoding with a static cache: prefill, then decode steps in one loop on the device until every row has ended.
 
-    prefilled = prefill(model, params, inputs, room)                        # inputs: one conversation a row
-    tokens, cache = sample(model, params, prefilled, pick, eos_ids, limit, room)
+    prefilled = prefill(model, params, inputs, max_new)                        # inputs: one conversation a row
+    tokens, cache = sample(model, params, prefilled, pick, eos_ids, limit, max_new)
 
 A row's tokens do not depend on other rows or on padding; each row samples with its own key.
 """
@@ -34,15 +34,15 @@ def compute_for_decoding(compute: ComputeSpec) -> ComputeSpec:
     return dataclasses.replace(compute, scan_layers=False, remat="none")
 
 
-def prefill(model: Vlm, params: Params, inputs: Inputs, room: int) -> Prefilled:
-    """Runs prompts, one conversation a row, and returns a cache for `room` new tokens. The decoder's parameters are
+def prefill(model: Vlm, params: Params, inputs: Inputs, max_new: int) -> Prefilled:
+    """Runs prompts, one conversation a row, and returns a cache for `max_new` new tokens. The decoder's parameters are
     unrolled (`models.decoder.unstack_layers`).
     """
     batch, length = inputs.tokens.shape
     cache = init_cache(model.spec.decoder, model.compute, batch, length)
     hidden, cache = model.forward(params, inputs, cache)
     last = last_token(cache.metadata.segment)[:, None, None]
-    return Prefilled(jnp.take_along_axis(hidden, last, axis=1), pad_cache(cache, length + room))
+    return Prefilled(jnp.take_along_axis(hidden, last, axis=1), pad_cache(cache, length + max_new))
 
 
 def continuation(tokens: Int[Array, "B L"], cache: Cache, valid: Bool[Array, "B L"] | bool = True) -> Inputs:
@@ -66,12 +66,12 @@ def sample(
     pick: Pick,
     eos_ids: tuple[int, ...],
     limit: int | Int[Array, ""],
-    room: int,
-) -> tuple[Int[Array, "B room"], Cache]:
+    max_new: int,
+) -> tuple[Int[Array, "B max_new"], Cache]:
     """Generates at most `limit` tokens for each row; returns them and the cache.
 
-    `room` is the static length of the output, at most that of `prefill`. A token of `eos_ids` ends a row; the rest of
-    it is filled with the first of them.
+    `max_new` is the static length of the output, at most that of `prefill`. A row ends with a token of `eos_ids` and is
+    filled with the first of them.
     """
     fill = eos_ids[0] if eos_ids else 0
 
@@ -90,7 +90,7 @@ def sample(
         return count + 1, token, done | ended(token), cache, out
 
     token = pick(model.logits(params, prefilled.hidden)[:, 0], jnp.int32(0)).astype(jnp.int32)
-    out = jnp.full((token.shape[0], room), fill, jnp.int32).at[:, 0].set(token)
+    out = jnp.full((token.shape[0], max_new), fill, jnp.int32).at[:, 0].set(token)
     carry = (jnp.int32(1), token, ended(token), prefilled.cache, out)
     *_, cache, out = jax.lax.while_loop(unfinished, step, carry)
     return out, cache
