@@ -101,7 +101,7 @@ def test_a_random_connector_prints_a_note(place: Path, capsys, monkeypatch: pyte
 def test_an_image_size_reaches_the_encoder(place: Path, capsys) -> None:
     """At 24 pixels there are 36 patches, at 3 none."""
     asked = ["--model", str(place / "llava"), "--image", PHOTOGRAPHS["china.jpg"], "--prompt", QUESTION]
-    with pytest.raises(UserError, match="image_size: expected .* got 3"):
+    with pytest.raises(UserError, match=r"image_size: expected .* got 3"):
         predict.main([*asked, "--image-size", "3"])
     with pytest.raises(UserError, match="cannot give tokens=9"):
         predict.main([*asked, "--image-size", "24", "--compressor", "none", "--tokens", "9"])
