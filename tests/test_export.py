@@ -66,8 +66,8 @@ def test_export_never_overwrites_and_never_leaves_partial_files(tmp_path, publis
         "holds an image tower": ["--out", str(tmp_path / "a.npz")],
         "cannot be written": ["--out", str(published / "config.json" / "a")],
         "expected a positive": ["--out", str(tmp_path / "a"), "--max-shard-gb", "0"],
-        "-gb nan must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "nan"],
-        "-gb inf must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "inf"],
+        "expected a positive, finite size, got nan": ["--out", str(tmp_path / "a"), "--max-shard-gb", "nan"],
+        "expected a positive, finite size, got inf": ["--out", str(tmp_path / "a"), "--max-shard-gb", "inf"],
     }.items():
         with pytest.raises(UserError, match=message):
             export.main(["--model", str(published), *flags])

@@ -110,7 +110,7 @@ def test_an_image_size_reaches_the_encoder(place: Path, capsys) -> None:
 def test_a_figure_that_cannot_be_written_is_refused_before_loading(tmp_path: Path) -> None:
     nowhere = ["--model", str(tmp_path / "none"), "--image", "none.png", "--show-tokens"]
     for name, message in {
-        "stx": r"eos_positions in \.png",
+        "stx": r"ends in \.png",
         str(tmp_path / "no" / "a.png"): "there is no folder",
     }.items():
         with pytest.raises(UserError, match=message):
