@@ -31,19 +31,19 @@ FLOORS = {
     "cli": 9,
     "inference": 9,
 }
-DOORS = 10
+COMMANDS = 10
 FILES = sorted(ROOT.glob("vlm_jax/**/*.py"))
 
 
-def room(dotted: str) -> str:
-    """`vlm_jax.models.vlm` -> `models`; a file with a floor of its own is its own room."""
+def folder_of(dotted: str) -> str:
+    """`vlm_jax.models.vlm` -> `models`; a file with a floor of its own counts as its own folder."""
     parts = dotted.split(".")
     own = ".".join(parts[1:3])
     return own if own in FLOORS else parts[1] if len(parts) > 1 else ""
 
 
 def floor(name: str) -> int:
-    return FLOORS.get(name, DOORS)
+    return FLOORS.get(name, COMMANDS)
 
 
 def imports(path: Path) -> list[str]:
@@ -62,15 +62,15 @@ def imports(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_only_go_down(path: Path) -> None:
     dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    mine = room(dotted)
+    mine = folder_of(dotted)
     if mine in ("", "__init__"):
         return
     for name in imports(path):
         assert name.startswith("vlm_jax"), f"the library does not import {name}"
-        theirs = room(name)
-        if theirs in ("", mine, "__version__"):
+        other = folder_of(name)
+        if other in ("", mine, "__version__"):
             continue
-        assert floor(theirs) < floor(mine), f"{dotted} (floor {floor(mine)}) imports {name} (floor {floor(theirs)})"
+        assert floor(other) < floor(mine), f"{dotted} (floor {floor(mine)}) imports {name} (floor {floor(other)})"
 
 
 def test_no_files_import_each_other() -> None:

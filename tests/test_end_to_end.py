@@ -1,4 +1,4 @@
-"""The river, for real and small: train, evaluate, predict, a grid of two cells, and what is said to bad input.
+"""End to end on a small scale: train, evaluate, predict, a grid of two cells, and errors of bad input.
 
 Everything runs as a user runs it, on the tiny data sets; what is meant to fail, and the launcher, whose workers train,
 run in this process, to save their start.
@@ -159,11 +159,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
         monkeypatch.setattr(sys, "argv", [module, *argv])
         with pytest.raises(SystemExit) as stopped:
             run_main(importlib.import_module(module).main)
-        shown, said = capsys.readouterr()
+        shown, errors = capsys.readouterr()
         assert "compiling" not in shown
-        assert stopped.value.code == 2, (argv, said)
-        assert expected in said
-        assert len(said.strip().splitlines()) == 1, said
+        assert stopped.value.code == 2, (argv, errors)
+        assert expected in errors
+        assert len(errors.strip().splitlines()) == 1, errors
     assert (half / "rows.jsonl").read_text() == '{"cell": "a", "spec_ha'
     assert not Path(workdir).exists()
     assert not (home / "lost" / "rows.jsonl").exists()

@@ -32,7 +32,7 @@ def published(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_same_tensors_and_words_come_out(tmp_path, published: Path, capsys) -> None:
+def test_an_exported_folder_has_the_same_tensors_and_tokenizer(tmp_path, published: Path, capsys) -> None:
     out = tmp_path / "out"
     export.main(["--model", str(published), "--out", str(out)])
     assert capsys.readouterr() == (f"{out}\n", "")
@@ -59,18 +59,18 @@ def test_large_models_are_split_and_cast(tmp_path, published: Path) -> None:
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_nothing_is_overwritten_and_nothing_is_half_written(tmp_path, published: Path) -> None:
-    for told, words in {
+def test_export_never_overwrites_and_never_leaves_partial_files(tmp_path, published: Path) -> None:
+    for message, flags in {
         "already exists": ["--out", str(published)],
         "the model has no encoder": ["--out", str(tmp_path / "a"), "--part", "encoder"],
         "expected a model with an encoder for a .npz": ["--out", str(tmp_path / "a.npz")],
         "cannot be written": ["--out", str(published / "config.json" / "a")],
-        "must be positive": ["--out", str(tmp_path / "a"), "--max-shard-gb", "0"],
-        "-gb nan must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "nan"],
-        "-gb inf must be": ["--out", str(tmp_path / "a"), "--max-shard-gb", "inf"],
+        "expected a positive": ["--out", str(tmp_path / "a"), "--max-shard-gb", "0"],
+        "expected a positive, finite size, got nan": ["--out", str(tmp_path / "a"), "--max-shard-gb", "nan"],
+        "expected a positive, finite size, got inf": ["--out", str(tmp_path / "a"), "--max-shard-gb", "inf"],
     }.items():
-        with pytest.raises(UserError, match=told):
-            export.main(["--model", str(published), *words])
+        with pytest.raises(UserError, match=message):
+            export.main(["--model", str(published), *flags])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -1,4 +1,4 @@
-"""A run that starts from published weights and words: what it trains on, and what it starts from."""
+"""A run that starts from published weights and a published tokenizer."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 END = len(BYTES)
 
 
-def words(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """A tokenizer of single bytes, and one token that ends an answer."""
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(BYTES)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,7 +48,7 @@ def published(tmp_path_factory) -> tuple[RunSpec, dict]:
     params = builders.params(Vlm(spec, builders.COMPUTE))
     for part in ("encoder", "decoder"):
         exporting.save_folder(root / part, exporting.part_of(spec, part), params)
-    words(root / "decoder")
+    write_tokenizer(root / "decoder")
     run = resolve(load_config("configs/vlm.py:smoke", {}))
     data = dataclasses.replace(
         run.data, config="rows4_tiny", tokenizer=str(root / "decoder"), text_tokens=256, frozen_features=False
@@ -69,7 +69,7 @@ def test_training_starts_from_the_published_weights(published) -> None:
             np.testing.assert_array_equal(ours[name], leaf, err_msg=f"{part}/{name}")
 
 
-def test_questions_and_answers_are_in_the_models_own_words(published, tmp_path) -> None:
+def test_questions_and_answers_use_the_models_tokenizer(published, tmp_path) -> None:
     run = build.open_run(published[0], build.default_cache())
     asked = run.train.question_tokens[0, 0, : run.train.question_lengths[0, 0]]
     answer = run.train.answer_tokens[0, 0, : run.train.answer_lengths[0, 0]]
@@ -86,8 +86,8 @@ def test_a_run_sees_as_its_encoders_folder_says(published, tmp_path, frozen: boo
     """
     spec, params = published
     shutil.copytree(spec.encoder_checkpoint, tmp_path / "encoder")
-    said = {"size": {"height": 16, "width": 16}, "resample": 4, "image_mean": [0.2] * 3, "image_std": [0.3] * 3}
-    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(said))
+    preparation = {"size": {"height": 16, "width": 16}, "resample": 4, "image_mean": [0.2] * 3, "image_std": [0.3] * 3}
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(preparation))
     data = dataclasses.replace(spec.data, frozen_features=frozen)
     run = build.open_run(
         dataclasses.replace(spec, encoder_checkpoint=str(tmp_path / "encoder"), data=data), build.default_cache()
@@ -108,18 +108,18 @@ def test_a_run_sees_as_its_encoders_folder_says(published, tmp_path, frozen: boo
     assert run.network.spec.model == spec.model  # the name of the experiment stays
 
 
-def test_an_end_that_no_embedding_has_is_told(published, tmp_path) -> None:
+def test_an_eos_id_outside_the_vocabulary_is_an_error(published, tmp_path) -> None:
     spec, _ = published
-    words(tmp_path)
+    write_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5000}')
     spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, tokenizer=str(tmp_path)))
-    with pytest.raises(UserError, match=r"model\.vocab=257: .* ends answers with token 5000"):
+    with pytest.raises(UserError, match=r"model\.vocab: expected more than 5000, the eos_token_id of .* got 257"):
         build.open_network(spec)
 
 
-def test_weights_of_another_size_are_told(published) -> None:
+def test_weights_of_another_size_are_an_error(published) -> None:
     spec, _ = published
     other = dataclasses.replace(spec.model.decoder, mlp_width=32)
     spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, decoder=other))
-    with pytest.raises(UserError, match=r"mlp_width=24, test has 32"):
+    with pytest.raises(UserError, match=r"test with mlp_width=32, got 24"):
         build.first_params(build.open_network(spec))

@@ -1,13 +1,13 @@
 """Inference-optimal vision-language models in JAX: train a grid, fit a law, plan from it.
 
-The public face, loaded when it is asked for, so that planning needs neither JAX nor a device:
+The public API, imported lazily so that planning needs neither JAX nor a device:
 
     vlm_jax.load(path, dtype=..., plan=None)      a Hugging Face folder, a big_vision .npz or a run's workdir -> Model
     vlm_jax.forward(model, images, tokens)        float[B,H,W,3] or None, int[B,T] -> float32[B,T,W]
     vlm_jax.generate(model, images, prompts)      -> texts                            (`inference.api`)
     vlm_jax.fit(rows)                             rows.jsonl's rows -> LawFit         (`scaling.fit`)
     vlm_jax.best(law, budget, question_tokens)    -> ranked choices                   (`scaling.frontier`)
-    vlm_jax.RunSpec, ModelSpec, ...               the types that say what a run is    (`core.specs`)
+    vlm_jax.RunSpec, ModelSpec, ...               the specs of a run                  (`core.specs`)
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What a run does about bad steps: counts what was left out, and stops with the batch's ids and the state."""
+"""Bad steps of a run: a record of skipped updates, and a report when the run stops."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ _SKIPPED = "skipped.jsonl"
 
 
 def forget_after(workdir: Path, step: int) -> None:
-    """Drops what a run that resumes at `step` will meet again."""
+    """Drops the records of steps after `step`, from which the run resumes."""
     if processes.is_primary():
         metrics.keep_until(workdir / _SKIPPED, step)
 
@@ -29,10 +29,10 @@ def forget_after(workdir: Path, step: int) -> None:
 def make_check(
     workdir: Path, split: Split, spec: RunSpec, skipped: int
 ) -> Callable[[Sequence[guard.StepRecord], TrainState], None]:
-    """`check(steps, state)` for the loop. `skipped` counts what the stage has left out before.
+    """`check(steps, state)` for the loop; `skipped` is the number of updates that the stage has skipped before.
 
-    Each step that was left out is a line of `skipped.jsonl`, with the ids of its examples. Raises `RunStopped` at the
-    first step that the spec's policy stops at; `bad_step/` then holds why, the ids, and the state where it was noticed.
+    Each skipped step is a line of `skipped.jsonl` with the ids of its examples. Raises `RunStopped` where the policy
+    stops the run, after writing the reason, the ids and the state to `bad_step/`.
     """
 
     def ids(step: int) -> list[str]:
@@ -47,7 +47,7 @@ def make_check(
                 if processes.is_primary():
                     with open(workdir / _SKIPPED, "a") as file:
                         file.write(json.dumps({"step": step.number, "examples": ids(step.number)}) + "\n")
-        if bad := guard.first_bad(steps, spec.bad_step):
+        if bad := guard.find_stop(steps, spec.bad_step):
             _stop(workdir, bad, ids(bad[0]), split.name, state)
 
     return check
@@ -59,12 +59,10 @@ def _stop(workdir: Path, bad: tuple[int, str], ids: list[str], split: str, state
     orbax.save_state(folder / "state", state)
     if processes.is_primary():
         noticed = int(jax.device_get(state.step))
-        write_json(
-            folder / "report.json",
-            {"step": step, "why": why, "noticed_at_step": noticed, "split": split, "examples": ids},
-        )
+        report = {"step": step, "why": why, "noticed_at_step": noticed, "split": split, "examples": ids}
+        write_json(folder / "report.json", report)
     raise RunStopped(
-        f"step {step}: {why}. The ids of its batch and the state are in {folder}; the checkpoints are of steps before "
-        "it. A run with bad_step.policy=skip_update, in a workdir of its own, leaves such steps out",
+        f"step {step}: {why}. The ids of its batch and the state are in {folder}; checkpoints are of earlier steps. To "
+        "skip such steps, start a run with bad_step.policy=skip_update in a new workdir",
         BAD_STEP,
     )

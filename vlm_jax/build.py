@@ -1,9 +1,7 @@
-"""The composition root: a `RunSpec` becomes a model on a mesh, splits and features. Doors, grids and tests come here.
+"""The composition root: builds model, mesh, data and features from a `RunSpec`.
 
-    network = open_network(spec)            # no data needed: enough to answer questions
-    run = open_run(spec, cache_dir)         # data and features are made on first use, shared by every run
-
-What is done with a run stands in `job`.
+network = open_network(spec)            # without data: enough for inference
+run = open_run(spec, cache_dir)         # with data and features, cached in cache_dir
 """
 
 import dataclasses
@@ -31,19 +29,17 @@ from vlm_jax.training import step as training_step
 
 
 class Network(NamedTuple):
-    """A model on a mesh, without data. `encoder` holds the frozen or initial encoder weights, as numpy arrays; None
-    where only shapes are wanted. `model.spec` is `spec.model` with the image preparation of the encoder's checkpoint.
-    """
+    """A model on a mesh, without data."""
 
     spec: RunSpec
     plan: partitioning.Plan
-    model: Vlm
-    encoder: Any
+    model: Vlm  # its spec has the image preparation of the encoder's checkpoint
+    encoder: Any  # frozen or initial weights as numpy arrays; None: shapes only
     encoder_sha256: str
 
 
 class TrainStep(NamedTuple):
-    """The compiled-on-first-use update of one stage, and what it works on."""
+    """The jitted update of one stage."""
 
     step: Any  # (state, batch) -> (state, LossSums, Norms); the state is donated
     optimiser: Any
@@ -52,7 +48,7 @@ class TrainStep(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A network and what it is trained and tested on. Without stored features the batches carry pixels."""
+    """A network and its data. Without stored features, batches have pixels."""
 
     network: Network
     train: sources.Split
@@ -62,26 +58,26 @@ class Run(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Where data sets, features and compiled programs are kept: `$VLM_JAX_CACHE`, else `~/.cache/vlm_jax`."""
+    """The folder of data sets, features and compiled programs: `$VLM_JAX_CACHE`, else `~/.cache/vlm_jax`."""
     return Path(os.environ.get("VLM_JAX_CACHE", "~/.cache/vlm_jax")).expanduser()
 
 
 def use_compilation_cache(cache_dir: Path) -> None:
-    """Compiled programs outlive the process: a cell with the shapes of an earlier one starts at once."""
+    """Turns on JAX's persistent compilation cache."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Network:
-    """The model of a spec on this machine's devices, or on the given plan. Raises `UserError` for a mesh or checkpoint
-    that does not fit.
-    """
+    """The model of a spec on `plan`, or all devices. Raises `UserError` for a mesh or checkpoint that does not fit."""
     processes.check_initialized()
-    vocab, words = spec.model.decoder.vocab, load_tokenizer(spec.data.tokenizer)
-    if vocab < words.size:
-        raise UserError(f"model.vocab={vocab}: the tokenizer has {words.size} words")
-    if vocab <= (end := max(words.eos_ids)):
-        raise UserError(f"model.vocab={vocab}: {spec.data.tokenizer} ends answers with token {end} (eos_token_id)")
+    vocab, tokenizer = spec.model.decoder.vocab, load_tokenizer(spec.data.tokenizer)
+    if vocab < tokenizer.size:
+        raise UserError(f"model.vocab: expected at least the tokenizer's size {tokenizer.size}, got {vocab}")
+    if vocab <= (eos := max(tokenizer.eos_ids)):
+        raise UserError(
+            f"model.vocab: expected more than {eos}, the eos_token_id of {spec.data.tokenizer}, got {vocab}"
+        )
     network = lay_out(spec, plan or partitioning.make_plan(spec.compute))
     encoder = _encoder_weights(spec, network.model)
     model = network.model._replace(spec=dataclasses.replace(spec.model, encoder=_prepared(spec)))
@@ -89,9 +85,8 @@ def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Networ
 
 
 def lay_out(spec: RunSpec, plan: partitioning.Plan) -> Network:
-    """The model of a spec on that plan, without any weights: enough to compile its programs.
-
-    Raises `UserError` where batch, model, mesh and the kind of its devices do not fit together.
+    """The model of a spec on a plan, without weights: enough to compile its programs. Raises `UserError` where batch,
+    model, mesh and devices do not fit together.
     """
     if spec.compute.attention == "cudnn":  # "splash" runs everywhere
         _check_cudnn(spec.compute, plan)
@@ -107,65 +102,63 @@ def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
     if platform not in ("gpu", "cuda"):
         raise UserError(f"compute.attention=cudnn runs on NVIDIA GPUs, not on {platform}: set it to xla")
     if compute.dtype == "float32":
-        raise UserError("compute.attention=cudnn takes 16-bit numbers: set compute.dtype=bfloat16, or attention=xla")
+        raise UserError("compute.attention=cudnn: expected compute.dtype=bfloat16, got float32")
 
 
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
-    """Builds what is missing under `cache_dir`, reads the rest. Raises `UserError` for what the spec cannot have."""
+    """The network with its splits and features, built under `cache_dir` if missing. Raises `UserError`."""
     network = open_network(spec)
-    data, evaluation = spec.data, spec.evaluation
+    data, encoder = spec.data, network.model.spec.encoder
     train, test = (
-        _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)
+        _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)._replace(encoder=encoder)
         for name in (data.train_split, data.test_split)
     )
-    train, test = (split._replace(encoder=network.model.spec.encoder) for split in (train, test))
     pipeline.check_training(train, data)
-    pipeline.check(test, evaluation.questions_per_example)
+    pipeline.check(test, spec.evaluation.questions_per_example)
     if not data.frozen_features:
         return Run(network, train, test, None, None)
     return Run(network, train, test, *(_features(network, split, cache_dir / "features") for split in (train, test)))
 
 
-# A process that runs many cells reads each split once, and checks each feature store against the encoder once.
-_READERS: dict[tuple[Path, str], pipeline.Features] = {}
+_READERS: dict[tuple[Path, str], pipeline.Features] = {}  # opened feature stores
 
 
 @functools.lru_cache(maxsize=8)
-def _split(dataset: str, config: str, name: str, data_dir: Path, words: str) -> sources.Split:
+def _split(dataset: str, config: str, name: str, data_dir: Path, tokenizer: str) -> sources.Split:
     sources.build(dataset, config, data_dir)
-    return sources.load(dataset, config, name, data_dir, load_tokenizer(words))
+    return sources.load(dataset, config, name, data_dir, load_tokenizer(tokenizer))
 
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a language model's folder; "" is the project's own."""
+    """The tokenizer of a language model's folder; "" is the built-in word tokenizer."""
     if not folder:
         return tokenizers.word_tokenizer()
-    there = Path(folder)
-    words = tokenizers.read_tokenizer(there, inspection.read_config(there) if (there / "config.json").is_file() else {})
-    if not words.eos_ids:
-        raise UserError(f"{folder}: names no token that ends an answer (eos_token); training wants one")
-    return words
+    path = Path(folder)
+    config = inspection.read_config(path) if (path / "config.json").is_file() else {}
+    tokenizer = tokenizers.read_tokenizer(path, config)
+    if not tokenizer.eos_ids:
+        raise UserError(f"{folder}: expected an eos_token for training, got none")
+    return tokenizer
 
 
 def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.Features:
     spec, model = network.spec, network.model
-    # Of several processes each encodes on its own devices what it does not find in the cache.
-    alone = dataclasses.replace(spec.compute, strategy="replicated", mesh=(-1, 1, 1), slices=1)
-    plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(alone, jax.local_devices())
-    how = {**dataclasses.asdict(model.spec.encoder), "dtype": spec.compute.dtype}
-    key = feature_store.key(split.sha256, network.encoder_sha256, how)
+    # With several processes, each encodes on its own devices.
+    local = dataclasses.replace(spec.compute, strategy="replicated", mesh=(-1, 1, 1), slices=1)
+    plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(local, jax.local_devices())
+    settings = {**dataclasses.asdict(model.spec.encoder), "dtype": spec.compute.dtype}
+    key = feature_store.key(split.sha256, network.encoder_sha256, settings)
     if (folder, key) not in _READERS:
         weights = jax.device_put({"encoder": network.encoder}, plan.replicated)
         encode = plan.jit(model.encode)
-        _READERS[folder, key] = feature_store.open_or_compute(
-            folder, key, split.images, split.examples, lambda image: encode(weights, image), split.name
-        )
+        source = (split.images, split.examples, lambda image: encode(weights, image), split.name)
+        _READERS[folder, key] = feature_store.open_or_compute(folder, key, *source)
     return _READERS[folder, key]
 
 
 def _prepared(spec: RunSpec) -> EncoderSpec:
-    """The run's encoder, with the image preparation that came with its checkpoint."""
+    """The encoder spec with the image preparation of its checkpoint."""
     encoder, path = spec.model.encoder, _located(spec.encoder_checkpoint)
     if not spec.encoder_checkpoint:
         return encoder
@@ -176,7 +169,7 @@ def _prepared(spec: RunSpec) -> EncoderSpec:
 
 
 def _encoder_weights(spec: RunSpec, model: Vlm) -> Any:
-    """From the checkpoint, or random, the same for every run."""
+    """Encoder weights of the checkpoint, or random ones that are the same for every run."""
     if not spec.encoder_checkpoint:
         return jax.device_get(nn.meta.unbox(model.init_encoder(jax.random.key(0))))
     path = _located(spec.encoder_checkpoint)
@@ -186,41 +179,39 @@ def _encoder_weights(spec: RunSpec, model: Vlm) -> Any:
 
 
 def _located(checkpoint: str) -> Path:
-    """Paths are looked up here, then beside the package."""
-    here, beside = Path(checkpoint), Path(vlm_jax.__file__).parent.parent / checkpoint
-    return here if here.exists() or not beside.exists() else beside
+    """A path relative to the working directory, else to the repository."""
+    path, in_repository = Path(checkpoint), Path(vlm_jax.__file__).parent.parent / checkpoint
+    return path if path.exists() or not in_repository.exists() else in_repository
 
 
-def _public_params(
-    path: Path, part: str, wanted: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None, scan_layers: bool = True
-) -> Any:
-    """One part of a published model, float32. Raises `UserError` where it is not the model that the spec describes."""
-    there = inspection.inspect(path)
-    has = getattr(there, part)
-    if has is None:
-        raise UserError(f"{path}: holds no {part}")
-    for field in dataclasses.fields(wanted):
-        theirs, ours = getattr(has, field.name), getattr(wanted, field.name)
-        if theirs != ours and field.name not in _MAY_DIFFER:
-            raise UserError(
-                f"{path}: its {part} has {field.name}={theirs}, {wanted.name} has {ours}: name its own size"
-            )
-    there = inspection.with_encoder(there, wanted) if part == "encoder" else there
-    return inspection.load_parts(there, (part,), plan, "float32", scan_layers=scan_layers)[part]
-
-
-# What does not concern the weights, or is chosen by the run.
+# Spec fields that do not affect the weights, or are chosen by the run.
 _MAY_DIFFER = ("name", "context", "taps", "feature_layer", "pooling_head", *PREPARATION)
 
 
+def _public_params(
+    path: Path, part: str, spec: EncoderSpec | DecoderSpec, plan: partitioning.Plan | None, scan_layers: bool = True
+) -> Any:
+    """float32 weights of one part of a published model. Raises `UserError` where its spec is another one."""
+    info = inspection.inspect(path)
+    found = getattr(info, part)
+    if found is None:
+        raise UserError(f"{path}: expected a model with a {part}, got one without")
+    for field in dataclasses.fields(spec):
+        actual, expected = getattr(found, field.name), getattr(spec, field.name)
+        if actual != expected and field.name not in _MAY_DIFFER:
+            raise UserError(f"{path}: expected {part} {spec.name} with {field.name}={expected}, got {actual}")
+    info = inspection.with_encoder(info, spec) if part == "encoder" else info
+    return inspection.load_parts(info, (part,), plan, "float32", scan_layers=scan_layers)[part]
+
+
 def init_params(network: Network, key: jax.Array) -> Any:
-    """Boxed parameters of every part that training carries."""
+    """Boxed random parameters of all parts in the train state."""
     params, model = network.model.init(key), network.model
     return params if network.spec.data.frozen_features else {**params, "encoder": model.init_encoder(key)}
 
 
 def train_step(network: Network, stage: StageSpec) -> TrainStep:
-    """The update of a stage: what training runs, and what is compiled ahead of time for a topology."""
+    """The train step of a stage."""
     spec, model, plan = network.spec, network.model, network.plan
     optimiser, abstract = _optimiser(spec, stage), abstract_state(network, stage)
     shardings = plan.shardings(abstract)
@@ -238,7 +229,7 @@ def _optimiser(spec: RunSpec, stage: StageSpec) -> Any:
 
 
 def abstract_state(network: Network, stage: StageSpec) -> Any:
-    """Boxed shapes of the state of a stage."""
+    """Boxed shapes of the train state of a stage."""
     optimiser = _optimiser(network.spec, stage)
     return jax.eval_shape(
         lambda key: training_step.init_state(init_params(network, key), optimiser, stage.train), jax.random.key(0)
@@ -246,18 +237,18 @@ def abstract_state(network: Network, stage: StageSpec) -> Any:
 
 
 def first_params(network: Network) -> Any:
-    """Fresh parameters, but for the parts that have a checkpoint."""
+    """The initial parameters: random, or from a checkpoint where a part has one."""
     spec, plan = network.spec, network.plan
-    given = {"decoder"} if spec.decoder_checkpoint else set()
+    loaded = {"decoder"} if spec.decoder_checkpoint else set()
 
-    def fresh(key: jax.Array) -> Any:
-        return {name: part for name, part in init_params(network, key).items() if name not in given}
+    def init(key: jax.Array) -> Any:
+        return {name: part for name, part in init_params(network, key).items() if name not in loaded}
 
-    params = plan.init(fresh, jax.random.key(spec.seed))
-    if given:
+    params = plan.init(init, jax.random.key(spec.seed))
+    if loaded:
         path, scan_layers = _located(spec.decoder_checkpoint), spec.compute.scan_layers
         params["decoder"] = _public_params(path, "decoder", spec.model.decoder, plan, scan_layers)
     if "encoder" in params:
-        place = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
-        params["encoder"] = jax.tree.map(place, network.encoder, params["encoder"])
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, params["encoder"])
+        params["encoder"] = jax.device_put(network.encoder, shardings)
     return params

@@ -1,4 +1,4 @@
-"""What every command shares: a parser whose errors are one line, and the exit codes."""
+"""Shared by all commands: the argument parser, one-line errors and exit codes."""
 
 import argparse
 import sys
@@ -22,8 +22,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def make_parser(command: str, doc: str | None, epilog: str | None = None) -> ArgumentParser:
+    """A parser without abbreviations that prints `doc` and `epilog` as they are."""
+    return ArgumentParser(
+        prog=f"python -m vlm_jax.{command}", description=doc, epilog=epilog, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Calls `main(argv)` and exits with what it returns. A `UserError` is one line and exit code 2, Ctrl-C is 130."""
+    """Calls `main(argv)` and exits with its result; `UserError` is one line and exit code 2, Ctrl-C is 130."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:

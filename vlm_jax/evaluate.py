@@ -1,24 +1,17 @@
-"""Score a trained run and append its typed row: `python -m vlm_jax.evaluate --workdir workdirs/one`."""
+"""Evaluate a trained run and append its result row: `python -m vlm_jax.evaluate --workdir workdirs/one`."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
-from vlm_jax.cli import EXIT_CODES, ArgumentParser, run_main
+from vlm_jax.cli import EXIT_CODES, make_parser, run_main
 
 
 def main(argv: list[str]) -> None:
     from vlm_jax.distributed import processes
 
-    parser = ArgumentParser(
-        prog="python -m vlm_jax.evaluate",
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--workdir", required=True, type=Path, help="a folder that vlm_jax.train made")
+    parser = make_parser("evaluate", __doc__, EXIT_CODES)
+    parser.add_argument("--workdir", required=True, type=Path, help="the workdir of vlm_jax.train")
     parser.add_argument("--rows", type=Path, help="append the row here (default: WORKDIR/rows.jsonl)")
     processes.add_flags(parser)
     args = parser.parse_args(argv)
@@ -38,15 +31,15 @@ def _evaluate(workdir: Path, rows: Path) -> None:
 
     spec = spec_from_dict(read_spec(workdir))
     done = results.done(rows)
-    if processes.is_primary() and spec_hash(spec) not in done:
+    if processes.is_primary() and spec_hash(spec) not in done:  # fail before evaluating
         results.check_writable(rows)
     cache = build.default_cache()
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
     params = job.restore(run.network, workdir, least_step=total_steps(spec))
     batches = range(job.evaluation_batches(run))
-    shown = iter(track(batches, description="evaluating", transient=True, disable=not processes.is_primary()))
-    row = job.evaluate(run, params, workdir.name, workdir, lambda rows: next(shown, None))
+    progress = iter(track(batches, description="evaluating", transient=True, disable=not processes.is_primary()))
+    row = job.evaluate(run, params, workdir.name, workdir, lambda rows: next(progress, None))
     if not processes.is_primary():
         return
     if row.spec_hash not in done:

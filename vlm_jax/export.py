@@ -1,36 +1,29 @@
-"""Write a model as a folder that transformers loads: `python -m vlm_jax.export --model workdirs/one --part decoder
---out decoder`.
+"""Export a model to a folder that transformers loads.
 
-A model is a Hugging Face folder, a big_vision .npz or the workdir of a run. With `--out name.npz` the image tower
-(`--part encoder`) or the whole PaliGemma goes into a big_vision checkpoint instead.
+    python -m vlm_jax.export --model workdirs/one --part decoder --out decoder
+
+A model is a Hugging Face folder, a big_vision .npz or the workdir of a run. `--out name.npz` writes the image tower
+(`--part encoder`) or a PaliGemma as a big_vision checkpoint instead.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.cli import make_parser, run_main
 from vlm_jax.core.errors import UserError
-
-_MOST_GB = 1e9  # the bytes of which are still a number
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="python -m vlm_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("export", __doc__)
     parser.add_argument("--model", required=True, type=Path, help="a Hugging Face folder, a .npz, or a run's workdir")
     parser.add_argument("--out", required=True, type=Path, help="a new folder, or a name ending in .npz")
     parser.add_argument("--part", default="whole", choices=("whole", "decoder", "encoder"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as it is held, if not given")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size at which a file of weights is split")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of a file of weights")
     args = parser.parse_args(argv)
-    if not 0 < args.max_shard_gb < _MOST_GB:
-        raise UserError(f"--max-shard-gb {args.max_shard_gb} must be positive, and finite")
+    if not 0 < args.max_shard_gb < 1e9:
+        raise UserError(f"--max-shard-gb: expected a positive, finite size, got {args.max_shard_gb}")
 
     from rich.console import Console
     from rich.progress import Progress
@@ -41,33 +34,31 @@ def main(argv: list[str]) -> None:
     exporting.check_vacant(args.out)
     screen = Console(stderr=True)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        bars = [
-            progress.add_task(f"{doing} {path}", total=None)
-            for doing, path in (("reading", args.model), ("writing", args.out))
-        ]
+        reading = progress.add_task(f"reading {args.model}", total=None)
+        writing = progress.add_task(f"writing {args.out}", total=None)
 
-        def read(size: int, total: int) -> None:
-            progress.update(bars[0], advance=size, total=total)
+        def on_read(size: int, total: int) -> None:
+            progress.update(reading, advance=size, total=total)
 
-        spec, params, image_token = _read(args.model, args.part, args.dtype, args.out, read)
+        spec, params, image_token = _read(args.model, args.part, args.dtype, args.out, on_read)
         size = sum(leaf.nbytes for leaf in tree.flatten(params).values())
-        progress.update(bars[0], completed=size, total=size)
-        progress.update(bars[1], total=size)
+        progress.update(reading, completed=size, total=size)
+        progress.update(writing, total=size)
         if args.out.suffix == ".npz":
             exporting.save_npz(args.out, spec, params)
         else:
             exporting.save_folder(
                 args.out, spec, params, image_token, args.model if args.model.is_dir() else None,
-                int(args.max_shard_gb * 1e9), lambda size: progress.advance(bars[1], size),
+                int(args.max_shard_gb * 1e9), lambda size: progress.advance(writing, size),
             )  # fmt: skip
-        progress.update(bars[1], completed=size)
+        progress.update(writing, completed=size)
     print(args.out)
 
 
 def _read(
-    path: Path, part: str, dtype: str | None, out: Path, read: Callable[[int, int], None]
+    path: Path, part: str, dtype: str | None, out: Path, on_read: Callable[[int, int], None]
 ) -> tuple[Any, Any, int | None]:
-    """(spec, parameters of its parts, image token). What cannot be exported is refused before weights are read."""
+    """(spec, parameters, image token). Raises `UserError` for a model that cannot be exported, before reading it."""
     import jax
 
     from vlm_jax.checkpoints import inspection
@@ -89,17 +80,17 @@ def _read(
             params["decoder"] = stack_layers(params["decoder"])
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
         return spec, params, None
-    there = inspection.inspect(path)
-    if there.encoder is not None:
-        there = there._replace(encoder=processors.with_processor_files(there.encoder, path))
-    whole = there.encoder is not None and there.decoder is not None
-    spec = inspection.model_spec(there) if whole else ModelSpec(there.encoder, None, None, there.decoder, there.mask)
+    info = inspection.inspect(path)
+    if info.encoder is not None:
+        info = info._replace(encoder=processors.with_processor_files(info.encoder, path))
+    is_vlm = info.encoder is not None and info.decoder is not None
+    spec = inspection.model_spec(info) if is_vlm else ModelSpec(info.encoder, None, None, info.decoder, info.mask)
     spec = exporting.part_of(spec, part)
-    exporting.check(out, spec, there.image_token)
+    exporting.check(out, spec, info.image_token)
     parts = inspection.PARTS if part == "whole" else (part,)
-    total = inspection.size_bytes(there, parts)
-    params = inspection.load_parts(there, parts, None, dtype, lambda size: read(size, total))
-    return spec, params, there.image_token
+    total = inspection.size_bytes(info, parts)
+    params = inspection.load_parts(info, parts, None, dtype, lambda size: on_read(size, total))
+    return spec, params, info.image_token
 
 
 if __name__ == "__main__":

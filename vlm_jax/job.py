@@ -1,7 +1,7 @@
-"""What is done with a run, from its first step to its row.
+"""Training and evaluation of a run.
 
-params = train(run, workdir, on_log)        # resumes what it finds in workdir
-row = evaluate(run, params, cell, workdir)  # one typed row
+params = train(run, workdir, on_log)        # resumes from the checkpoints of workdir
+row = evaluate(run, params, cell, workdir)  # a ResultRow
 """
 
 import contextlib
@@ -39,10 +39,15 @@ from vlm_jax.training import step as training_step
 from vlm_jax.training.metrics import MetricWriter
 
 OnLog = Callable[[loop.Log, dict[str, float]], None]
+_SHARED = ("question_tokens", "answer_tokens", "forced_nll", "images", "questions")  # of harness.Result and ResultRow
+
+
+def print_notice(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
 
 
 def stages(spec: RunSpec) -> Iterator[tuple[StageSpec, int, int]]:
-    """(stage, its first step, its last step), counted over the whole run."""
+    """(stage, steps before it, its last step), counted over the whole run."""
     first = 0
     for stage in spec.stages:
         yield stage, first, first + stage.total_steps
@@ -54,56 +59,54 @@ def train(
     workdir: Path,
     on_log: OnLog,
     stop: Callable[[int], bool] = lambda step: False,
-    on_notice: Callable[[str], None] = lambda line: print(f"note: {line}", file=sys.stderr),
+    on_notice: Callable[[str], None] = print_notice,
     on_start: Callable[[], object] = lambda: None,
 ) -> Any:
-    """Trains to the end, from the newest sound checkpoint of `workdir` if there is one. Returns the parameters.
+    """Trains to the end, from the newest intact checkpoint of `workdir` if there is one. Returns the parameters.
 
-    Writes `summary.json`. `on_log` is called from the metrics thread of the first process with each log and its
-    numbers, `on_notice` where a checkpoint is skipped, `on_start` once the workdir has been found to be in order.
+    Writes `summary.json`. `on_log` is called in the metrics thread of the primary process with each log and its
+    metrics, `on_notice` for a damaged checkpoint, `on_start` once the workdir has been checked.
 
     Raises:
-        UserError: `workdir` belongs to another spec or cannot be written, or no checkpoint of it can be used.
-        RunStopped: `stop(step)` was true, and the state is saved; or a bad step, see `bad_steps`.
+        UserError: `workdir` belongs to another spec or is not writable, or none of its checkpoints is intact.
+        RunStopped: `stop(step)` was True, and the state is saved; or a bad step, see `bad_steps`.
     """
     spec, started = run.network.spec, time.monotonic()
     lock_workdir(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, spec.keep_checkpoints, spec.keep_every_steps)
         stack.enter_context(contextlib.closing(checkpoints))
-        restored = _sound_step(checkpoints, on_notice)
+        restored = _intact_step(checkpoints, on_notice)
         metrics = None
         if processes.is_primary():
             metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
         bad_steps.forget_after(workdir, restored)
         on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
-    # A run may have died behind its last checkpoint, but before this.
-    if processes.broadcast_from_primary(end.step > restored or not (workdir / "summary.json").exists()):
+    summary = workdir / "summary.json"  # may be missing after the last checkpoint
+    if processes.broadcast_from_primary(end.step > restored or not summary.exists()):
         sha256 = tree.sha256(end.state.params, processes.fetch)
         if metrics is not None:
             with disk_errors(workdir):
-                logbook.write_summary(
-                    workdir / "summary.json", spec, metrics.last, sha256, end.secs, _question_tokens(run)
-                )
+                logbook.write_summary(summary, spec, metrics.last, sha256, end.secs, _question_tokens(run))
     processes.barrier("end of training")
     return end.state.params
 
 
-def _sound_step(checkpoints: Checkpoints, on_notice: Callable[[str], None]) -> int:
-    """The step to resume from; 0 for the start. Damaged checkpoints are moved aside."""
+def _intact_step(checkpoints: Checkpoints, on_notice: Callable[[str], None]) -> int:
+    """The step to resume from, 0 without a checkpoint. Moves damaged checkpoints to another folder."""
     damaged = {}
     step = checkpoints.latest_intact(damaged.__setitem__)
-    for other, what in damaged.items():
-        aside = checkpoints.set_aside(other)
-        on_notice(f"checkpoint {other} is damaged ({what}): moved to {aside}, resuming from step {step}")
+    for other, reason in damaged.items():
+        folder = checkpoints.set_aside(other)
+        on_notice(f"checkpoint {other} is damaged ({reason}): moved to {folder}, resuming from step {step}")
     return step or 0
 
 
-class _End(NamedTuple):
+class _Trained(NamedTuple):
     step: int
     state: TrainState
-    secs: float  # of all processes that worked on the run, one after the other
+    secs: float  # training time, including that before the run was resumed
 
 
 def _train_stages(
@@ -115,20 +118,20 @@ def _train_stages(
     on_log: OnLog,
     stop: Callable[[int], bool],
     started: float,
-) -> _End:
-    """All stages that the checkpoint at step `restored` has not finished; 0 starts from fresh parameters."""
+) -> _Trained:
+    """Trains the stages that are not finished at step `restored`; 0 starts from initial parameters."""
     network, spec, plan = run.network, run.network.spec, run.network.plan
     params = cursor = state = None
-    secs_before, step, unlogged = 0.0, restored, loop.Unlogged()
+    secs_before, step, log_sums = 0.0, restored, loop.LogSums()
     rows = plan.rows(spec.data.batch_examples)
 
     def secs() -> float:
         return secs_before + time.monotonic() - started
 
-    def save(step: int, state: TrainState, cursor: pipeline.Cursor, unlogged: loop.Unlogged) -> None:
+    def save(step: int, state: TrainState, cursor: pipeline.Cursor, log_sums: loop.LogSums) -> None:
         if metrics is not None:
             metrics.wait()
-        checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.unlogged_to_dict(unlogged)})
+        checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.log_sums_to_dict(log_sums)})
 
     subset = functools.cache(lambda: make_evaluator(run, spec.evaluation.subset_examples))
     evaluation_secs = [0.0]  # since the last log
@@ -148,128 +151,123 @@ def _train_stages(
         if restored > first:
             abstract = nn.meta.unbox(update.abstract)
             state, cursor, progress = checkpoints.restore(restored, abstract, update.shardings)
-            secs_before, unlogged = progress.get("secs", 0.0), logbook.unlogged_from_dict(progress)
+            secs_before, log_sums = progress.get("secs", 0.0), logbook.log_sums_from_dict(progress)
             if restored == last == specs.total_steps(spec):
-                return _End(restored, state, secs_before)
+                return _Trained(restored, state, secs_before)
         else:
             params = build.first_params(network) if params is None else params
-            start = functools.partial(
-                training_step.init_state, optimiser=update.optimiser, train=stage.train, step=first
-            )
-            state = plan.jit(start, out_shardings=update.shardings, donate_argnums=0)(params)
+            parts = dict(optimiser=update.optimiser, train=stage.train, step=first)
+            init = functools.partial(training_step.init_state, **parts)
+            state = plan.jit(init, out_shardings=update.shardings, donate_argnums=0)(params)
+        layout = row_layout(network.model)
         end = loop.run(
             state,
             max(first, restored),
             last,
-            pipeline.train_batches(
-                run.train, spec.data, spec.seed, row_layout(network.model), cursor, run.train_features, rows
-            ),
+            pipeline.train_batches(run.train, spec.data, spec.seed, layout, cursor, run.train_features, rows),
             plan.put,
             update.step,
             log_every_steps=spec.log_every_steps,
             save_every_steps=spec.save_every_steps,
-            on_log=_publisher(run, stage, first, metrics, on_log, evaluation_secs),
+            on_log=_log_writer(run, stage, first, metrics, on_log, evaluation_secs),
             on_save=save,
             evaluate_every_steps=spec.evaluate_every_steps,
             on_evaluate=evaluate_subset,
             check=bad_steps.make_check(workdir, run.train, spec, guard.skipped(state.opt_state)),
             stop=stop,
-            unlogged=unlogged,
+            log_sums=log_sums,
         )
-        step, state, unlogged = end.step, end.state, end.unlogged
+        step, state, log_sums = end.step, end.state, end.log_sums
         params, cursor = state.params, end.cursor or cursor
         if end.stopped and step < specs.total_steps(spec):
-            save(step, state, cursor, unlogged)
+            save(step, state, cursor, log_sums)
             checkpoints.wait()
             raise RunStopped(f"saved step {step} of {specs.total_steps(spec)}; the same command resumes", STOPPED)
     if restored < last:
-        save(last, state, cursor, unlogged)
-    return _End(step, state, secs())
+        save(last, state, cursor, log_sums)
+    return _Trained(step, state, secs())
 
 
-def _publisher(
+def _log_writer(
     run: Run, stage: StageSpec, first: int, metrics: MetricWriter | None, on_log: OnLog, evaluation_secs: list[float]
 ) -> Callable[[loop.Log], None]:
-    """Hands each log to the metrics thread, which alone waits for the device and so knows when steps were done. Time
-    spent in evaluations, `evaluation_secs`, is no part of a step's.
+    """`write(log)`, which queues a log for the metrics thread; that thread waits for the device and so can time steps.
+    `evaluation_secs` is subtracted from the time of steps.
     """
     if metrics is None:
         return lambda log: None
     spec, plan = run.network.spec, run.network.plan
-    finished: list[float] = []  # the span up to the first log includes compilation, so it has no speed
+    finished: list[float] = []  # the first log has no speed: its time includes compilation
 
-    def make(log: loop.Log, apart: float) -> dict[str, float]:
+    def make(log: loop.Log, excluded_secs: float) -> dict[str, float]:
         values = logbook.numbers(spec, stage, first, log)
         finished.append(time.monotonic())
         if len(finished) > 1:
-            step_secs = (finished[-1] - finished[-2] - apart) / log.steps
+            step_secs = (finished[-1] - finished[-2] - excluded_secs) / log.steps
             values |= logbook.speed(spec, stage, plan, _question_tokens(run), step_secs)
         on_log(log, values)
         return values
 
-    def publish(log: loop.Log) -> None:
-        apart, evaluation_secs[0] = evaluation_secs[0], 0.0
-        metrics.write(log.step, lambda: make(log, apart))
+    def write(log: loop.Log) -> None:
+        excluded_secs, evaluation_secs[0] = evaluation_secs[0], 0.0
+        metrics.write(log.step, lambda: make(log, excluded_secs))
 
-    return publish
+    return write
 
 
 def _question_tokens(run: Run) -> float:
-    """Mean length of a question in training."""
+    """Mean length of a training question."""
     return float(run.train.question_lengths.mean())
 
 
 def restore(
     network: Network,
     workdir: Path,
-    on_notice: Callable[[str], None] = lambda line: print(f"note: {line}", file=sys.stderr),
+    on_notice: Callable[[str], None] = print_notice,
     least_step: int = 0,
 ) -> Any:
-    """Parameters of the newest sound checkpoint.
-
-    Raises `UserError` if the workdir has none of `least_step` or a later one, or is another spec's.
+    """Parameters of the newest intact checkpoint. Raises `UserError` if the workdir is another spec's or has no
+    checkpoint of `least_step` or later.
     """
     if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir}: no checkpoint here; train this run first, or name its --workdir")
+        raise UserError(f"{workdir}: expected a checkpoint, got none (train this run first, or name its --workdir)")
     lock_workdir(workdir, specs.to_dict(network.spec), specs.MAY_CHANGE)
     boxed = build.abstract_state(network, network.spec.stages[0])
-    return orbax.restore_params(
-        workdir,
-        nn.meta.unbox(boxed).params,
-        network.plan.shardings(boxed).params,
-        lambda step, what: on_notice(f"checkpoint {step} is damaged ({what}): the one before is used"),
-        least_step,
-    )
+    shapes, shardings = nn.meta.unbox(boxed).params, network.plan.shardings(boxed).params
+
+    def on_damaged(step: int, reason: str) -> None:
+        on_notice(f"checkpoint {step} is damaged ({reason}): the one before is used")
+
+    return orbax.restore_params(workdir, shapes, shardings, on_damaged, least_step)
 
 
 def row_layout(model: Vlm) -> pipeline.RowLayout:
-    """How rows are laid out for a model."""
+    """The row layout of a model."""
     shares_image = catalog.shares_image(model.spec, model.compute)
     return pipeline.RowLayout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
 
 
 def evaluation_batches(run: Run) -> int:
-    """How many batches `evaluate` will go through."""
+    """The number of batches of `evaluate`."""
     evaluation = run.network.spec.evaluation
     images = min(evaluation.examples or run.test.examples, run.test.examples)
     return -(-images * evaluation.questions_per_example // evaluation.batch_examples)
 
 
 def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.Result]:
-    """`(params, on_batch) -> Result` on the first `examples` images of the test split (None: as the spec says), with
-    one program for all its calls.
+    """`(params, on_batch) -> Result` on the first `examples` images of the test split (None: those of the spec),
+    compiled once.
     """
     spec, plan, network = run.network.spec, run.network.plan, run.network
     model = network.model._replace(compute=sampling.compute_for_decoding(network.model.compute))
-    end = build.load_tokenizer(spec.data.tokenizer).eos_ids[0]
-    program = plan.jit(harness.make_evaluate(model, spec.evaluation.max_new_tokens, end))
+    eos_id = build.load_tokenizer(spec.data.tokenizer).eos_ids[0]
+    program = plan.jit(harness.make_evaluate(model, spec.evaluation.max_new_tokens, eos_id))
     rows = plan.rows(spec.evaluation.batch_examples)
 
     def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:
         params = {**params, "decoder": unstack_layers(params["decoder"], spec.model.decoder.depth)}
-        batches = pipeline.evaluation_batches(
-            run.test, spec.evaluation, row_layout(model)._replace(shares_image=False), run.test_features, rows, examples
-        )
+        layout = row_layout(model)._replace(shares_image=False)
+        batches = pipeline.evaluation_batches(run.test, spec.evaluation, layout, run.test_features, rows, examples)
         return harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
 
     return evaluate
@@ -278,9 +276,8 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
 def evaluate(
     run: Run, params: Any, cell: str, workdir: Path, on_batch: Callable[[int], None] = lambda rows: None
 ) -> ResultRow:
-    """Scores `params` on the test split and joins errors with costs into the row of this cell.
-
-    Raises `UserError` unless the training of `workdir` has ended.
+    """Evaluates `params` on the test split; returns the cell's row of errors and costs. Raises `UserError` unless the
+    training of `workdir` is complete.
     """
     if not (workdir / "summary.json").exists():
         raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
@@ -298,17 +295,13 @@ def evaluate(
         llm_params=cost.decoder_params(model.decoder, "excluded"),
         llm_params_total=cost.decoder_params(model.decoder, "included"),
         visual_tokens=model.compressor.tokens,
-        question_tokens=result.question_tokens,
-        answer_tokens=result.answer_tokens,
+        **{name: getattr(result, name) for name in _SHARED},
         error=result.error[0],
         stderr=result.error[1],
         exact_error=result.exact[0],
         exact_stderr=result.exact[1],
         forced_error=result.forced[0],
         forced_stderr=result.forced[1],
-        forced_nll=result.forced_nll,
-        images=result.images,
-        questions=result.questions,
         **cost.row_fields(cost.flops(model, result.question_tokens, result.answer_tokens + 1)),
         train_steps=specs.total_steps(spec),
         train_flops=summary["train_flops"],

@@ -1,4 +1,4 @@
-"""What a run says of itself: the numbers of a log, and the summary at its end."""
+"""The numbers of a run: metrics of a log, and `summary.json`."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from vlm_jax.training import loop, optim
 
 
 def numbers(spec: RunSpec, stage: StageSpec, first_step: int, log: loop.Log) -> dict[str, float]:
-    """A log as plain numbers, once the device has computed them. `first_step` is that of the stage."""
+    """The metrics of a log; waits for the device. `first_step` is that of the stage."""
     sums, norms = jax.device_get((log.sums, log.norms))
     count = max(float(sums.count), 1.0)
     values = {
@@ -31,7 +31,7 @@ def numbers(spec: RunSpec, stage: StageSpec, first_step: int, log: loop.Log) -> 
 
 
 def evaluation_numbers(result: harness.Result) -> dict[str, float]:
-    """The point of an evaluation on the curve of a log."""
+    """The metrics of an evaluation during training."""
     return {
         "evaluation_error": result.error[0],
         "evaluation_stderr": result.error[1],
@@ -40,24 +40,23 @@ def evaluation_numbers(result: harness.Result) -> dict[str, float]:
     }
 
 
-def unlogged_to_dict(unlogged: loop.Unlogged) -> dict[str, float]:
-    """What a checkpoint keeps of an unfinished log; float32 passes through JSON unchanged."""
-    if unlogged.sums is None:
+def log_sums_to_dict(log_sums: loop.LogSums) -> dict[str, float]:
+    """The sums since the last log, for a checkpoint; float32 passes through JSON unchanged."""
+    if log_sums.sums is None:
         return {}
-    return {name: float(total) for name, total in unlogged.sums._asdict().items()} | {"unlogged_steps": unlogged.steps}
+    return {name: float(total) for name, total in log_sums.sums._asdict().items()} | {"unlogged_steps": log_sums.steps}
 
 
-def unlogged_from_dict(values: dict[str, float]) -> loop.Unlogged:
-    """The inverse; nothing where nothing was kept."""
+def log_sums_from_dict(values: dict[str, float]) -> loop.LogSums:
+    """The inverse of `log_sums_to_dict`."""
     if "unlogged_steps" not in values:
-        return loop.Unlogged()
-    return loop.Unlogged(
-        LossSums(*(np.float32(values[name]) for name in LossSums._fields)), int(values["unlogged_steps"])
-    )
+        return loop.LogSums()
+    sums = LossSums(*(np.float32(values[name]) for name in LossSums._fields))
+    return loop.LogSums(sums, int(values["unlogged_steps"]))
 
 
 def speed(spec: RunSpec, stage: StageSpec, plan: Plan, question_tokens: float, step_secs: float) -> dict[str, float]:
-    """Seconds a step, examples and model FLOPs a second, and their share of the chips' peak where that is known."""
+    """Seconds a step, examples and model FLOPs a second, and MFU on a known chip."""
     flops = cost.step_flops(spec, stage, question_tokens)
     values = {
         "step_secs": step_secs,
@@ -71,7 +70,7 @@ def speed(spec: RunSpec, stage: StageSpec, plan: Plan, question_tokens: float, s
 def write_summary(
     path: Path, spec: RunSpec, values: dict[str, float], params_sha256: str, secs: float, question_tokens: float
 ) -> None:
-    """`summary.json`, complete or not at all. `values` are those of the last log; what is no number becomes null."""
+    """Writes `summary.json`. `values` are the last metrics; those that are not finite become null."""
     summary = {
         "step": specs.total_steps(spec),
         **{name: value if math.isfinite(value) else None for name, value in values.items()},

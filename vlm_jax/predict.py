@@ -1,4 +1,4 @@
-"""Ask a model: about an image, or, without --image, in text alone.
+"""Generate an answer to a prompt, with or without an image.
 
     python -m vlm_jax.predict --model llava-folder --image cat.png --prompt "What is this?"
     python -m vlm_jax.predict --model workdirs/one --image page.png --prompt "read row two"
@@ -12,56 +12,54 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.cli import make_parser, run_main
 from vlm_jax.core.errors import UserError
 
-_PICTURES = (".png", ".pdf", ".svg", ".jpg")
-_PATIENCE_SECS = 5.0  # what takes longer says how far it is
+_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
+_PROGRESS_AFTER_SECS = 5.0
 
 
-def _asked(argv: list[str]) -> argparse.Namespace:
-    """The flags, as far as they can be checked before anything is loaded."""
-    parser = ArgumentParser(
-        prog="python -m vlm_jax.predict",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="a Hugging Face folder, a big_vision .npz, or a run's workdir"
-    )
-    parser.add_argument("--image", type=Path, help="an image file; without it the model reads text alone")
-    parser.add_argument("--prompt", help="the question; for a run, in the words of its data set")
-    parser.add_argument("--llm", type=Path, help="join the encoder of --model with this language model")
-    parser.add_argument("--compressor", help="make the visual tokens by this method")
-    parser.add_argument("--tokens", type=int, help="how many visual tokens")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="a side, if not that of the files")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or *.model, where the weights have none beside")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
-    parser.add_argument("--max-new-tokens", type=int, help="the longest answer (default: 64; a run's own)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw of the likeliest words of this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of fresh weights")
-    parser.add_argument("--show-tokens", type=Path, metavar="PNG", help="draw what each visual token reads")
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The flags. Raises `UserError` for invalid ones before a model is loaded."""
+    parser = make_parser("predict", __doc__)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="a Hugging Face folder, a big_vision .npz, or a run's workdir")
+    add("--image", type=Path, help="an image file (default: text only)")
+    add("--prompt", help="the question; for a run, in the vocabulary of its data set")
+    add("--llm", type=Path, help="join the encoder of --model with this language model")
+    add("--compressor", help="compressor of the visual tokens")
+    add("--tokens", type=int, help="number of visual tokens")
+    add("--image-size", type=int, metavar="PIXELS", help="image side (default: that of the checkpoint)")
+    add("--tokenizer", type=Path, help="tokenizer.json or *.model (default: next to the weights)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
+    add("--max-new-tokens", type=int, help="default: 64, or that of the run")
+    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling probability")
+    add("--seed", type=int, default=0, help="of sampling and of random weights")
+    add("--show-tokens", type=Path, metavar="PNG", help="plot which patches each visual token depends on")
     args = parser.parse_args(argv)
     if args.prompt is None and args.show_tokens is None:
         raise UserError("nothing to do: give --prompt TEXT, --show-tokens PNG, or both")
-    if args.show_tokens is not None and args.image is None:
-        raise UserError("--show-tokens draws over an image: give --image FILE")
-    if args.show_tokens is not None and args.show_tokens.suffix.lower() not in _PICTURES:
-        raise UserError(f"--show-tokens {args.show_tokens}: a name that ends in {', '.join(_PICTURES)} is wanted")
-    if args.show_tokens is not None and not args.show_tokens.parent.is_dir():
-        raise UserError(f"--show-tokens {args.show_tokens}: there is no folder {args.show_tokens.parent}")
+    if args.show_tokens is not None:
+        if args.image is None:
+            raise UserError("--show-tokens: expected --image FILE, got none")
+        if args.show_tokens.suffix.lower() not in _SUFFIXES:
+            raise UserError(
+                f"--show-tokens: expected a name that ends in {', '.join(_SUFFIXES)}, got {args.show_tokens}"
+            )
+        if not args.show_tokens.parent.is_dir():
+            raise UserError(f"--show-tokens {args.show_tokens}: there is no folder {args.show_tokens.parent}")
     return args
 
 
 def main(argv: list[str]) -> None:
-    args = _asked(argv)
+    args = _parse(argv)
     import jax
+    from rich.console import Console
     from rich.progress import DownloadColumn, MofNCompleteColumn
 
     import vlm_jax
@@ -76,57 +74,43 @@ def main(argv: list[str]) -> None:
             tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
         )  # fmt: skip
     if image is not None and model.spec.encoder is None:
-        raise UserError(f"{args.model}: a language model alone sees no image; leave --image out, or join an encoder")
+        raise UserError(f"{args.model}: has no image encoder: leave --image out, or join an encoder with --llm")
     if args.llm or (args.compressor and jax.tree.leaves(model.params["connector"]["compressor"])):
-        print("note: the connector is fresh, not trained: its answers mean nothing yet", file=sys.stderr)
+        print("note: the connector is not trained: answers are meaningless", file=sys.stderr)
     if args.show_tokens is not None:
-        which, pixels = token_maps.shown(model), fit([image], model.spec.encoder)
-        with _progress("what visual tokens read", MofNCompleteColumn()) as on_token:
-            method = model.spec.compressor and catalog.row(model.spec.compressor.name)
-            asks = args.prompt is not None and method is not None and method.query_dependent
-            vector = api.question_vector(model, args.prompt) if asks else None
-            shares = token_maps.patch_shares(model, pixels, which, vector, on_token)
-        token_maps.draw(model, pixels, shares, which, args.show_tokens)
+        indices, pixels = token_maps.shown(model), fit([image], model.spec.encoder)
+        with _progress("token maps", MofNCompleteColumn()) as on_token:
+            reads_question = catalog.row(model.spec.compressor.name).query_dependent and args.prompt is not None
+            vector = api.question_vector(model, args.prompt) if reads_question else None
+            shares = token_maps.patch_shares(model, pixels, indices, vector, on_token)
+        token_maps.draw(model, pixels, shares, indices, args.show_tokens)
     if args.prompt is not None:
-        with _status("answering (the first prompt of its length compiles a program)"):
-            (answer,) = vlm_jax.generate(
-                model,
-                None if image is None else [image],
-                [args.prompt],
-                args.max_new_tokens,
-                args.temperature,
-                args.top_p,
-                args.seed,
-            )
+        console = Console(stderr=True)
+        with console.status("generating (compiles first)") if console.is_terminal else nullcontext():
+            images = None if image is None else [image]
+            sampling = (args.max_new_tokens, args.temperature, args.top_p, args.seed)
+            (answer,) = vlm_jax.generate(model, images, [args.prompt], *sampling)
         print(answer)
 
 
-def _status(what: str) -> AbstractContextManager[Any]:
-    """A line that moves while something is done, on a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return console.status(what) if console.is_terminal else nullcontext()
-
-
 @contextmanager
-def _progress(doing: str, amount: Any) -> Iterator[Callable[[int, int], None]]:
-    """Hears (done so far, in all), and shows both, in rich's column `amount`, with the time left once it takes long."""
+def _progress(description: str, column: Any) -> Iterator[Callable[[int, int], None]]:
+    """Yields `update(done, total)` of a progress bar that appears after some seconds, on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(doing), BarColumn(), amount, TimeRemainingColumn())
-    screen, started = Console(stderr=True), time.monotonic()
-    bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
-    task = bar.add_task(doing, total=None)
+    columns = (TextColumn(description), BarColumn(), column, TimeRemainingColumn())
+    console, started = Console(stderr=True), time.monotonic()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(description, total=None)
 
-    def told(done: int, total: int) -> None:
+    def update(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)
-        if time.monotonic() - started > _PATIENCE_SECS:
+        if time.monotonic() - started > _PROGRESS_AFTER_SECS:
             bar.start()
 
     try:
-        yield told
+        yield update
     finally:
         if bar.live.is_started:
             bar.stop()

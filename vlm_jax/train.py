@@ -2,11 +2,10 @@
 workdirs/one`.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cli import EXIT_CODES, ArgumentParser, run_main
+from vlm_jax.cli import EXIT_CODES, make_parser, run_main
 
 
 def main(argv: list[str]) -> None:
@@ -14,19 +13,9 @@ def main(argv: list[str]) -> None:
     from vlm_jax.config.resolve import resolve
     from vlm_jax.distributed import processes
 
-    parser = ArgumentParser(
-        prog="python -m vlm_jax.train",
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", required=True, help="FILE.py:name=value,... ; single fields: --config.optim.clip_norm=0.5"
-    )
-    parser.add_argument(
-        "--workdir", required=True, type=Path, help="checkpoints, metrics and summary.json; resumes what is there"
-    )
+    parser = make_parser("train", __doc__, EXIT_CODES)
+    parser.add_argument("--config", required=True, help="FILE.py:name=value,...; fields: --config.optim.clip_norm=0.5")
+    parser.add_argument("--workdir", required=True, type=Path, help="for checkpoints and metrics; resumes from it")
     processes.add_flags(parser)
     argv, overrides = split_overrides(argv)
     args = parser.parse_args(argv)
@@ -59,10 +48,8 @@ def _train(spec: Any, workdir: Path) -> None:
             note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
             progress.update(bar, completed=log.step, note=note)
 
-        def on_start() -> None:
-            stack.enter_context(progress)
-
-        job.train(run, workdir, on_log, processes.watch_sigterm(), on_start=on_start)
+        stop = processes.watch_sigterm()
+        job.train(run, workdir, on_log, stop, on_start=lambda: stack.enter_context(progress))
     if processes.is_primary():
         print(f"{workdir / 'summary.json'}")
 

@@ -267,7 +267,7 @@ def test_pool_ignores_order_inside_a_bin():
 def test_heads_of_the_resampler_start_at_places_of_their_own(tokens):
     """Where a head first looks, on average, is a place of its own, and all of them together reach over the grid."""
     spec = _spec("resampler", tokens)
-    place = np.asarray(querying.first_places(spec))
+    place = np.asarray(querying.initial_bias(spec))
     assert place.shape == (tokens, HEADS, PATCHES)
     share = np.exp(place) / np.exp(place).sum(-1, keepdims=True)
     rows, columns = np.divmod(np.arange(PATCHES), GRID[1])

@@ -67,7 +67,7 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
 
 
 @pytest.mark.parametrize(
-    ("location", "overrides", "words"),
+    ("location", "overrides", "parts"),
     [
         (f"{VLM}:lm=d48", {}, ("'lm'", "llm")),
         (f"{VLM}:llm=d47", {}, ("'d47'", "d4")),
@@ -81,8 +81,8 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
         (VLM, {"optimiser.clip_norm": "1"}, ("optimiser", "optim")),
         (VLM, {"optim.clip_norm": "much"}, ("optim.clip_norm", "float")),
         (VLM, {"model.taps": "(9,)"}, ("model.taps", "1 to 4")),
-        (VLM, {"model.taps": "(3, 3)"}, ("model.taps", "each once")),
-        (VLM, {"model.feature_layer": "5"}, ("model.feature_layer", "1 to")),
+        (VLM, {"model.taps": "(3, 3)"}, ("model.taps", "distinct")),
+        (VLM, {"model.feature_layer": "5"}, ("model.feature_layer", "0 to 4")),
         (VLM, {"model.mask": "causall"}, ("model.mask", "causal")),
         (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),
         (
@@ -91,30 +91,30 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
             ("splash", "model.mask=causal", "prefix", "attention=xla"),
         ),
         (VLM, {"stages.0.warmup_steps": "99999"}, ("warmup_steps",)),
-        (VLM, {"stages.0.total_steps": "0"}, ("total_steps=0", "at least 1")),
-        (VLM, {"compute.microbatches": "0"}, ("compute.microbatches=0", "at least 1")),
+        (VLM, {"stages.0.total_steps": "0"}, ("total_steps of at least 1", "got 0")),
+        (VLM, {"compute.microbatches": "0"}, ("compute.microbatches", "at least 1, got 0")),
         (VLM, {"optim.peaklr": "1.0"}, ("peaklr", "peak_lr")),
         (f"{VLM}:stages=3", {}, ("stages", "2")),
-        (VLM, {"evaluate_every_steps": "-1"}, ("evaluate_every_steps=-1", "at least 0")),
+        (VLM, {"evaluate_every_steps": "-1"}, ("evaluate_every_steps", "at least 0, got -1")),
     ],
 )
-def test_bad_input_names_the_fix(location: str, overrides: dict[str, str], words: tuple[str, ...]) -> None:
+def test_bad_input_names_the_fix(location: str, overrides: dict[str, str], parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as error:
         resolve(load_config(location, overrides))
     message = str(error.value)
     assert "\n" not in message
-    for word in words:
-        assert word in message
+    for part in parts:
+        assert part in message
 
 
-def test_a_missing_file_suggests_configs_alone(tmp_path: Path) -> None:
+def test_a_missing_file_suggests_config_files(tmp_path: Path) -> None:
     (tmp_path / "setup.py").write_text("from setuptools import setup\n")
     with pytest.raises(UserError, match=r"^no config file .*vml\.py$"):
         load_config(str(tmp_path / "vml.py"))
     (tmp_path / "vlm.py").write_text("def get_config(arg=''):\n    pass\n")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         load_config(str(tmp_path / "vml.py"))
-    assert str(told.value) == (
+    assert str(error.value) == (
         f"unknown config file '{tmp_path}/vml.py': did you mean '{tmp_path}/vlm.py'? valid: {tmp_path}/vlm.py"
     )
 

@@ -206,17 +206,17 @@ def test_mesh_shape(mesh, devices, shape) -> None:
 
 
 @pytest.mark.parametrize("mesh", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (16, 1, 1), (-1, 16, 1), (0, -1, 1), (-2, -4, 1)])
-def test_a_mesh_that_does_not_fit_is_told(mesh) -> None:
+def test_a_mesh_that_does_not_divide_the_devices_is_an_error(mesh) -> None:
     with pytest.raises(UserError, match=r"compute\.mesh .* does not divide 8 device\(s\).*write -1 on one axis"):
         partitioning.mesh_shape(mesh, 8)
 
 
-def test_an_unknown_strategy_is_told() -> None:
+def test_an_unknown_strategy_is_an_error() -> None:
     with pytest.raises(UserError, match=r"unknown compute\.strategy 'fsdp_tensors': did you mean 'fsdp_tensor'\?"):
         plan("fsdp_tensors", 8, 1, 1)
 
 
-def test_a_batch_that_does_not_divide_is_told() -> None:
+def test_a_batch_that_does_not_divide_is_an_error() -> None:
     where = plan("fsdp_tensor", 2, 2, 2)
     partitioning.check_batch(where, "batch", 24, microbatches=3)
     with pytest.raises(UserError, match=r"batch=32 does not divide .* = 12 parts: use 24"):
@@ -235,7 +235,7 @@ def test_a_table_that_splits_nothing_is_refused() -> None:
         partitioning.check_sharded(plan("fsdp", 8, 1, 1), shapes)
 
 
-def test_two_names_on_one_mesh_axis_are_told() -> None:
+def test_two_names_on_one_mesh_axis_are_an_error() -> None:
     names = {"kernel": nn.LogicallyPartitioned(jnp.zeros((16, 16)), (axes.VISION, axes.EMBED))}
     with pytest.raises(UserError, match=r"axes 'vision' and 'embed' of an array .* both map to mesh axis 'fsdp'"):
         plan("fsdp", 1, 8, 1).shardings(names)

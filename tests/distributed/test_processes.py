@@ -44,13 +44,13 @@ def spec(cache: Path) -> RunSpec:
     )
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """What each of the two processes does."""
     parser = ArgumentParser()
     processes.add_flags(parser)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--lost", type=int)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     with processes.init_distributed(args):
         if args.lost is not None:
             return lose(args.lost)
@@ -73,7 +73,7 @@ def lose(lost: int) -> None:
     processes.broadcast_from_primary(1)
 
 
-def start_both(*words: str, devices: int = 4) -> list[subprocess.Popen[str]]:
+def start_both(*argv: str, devices: int = 4) -> list[subprocess.Popen[str]]:
     """Two processes of this file, connected to each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -82,7 +82,7 @@ def start_both(*words: str, devices: int = 4) -> list[subprocess.Popen[str]]:
         **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.distributed.test_processes", *words, "--processes", "2"]
+    command = [sys.executable, "-m", "tests.distributed.test_processes", *argv, "--processes", "2"]
     return [
         subprocess.Popen(
             [*command, "--process", str(i), "--coordinator", f"localhost:{port}"],
@@ -99,11 +99,11 @@ def start_both(*words: str, devices: int = 4) -> list[subprocess.Popen[str]]:
 def end_both(both: list[subprocess.Popen[str]], timeout_secs: float) -> tuple[list[int], list[str]]:
     """Their exit codes, and what they printed."""
     try:
-        said = [process.communicate(timeout=timeout_secs)[0] for process in both]
+        output = [process.communicate(timeout=timeout_secs)[0] for process in both]
     finally:
         for process in both:
             process.kill()
-    return [process.returncode for process in both], said
+    return [process.returncode for process in both], output
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[build.Run, Path]:
 @pytest.fixture(scope="module")
 def two(one: tuple[build.Run, Path]) -> Path:
     """The folder, when two processes have trained too."""
-    codes, said = end_both(start_both("--folder", str(one[1])), 400)
-    assert codes == [0, 0], "\n".join(said)
+    codes, output = end_both(start_both("--folder", str(one[1])), 400)
+    assert codes == [0, 0], "\n".join(output)
     return one[1]
 
 
@@ -173,11 +173,11 @@ def test_every_question_is_asked_once(one: tuple[build.Run, Path], two: Path) ->
     [(1, "process 0 lost another process ("), (0, "process 1 was aborted, as when another one is lost")],
 )
 def test_where_one_process_is_lost_the_other_exits_and_says_how_to_resume(lost: int, reason: str) -> None:
-    codes, said = end_both(start_both("--lost", str(lost), devices=1), 100)
+    codes, output = end_both(start_both("--lost", str(lost), devices=1), 100)
     assert codes[lost] == -signal.SIGKILL
-    assert codes[1 - lost] == LOST, said[1 - lost]
-    assert f"error: {reason}" in said[1 - lost]
-    assert "start all processes again, they resume from the newest checkpoint" in said[1 - lost]
+    assert codes[1 - lost] == LOST, output[1 - lost]
+    assert f"error: {reason}" in output[1 - lost]
+    assert "start all processes again, they resume from the newest checkpoint" in output[1 - lost]
 
 
 SIGTERM = """
@@ -192,21 +192,21 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
-    ("then", "code", "said"),
+    ("then", "code", "output"),
     [
         ("while not stop(2): pass", 0, ""),
         ("processes._GRACE_SECS = 0.1; threading.Event().wait()", STOPPED, "without saving: no step ended in time"),
     ],
     ids=["between_steps", "while_it_compiles"],
 )
-def test_sigterm_is_heard(then: str, code: int, said: str) -> None:
-    words = [sys.executable, "-c", SIGTERM.format(then=then)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+def test_sigterm_stops_after_a_step(then: str, code: int, output: str) -> None:
+    argv = [sys.executable, "-c", SIGTERM.format(then=then)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, output in done.stderr) == (code, True), done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("argv", "message"),
     [
         (["--processes", "two"], "expected a number or auto, got 'two'"),
         (["--processes", "2"], "--process 0 to 1 and --coordinator HOST:PORT"),
@@ -217,10 +217,10 @@ def test_sigterm_is_heard(then: str, code: int, said: str) -> None:
         (["--process", "0"], "need --processes N"),
     ],
 )
-def test_flags_that_do_not_fit_are_told(words: list[str], told: str) -> None:
+def test_inconsistent_flags_are_an_error(argv: list[str], message: str) -> None:
     parser = ArgumentParser()
     processes.add_flags(parser)
-    with pytest.raises(UserError, match=told), processes.init_distributed(parser.parse_args(words)):
+    with pytest.raises(UserError, match=message), processes.init_distributed(parser.parse_args(argv)):
         pass
 
 

@@ -44,7 +44,7 @@ def test_a_score_does_not_depend_on_the_batch() -> None:
     """Six questions on three images in batches of one and of four (two rows to fill): the same result, to rounding."""
     model, params = model_and_params()
     sizes: list[int] = []
-    program = jax.jit(harness.make_evaluate(model, 3, end=END))
+    program = jax.jit(harness.make_evaluate(model, 3, eos_id=END))
     apart, together = (
         harness.run(program, lambda b: b, params, in_batches(questions(6), size), sizes.append) for size in (1, 4)
     )
@@ -64,7 +64,7 @@ def test_scores_are_those_of_forward_and_of_sample() -> None:
     params = builders.params(scanned)
     unrolled = {**params, "decoder": unstack_layers(params["decoder"], 2)}
     model, batch = Vlm(scanned.spec, builders.compute(scan_layers=False)), questions(6)
-    score = jax.jit(harness.make_evaluate(model, 4, end=END))(unrolled, batch)
+    score = jax.jit(harness.make_evaluate(model, 4, eos_id=END))(unrolled, batch)
     inputs = builders.inputs(rows=6, questions=1)
     tokens = inputs.tokens.copy()
     tokens[:, LAST : LAST + 4] = np.maximum(batch.answer, 0)
@@ -89,7 +89,7 @@ def test_no_buffer_holds_the_logits_of_every_position() -> None:
     """Nothing of rows x positions x words numbers, in any order of its axes."""
     model, params = model_and_params()
     batch = questions(6)
-    text = jax.jit(harness.make_evaluate(model, 3, end=END)).lower(params, batch).compile().as_text()
+    text = jax.jit(harness.make_evaluate(model, 3, eos_id=END)).lower(params, batch).compile().as_text()
     positions = batch.inputs.tokens.shape[1] + batch.answer.shape[1]
     assert f"f32[6,{positions},32]" not in text
     assert f"f32[6,{batch.inputs.tokens.shape[1]},32]" not in text

@@ -1,4 +1,4 @@
-"""Rows survive crashes and concurrent writers, and bad files are told in one line."""
+"""Rows survive crashes and concurrent writers, and errors in files are one line."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
         ({"model": {**MODEL, "mode": 1}}, r"rows\.jsonl:1: model\.mode: unknown field 'mode'"),
     ],
 )
-def test_a_line_that_is_no_row_is_told(tmp_path, change, message):
+def test_an_invalid_line_is_an_error(tmp_path, change, message):
     values = {**dataclasses.asdict(row()), **change}
     values = {name: value for name, value in values.items() if value is not None}
     (tmp_path / "rows.jsonl").write_text(json.dumps(values) + "\n")
@@ -105,7 +105,7 @@ def test_a_row_that_is_not_finite_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file/rows.jsonl", "folder"])
-def test_where_no_row_can_be_written_it_is_told(tmp_path, name):
+def test_an_unwritable_file_is_an_error(tmp_path, name):
     """Beforehand too, and then without a trace."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
@@ -117,6 +117,6 @@ def test_where_no_row_can_be_written_it_is_told(tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         results.read(tmp_path / "none.jsonl")

@@ -23,10 +23,10 @@ def test_scores_against_plain_python(new: int) -> None:
     generated[0] = (truth[0] + [END] * 5)[:new]  # one that is right
     expected = []
     for row, tokens in enumerate(truth):
-        told = tokens[:-1]
-        wrong = sum(k >= new or generated[row, k] != token for k, token in enumerate(told))
-        forced = sum(not hits[row, k] for k in range(len(told)))
-        expected.append((wrong, wrong > 0, forced, nll[row, : len(told)].sum(), len(told), len(told) > 0))
+        counted = tokens[:-1]
+        wrong = sum(k >= new or generated[row, k] != token for k, token in enumerate(counted))
+        forced = sum(not hits[row, k] for k in range(len(counted)))
+        expected.append((wrong, wrong > 0, forced, nll[row, : len(counted)].sum(), len(counted), len(counted) > 0))
     found = jax.jit(lambda *args: scoring.score(*args, END))(nll, hits, generated, answer)
     np.testing.assert_allclose(np.stack(found, axis=1), np.array(expected, float), rtol=1e-5, atol=1e-6)
 

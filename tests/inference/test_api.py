@@ -49,7 +49,7 @@ def test_answers_are_the_references(models: dict[str, vlm_jax.Model], name: str)
 
 @pytest.mark.parametrize("name", SEEING)
 def test_logits_are_the_references(models: dict[str, vlm_jax.Model], name: str) -> None:
-    """Of the last token of left-padded rows; padding is found by the pad id, or told by a mask."""
+    """Of the last token of left-padded rows; padding is found by the pad id or given as a mask."""
     case, model = CASES[name], models[name]
     tokens, mask = np.array(case["input_ids"]), np.array(case["mask"])
     pixels = as_floats(name, model)
@@ -103,12 +103,12 @@ def test_buckets_are_few_and_close() -> None:
     assert len(set(sizes)) < 20
 
 
-def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_jax.Model]) -> None:
+def test_invalid_inputs_raise_before_anything_runs(models: dict[str, vlm_jax.Model]) -> None:
     model, case = models["llava"], CASES["llava"]
     tokens, pixels = np.array(case["input_ids"]), as_floats("llava", models["llava"])
     one_less = np.where(np.cumsum(tokens == model.image_token, axis=1) == 1, 5, tokens)
     long = np.full((1, 300), 5)
-    for told, images, rows in (
+    for message, images, rows in (
         ("row 0: expected 9 image placeholders .* got 8", pixels, one_less),
         ("row 0: expected 0 image placeholders .* no images", None, tokens),
         ("images: expected one entry for each of 3 rows, got 2", pixels[:2], tokens),
@@ -119,37 +119,37 @@ def test_what_does_not_fit_is_told_before_anything_runs(models: dict[str, vlm_ja
             np.where(np.arange(3)[:, None] == 2, model.pad, 5) + tokens * 0,
         ),
         ("tokens: expected integers of shape", None, tokens[0]),
-        ("300 tokens is longer than the 256", None, long),
+        ("300 tokens is longer than the model's context of 256", None, long),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vlm_jax.generate_tokens(model, images, rows)
-    for told, images, prompts in (
+    for message, images, prompts in (
         ("one entry for each of 3 rows, got 2", list(peers_answers.pictures()[:2]), peers_answers.QUESTIONS),
         ("expected a list of texts", None, "What?"),
         (r"images\[0\]: expected", [np.zeros((3, 3))], ["What?"]),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vlm_jax.generate(model, images, prompts)
-    for told, prompts in (
+    for message, prompts in (
         ("prompt: expected a string", [3]),
         ("prompt: expected a string", [[]]),
         ("prompt: expected a string", [[3]]),
         ("expected a list of texts", 3),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vlm_jax.generate(model, None, prompts)
-    with pytest.raises(UserError, match="300 tokens is longer than the 256"):
+    with pytest.raises(UserError, match="300 tokens is longer than the model's context of 256"):
         vlm_jax.forward(model, None, long)
-    for told, images, rows in (
+    for message, images, rows in (
         (r"images\[1\]: expected a path, a PIL image", [pixels[0], 3, pixels[0]], tokens),
         ("images: expected one entry", [pixels[0]], tokens),
         (r"images\[0\]: expected finite pixels", np.full_like(pixels, np.nan), tokens),
         ("tokens: expected an array", None, [[1], [2, 3]]),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vlm_jax.forward(model, images, rows)
     for many in (0, 256, 10**9, 10**10):
-        with pytest.raises(UserError, match=r"expected 1 to 255, .* behind a prompt of 1 tokens"):
+        with pytest.raises(UserError, match=r"expected 1 to 255 after a prompt of 1 tokens"):
             vlm_jax.generate_tokens(model, None, [[5]], many)
     for seed in (2**70, -1):
         with pytest.raises(UserError, match="seed"):

@@ -150,68 +150,68 @@ def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]
 
 
-def test_reading_is_told_in_bytes(folders: dict[str, Path]) -> None:
-    heard = []
-    vlm_jax.load(folders["paligemma"], on_read=lambda done, total: heard.append((done, total)))
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
-    assert heard[-1][0] == heard[-1][1] > 50_000
+def test_on_read_gets_running_and_total_bytes(folders: dict[str, Path]) -> None:
+    calls = []
+    vlm_jax.load(folders["paligemma"], on_read=lambda done, total: calls.append((done, total)))
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1][0] == calls[-1][1] > 50_000
 
 
-def test_bad_combinations_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_combinations_are_one_line_errors(folders: dict[str, Path], tmp_path: Path) -> None:
     llava = folders["llava"]
     small = shutil.copytree(llava, tmp_path / "small")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (small / name).unlink()
-    words = shutil.copytree(llava, tmp_path / "words")
-    said = json.loads((words / "tokenizer.json").read_text())
-    said["model"]["vocab"]["far"] = 400
-    (words / "tokenizer.json").write_text(json.dumps(said))
+    large = shutil.copytree(llava, tmp_path / "large")
+    vocab = json.loads((large / "tokenizer.json").read_text())
+    vocab["model"]["vocab"]["far"] = 400
+    (large / "tokenizer.json").write_text(json.dumps(vocab))
     far = shutil.copytree(llava, tmp_path / "far")
     (far / "generation_config.json").write_text('{"eos_token_id": 5000}')
-    for told, path, how in (
+    for message, path, settings in (
         ("no such file", tmp_path / "nothing", {}),
         ("did you mean 'pool'", llava, dict(compressor="pol", tokens=1)),
         ("cannot give tokens=5", llava, dict(compressor="tokenpacker", tokens=5)),
         ("name the compressor", llava, dict(tokens=4)),
         ("set tokens=V", llava, dict(compressor="pool")),
-        ("do not belong together", words, {}),
-        ("outside the vocabulary", far, {}),
+        ("expected tokenizer ids below", large, {}),
+        ("eos_token_id below the vocabulary", far, {}),
         ("unknown dtype", llava, dict(dtype=np.float16)),
-        ("seed=", llava, dict(seed=2**70)),
+        ("seed: expected", llava, dict(seed=2**70)),
     ):
-        with pytest.raises(UserError, match=told):
-            vlm_jax.load(path, **how)
+        with pytest.raises(UserError, match=message):
+            vlm_jax.load(path, **settings)
     assert vlm_jax.load(small, dtype=np.float32).tokenizer is None
 
 
-def test_what_is_no_path_no_plan_and_no_number_is_one_line(folders: dict[str, Path]) -> None:
-    """Without the assertions that annotations are here: as users call it."""
+def test_mistyped_arguments_are_one_line_errors(folders: dict[str, Path]) -> None:
+    """Without runtime type checks, as users call it."""
     load, llava = inspect.unwrap(vlm_jax.load), folders["llava"]
-    for told, path, how in (
-        ("path=None: the name of", None, {}),
-        ("path=3: the name of", 3, {}),
-        ("llm=3: the name of", llava, dict(llm=3)),
-        ("tokenizer=3: the name of", llava, dict(tokenizer=3)),
-        ("plan=fsdp: a Plan", llava, dict(plan="fsdp")),
-        ("image_size=24.0: a whole number", llava, dict(image_size=24.0)),
-        ("image_size=24: a whole number", llava, dict(image_size="24")),
-        ("tokens=True: a whole number", llava, dict(compressor="pool", tokens=True)),
-        ("tokens=nan: a whole number", llava, dict(compressor="pool", tokens=float("nan"))),
+    for message, path, settings in (
+        ("path: expected the name of .* got None", None, {}),
+        ("path: expected the name of .* got 3", 3, {}),
+        ("llm: expected the name of .* got 3", llava, dict(llm=3)),
+        ("tokenizer: expected the name of .* got 3", llava, dict(tokenizer=3)),
+        ("plan: expected a Plan", llava, dict(plan="fsdp")),
+        ("image_size: expected an integer, got 24.0", llava, dict(image_size=24.0)),
+        ("image_size: expected an integer, got 24", llava, dict(image_size="24")),
+        ("tokens: expected an integer, got True", llava, dict(compressor="pool", tokens=True)),
+        ("tokens: expected an integer, got nan", llava, dict(compressor="pool", tokens=float("nan"))),
         ("unknown compressor 3", llava, dict(compressor=3, tokens=1)),
-        ("seed=x", llava, dict(seed="x")),
+        ("seed: expected an integer, got x", llava, dict(seed="x")),
     ):
-        with pytest.raises(UserError, match=told):
-            load(path, **how)
+        with pytest.raises(UserError, match=message):
+            load(path, **settings)
     assert load(llava, compressor="pool", tokens=np.int64(1)).visual_tokens == 1
 
 
 def test_shares_follow_the_question(folders: dict[str, Path]) -> None:
-    """A compressor that reads the question wants one, and two questions give two figures."""
+    """A compressor that reads the question needs one, and two questions give different shares."""
     model = vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="quecc", tokens=1)
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     with pytest.raises(UserError, match="--prompt"):
         token_maps.patch_shares(model, image, np.arange(1))
-    vectors = [api.question_vector(model, said) for said in peers_answers.QUESTIONS[:2]]
+    vectors = [api.question_vector(model, question) for question in peers_answers.QUESTIONS[:2]]
     one, other = (token_maps.patch_shares(model, image, np.arange(1), vector) for vector in vectors)
     assert np.abs(one - other).max() > 1e-6
 

@@ -35,15 +35,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["llava", "paligemma", "paligemma.npz"])
 def test_the_answer_to_a_photograph_is_the_references(place: Path, name: str, capsys) -> None:
-    """Greedy, over 64 tokens. The `.npz` has no words of its own: it is given those of the folder."""
+    """Greedy, over 64 tokens. The `.npz` uses the tokenizer of the folder."""
     kind = name.removesuffix(".npz")
     wanted = CASES[kind]["of_photographs"]
     assert len(set(wanted)) == len(PHOTOGRAPHS)
-    words = [] if name == kind else ["--tokenizer", str(place / kind)]
+    tokens = [] if name == kind else ["--tokenizer", str(place / kind)]
     capsys.readouterr()
     for photograph, answer in zip(PHOTOGRAPHS.values(), wanted, strict=True):
         asked = ["--image", photograph, "--prompt", QUESTION, "--max-new-tokens", str(peers_answers.NEW_TOKENS)]
-        predict.main(["--model", str(place / name), *words, *asked])
+        predict.main(["--model", str(place / name), *tokens, *asked])
         assert capsys.readouterr() == (f"{answer}\n", "")
 
 
@@ -56,19 +56,21 @@ def test_big_vision_finds_each_of_our_tokens_the_likeliest(place: Path, photogra
     model = vlm_jax.load(place / "paligemma.npz", tokenizer=place / "paligemma")
     levels = images.fit([images.read_image(PHOTOGRAPHS[photograph])], model.spec.encoder)
     pixels = images.normalise(levels, model.spec.encoder)
-    asked = np.array([chat.prompt_ids(model.layout, model.tokenizer, QUESTION, model.image_token, model.visual_tokens)])
-    said = vlm_jax.generate_tokens(model, pixels, asked, peers_answers.NEW_TOKENS)
-    words = np.concatenate([asked[:, model.visual_tokens :], said], axis=1)
+    asked = np.array(
+        [chat.prompt_ids(model.chat_format, model.tokenizer, QUESTION, model.image_token, model.visual_tokens)]
+    )
+    generated = vlm_jax.generate_tokens(model, pixels, asked, peers_answers.NEW_TOKENS)
+    tokens = np.concatenate([asked[:, model.visual_tokens :], generated], axis=1)
     prompt = asked.shape[1] - model.visual_tokens
     monkeypatch.setitem(peers_vision.BV_IMAGE, "depth", peers_answers.VISION["num_hidden_layers"])
     monkeypatch.setitem(peers_vision.BV_TEXT, "vocab_size", peers_answers.TEXT["vocab_size"])
     monkeypatch.setitem(peers_vision.BV_TEXT, "mlp_dim", peers_answers.TEXT["intermediate_size"])
-    suffix = np.arange(words.shape[1])[None] >= prompt
-    logits = peers_vision.paligemma_of_big_vision("gemma", place / "paligemma.npz", pixels, words, suffix.astype(int))
-    ends = np.flatnonzero(np.isin(said[0], model.eos_ids))
-    count = ends[0] + 1 if ends.size else said.shape[1]
-    likeliest = logits[0, prompt - 1 : -1].argmax(axis=-1)
-    np.testing.assert_array_equal(likeliest[:count], said[0, :count])
+    suffix = np.arange(tokens.shape[1])[None] >= prompt
+    logits = peers_vision.paligemma_of_big_vision("gemma", place / "paligemma.npz", pixels, tokens, suffix.astype(int))
+    eos_positions = np.flatnonzero(np.isin(generated[0], model.eos_ids))
+    count = eos_positions[0] + 1 if eos_positions.size else generated.shape[1]
+    most_likely = logits[0, prompt - 1 : -1].argmax(axis=-1)
+    np.testing.assert_array_equal(most_likely[:count], generated[0, :count])
 
 
 @pytest.mark.parametrize("name", ["llava", "paligemma"])
@@ -82,24 +84,24 @@ def test_the_figure_is_a_picture_of_the_photograph(place: Path, name: str, tmp_p
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_fresh_connector_is_told(place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_connector_prints_a_note(place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that has no weights."""
     monkeypatch.setattr(vlm_jax, "generate", lambda *given: ["word"], raising=False)
     llava, image = str(place / "llava"), PHOTOGRAPHS["china.jpg"]
-    for more, told in (
+    for more, has_note in (
         (["--llm", llava], True),
         (["--compressor", "resampler", "--tokens", "2"], True),
         (["--compressor", "pool", "--tokens", "1"], False),
     ):
         predict.main(["--model", llava, *more, "--image", image, "--prompt", QUESTION])
-        said = capsys.readouterr()
-        assert (said.out, "not trained" in said.err) == ("word\n", told)
+        captured = capsys.readouterr()
+        assert (captured.out, "not trained" in captured.err) == ("word\n", has_note)
 
 
 def test_an_image_size_reaches_the_encoder(place: Path, capsys) -> None:
     """At 24 pixels there are 36 patches, at 3 none."""
     asked = ["--model", str(place / "llava"), "--image", PHOTOGRAPHS["china.jpg"], "--prompt", QUESTION]
-    with pytest.raises(UserError, match="image_size=3"):
+    with pytest.raises(UserError, match=r"image_size: expected .* got 3"):
         predict.main([*asked, "--image-size", "3"])
     with pytest.raises(UserError, match="cannot give tokens=9"):
         predict.main([*asked, "--image-size", "24", "--compressor", "none", "--tokens", "9"])
@@ -107,6 +109,9 @@ def test_an_image_size_reaches_the_encoder(place: Path, capsys) -> None:
 
 def test_a_figure_that_cannot_be_written_is_refused_before_loading(tmp_path: Path) -> None:
     nowhere = ["--model", str(tmp_path / "none"), "--image", "none.png", "--show-tokens"]
-    for name, told in {"stx": r"ends in \.png", str(tmp_path / "no" / "a.png"): "there is no folder"}.items():
-        with pytest.raises(UserError, match=told):
+    for name, message in {
+        "stx": r"ends in \.png",
+        str(tmp_path / "no" / "a.png"): "there is no folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
             predict.main([*nowhere, name])

@@ -89,7 +89,7 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.49, 1), (0.6, 2), (0.8, 2), (0.81, 3), (1.0, 4)])
-def test_the_nucleus_is_the_fewest_words_that_reach_top_p(top_p: float, kept: int) -> None:
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, kept: int) -> None:
     probability = np.array([[0.1, 0.5, 0.1, 0.3], [0.5, 0.1, 0.3, 0.1]])
     probability[:, [0, 2]] += [[-0.01, 0.01], [0, 0]]  # no ties in the first row
     found = np.isfinite(sampling.nucleus(jnp.log(probability), top_p))

@@ -48,7 +48,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(value: float) -> Non
     assert all(np.isfinite(float(s.nll)) for s in sums)
 
 
-def test_a_spike_is_told_by_the_mean_of_the_good_losses() -> None:
+def test_a_spike_is_relative_to_the_mean_of_the_good_losses() -> None:
     """Against the mean by hand: 0.98 of the old and 0.02 of the new, from the first loss on."""
     spec = BadStepSpec("skip_update", 1.5, 3)
     losses = [2.0, 3.1, 2.9, 4.0, 3.0, 2.0]
@@ -89,5 +89,5 @@ def steps(*of: tuple[float, float, int | None]) -> list[guard.StepRecord]:
     ],
 )
 def test_where_a_run_stops(spec: BadStepSpec, of: tuple, number: int | None) -> None:
-    bad = guard.first_bad(steps(*of), spec)
+    bad = guard.find_stop(steps(*of), spec)
     assert (bad and bad[0]) == number

@@ -21,7 +21,7 @@ def run(first: int, last: int, log_every: int = 3, save_every: int = 0, initial:
         TrainState(jnp.asarray(first), jnp.asarray(initial), None), first, last,
         ((k, {"next": k + 1}) for k in itertools.count(first + 1)), jnp.asarray, step,
         log_every_steps=log_every, save_every_steps=save_every, on_log=logs.append,
-        on_save=lambda number, state, cursor, unlogged: saves.append((number, int(state.params), cursor)),
+        on_save=lambda number, state, cursor, log_sums: saves.append((number, int(state.params), cursor)),
     )  # fmt: skip
     return end, cursor, logs, saves
 
@@ -76,23 +76,23 @@ def test_nothing_in_the_loop_waits_for_the_device() -> None:
 
 def checked(first: int, last: int, stop_at: int = 0, **every: int) -> list:
     """What the loop hears and says, in order: ("log", k), ("check", ks), ("save", k), ("end", k)."""
-    told = []
+    calls = []
     end = loop.run(
         TrainState(jnp.asarray(first), jnp.zeros(()), None), first, last, ((k, k) for k in itertools.count(first + 1)),
         jnp.asarray, lambda state, batch: (state, {"sum": batch}, batch),
-        on_log=lambda log: told.append(("log", log.step)),
-        on_save=lambda number, *_: told.append(("save", number)),
-        check=lambda steps, state: told.append(("check", [(s.number, int(s.sums["sum"])) for s in steps])),
+        on_log=lambda log: calls.append(("log", log.step)),
+        on_save=lambda number, *_: calls.append(("save", number)),
+        check=lambda steps, state: calls.append(("check", [(s.number, int(s.sums["sum"])) for s in steps])),
         stop=lambda number: number == stop_at, **every,
     )  # fmt: skip
-    return [*told, ("end", end.step)]
+    return [*calls, ("end", end.step)]
 
 
 def test_every_step_is_checked_once_and_before_it_is_saved() -> None:
     """At a log those before the log before; at a save, and at the end, all."""
-    told = checked(0, 9, log_every_steps=2, save_every_steps=7)
+    calls = checked(0, 9, log_every_steps=2, save_every_steps=7)
     pairs = lambda *numbers: [(n, n) for n in numbers]  # noqa: E731
-    assert told == [
+    assert calls == [
         ("log", 2), ("check", []), ("log", 4), ("check", pairs(1, 2)), ("log", 6), ("check", pairs(3, 4)),
         ("check", pairs(5, 6, 7)), ("save", 7), ("log", 8), ("check", []), ("log", 9), ("check", pairs(8)),
         ("check", pairs(9)), ("end", 9),
@@ -101,8 +101,8 @@ def test_every_step_is_checked_once_and_before_it_is_saved() -> None:
 
 def test_a_stop_ends_the_loop_behind_its_step() -> None:
     """That step is checked; saving it is left to the caller, and so is what was not logged."""
-    told = checked(3, 9, stop_at=6, log_every_steps=100, save_every_steps=2)
-    assert told == [("check", [(4, 4)]), ("save", 4), ("check", [(5, 5), (6, 6)]), ("end", 6)]
+    calls = checked(3, 9, stop_at=6, log_every_steps=100, save_every_steps=2)
+    assert calls == [("check", [(4, 4)]), ("save", 4), ("check", [(5, 5), (6, 6)]), ("end", 6)]
 
 
 def test_a_log_that_was_cut_in_two_adds_up() -> None:
@@ -112,6 +112,6 @@ def test_a_log_that_was_cut_in_two_adds_up() -> None:
     every = dict(log_every_steps=3, save_every_steps=0, on_log=logs.append, on_save=print)
     batches = lambda first: ((k, k) for k in itertools.count(first))  # noqa: E731
     end = loop.run(state, 0, 9, batches(1), jnp.asarray, step, stop=lambda number: number == 5, **every)
-    assert (int(end.unlogged.sums["sum"]), end.unlogged.steps) == (4 + 5, 2)
-    loop.run(state, 5, 9, batches(6), jnp.asarray, step, unlogged=end.unlogged, **every)
+    assert (int(end.log_sums.sums["sum"]), end.log_sums.steps) == (4 + 5, 2)
+    loop.run(state, 5, 9, batches(6), jnp.asarray, step, log_sums=end.log_sums, **every)
     assert [(log.step, int(log.sums["sum"]), log.steps) for log in logs] == [(3, 6, 3), (6, 15, 3), (9, 24, 3)]

@@ -20,7 +20,7 @@ WORDS, WIDTH = 48, 16
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 words become four blocks of 15, of which the last holds three words."""
-    monkeypatch.setattr(cross_entropy, "_LEAST_WORDS", 10)
+    monkeypatch.setattr(cross_entropy, "_MIN_BLOCK", 10)
     monkeypatch.setattr(cross_entropy, "_ALIGN", 5)
 
 

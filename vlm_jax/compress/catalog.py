@@ -1,14 +1,12 @@
-"""Every compressor, by name: the project's extension point.
+"""The compressor catalog: one row of pure functions and default sizes for each method.
 
-A compressor is arithmetic: four pure functions of arrays and a spec, and the sizes that it has by default. Write them
-in a file of their group, add one row here, and the configurations, the contract test, the cost model, the grid and the
-figures include it. `model_spec` is the only place where sizes are chosen: configs, `load` and the planner ask here.
+To add a compressor, write its functions in a file of this folder and add a row to `ROWS`: configs, the contract test,
+the cost model, grids and figures include it. `model_spec` alone chooses default sizes, for configs, `load` and plans.
 
     apply(weights, Visual[B, P, E], question vector [B, D] or None, spec) -> Visual[B, V, E]
 
-`apply` keeps the encoder's width E: the map to the decoder's width is the projector of the `ModelSpec`, so every method
-is compared with the same one. It computes in the dtype of the tokens. A masked patch has no influence on any real
-output token. The output carries no taps; it carries a mask exactly when its input does.
+`apply` keeps the encoder width E (the projector of the `ModelSpec` maps to the decoder's) and the dtype of the tokens.
+A masked patch does not influence any valid output token. The output has no taps, and a mask exactly if the input has.
 """
 
 import dataclasses
@@ -29,13 +27,13 @@ TextVector = Float[Array, "B D"]
 
 
 class Compressor(NamedTuple):
-    init_weights: Callable[[jax.Array, CompressorSpec], Weights]  # boxed arrays; {} where there are none
+    init_weights: Callable[[jax.Array, CompressorSpec], Weights]  # boxed arrays, or {}
     apply: Callable[[Weights, Visual, TextVector | None, CompressorSpec], Visual]  # unboxed weights
-    tokens_out: Callable[[tuple[int, int]], tuple[int, ...]]  # the V it can give on that patch grid, ascending
-    flops: Callable[[CompressorSpec], float]  # forward, per image; matrix products, a multiply-add is two
-    defaults: Callable[[EncoderSpec, DecoderSpec, int], CompressorSpec]  # its sizes between these two, at V tokens
-    taps: Callable[[EncoderSpec], tuple[int, ...]] = pooling.no_taps  # the encoder's blocks that it reads
-    query_dependent: bool = False  # reads the question: its tokens cannot be cached per image
+    tokens_out: Callable[[tuple[int, int]], tuple[int, ...]]  # supported V on a patch grid, ascending
+    flops: Callable[[CompressorSpec], float]  # forward, per image; a multiply-add is two
+    defaults: Callable[[EncoderSpec, DecoderSpec, int], CompressorSpec]  # default sizes at V tokens
+    taps: Callable[[EncoderSpec], tuple[int, ...]] = pooling.no_taps  # encoder blocks that it reads
+    query_dependent: bool = False  # reads the question: tokens cannot be cached per image
 
 
 ROWS: dict[str, Compressor] = {
@@ -61,21 +59,20 @@ ROWS: dict[str, Compressor] = {
         partial(local.defaults, "quecc"), local.tapped_layers, query_dependent=True,
     ),
 }  # fmt: skip
-# Behind the study's own encoder every compressor has these sizes. Many narrow heads: with few, a narrow decoder looks
-# worse than it is.
+# Sizes of every compressor after the built-in encoder: many narrow heads, since few hurt narrow decoders most.
 STUDY = {"glyph-64": {"width": 64, "heads": 16, "depth": 1, "mlp_width": 128}}
 
 
 def row(name: str) -> Compressor:
-    """The compressor of that name. Raises `UserError` that suggests the nearest."""
+    """The compressor of that name. Raises `UserError`."""
     if name not in ROWS:
         raise unknown("compressor", name, ROWS)
     return ROWS[name]
 
 
 def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
-    """Whether several questions about an image can share its tokens in a row of training: where these follow the
-    question neither through the compressor nor through a two-way prefix, and no fused kernel compares segments.
+    """Whether questions about one image can share its tokens in a training row: with a causal mask, a question-
+    independent compressor and no fused kernel, which would compare segments.
     """
     reads = model.compressor is not None and row(model.compressor.name).query_dependent
     return model.mask == "causal" and not reads and compute.attention == "xla"
@@ -89,12 +86,11 @@ def model_spec(
     projector: str = "mlp",
     mask: str = "causal",
 ) -> ModelSpec:
-    """The whole model, of the parts' names and V: sizes and tapped blocks are the row's defaults. `tokens` None takes
-    the only V that the method has.
+    """A `ModelSpec` with the compressor's default sizes and taps. `tokens` may be None for a method with a single V.
 
-    The tokens are those of the encoder's `feature_layer` where that is one of its inner blocks. Else an encoder with a
-    class token (CLIP) gives its last block but one, as in LLaVA, and another (SigLIP) what stands behind its last norm.
-    Raises `UserError` for a compressor that does not exist, or cannot give that many tokens.
+    Tokens are those of `encoder.feature_layer` if it is an inner block; else of the last block but one with a class
+    token (CLIP, as in LLaVA), and after the final norm without (SigLIP).
+    Raises `UserError` for an unknown compressor or an unsupported V.
     """
     method = row(compressor)
     possible = method.tokens_out(encoder.grid)
@@ -110,14 +106,14 @@ def model_spec(
 
 
 def check(spec: CompressorSpec) -> None:
-    """Raises `UserError` where the method cannot give what the spec asks of it."""
+    """Raises `UserError` for a spec that its method does not support."""
     method = row(spec.name)
     possible = method.tokens_out(spec.grid)
     if spec.tokens not in possible:
         h, w = spec.grid
+        listed = _listed(possible, spec.tokens)
         raise UserError(
-            f"compressor {spec.name!r} cannot give tokens={spec.tokens} on a {h} x {w} patch grid; "
-            + _listed(possible, spec.tokens)
+            f"compressor {spec.name!r} cannot give tokens={spec.tokens} on a {h} x {w} patch grid; {listed}"
         )
     for field, least in (("encoder_width", 1), ("taps", 0), ("width", 1), ("heads", 1), ("depth", 1), ("mlp_width", 0)):
         if getattr(spec, field) < least:
@@ -130,9 +126,9 @@ def check(spec: CompressorSpec) -> None:
         )
 
 
-def _listed(possible: tuple[int, ...], asked: int, most: int = 24) -> str:
-    """The possible values, or those nearest to what was asked where they are many."""
-    if len(possible) <= most:
+def _listed(possible: tuple[int, ...], tokens: int, limit: int = 24) -> str:
+    """All possible values, or the closest ones if there are more than `limit`."""
+    if len(possible) <= limit:
         return "possible: " + ", ".join(map(str, possible))
-    nearest = sorted(sorted(possible, key=lambda v: abs(v - asked))[: most // 3])
+    nearest = sorted(sorted(possible, key=lambda v: abs(v - tokens))[: limit // 3])
     return f"nearest possible: {', '.join(map(str, nearest))} (of {len(possible)}, {possible[0]} to {possible[-1]})"

@@ -1,8 +1,7 @@
-"""The trained parts that compressors are made of: linear map, layer norm, two-layer MLP, multi-head attention.
+"""Layers of compressors: linear, layer norm, two-layer MLP, multi-head attention.
 
-Each part is up to three functions that stand together: `init_*` returns boxed float32 weights, the part itself takes
-them unboxed and computes in the dtype of its input (statistics and softmax in float32), and `*_flops` counts its matrix
-products, a multiply-add as two; biases, LayerNorm, GELU and softmax are not counted.
+`init_*` returns boxed float32 weights; the layer takes them unboxed and computes in the dtype of its input (statistics
+and softmax in float32); `*_flops` counts its matrix products, a multiply-add as two, and nothing else.
 """
 
 from typing import Any
@@ -23,7 +22,7 @@ INWARDS: AxisNames = (VISION, VISION_MLP)
 OUTWARDS: AxisNames = (VISION_MLP, VISION)
 TO_HEADS: AxisNames = (VISION, VISION_HEADS, HEAD_DIM)
 FROM_HEADS: AxisNames = (VISION_HEADS, HEAD_DIM, VISION)
-OF_TEXT: AxisNames = (EMBED, MLP)  # from the decoder's width to the encoder's
+OF_TEXT: AxisNames = (EMBED, MLP)  # decoder width to encoder width
 
 _NORM_EPS = 1e-6
 
@@ -56,10 +55,7 @@ def layer_norm(weights: Weights, x: Float[Array, "B *rows width"]) -> Float[Arra
 
 def init_mlp(key: jax.Array, inputs: int, hidden: int, outputs: int) -> Weights:
     up, down = jax.random.split(key)
-    return {
-        "up": init_linear(up, inputs, hidden),
-        "down": init_linear(down, hidden, outputs, OUTWARDS),
-    }
+    return {"up": init_linear(up, inputs, hidden), "down": init_linear(down, hidden, outputs, OUTWARDS)}
 
 
 def mlp(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B *rows outputs"]:
@@ -72,25 +68,15 @@ def mlp_flops(rows: int, inputs: int, hidden: int, outputs: int) -> float:
 
 
 def init_attention(key: jax.Array, width: int, heads: int, outputs: int) -> Weights:
-    """Projections of multi-head attention at `width`, whose output projection ends at `outputs`."""
-    keys = jax.random.split(key, 4)
-    channels = width // heads
-
-    def project_in(key: jax.Array) -> Weights:
-        return {
-            "kernel": w.dense(key, (width, heads, channels), TO_HEADS),
-            "bias": w.zeros((heads, channels), TO_HEADS[1:]),
-        }
-
-    return {
-        "query": project_in(keys[0]),
-        "key": project_in(keys[1]),
-        "value": project_in(keys[2]),
-        "out": {
-            "kernel": w.dense(keys[3], (heads, channels, outputs), FROM_HEADS, inputs=2),
-            "bias": w.zeros((outputs,), (NORM,)),
-        },
+    """Weights of multi-head attention at `width` with an output projection to `outputs`."""
+    *inward, outward = jax.random.split(key, 4)
+    shape = (heads, width // heads)
+    weights = {
+        name: {"kernel": w.dense(key, (width, *shape), TO_HEADS), "bias": w.zeros(shape, TO_HEADS[1:])}
+        for name, key in zip(("query", "key", "value"), inward, strict=True)
     }
+    kernel = w.dense(outward, (*shape, outputs), FROM_HEADS, inputs=2)
+    return {**weights, "out": {"kernel": kernel, "bias": w.zeros((outputs,), (NORM,))}}
 
 
 def attention(
@@ -101,10 +87,10 @@ def attention(
     mask: Bool[Array, "B S"] | None,
     bias: Float[Array, "T N S"] | None = None,
 ) -> Float[Array, "B T outputs"]:
-    """Multi-head cross-attention with its own input and output projections. Every compressor that attends does so here.
+    """Multi-head cross-attention with input and output projections.
 
+    mask: True where a key is valid. A query without valid keys gives the bias of the output projection.
     bias: added to the scores of query t, head n and key s.
-    mask: True where a key is real. A query none of whose keys is real gives the bias of the output projection.
     """
     q, k, v = (_heads(weights[name], x) for name, x in (("query", queries), ("key", keys), ("value", values)))
     if mask is not None:
@@ -117,7 +103,7 @@ def attention(
 
 
 def attention_flops(queries: int, keys: int, pairs: int, width: int, outputs: int) -> float:
-    """`pairs` counts the (query, key) pairs that are scored: queries * keys, or fewer where attention is local."""
+    """`pairs` is the number of scored (query, key) pairs: queries * keys, or fewer for local attention."""
     project_in = linear_flops(queries, width, width) + 2 * linear_flops(keys, width, width)
     return project_in + 2 * linear_flops(pairs, width, 1) + linear_flops(queries, width, outputs)
 

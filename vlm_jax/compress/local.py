@@ -1,10 +1,9 @@
-"""Compressors whose every token reads only its own cell of the patch grid.
+"""Compressors whose tokens attend only within their own cell of the patch grid.
 
-The h x w grid falls into r x c equal cells, V = r c; r divides h, c divides w, and they need not be equal, so V = 2 is
-1 x 2. Both methods share everything but the query of a cell:
+The h x w grid is divided into r x c equal cells, V = r c. Both methods differ only in the query of a cell:
 
-    z      = the A tapped encoder layers side by side, [P, A E]; the tokens alone where spec.taps is 0
-    keys   = LN(Linear(GELU(Linear(z)))),  values likewise with weights of their own
+    z      = the A tapped encoder layers concatenated, [P, A E]; the tokens if spec.taps is 0
+    keys   = LN(Linear(GELU(Linear(z)))),  values likewise with other weights
     token  = MultiHead(query, keys of its cell, values of its cell)
 
 `tokenpacker` (arXiv 2407.02392): query = LN(Linear(bilinear down-sampling of the tokens to r x c)).
@@ -13,10 +12,8 @@ The h x w grid falls into r x c equal cells, V = r c; r divides h, c divides w, 
     u      = tokens + LN(Linear(text))
     query  = Conv(LN(Linear(GELU(Linear(u)))))          depthwise, kernel = stride = one cell
 
-where text is the decoder's vector of the question, given by the caller without gradient. The papers' width is that of
-the encoder; here it is `spec.width`, and the attention's output projection returns to E. Both papers take CLIP's last
-block but one (`catalog.model_spec` has the rule); here `tokens` are what the encoder gives. Their last MLP, to the
-width of the language model, is not here: it is the projector of the `ModelSpec`.
+where text is the decoder's question vector, without gradient. The inner width is `spec.width` (E in the papers); the
+attention's output projection returns to E. The papers' last MLP is the projector of the `ModelSpec`.
 """
 
 import math
@@ -39,19 +36,17 @@ def cell_tokens(grid: g.GridShape) -> tuple[int, ...]:
 
 
 def tapped_layers(encoder: EncoderSpec) -> tuple[int, ...]:
-    """The blocks that keys and values read: of n, those at n / 2 and 2 n / 3, the last but two and the last but one,
-    none behind the block of the tokens. 12, 16, 22 and 23 of CLIP-L's 24, as published. Of four or fewer, all."""
+    """Blocks n/2, 2n/3, n-2 and n-1 (12, 16, 22 and 23 of CLIP-L's 24, as published), none after that of the tokens;
+    all of four or fewer."""
     n, last = encoder.depth, encoder.feature_layer or encoder.depth
     chosen = (n // 2, 2 * n // 3, n - 2, n - 1) if n > 4 else range(1, n + 1)
     return tuple(sorted({min(block, last) for block in chosen}))
 
 
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: the encoder's width, 8 heads (the most below that divide it), one layer, no MLP inside."""
+    """As published: the encoder's width, 8 heads (or the gcd of 8 and the width), one layer, no inner MLP."""
     width, taps = encoder.width, len(tapped_layers(encoder))
-    return CompressorSpec(
-        name, tokens, encoder.grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0
-    )  # fmt: skip
+    return CompressorSpec(name, tokens, encoder.grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0)
 
 
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -64,7 +59,7 @@ def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
 
 
 def tokenpacker(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
-    """Tokens [B, V, E], each from a query that is its down-sampled cell."""
+    """Tokens [B, V, E]; the query of a cell is its down-sampled tokens."""
     (h, w), (r, c) = spec.grid, _shape(spec)
     coarse, _ = g.weighted_mean(visual.tokens, visual.mask, g.bilinear(h, r), g.bilinear(w, c))
     queries = layers.layer_norm(weights["query_norm"], layers.linear(weights["query"], coarse))
@@ -90,7 +85,7 @@ def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
 
 
 def quecc(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
-    """Tokens [B, V, E], each from a query that is its cell together with the question."""
+    """Tokens [B, V, E]; the query of a cell combines its tokens and the question."""
     if text is None:
         raise ValueError("quecc reads the question: text is None")
     tokens = visual.tokens
@@ -100,7 +95,7 @@ def quecc(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, sp
     fine = layers.layer_norm(weights["query_norm"], layers.mlp(weights["query"], tokens + question[:, None]))
     if visual.mask is not None:
         fine = jnp.where(visual.mask[..., None], fine, 0)
-    # A depthwise convolution whose stride is its kernel is one weighted sum a cell and channel.
+    # Depthwise convolution with stride = kernel size: one weighted sum for each cell and channel.
     cells = g.split_cells(fine, spec.grid, _shape(spec))
     kernel, bias = (weights["down"][name].astype(fine.dtype) for name in ("kernel", "bias"))
     queries = jnp.einsum("bvse,se->bve", cells, kernel) + bias
@@ -133,7 +128,7 @@ def _init_cells(key: jax.Array, spec: CompressorSpec) -> Weights:
 def _attend_to_cells(
     weights: Weights, queries: Float[Array, "B V width"], visual: Visual, spec: CompressorSpec
 ) -> Visual:
-    """Query v attends to the patches of cell v alone: one attention with B V examples of one query each."""
+    """Attention of query v to the patches of cell v, as a batch of B V single queries."""
     z = _tap_layers(visual, spec)
 
     def by_cell(x: Array) -> Array:
@@ -154,7 +149,7 @@ def _tap_layers(visual: Visual, spec: CompressorSpec) -> Float[Array, "B P featu
         return visual.tokens
     if visual.taps is None or visual.taps.shape[1] != spec.taps:
         found = 0 if visual.taps is None else visual.taps.shape[1]
-        raise ValueError(f"{spec.name}: the spec says {spec.taps} tapped layers, {found} arrived")
+        raise ValueError(f"{spec.name}: expected {spec.taps} tapped layers, got {found}")
     batch, _, patches, _ = visual.taps.shape
     return jnp.swapaxes(visual.taps, 1, 2).reshape(batch, patches, -1).astype(visual.tokens.dtype)
 

@@ -1,8 +1,5 @@
-"""Compressors without weights: every patch, none of them, or averages of them.
-
-`none` and `blind` are the two ends that every figure needs: V = P, and the language model alone. `pool` is the adaptive
-average pool of the patch grid, the strong free baseline (M3, arXiv 2405.17430; here one V for each model, and pooled
-before the projector).
+"""Compressors without weights: `none` (V = P), `blind` (V = 0) and `pool`, adaptive average pooling of the patch grid
+(M3, arXiv 2405.17430; here with one V for each model, and before the projector).
 """
 
 import jax
@@ -22,7 +19,7 @@ def no_taps(encoder: EncoderSpec) -> tuple[int, ...]:
 
 
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """No inner size is read: the least that a spec may say."""
+    """Minimal inner sizes; none of them is used."""
     return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, encoder.width, 1, 1, 0)
 
 
@@ -31,7 +28,7 @@ def no_flops(spec: CompressorSpec) -> float:
 
 
 def keep_all(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
-    """V = P: the patches as they are."""
+    """V = P: the tokens unchanged."""
     return Visual(visual.tokens, mask=visual.mask)
 
 
@@ -40,7 +37,7 @@ def all_tokens(grid: g.GridShape) -> tuple[int, ...]:
 
 
 def drop_all(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
-    """V = 0: what the language model answers without an image."""
+    """V = 0: no visual tokens, the blind baseline."""
     return Visual(visual.tokens[:, :0], mask=None if visual.mask is None else visual.mask[:, :0])
 
 
@@ -49,7 +46,7 @@ def no_tokens(grid: g.GridShape) -> tuple[int, ...]:
 
 
 def pool(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
-    """Token (i, j) of r x c is the mean of the real patches in bin i of the rows and bin j of the columns."""
+    """Token (i, j) of r x c is the mean of the valid patches in row bin i and column bin j."""
     (h, w), (r, c) = spec.grid, g.pooling_shapes(spec.grid)[spec.tokens]
     tokens, mask = g.weighted_mean(visual.tokens, visual.mask, g.bins(h, r), g.bins(w, c))
     return Visual(tokens, mask=mask)

@@ -1,1 +1,1 @@
-"""Floor 4: where a `ConfigDict` ends. Config files import `arguments`; grids import `sweep`; doors call `resolve`."""
+"""Floor 4: `ConfigDict` to `RunSpec`. Config files import `arguments`, grids `sweep`; commands call `resolve`."""

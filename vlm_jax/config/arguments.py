@@ -1,8 +1,7 @@
-"""`configs/vlm.py:llm=d48,tokens=4,smoke` and `--config.optim.clip_norm=0.5`: how a run is named on the command line.
+"""Config files on the command line: `configs/vlm.py:llm=d48,tokens=4,smoke` and `--config.optim.clip_norm=0.5`.
 
-The conventions are big_vision's: the part behind the colon is handed to the file's `get_config`, which passes it to
-`parse_arg` with its defaults; overrides of single fields come on top. Only what several settings share deserves an
-argument.
+As in big_vision, the part after the colon goes to the file's `get_config`, which passes it to `parse_arg` with its
+defaults; overrides of single fields are applied afterwards.
 """
 
 import ast
@@ -21,10 +20,8 @@ _DEFINES = re.compile(rb"^def get_(config|grid)\(", re.MULTILINE)
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
-    """`"llm=d48,smoke"` over `defaults` -> their values; a bare name sets a boolean.
-
-    Raises `UserError` for a name without a default (the nearest is suggested) or a value of another type.
-    """
+    """`"llm=d48,smoke"` and defaults -> values; a bare name is True. Raises `UserError` for a name without a default or
+    a value of another type."""
     values = dict(defaults)
     for part in filter(None, (part.strip() for part in (arg or "").split(","))):
         name, equals, text = part.partition("=")
@@ -35,10 +32,9 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
 
 
 def _typed(name: str, text: str, default: Any) -> Any:
-    """The text as a value of the default's type."""
+    """`text` as a value of the default's type."""
     if isinstance(default, str):
         return text
-    wanted = type(default).__name__
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -48,34 +44,31 @@ def _typed(name: str, text: str, default: Any) -> Any:
     if isinstance(default, tuple) and isinstance(value, list):
         value = tuple(value)
     if default is not None and type(value) is not type(default):
-        raise UserError(f"{name}={text!r}: a value of type {wanted} is wanted, such as {default!r}")
+        raise UserError(f"{name}: expected a {type(default).__name__} such as {default!r}, got {text!r}")
     return value
 
 
 def load_file(path: str | Path) -> ModuleType:
-    """Runs a config or grid file. Raises `UserError` if there is none."""
+    """Imports a config or grid file. Raises `UserError` if there is none."""
     path = Path(path)
     if not path.is_file():
-        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
-        near = [str(p) for p in beside if p.is_file() and _DEFINES.search(p.read_bytes())]
-        raise unknown("config file", str(path), near) if near else UserError(f"no config file {path}")
+        configs = [str(p) for p in path.parent.glob("*.py") if p.is_file() and _DEFINES.search(p.read_bytes())]
+        raise unknown("config file", str(path), configs) if configs else UserError(f"no config file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def load_config(location: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """`"configs/vlm.py:llm=d48"` and `{"optim.clip_norm": "0.5"}` -> the ConfigDict, unresolved.
+    """`"configs/vlm.py:llm=d48"` and `{"optim.clip_norm": "0.5"}` -> the unresolved ConfigDict.
 
     Raises `UserError` for a missing file, an unknown argument or field, or a value of another type.
     """
     path, _, arg = location.partition(":")
     module = load_file(path)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{path}: a config file defines get_config(arg)")
+        raise UserError(f"{path}: expected a function get_config(arg), got none")
     config = module.get_config(arg)
     for name, text in (overrides or {}).items():
         _override(config, name, text)
@@ -84,29 +77,28 @@ def load_config(location: str, overrides: Mapping[str, str] | None = None) -> Co
 
 def _override(config: ConfigDict, name: str, text: str) -> None:
     node: Any = config
-    *parents, last = name.split(".")
-    for i, key in enumerate([*parents, last]):
+    keys = name.split(".")
+    for i, key in enumerate(keys):
         if isinstance(node, Sequence) and not isinstance(node, str) and key.isdigit() and int(key) < len(node):
             node = node[int(key)]
             continue
         if not isinstance(node, ConfigDict | dict) or key not in node:
             valid = list(node) if isinstance(node, ConfigDict | dict) else map(str, range(len(node)))
-            raise unknown(f"config field {'.'.join([*parents[:i], key])!r}:", key, valid)
-        if key == last and i == len(parents):
+            raise unknown(f"config field {'.'.join(keys[: i + 1])!r}:", key, valid)
+        if i == len(keys) - 1:
             node[key] = _typed(name, text, node[key])
-        else:
-            node = node[key]
+        node = node[key]
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--config.a.b=value` out of a command line. Raises `UserError` where there is no value."""
+    """Splits `--config.a.b=value` flags from a command line. Raises `UserError` for one without a value."""
     rest, overrides = [], {}
-    for word in argv:
-        if word.startswith("--config."):
-            name, equals, text = word.removeprefix("--config.").partition("=")
+    for flag in argv:
+        if flag.startswith("--config."):
+            name, equals, text = flag.removeprefix("--config.").partition("=")
             if not equals:
-                raise UserError(f"{word}: write it as --config.{name}=VALUE")
+                raise UserError(f"{flag}: expected --config.{name}=VALUE")
             overrides[name] = text
         else:
-            rest.append(word)
+            rest.append(flag)
     return rest, overrides

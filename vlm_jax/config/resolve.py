@@ -1,6 +1,5 @@
-"""ConfigDict in, `RunSpec` out, strictly both ways: an unknown key raises, a missing key raises, and impossible
-choices are refused here, before anything is built. A model is named by its zoo entries; their sizes flow into the
-compressor's spec.
+"""`ConfigDict` -> `RunSpec`. Unknown keys, missing keys and invalid choices raise `UserError` before anything is built.
+Encoder and decoder are names of `sizing.zoo`.
 """
 
 import dataclasses
@@ -25,26 +24,19 @@ _CHOICES = {
     "compute.moments": ("float32", "bfloat16"),
     "bad_step.policy": ("stop", "skip_update"),
 }
-_LEAST = {
-    "compute.microbatches": 1,
-    "compute.slices": 1,
-    "data.batch_examples": 1,
-    "data.questions_per_example": 1,
-    "evaluation.batch_examples": 1,
-    "evaluation.max_new_tokens": 1,
-    "log_every_steps": 1,
-    "save_every_steps": 0,
-    "keep_checkpoints": 1,
-    "keep_every_steps": 0,
-    "evaluate_every_steps": 0,
-    "evaluation.subset_examples": 1,
-    "bad_step.skip_limit": 1,
-}
+_POSITIVE = (
+    "compute.microbatches", "compute.slices", "data.batch_examples", "data.questions_per_example",
+    "evaluation.batch_examples", "evaluation.max_new_tokens", "evaluation.subset_examples", "log_every_steps",
+    "keep_checkpoints", "bad_step.skip_limit",
+)  # fmt: skip
+_MINIMUM = dict.fromkeys(("save_every_steps", "keep_every_steps", "evaluate_every_steps"), 0) | dict.fromkeys(
+    _POSITIVE, 1
+)
 PARTS = ("encoder", "connector", "decoder")
 
 
 def resolve(config: ConfigDict) -> RunSpec:
-    """Raises `UserError` that names the field, its nearest valid name and the fix."""
+    """The spec of a config. Raises `UserError` that names the field and the fix."""
     values = config.to_dict()
     if "model" not in values:
         raise UserError("config field model is missing")
@@ -54,7 +46,7 @@ def resolve(config: ConfigDict) -> RunSpec:
 
 
 def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
-    """Configs set one `optim.peak_lr`, and each stage a factor of it; specs hold each stage's own peak."""
+    """Replaces `optim.peak_lr` and the `lr_factor` of each stage by a `peak_lr` of each stage."""
     optim = dict(values.get("optim", {}))
     if "peak_lr" not in optim:
         raise UserError("config field optim.peak_lr is missing")
@@ -62,7 +54,8 @@ def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
     for i, stage in enumerate(values.get("stages", ())):
         if "lr_factor" not in stage:
             raise UserError(f"config field stages.{i}.lr_factor is missing")
-        stages.append({**{k: v for k, v in stage.items() if k != "lr_factor"}, "peak_lr": peak * stage["lr_factor"]})
+        rest = {name: value for name, value in stage.items() if name != "lr_factor"}
+        stages.append({**rest, "peak_lr": peak * stage["lr_factor"]})
     return {**values, "optim": optim, "stages": tuple(stages)}
 
 
@@ -72,15 +65,10 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
     taps = tuple(values["taps"])
     if any(not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
-        raise UserError(
-            f"config field model.taps={list(taps)}: {encoder.name} has blocks 1 to {encoder.depth}, each once"
-        )
+        raise UserError(f"config field model.taps: expected distinct blocks, 1 to {encoder.depth}, got {list(taps)}")
     layer = values["feature_layer"]
     if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
-        raise UserError(
-            f"config field model.feature_layer={layer!r}: 0 (behind the last norm), or a block of {encoder.name}, 1 to "
-            f"{encoder.depth}"
-        )
+        raise UserError(f"config field model.feature_layer: expected a block, 0 to {encoder.depth}, got {layer!r}")
     encoder = dataclasses.replace(encoder, taps=taps, feature_layer=layer)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
@@ -92,7 +80,7 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
 
 
 def model_group(spec: ModelSpec) -> dict[str, Any]:
-    """The group `model` of a config that resolves to this spec, every choice spelled out so that it can be set."""
+    """The config group `model` that resolves to this spec."""
     compressor = {key: getattr(spec.compressor, key) for key in _COMPRESSOR_KEYS}
     return {
         "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
@@ -103,21 +91,18 @@ def model_group(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _check(spec: RunSpec) -> None:
-    """What the types cannot say."""
+    """Raises `UserError` for invalid values and combinations."""
     for field, valid in _CHOICES.items():
-        part, name = field.split(".")
-        value = getattr(getattr(spec, part), name)
-        if value not in valid:
+        if (value := operator.attrgetter(field)(spec)) not in valid:
             raise unknown(f"config field {field}:", value, valid)
     bands = spec.model.decoder.rope_bands
     if bands is not None and bands.ramp not in RAMPS:
         raise unknown("config field model.decoder.rope_bands.ramp:", bands.ramp, RAMPS)
-    for field, least in _LEAST.items():
-        value = operator.attrgetter(field)(spec)
-        if value < least:
-            raise UserError(f"config field {field}={value}: at least {least} is wanted")
-    if spec.bad_step.spike_factor and not spec.bad_step.spike_factor > 1:
-        raise UserError(f"config field bad_step.spike_factor={spec.bad_step.spike_factor}: above 1, or 0 for none")
+    for field, minimum in _MINIMUM.items():
+        if (value := operator.attrgetter(field)(spec)) < minimum:
+            raise UserError(f"config field {field}: expected at least {minimum}, got {value}")
+    if (factor := spec.bad_step.spike_factor) and not factor > 1:
+        raise UserError(f"config field bad_step.spike_factor: expected a number above 1, or 0 for none, got {factor}")
     if spec.compute.attention == "splash" and spec.model.mask != "causal":
         raise UserError(
             f"config field compute.attention=splash: expected model.mask=causal, got {spec.model.mask}: set "
@@ -130,22 +115,22 @@ def _check(spec: RunSpec) -> None:
         if "encoder" in stage.train and spec.data.frozen_features:
             raise UserError(f"stage {stage.name} trains the encoder: set data.frozen_features=False")
         if stage.total_steps < 1:
-            raise UserError(f"stage {stage.name}: total_steps={stage.total_steps}, at least 1 is wanted")
+            raise UserError(f"stage {stage.name}: expected total_steps of at least 1, got {stage.total_steps}")
         if not 0 <= stage.warmup_steps <= stage.total_steps:
-            raise UserError(f"stage {stage.name}: warmup_steps must lie between 0 and total_steps={stage.total_steps}")
+            raise UserError(f"stage {stage.name}: expected warmup_steps <= total_steps, got {stage.warmup_steps}")
     if not spec.stages:
-        raise UserError("config field stages is empty: name at least one stage")
+        raise UserError("config field stages: expected at least one stage, got none")
 
 
-def _keys(where: str, values: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
+def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> None:
     for key in values:
-        if key not in wanted:
-            raise unknown(f"config field {where}.{key}:".replace("..", "."), key, wanted)
-    missing = [key for key in wanted if key not in values]
+        if key not in expected:
+            raise unknown(f"config field {where}.{key}:".replace("..", "."), key, expected)
+    missing = [key for key in expected if key not in values]
     if missing:
         raise UserError(f"config field {where}.{missing[0]} is missing")
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
-    """The inverse of `core.specs.to_dict`, for a spec stored beside a checkpoint. As strict as `resolve`."""
+    """The inverse of `core.specs.to_dict`, for a spec stored with a checkpoint. Raises `UserError`."""
     return from_dict(RunSpec, values, "config field ")

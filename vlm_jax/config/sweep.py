@@ -1,4 +1,4 @@
-"""Grids as values: `product(param("llm", "d24", "d48"), param("tokens", 1, 4)) + product(...)` is a tuple of cells."""
+"""Grids: `product(param("llm", "d24", "d48"), param("tokens", 1, 4)) + product(...)` is a tuple of cells."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ Cells = tuple[dict[str, Any], ...]
 
 
 class Grid(NamedTuple):
-    """A config file and the argument sets to run it with."""
+    """A config file and its argument sets, one a cell."""
 
     config: str
     cells: Cells
@@ -36,7 +36,7 @@ def load_grid(location: str) -> Grid:
     path, _, arg = location.partition(":")
     module = load_file(path)
     if not hasattr(module, "get_grid"):
-        raise UserError(f"{path}: a grid file defines get_grid(arg)")
+        raise UserError(f"{path}: expected a function get_grid(arg), got none")
     grid = module.get_grid(arg)
     names = [cell_name(cell) for cell in grid.cells]
     repeated = sorted({name for name in names if names.count(name) > 1})

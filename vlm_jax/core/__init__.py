@@ -1,1 +1,1 @@
-"""Floor 0: the words everything above is written in. Imports nothing of the project, no device is touched."""
+"""Floor 0: axis names, specs, arrays' containers and errors. Imports nothing of the project and touches no device."""

@@ -1,4 +1,4 @@
-"""The result row: the one thing that the model half of the project hands to the law half. Needs no JAX."""
+"""The result row: what evaluation writes and `scaling` reads. Needs no JAX."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from vlm_jax.core.specs import ModelSpec
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One evaluated cell of a grid on one task. A row without its cost or its model does not exist.
+    """One evaluated grid cell on one task, with its cost and its whole model.
 
-    Errors are fractions in [0, 1]; `*_stderr` is the standard error over images (questions on one image are one
-    cluster). FLOPs are per question, forward only, by part, and are analytic (`sizing.cost`).
+    Errors are fractions in [0, 1]; `*_stderr` is the standard error over images (the questions about an image are one
+    cluster). FLOPs are per question, forward only, by part, from `sizing.cost`.
     """
 
     cell: str  # the cell's name, "llm=d48,tokens=4,..."
@@ -37,7 +37,7 @@ class ResultRow:
     questions: int
     encoder_flops: float
     compressor_flops: float
-    question_flops: float  # the extra pass of the question, for compressors that read it
+    question_flops: float  # the question's extra decoder pass, for question-dependent compressors
     prefill_flops: float
     decode_flops: float  # all answer tokens
     train_steps: int
@@ -48,7 +48,7 @@ class ResultRow:
     params_sha256: str
     version: str
     device: str
-    model: ModelSpec  # what was measured, whole; on disk as `specs.to_dict` writes it
+    model: ModelSpec  # on disk as `specs.to_dict` writes it
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(ResultRow))

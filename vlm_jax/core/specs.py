@@ -1,7 +1,6 @@
-"""Choices, as frozen dataclasses: what is decided before anything runs, and can be written down, compared and hashed.
+"""Specs: frozen dataclasses of every choice of a run, serialisable and hashable; no arrays.
 
-`config.resolve` is the only place that makes a `RunSpec` from a `ConfigDict`. A spec holds no machine path and no
-array.
+`config.resolve` alone makes a `RunSpec` from a `ConfigDict`.
 """
 
 import dataclasses
@@ -16,16 +15,15 @@ from typing import Any
 
 from vlm_jax.core.errors import UserError, unknown
 
-# What CLIP's pixels were normalised with, for red, green and blue.
+# CLIP's pixel statistics, RGB.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-# Fields of `EncoderSpec` that say how images are prepared. They come with the weights, and concern none of them.
+# Fields of `EncoderSpec` about image preparation; they come with a checkpoint, but no weight depends on them.
 PREPARATION = ("pixel_mean", "pixel_std", "pixel_rescale", "resize", "interpolation", "shortest_edge")
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A vision transformer. SigLIP by default; the CLIP differences are fields."""
+    """A vision transformer: SigLIP by default, CLIP through its fields."""
 
     name: str
     image_size: int  # H, pixels a side
@@ -40,19 +38,18 @@ class EncoderSpec:
     pre_norm: bool = False  # a norm before the first block (CLIP)
     pooling_head: bool = True  # SigLIP's attention pool
     norm_eps: float = 1e-6
-    taps: tuple[int, ...] = ()  # blocks whose output is kept, counted from 1
-    feature_layer: int = 0  # the tokens are this block's output, without the last norm (LLaVA); 0: behind the norm
-    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue from 0 to 1: what was subtracted ...
-    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # ... and divided by, when the encoder was trained
-    pixel_rescale: float = 1 / 255  # what takes 8-bit levels to 0 ... 1, before mean and std
-    resize: str = "squash"  # or "crop", "pad": how any image becomes H x H (`data.images.fit`)
-    interpolation: str = "bilinear"  # of Pillow's, antialiased
+    taps: tuple[int, ...] = ()  # blocks whose outputs are returned, counted from 1
+    feature_layer: int = 0  # tokens are the output of this block, without the final norm (LLaVA); 0: after that norm
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # RGB, of pixels in [0, 1]
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_rescale: float = 1 / 255  # of uint8 pixels, before mean and std
+    resize: str = "squash"  # or "crop", "pad": how an image becomes H x H (`data.images.fit`)
+    interpolation: str = "bilinear"  # a Pillow filter, antialiased
     shortest_edge: int = 0  # pixels of the shorter edge before a crop; 0: H
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.image_size // self.patch_size
-        return side, side
+        return (self.image_size // self.patch_size,) * 2
 
     @property
     def patches(self) -> int:
@@ -60,19 +57,19 @@ class EncoderSpec:
 
     @property
     def blocks(self) -> int:
-        """Blocks that run: those behind the last one that is looked at are neither held nor computed."""
+        """Number of blocks that run: up to the last one whose output is used."""
         return max(self.feature_layer or self.depth, *self.taps, 0)
 
 
 @dataclass(frozen=True)
 class CompressorSpec:
-    """P patches of width E in, V tokens of width E out. Carries the sizes on both of its sides."""
+    """A compressor: P patches of width E in, V tokens of width E out."""
 
     name: str  # a row of compress.catalog
     tokens: int  # V
     grid: tuple[int, int]  # the patch grid, rows x columns
     encoder_width: int  # E
-    taps: int  # A, tapped layers that arrive with the tokens
+    taps: int  # A, tapped encoder layers that it reads
     text_width: int  # D, width of the question vector
     width: int  # inner width
     heads: int
@@ -85,20 +82,18 @@ RAMPS = ("turns", "channels", "whole channels")
 
 @dataclass(frozen=True)
 class RopeBands:
-    """Which rotary frequencies `rope_factor` slows down: all of them without this; with it those whose wavelength is
-    long against the context of the first training (Llama 3.1, section 3.4.2 of arXiv 2407.21783; YaRN, arXiv
-    2309.00071).
-    """
+    """Restricts `rope_factor` to the rotary frequencies of long wavelength (Llama 3.1, section 3.4.2 of arXiv
+    2407.21783; YaRN, arXiv 2309.00071)."""
 
-    low: float  # wavelengths above original_context / low are stretched by the whole factor
-    high: float  # those below original_context / high are left; between the two the stretch goes over smoothly
-    original_context: int  # positions
-    ramp: str = RAMPS[0]  # what it goes over with: turns in that context (Llama 3.1), or channels (YaRN)
+    low: float  # wavelengths above original_context / low are scaled by the whole factor
+    high: float  # those below original_context / high are unchanged; between the two the scaling is interpolated
+    original_context: int  # positions of pre-training
+    ramp: str = RAMPS[0]  # interpolation variable: turns in that context (Llama 3.1), or channels (YaRN)
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only language model. One module; the families differ in these fields."""
+    """A decoder-only language model; families differ in these fields."""
 
     name: str
     width: int  # D
@@ -120,58 +115,58 @@ class DecoderSpec:
     attention_softcap: float | None = None  # Gemma 2
     logit_softcap: float | None = None  # Gemma 2
     rope_theta: float = 10_000.0
-    rope_factor: float = 1.0  # stretch of the positions of the global layers (Gemma 3, Llama 3.1)
-    rope_bands: RopeBands | None = None  # the frequencies that it concerns (Llama 3.1); None: all
+    rope_factor: float = 1.0  # position scaling of the global layers (Gemma 3, Llama 3.1)
+    rope_bands: RopeBands | None = None  # the frequencies that are scaled (Llama 3.1); None: all
     window: int | None = None  # keys that a local layer sees; None: every layer is global
     window_pattern: int = 0  # with a window, every n-th layer is global; 0: none is (Mistral)
     local_rope_theta: float | None = None  # base of the local layers (Gemma 3)
-    context: int = 0  # positions that it was trained for; 0: not known
+    context: int = 0  # maximum positions; 0: unknown
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Encoder -> compressor -> projector -> decoder."""
 
-    encoder: EncoderSpec | None  # None: text alone; then there is no compressor and no projector
+    encoder: EncoderSpec | None  # None: text only, and then no compressor and no projector
     compressor: CompressorSpec | None
     projector: str | None  # "linear", or "mlp" (LLaVA's two layers with GELU)
-    decoder: DecoderSpec | None  # None: an image tower alone, to be exported
-    mask: str  # "causal", or "prefix": image and question see each other both ways
+    decoder: DecoderSpec | None  # None: an image tower alone, for export
+    mask: str  # "causal", or "prefix": bidirectional attention over image and question
 
 
 @dataclass(frozen=True)
 class ComputeSpec:
-    """How the same mathematics is executed."""
+    """How a model is executed; results agree up to rounding."""
 
     dtype: str  # of activations: float32 or bfloat16; parameters and optimiser state are float32
     remat: str  # "none", "dots" or "block"
     attention: str  # "xla", "cudnn" or "splash"
     microbatches: int  # gradient accumulation: equal parts of a batch
     strategy: str  # a table of partitioning.TABLES, or "auto": by the kind of device
-    mesh: tuple[int, int, int]  # (data, fsdp, tensor); one -1 takes the devices that are left
+    mesh: tuple[int, int, int]  # (data, fsdp, tensor); -1 on one axis takes the remaining devices
     slices: int = 1  # TPU slices joined by the data-centre network; the mesh is that of one slice
     moments: str = "float32"  # of Adam's first moment: float32 or bfloat16
-    scan_layers: bool = True  # one scan over the decoder's stacked layers; False: unrolled, as a cache needs them
+    scan_layers: bool = True  # scan over the decoder's stacked layers; False: unrolled, required with a cache
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A data set of this project and how it is read."""
+    """A built-in data set and its batching."""
 
     dataset: str  # "glyph_ocr"
     config: str  # a builder config
     train_split: str
     test_split: str
     batch_examples: int
-    questions_per_example: int  # questions about one image in a row of training
-    text_tokens: int  # T, static: text of a packed row, which holds V more for each question; longer is an error
+    questions_per_example: int  # questions about one image in a training row
+    text_tokens: int  # T: text tokens of a packed row, which has V more for each question; longer text is an error
     frozen_features: bool  # read stored encoder features instead of pixels
-    tokenizer: str = ""  # folder of the language model's tokenizer; "": the project's own words
+    tokenizer: str = ""  # folder of the language model's tokenizer; "": the built-in word tokenizer
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage of training: which parts move, for how long, how fast."""
+    """One training stage: trainable parts, steps and learning rate."""
 
     name: str
     total_steps: int
@@ -205,14 +200,14 @@ class EvaluationSpec:
 class BadStepSpec:
     """What happens when a step's loss or gradient is not finite, or its loss is a spike."""
 
-    policy: str = "stop"  # or "skip_update": the step leaves parameters and optimiser as they were
-    spike_factor: float = 0.0  # a loss above this many times its running mean is bad too; 0: no loss is
-    skip_limit: int = 10  # skipped updates of a stage, beyond which the run stops
+    policy: str = "stop"  # or "skip_update": parameters and optimiser state stay unchanged
+    spike_factor: float = 0.0  # a loss above this multiple of its running mean is a bad step; 0: off
+    skip_limit: int = 10  # the run stops beyond this many skipped updates in a stage
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides a result. Two runs with the same `spec_hash` are the same experiment."""
+    """All settings of a run. Runs with equal `spec_hash` are the same experiment."""
 
     model: ModelSpec
     encoder_checkpoint: str  # big_vision's .npz, or a Hugging Face folder; "" starts from random weights
@@ -225,23 +220,21 @@ class RunSpec:
     log_every_steps: int
     save_every_steps: int  # 0: only at the end
     keep_checkpoints: int
-    keep_every_steps: int = 0  # checkpoints of these steps are kept for good; 0: none
+    keep_every_steps: int = 0  # checkpoints at multiples of this are never deleted; 0: none
     bad_step: BadStepSpec = BadStepSpec()
-    decoder_checkpoint: str = ""  # likewise
+    decoder_checkpoint: str = ""  # a Hugging Face folder; "" starts from random weights
     evaluate_every_steps: int = 0  # during training, on a fixed subset; 0: only at the end
 
 
-# How often a run logs or saves does not change what it computes, so it is not part of the experiment's identity.
+# Fields without influence on results, left out of `spec_hash`.
 NOT_IDENTITY = (
     "log_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps", "evaluate_every_steps",
     "evaluation.subset_examples",
 )  # fmt: skip
-# A run that goes on elsewhere may also be laid out anew.
+# Fields that may differ when a run resumes.
 MAY_CHANGE = (*NOT_IDENTITY, "compute.mesh", "compute.strategy")
-
-
-# Fields that came after rows had been committed, with the value that says what was done before: at that value they are
-# no part of the identity, so that a new field leaves the names of old experiments as they are.
+# Fields added after rows were committed, with the former behaviour as value: at that value they are left out of
+# `spec_hash`, so that old hashes stay valid.
 _ADDED = {
     "model.encoder.feature_layer": 0,
     "model.encoder.pixel_mean": [0.5, 0.5, 0.5],
@@ -251,7 +244,7 @@ _ADDED = {
     "model.encoder.interpolation": "bilinear",
     "model.encoder.shortest_edge": 0,
     "model.decoder.context": 0,
-    "model.decoder.rope_bands.ramp": "turns",  # ahead of the group that it is part of
+    "model.decoder.rope_bands.ramp": "turns",  # before its group
     "model.decoder.rope_bands": None,
     "bad_step": dataclasses.asdict(BadStepSpec()),
     "data.tokenizer": "",
@@ -270,9 +263,8 @@ def to_dict(spec: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Any, where: str) -> Any:
-    """The inverse of `to_dict`, strict both ways: every field without a default is there, none is unknown, each has its
-    type. `where` stands before the names of fields in messages, as "config field " or "rows.jsonl:3: model.". Raises
-    `UserError`."""
+    """The inverse of `to_dict`. Raises `UserError` for a missing, unknown or mistyped field; messages name it behind
+    the prefix `where`, such as "config field " or "rows.jsonl:3: model."."""
     if isinstance(values, cls):
         return values
     if not isinstance(values, Mapping):
@@ -307,7 +299,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def spec_hash(spec: RunSpec) -> str:
-    """Twelve hex digits that name the experiment."""
+    """Twelve hex digits that identify the experiment."""
     identity = to_dict(spec)
     for field in dict.fromkeys((*NOT_IDENTITY, *_ADDED)):
         *groups, name = field.split(".")
@@ -318,7 +310,7 @@ def spec_hash(spec: RunSpec) -> str:
 
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored `to_dict(spec)`, with the fields that came after it was written at what they then meant."""
+    """A stored `to_dict(spec)` with the fields added since at their former behaviour."""
     values = json.loads(json.dumps(values))
     for field, before in _ADDED.items():
         *groups, name = field.split(".")

@@ -1,7 +1,4 @@
-"""Data that flows, as NamedTuples (pytrees): what one room hands to the next.
-
-Shapes use the letters of `core.axes`. A field that may be absent is `None`, which JAX treats as an empty subtree.
-"""
+"""Pytrees of arrays that the model, training and inference exchange. Shapes use the letters of `core.axes`."""
 
 from typing import Any, NamedTuple
 
@@ -11,32 +8,31 @@ Params = Any  # nested dicts of arrays
 
 
 class Visual(NamedTuple):
-    """Visual tokens on their way from pixels to the decoder."""
+    """Visual tokens of the encoder or a compressor."""
 
     tokens: Float[Array, "B P E"]
-    taps: Float[Array, "B A P E"] | None = None  # outputs of the layers the encoder's spec names
-    mask: Bool[Array, "B P"] | None = None  # True where a token is real; None means all are
+    taps: Float[Array, "B A P E"] | None = None  # outputs of the tapped layers
+    mask: Bool[Array, "B P"] | None = None  # True where a token is valid; None: all
 
 
 class Views(NamedTuple):
-    """The images of a batch of rows, M views each. A view is an image as one question sees it: compressors that do not
-    read the question have one for each image, the others one for each (image, question). In a row with fewer than M the
-    others hold anything: no placeholder names their tokens.
+    """The images of a batch of rows, M views each; unused views hold arbitrary values.
 
-    Exactly one of `pixels` and `features` is given: pixels for a live encoder, stored features for a frozen one.
+    A view is one image, or with a question-dependent compressor one (image, question) pair. Exactly one of `pixels` and
+    `features` (of a frozen encoder) is given.
     """
 
-    pixels: Any = None  # uint8[B, M, H, H, 3], or float: normalised as the encoder was trained
+    pixels: Any = None  # uint8[B, M, H, H, 3], or normalised float
     features: Visual | None = None  # leading axes [B, M]
-    question: Int[Array, "B M Q"] | None = None  # bare text behind the tokenizer's begin token; -1 is padding
+    question: Int[Array, "B M Q"] | None = None  # begin token and bare text; -1 is padding
 
 
 class Inputs(NamedTuple):
-    """The one row layout: training, evaluation, `forward`, `generate` and the ahead-of-time compiler read it.
+    """A batch of rows: the input of the model in training, evaluation and inference.
 
-    A row holds one or several conversations (segments 1, 2, ...) which do not see each other, then padding (segment 0).
-    Where a visual token stands there is a placeholder, whose id means nothing, and `visual` says which of the row's
-    M V visual tokens it is (view * V + v). Two questions about one image of two tokens:
+    A row holds one or several conversations (segments 1, 2, ...) that do not attend to each other, then padding
+    (segment 0). A visual token has a placeholder in `tokens`; `visual` is its index among the row's M V visual tokens
+    (view * V + v). Two questions about one image of two tokens:
 
         tokens    bos user  I  I  read row two  4  7 end | bos user  I  I  who is it  Ada end | pad
         segment     1    1  1  1    1   1   1   1  1   1 |   2    2  2  2   2  2  2    2   2  |   0
@@ -44,33 +40,29 @@ class Inputs(NamedTuple):
         visual     -1   -1  0  1   -1  -1  -1  -1 -1  -1 |  -1   -1  0  1  -1 -1 -1   -1  -1  |  -1
         weight      0    0  0  0    0   0   1   1  1   0 |   0    0  0  0   0  0  1    1   0  |   0
 
-    Causal conversations about one image may share its tokens instead, in a segment in front that all of them see
-    (`ops.masks.SHARED`): the same numbers, and a shorter row. Padding may stand on either side of a row that holds one
-    conversation.
+    Causal conversations about one image may share its tokens in a first segment that all attend to
+    (`ops.masks.SHARED`). A row with one conversation may have padding on either side.
     """
 
     tokens: Int[Array, "B L"]
     segment: Int[Array, "B L"]
-    position: Int[Array, "B L"]  # counts from 0 in each segment, behind what it shares
-    order: Int[Array, "B L"]  # a token sees those of no higher order: the position where causal, 0 in a two-way prefix
+    position: Int[Array, "B L"]  # counts from 0 in each segment, after its shared tokens
+    order: Int[Array, "B L"]  # tokens attend to lower or equal order: the position where causal, 0 in a prefix
     visual: Int[Array, "B L"]  # -1 for text
-    views: Views | None = None  # None: text alone
-    weight: Float[Array, "B L"] | None = None  # training: 1 where the next token is learned
+    views: Views | None = None  # None: text only
+    weight: Float[Array, "B L"] | None = None  # loss mask of the next token
 
 
 class AttentionMetadata(NamedTuple):
-    """Where each token of a row stands; `ops.masks` turns two of these into an attention mask."""
+    """Per-token inputs of rotary angles and attention masks (`ops.masks`)."""
 
-    segment: Int[Array, "B L"]  # tokens see those of their own segment and of -1; 0 is padding, seen by none
+    segment: Int[Array, "B L"]  # tokens attend to their own segment and to -1; 0 is padding
     position: Int[Array, "B L"]  # for rotary angles and sliding windows
-    order: Int[Array, "B L"]  # a token sees those of no higher order
+    order: Int[Array, "B L"]  # tokens attend to lower or equal order
 
 
 class Cache(NamedTuple):
-    """Keys and values of S positions, one array for each layer; the decoder's layers are unrolled where it is used.
-
-    What is not yet written has segment 0, so no query sees it.
-    """
+    """Keys and values of S positions, one array a layer. Unwritten positions have segment 0, so they are masked."""
 
     key: tuple[Float[Array, "B S K C"], ...]
     value: tuple[Float[Array, "B S K C"], ...]
@@ -79,9 +71,7 @@ class Cache(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums over target tokens; ratios are formed outside jit so that padding, microbatches and hosts cannot bias
-    them.
-    """
+    """Sums over target tokens. Ratios are formed outside jit: padding, microbatches and hosts cannot bias them."""
 
     nll: Float[Array, ""]
     hits: Float[Array, ""]
@@ -89,7 +79,7 @@ class LossSums(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. `opt_state` covers only the parts that the current stage trains."""
+    """What a step updates; `opt_state` covers the parts that the current stage trains."""
 
     step: Int[Array, ""]
     params: Any

@@ -1,4 +1,4 @@
-"""Small functions on parameter trees (nested dicts of arrays)."""
+"""Parameter trees (nested dicts of arrays): flatten, count, hash."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -33,9 +33,7 @@ def count(tree: Any) -> int:
 
 
 def sha256(tree: Any, fetch: Callable[[Any], np.ndarray] = np.asarray) -> str:
-    """A fingerprint of names, shapes, dtypes and bytes, independent of how the arrays are sharded. `fetch` brings one
-    leaf at a time to the host.
-    """
+    """SHA-256 of names, shapes, dtypes and bytes, independent of sharding. `fetch` copies a leaf to the host."""
     digest = hashlib.sha256()
     for name, leaf in flatten(tree).items():
         array = fetch(leaf)

@@ -1,1 +1,1 @@
-"""Several devices as one: where arrays live, and several processes as one run."""
+"""Sharding over devices, and runs of several processes."""

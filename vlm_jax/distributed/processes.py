@@ -1,8 +1,8 @@
 """Multi-process runs: start, barrier, broadcast, preemption.
 
-Every process runs the same program; process 0, the primary, alone writes files outside checkpoints. Where one is lost,
-the others exit within a minute with code `LOST`, and the same command in all of them resumes. The workdir must be
-shared by all processes; the cache may be shared (on a file system with locks) or local to each host.
+All processes run the same program; only process 0, the primary, writes files outside checkpoints. When one is lost, the
+others exit within a minute with code `LOST`, and the same command in all of them resumes. The workdir is shared by all
+processes; the cache may be shared (on a file system with locks) or local to a host.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from jax.experimental import multihost_utils
 
 from vlm_jax.core.errors import LOST, STOPPED, RunStopped, UserError
 
-_HEARTBEAT_SECS = 30  # a process that was silent for this long is lost
+_HEARTBEAT_SECS = 30  # a process silent for this long is lost
 _INIT_SECS = 120
 _SHUTDOWN_SECS = 20
-_GRACE_SECS = 20  # from SIGTERM until a step has ended; of the usual half minute, the rest is for saving
-# What the collectives, the coordinator and Orbax's barriers say when a process is gone.
+_GRACE_SECS = 20  # from SIGTERM to the end of a step; the rest of the usual 30 s is for saving
+# Error messages of collectives, the coordinator and Orbax's barriers after a process was lost.
 _LOST = re.compile(
     r"gloo|nccl|connection|coordination|barrier|heartbeat|socket|peer|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.I
 )
@@ -38,22 +38,16 @@ _KEPT: list[Any] = []  # the SIGABRT handler, which must outlive its installatio
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """`--processes`, `--process` and `--coordinator`."""
-    group = parser.add_argument_group(
-        "several processes", "start the same command in every process; the workdir must be shared by all of them"
-    )
-    group.add_argument(
-        "--processes", default="1", help="how many; auto: as a TPU pod, Slurm, Open MPI or JAX's variables say"
-    )
-    group.add_argument("--process", type=int, help="number of this one, from 0")
+    group = parser.add_argument_group("multi-process runs", "start the same command in every process, on one workdir")
+    group.add_argument("--processes", default="1", help="number, or auto: from a TPU pod, Slurm, Open MPI or JAX's env")
+    group.add_argument("--process", type=int, help="index of this process, from 0")
     group.add_argument("--coordinator", help="HOST:PORT of process 0, the port any free one")
 
 
 @contextlib.contextmanager
 def init_distributed(args: argparse.Namespace) -> Iterator[None]:
-    """`jax.distributed`, as the flags say, for the length of a command.
-
-    Raises `UserError` where the flags do not fit together or the other processes do not connect. Where there are
-    others, an error that leaves the block exits this process at once: they would wait for it, and it for them.
+    """Initialises `jax.distributed` from the flags of `add_flags`. Raises `UserError` for inconsistent flags, or if the
+    other processes do not connect. With several processes, an error in the block exits this one without waiting.
     """
     _initialize(args)
     try:
@@ -78,31 +72,26 @@ def _initialize(args: argparse.Namespace) -> None:
         )
     if not automatic and int(args.processes) == 1:
         return
-    named = {} if automatic else dict(num_processes=int(args.processes), process_id=args.process)
+    numbers = {} if automatic else dict(num_processes=int(args.processes), process_id=args.process)
     try:
         jax.distributed.initialize(
-            args.coordinator,
-            initialization_timeout=_INIT_SECS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECS,
-            **named,
-        )
+            args.coordinator, initialization_timeout=_INIT_SECS, heartbeat_timeout_seconds=_HEARTBEAT_SECS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECS, **numbers,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--processes {args.processes}: cannot connect to the others ({_line(error)})") from error
     _exit_cleanly_on_abort()
 
 
 def _is_address(text: str) -> bool:
-    """HOST:PORT. JAX's coordinator crashes on a port that is no number."""
+    """Whether `text` is HOST:PORT; JAX's coordinator crashes on an invalid port."""
     host, _, port = text.rpartition(":")
     return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
 
 
 def _exit_cleanly_on_abort() -> None:
-    """JAX aborts a process that has lost the coordinator, from a C++ thread and past every `except`.
-
-    A handler that is a C function runs in that thread, so it can still print what to do and choose the exit code.
-    """
+    """Installs a SIGABRT handler: JAX aborts a process that lost the coordinator from a C++ thread, where only a C
+    function can still print a message and choose the exit code."""
     what = f"process {jax.process_index()} was aborted, as when another one is lost"
     message = f"error: {_RESUME.format(what)}\n".encode()
 
@@ -142,34 +131,34 @@ def is_primary() -> bool:
 
 
 def check_initialized() -> None:
-    """Raises `UserError` where devices belong to several processes that are not connected: a pod without the flag."""
+    """Raises `UserError` on a pod whose processes were started without `--processes`."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(f"the devices belong to {jax.process_count()} processes: add --processes auto to the command")
 
 
 def broadcast_from_primary(value: int) -> int:
-    """Process 0's value, in every process."""
+    """The value of process 0, in every process."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def fetch(leaf: Any) -> np.ndarray:
-    """The whole array on this host, wherever its shards are. Every process must call it."""
+    """A global array as a numpy array on every host. All processes must call it."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has called it."""
+    """Returns once all processes have called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def watch_sigterm() -> Callable[[int], bool]:
-    """`stop(step)`: True after the same step in all processes, once one of them has received SIGTERM.
+    """`stop(step)` -> True at the same step in all processes, once one of them has received SIGTERM.
 
-    A single process also exits without saving if no step ends in time, as while it compiles. Python runs signal
-    handlers in the main thread, which is then busy, so a thread of its own watches.
+    A single process exits without saving if no step ends in time (compilation). A thread watches for it, because Python
+    runs signal handlers in the busy main thread.
     """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point

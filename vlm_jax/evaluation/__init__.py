@@ -1,1 +1,1 @@
-"""Floor 6: what a trained model is worth, as typed rows."""
+"""Floor 6: evaluation of trained models, and result rows."""

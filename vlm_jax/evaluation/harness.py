@@ -1,4 +1,4 @@
-"""Every question of a task through the model; sums on the device, one ratio at the end."""
+"""Evaluation of a model on all questions of a task: sums on the device, ratios on the host."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from vlm_jax.ops.cross_entropy import token_scores
 
 
 class Result(NamedTuple):
-    """Errors of one task as (value, standard error) pairs, and the counts behind them."""
+    """Errors of one task as (value, standard error), and counts."""
 
     error: tuple[float, float]
     exact: tuple[float, float]
@@ -24,26 +24,25 @@ class Result(NamedTuple):
     images: int
     questions: int
     question_tokens: float  # mean
-    answer_tokens: float  # mean, the end token left out
+    answer_tokens: float  # mean, without eos
 
 
-def make_evaluate(model: Vlm, max_new_tokens: int, end: int) -> Callable[[Any, Questions], scoring.Score]:
-    """`(params, batch) -> Score` per row, with the decoder unrolled: one prefill, from which the answer is decoded
-    greedily, and the true answer is scored.
+def make_evaluate(model: Vlm, max_new_tokens: int, eos_id: int) -> Callable[[Any, Questions], scoring.Score]:
+    """`(params, batch) -> Score` per row: one prefill, then greedy decoding and teacher-forced scoring of the answer.
+    The decoder is unrolled.
     """
 
     def evaluate(params: Any, batch: Questions) -> scoring.Score:
         answer = jnp.maximum(batch.answer, 0)
         prefilled = sampling.prefill(model, params, batch.inputs, max(max_new_tokens, answer.shape[1]))
-        generated, _ = sampling.sample(
-            model, params, prefilled, sampling.greedy, (end,), max_new_tokens, max_new_tokens
-        )
-        more = sampling.continuation(answer[:, :-1], prefilled.cache, batch.answer[:, :-1] >= 0)
-        hidden, _ = model.forward(params, more, prefilled.cache)
+        length = max_new_tokens
+        generated, _ = sampling.sample(model, params, prefilled, sampling.greedy, (eos_id,), length, length)
+        forced = sampling.continuation(answer[:, :-1], prefilled.cache, batch.answer[:, :-1] >= 0)
+        hidden, _ = model.forward(params, forced, prefilled.cache)
         hidden = jnp.concatenate([prefilled.hidden, hidden], axis=1)
         head = model.head(params)
         nll, hits = token_scores(hidden, head.table, head.softcap, answer)
-        return scoring.score(nll, hits, generated, batch.answer, end)
+        return scoring.score(nll, hits, generated, batch.answer, eos_id)
 
     return evaluate
 
@@ -56,9 +55,8 @@ def run(
     on_batch: Callable[[int], None] = lambda rows: None,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Result:
-    """`batches` are on the host; `on_batch` is called with the number of rows handed to the device.
-
-    Of several processes each puts rows of its own, and `fetch` brings those of all of them back in one order.
+    """Evaluates host `batches`; `on_batch` is called with the number of rows after each dispatch. `put` shards a
+    process's rows, `fetch` gathers the rows of all processes.
     """
     scores, counts = [], []
     for batch in batches:
@@ -68,7 +66,7 @@ def run(
         on_batch(len(batch.example))
     columns = jax.tree.map(fetch, list(zip(scores, counts, strict=True)))
     rows = scoring.Score(*(np.concatenate(parts) for parts in zip(*(score for score, _ in columns), strict=True)))
-    example, question_tokens = (np.concatenate(parts) for parts in zip(*(own for _, own in columns), strict=True))
+    example, question_tokens = (np.concatenate(parts) for parts in zip(*(count for _, count in columns), strict=True))
     valid = example >= 0
     return Result(
         error=scoring.ratio(rows.wrong, rows.tokens, example),

@@ -1,7 +1,6 @@
-"""Result rows on disk: one JSON object a line, append-only, safe for several writers on one file system.
+"""Result rows on disk: append-only JSON lines, safe for several writers on one file system.
 
-A row is written by a single append under a lock (`PATH.lock`) and is on disk before `append` returns. Reading is
-strict: a line that is not a whole row is an error that names its number and the fix; nothing is dropped in silence.
+A row is one write under a lock (`PATH.lock`), synced before `append` returns. An invalid line is an error on reading.
 """
 
 import contextlib
@@ -25,11 +24,8 @@ _TYPES = {field.name: field.type for field in dataclasses.fields(ResultRow)}
 
 
 def append(path: str | Path, row: ResultRow) -> None:
-    """Adds the row at the end. A half-written last line (a crash) gets its own line first, so that it cannot swallow
-    this one.
-
-    Raises `UserError` if a number of the row is not finite (not JSON, and no use to a law), or if the disk does not
-    take the row.
+    """Appends the row, on a new line after a truncated one (a crash). Raises `UserError` if a number is not finite, or
+    if the file cannot be written.
     """
     line = to_line(row, path).encode()
     try:
@@ -38,11 +34,11 @@ def append(path: str | Path, row: ResultRow) -> None:
         with _lock(path):
             _append(path, line)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
 
 
 def to_line(row: ResultRow, path: str | Path) -> str:
-    """The row as a line of the file `path`. Raises `UserError` where a number of it is not finite."""
+    """The row as a line of the file `path`. Raises `UserError` for a number that is not finite."""
     values = dataclasses.asdict(row)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -51,24 +47,24 @@ def to_line(row: ResultRow, path: str | Path) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises `UserError` where `append` would not get a row onto the disk. Leaves no trace."""
+    """Raises `UserError` if `append` could not write to `path`."""
     path = Path(path)
     try:
         if path.exists():
             os.close(os.open(path, os.O_RDWR | os.O_APPEND))
         else:
-            there = next(folder for folder in path.absolute().parents if folder.exists())
-            tempfile.TemporaryFile(dir=there).close()
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _refused(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot write rows here ({error.strerror or error}): make room or name another file")
+def _write_error(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot write rows here ({error.strerror or error}): free space or name another file")
 
 
 def _lock(path: str | Path) -> FileLock:
-    """Taken before the file is opened and given back after it is closed: only then does NFS show what others wrote."""
+    """Held from before the file is opened until after it is closed: NFS guarantees consistency only then."""
     return FileLock(f"{path}.lock", poll_interval=0.01)
 
 
@@ -87,23 +83,20 @@ def _append(path: str | Path, line: bytes) -> None:
 
 
 def read(path: str | Path) -> list[ResultRow]:
-    """All rows in the order written. Raises `UserError` naming file, line and fix for a missing file or a line that
-    is no row."""
+    """All rows in order. Raises `UserError` for a missing file or an invalid line."""
     return [parse(values, f"{path}:{number}") for number, values in read_lines(path)]
 
 
 def done(path: str | Path) -> set[str]:
-    """The `spec_hash` of every row in the file; empty where there is no file yet."""
+    """The `spec_hash` of all rows in the file; empty if it does not exist."""
     return {row.spec_hash for row in read(path)} if Path(path).exists() else set()
 
 
 def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank; waits for a writer that is in the middle of a line."""
+    """(line number, object) of all lines that are not blank, read under the lock if this user can take it."""
     lock = Path(f"{path}.lock")
-    # Rows that nobody appends to have no lock; those of another user are read without theirs.
-    waits = lock.exists() and os.access(lock, os.W_OK)
     try:
-        with _lock(path) if waits else contextlib.nullcontext():
+        with _lock(path) if lock.exists() and os.access(lock, os.W_OK) else contextlib.nullcontext():
             text = Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as rows: {error}") from error
@@ -126,24 +119,24 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def parse(values: Mapping[str, Any], where: str) -> ResultRow:
-    """One object as a typed row. Raises `UserError` for missing, unknown or mistyped fields."""
+    """The row of a JSON object. Raises `UserError` for missing, unknown or mistyped fields."""
     if missing := [name for name in FIELDS if name not in values]:
         raise UserError(f"{where}: missing field(s) {', '.join(missing)}; evaluate the cell again with this version")
-    if stray := sorted(set(values) - set(FIELDS)):
-        raise UserError(f"{where}: unknown field(s) {', '.join(stray)}; read with the version that wrote them")
+    if extra := sorted(set(values) - set(FIELDS)):
+        raise UserError(f"{where}: unknown field(s) {', '.join(extra)}; read with the version that wrote them")
     return ResultRow(**{name: _typed(values[name], name, where) for name in FIELDS})
 
 
 def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec:
-    wanted = _TYPES[name]
-    if wanted is ModelSpec:
+    expected = _TYPES[name]
+    if expected is ModelSpec:
         return specs.from_dict(ModelSpec, value, f"{where}: {name}.")
-    if wanted is str and isinstance(value, str):
+    if expected is str and isinstance(value, str):
         return value
-    if wanted is not str and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        if wanted is float:
+    if expected is not str and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if expected is float:
             return float(value)
         if value == int(value):
             return int(value)
-    kind = "text" if wanted is str else f"a finite {wanted.__name__}"
+    kind = "text" if expected is str else f"a finite {expected.__name__}"
     raise UserError(f"{where}: {name}: expected {kind}, got {value!r}")

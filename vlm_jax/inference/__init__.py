@@ -1,1 +1,1 @@
-"""Answering: prefill, decode_step and sample; public models and runs, loaded; `forward` and `generate`."""
+"""Inference: loading of models, prefill, decode_step and sample; `forward` and `generate`."""

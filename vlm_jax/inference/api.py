@@ -1,10 +1,9 @@
-"""What a loaded model does: logits of given tokens, and answers to prompts.
+"""Logits and generation with a loaded model.
 
     logits = forward(model, images, tokens)                       # the reference's input_ids -> float32[B, T, W]
     texts = generate(model, images, ["What is this?"], max_new_tokens=64)
 
-Inputs are checked before anything runs (`prompts`). Two programs are compiled for each model, batch size and length
-bucket: prefill, and the loop of decode steps.
+Prefill and the decoding loop are compiled once for each model, batch size and length bucket.
 """
 
 import numbers
@@ -20,10 +19,10 @@ from vlm_jax.core.structs import Inputs
 from vlm_jax.data import chat
 from vlm_jax.inference import programs
 from vlm_jax.inference import prompts as host
-from vlm_jax.inference.loading import Model, checked_seed, whole
+from vlm_jax.inference.loading import Model, as_int, check_seed
 from vlm_jax.models.vlm import Vlm
 
-_LONGEST = 2**20  # tokens of a row, where a model's context is not known
+_MAX_CONTEXT = 2**20  # where a model's context is unknown
 
 
 def forward(
@@ -34,28 +33,25 @@ def forward(
     answer: Any | None = None,
     questions: Sequence[str] | None = None,
 ) -> Float[Array, "B T W"]:
-    """Logits of every position, float32; those of padding mean nothing.
+    """float32 logits of all positions; those of padding are undefined.
 
     Args:
-        images: uint8[B, h, w, 3], or float[B, H, H, 3]: the reference's `pixel_values` with channels last; with M
-            images a row [B, M, ...]; or a list with an entry a row (`prompts.images_by_row`). None for text alone.
-        tokens: int[B, T], the reference's `input_ids`: V placeholders where each of a row's images stands.
-        mask: [B, T], 0 on padding; None takes leading and trailing runs of the pad id for padding, unless that id also
-            ends answers: then every token is real.
-        answer: [B, T], 1 on the tokens behind a two-way prefix (PaliGemma's suffix); None: all belong to the prefix.
-        questions: a text a row, for compressors that read the question; None: all text of the row.
+        images: uint8[B, h, w, 3], or the reference's `pixel_values` with channels last, float[B, H, H, 3]; [B, M, ...]
+            for M images a row; or a list with an entry for each row (`prompts.images_by_row`). None: text only.
+        tokens: int[B, T], the reference's `input_ids`, with V placeholders for each image.
+        mask: [B, T], 0 on padding; None: leading and trailing runs of the pad id are padding, unless it is an eos id.
+        answer: [B, T], 1 on tokens after a bidirectional prefix (PaliGemma's suffix); None: all are prefix.
+        questions: a text for each row, for question-dependent compressors; None: all text of the row.
 
-    Raises `UserError` for a row whose placeholders do not fit its images, or that is longer than the model's context,
-    before anything runs.
+    Raises `UserError` for placeholders that do not match the images, or rows longer than the model's context.
     """
     tokens = host.array_of("tokens", tokens)
-    ids = None if questions is None else [_tokenizer(model).encode(one) for one in questions]
+    ids = None if questions is None else [_tokenizer(model).encode(question) for question in questions]
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, answer, ids)
     (rows, length), config = inputs.tokens.shape, (model.spec, model.compute, model.plan)
     inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
     hidden = programs.hidden_program(*config)(model.params, inputs)
-    # Of the tokens alone: those of padding would be large in vain.
     return programs.logits_program(*config)(model.params, hidden[:, :length])[:rows]
 
 
@@ -70,60 +66,54 @@ def generate_tokens(
     mask: Any | None = None,
     questions: Sequence[Sequence[int]] | None = None,
 ) -> Int[np.ndarray, "B new"]:
-    """Continuations of rows of tokens, as `forward` takes them. An end token ends its row and fills what follows.
+    """Continuations of rows of tokens (see `forward`); after eos a row is filled with eos.
 
     Args:
-        max_new_tokens: None is the model's `answer_tokens`, or what its context leaves of them.
-        temperature: 0 is greedy; above, tokens are drawn with keys that follow from `seed` and the row's number ...
-        top_p: ... of the likeliest words that together reach this probability.
-        questions: ids of what each row asks, for compressors that read the question; None: all text of the row.
+        max_new_tokens: None: the model's `answer_tokens`, within its context.
+        temperature: 0 is greedy; above, tokens are sampled with a key of `seed` and the row's index.
+        top_p: nucleus sampling: sample from the most likely tokens that together reach this probability.
+        questions: token ids of each row's question, for question-dependent compressors; None: all text of the row.
     """
-    seed, temperature, top_p = checked_seed(seed), *_checked_sampling(temperature, top_p)
+    seed, temperature, top_p = check_seed(seed), *_check_sampling(temperature, top_p)
     tokens = host.array_of("tokens", tokens)
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, None, questions)
     max_new_tokens = _new_tokens(model, inputs, max_new_tokens)
-    rows, room = inputs.tokens.shape[0], host.bucket(max_new_tokens)
+    rows, max_new = inputs.tokens.shape[0], host.bucket(max_new_tokens)
     config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
     inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
+    settings = (np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p)
     try:
-        prefilled = programs.prefill_program(*config, room)(model.params, inputs)
-        sample = programs.sample_program(*config, model.eos_ids, room, kind)
-        out, hidden = sample(
-            model.params, prefilled, np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p
-        )
-        out, hidden = jax.device_get((out, hidden.hidden))
+        prefilled = programs.prefill_program(*config, max_new)(model.params, inputs)
+        sample = programs.sample_program(*config, model.eos_ids, max_new, kind)
+        out, prefilled = sample(model.params, prefilled, *settings)
+        out, hidden = jax.device_get((out, prefilled.hidden))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"{rows} rows and {max_new_tokens} new tokens do not fit into memory: ask for fewer") from error
     if not np.isfinite(hidden).all():
-        raise UserError(
-            f"the hidden states are not finite: weights are damaged, or {model.compute.dtype} is too narrow here"
-        )
+        raise UserError(f"hidden states are not finite: weights are damaged, or out of range for {model.compute.dtype}")
     return out[:rows, :max_new_tokens]
 
 
-def _checked_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:
+def _check_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:
     if not isinstance(temperature, numbers.Real) or not temperature >= 0:
         raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature!r}")
     if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
-        raise UserError(f"top_p: expected a probability above 0, 1 for all words, got {top_p!r}")
-    return np.float32(temperature), np.float32(top_p)  # a temperature that float32 takes for 0 is greedy
+        raise UserError(f"top_p: expected a probability above 0, 1 for all tokens, got {top_p!r}")
+    return np.float32(temperature), np.float32(top_p)  # a temperature that rounds to 0 is greedy
 
 
-def _new_tokens(model: Model, inputs: Inputs, asked: int | None) -> int:
-    """How many there may be. Raises `UserError` for more than fit behind the longest prompt."""
+def _new_tokens(model: Model, inputs: Inputs, count: int | None) -> int:
+    """`max_new_tokens`. Raises `UserError` for more than the context allows after the longest prompt."""
     longest = int((inputs.segment != 0).sum(axis=1).max())
-    most = (model.spec.decoder.context or _LONGEST) - longest
-    count = whole("max_new_tokens", min(model.answer_tokens, max(most, 1)) if asked is None else asked)
-    if not 1 <= count <= most:
-        raise UserError(
-            f"max_new_tokens: expected 1 to {most}, what this model's context leaves behind a prompt of {longest} "
-            f"tokens, got {count}"
-            if most > 0
-            else f"a prompt of {longest} tokens fills this model's context: shorten it"
-        )
+    limit = (model.spec.decoder.context or _MAX_CONTEXT) - longest
+    if limit < 1:
+        raise UserError(f"a prompt of {longest} tokens fills this model's context: shorten it")
+    count = as_int("max_new_tokens", min(model.answer_tokens, limit) if count is None else count)
+    if not 1 <= count <= limit:
+        raise UserError(f"max_new_tokens: expected 1 to {limit} after a prompt of {longest} tokens, got {count}")
     return count
 
 
@@ -136,27 +126,26 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Answers to prompts.
+    """Generated texts of prompts.
 
     Args:
         images: an entry for each prompt: an image (a path, a PIL image, a uint8 array of any size, or float[H, H, 3] as
-            `forward` takes it), a list of images, or None; None for text alone.
-        prompts: a list of texts, which the model's chat template frames if it has one, or of lists of messages. A text
-            that names its images itself ("USER: <image>\\nWhat is this? ASSISTANT:") is taken as it is.
+            in `forward`), a list of images, or None; None: text only.
+        prompts: a list of texts, formatted with the model's chat template if it has one, or of lists of messages. A
+            text with image placeholders ("USER: <image>\\nWhat is this? ASSISTANT:") is used as it is.
 
     Raises `UserError` for prompts that are longer than the model's context, or do not match the images.
     """
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise UserError(
-            "prompts: expected a list of texts, got " + ("one text" if isinstance(prompts, str) else "none")
-        )
+        actual = "one text" if isinstance(prompts, str) else type(prompts).__name__
+        raise UserError(f"prompts: expected a list of texts, got {actual}")
     by_row = host.images_by_row(model, images, len(prompts))
     if not prompts:
         return []
-    counts = [0] * len(prompts) if by_row is None else [len(some) for some in by_row]
+    counts = [0] * len(prompts) if by_row is None else [len(images) for images in by_row]
     rows = [
-        chat.prompt_ids(model.layout, tokenizer, prompt, model.image_token, model.visual_tokens, count)
+        chat.prompt_ids(model.chat_format, tokenizer, prompt, model.image_token, model.visual_tokens, count)
         for prompt, count in zip(prompts, counts, strict=True)
     ]
     if not all(rows):
@@ -166,31 +155,27 @@ def generate(
         questions = [question_ids(model, prompt) for prompt in prompts]
     tokens, mask = host.padded(rows)
     out = generate_tokens(model, by_row, tokens, max_new_tokens, temperature, top_p, seed, mask, questions)
-    return [tokenizer.decode(_until_end(row, model.eos_ids)) for row in out.tolist()]
+    lengths = [next((i for i, token in enumerate(row) if token in model.eos_ids), len(row)) for row in out.tolist()]
+    return [tokenizer.decode(row[:length]) for row, length in zip(out.tolist(), lengths, strict=True)]
 
 
 def question_ids(model: Model, prompt: Any) -> list[int]:
-    """What a compressor that reads the question is given of a prompt: its bare text behind the tokenizer's begin token,
-    without a template (`chat.bare_question`). Raises `UserError` for a prompt without text.
+    """Token ids of a prompt's question for the compressor: begin token and bare text without a template. Raises
+    `UserError` for a prompt without text.
     """
-    ids = _tokenizer(model).encode(chat.bare_question(model.layout, prompt))
+    ids = _tokenizer(model).encode(chat.bare_question(model.chat_format, prompt))
     if not ids:
         raise UserError("the prompt is empty")
     return ids
 
 
 def question_vector(model: Model, prompt: Any) -> Float[Array, "1 D"]:
-    """The vector of a prompt's question, for compressors that read it."""
+    """The question vector of a prompt, for question-dependent compressors."""
     ids = np.array([question_ids(model, prompt)], np.int32)
-    vlm = Vlm(model.spec, model.compute)
-    return model.plan.jit(vlm.question_vector)(model.params, ids)
+    return model.plan.jit(Vlm(model.spec, model.compute).question_vector)(model.params, ids)
 
 
 def _tokenizer(model: Model) -> Any:
-    if model.tokenizer is None or model.layout is None:
+    if model.tokenizer is None or model.chat_format is None:
         raise UserError("this model came without a tokenizer: load it with tokenizer=PATH, or use generate_tokens")
     return model.tokenizer
-
-
-def _until_end(row: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in eos_ids), len(row))]

@@ -1,4 +1,4 @@
-"""The programs that answer, compiled once for each model, plan and size; the ahead-of-time compiler lowers the same."""
+"""Jitted inference programs, cached by model, plan and size; the ahead-of-time compiler lowers the same ones."""
 
 import functools
 from collections.abc import Callable
@@ -26,18 +26,18 @@ def logits_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan) -> Callabl
 
 
 @functools.lru_cache(maxsize=32)
-def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, room: int) -> Callable[..., Any]:
-    """`(params, inputs) -> Prefilled`, with `room` tokens more in the cache."""
+def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, max_new: int) -> Callable[..., Any]:
+    """`(params, inputs) -> Prefilled`, with a cache for `max_new` new tokens."""
     vlm = Vlm(spec, compute)
-    return plan.jit(lambda params, inputs: sampling.prefill(vlm, params, inputs, room))
+    return plan.jit(lambda params, inputs: sampling.prefill(vlm, params, inputs, max_new))
 
 
 @functools.lru_cache(maxsize=32)
 def sample_program(
-    spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], room: int, kind: str
+    spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], max_new: int, kind: str
 ) -> Callable[..., Any]:
-    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, room], prefilled)`; the prompts' memory is
-    donated. `kind` is "greedy" or "sampled".
+    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, max_new], prefilled)`; donates `prefilled`.
+    `kind` is "greedy" or "sampled".
     """
     vlm = Vlm(spec, compute)
 
@@ -45,7 +45,7 @@ def sample_program(
         params: Any, prefilled: sampling.Prefilled, limit: Array, key: Array, temperature: Array, top_p: Array
     ) -> tuple[Array, Any]:
         pick = sampling.greedy if kind == "greedy" else sampling.sampler(key, temperature, top_p)
-        out, cache = sampling.sample(vlm, params, prefilled, pick, eos_ids, limit, room)
+        out, cache = sampling.sample(vlm, params, prefilled, pick, eos_ids, limit, max_new)
         return out, prefilled._replace(cache=cache)
 
     return plan.jit(sample, donate_argnums=1)

@@ -1,4 +1,4 @@
-"""What `forward` and `generate` are given: checked on the host, and laid out as `Inputs`."""
+"""Inputs of `forward` and `generate`: checked on the host and converted to `Inputs`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,15 @@ from vlm_jax.inference.loading import Model
 
 
 def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]] | None:
-    """The images of each row, prepared: uint8 or float [H, H, 3] each; None for text alone.
+    """The prepared images of each row, uint8 or float [H, H, 3]; None for text only.
 
-    `images` is an array of one image a row [B, H, W, 3] or of M images a row [B, M, H, W, 3], or a list with an entry a
-    row: an image, several in a list, or None. An image is a path, a PIL image or a uint8 array of any size, or a float
-    array [H, H, 3] that is normalised as the encoder was trained.
+    `images` is an array [B, H, W, 3] or [B, M, H, W, 3], or a list with an entry for each row: an image, a list of
+    images, or None. An image is a path, a PIL image, a uint8 array of any size, or a normalised float array [H, H, 3].
     """
     if images is None:
         return None
     if model.spec.encoder is None:
-        raise UserError("this model reads text alone: leave the images out")
+        raise UserError("images: expected None for a text-only model (leave the images out)")
     if isinstance(images, str | Path) or not hasattr(images, "__len__"):
         raise UserError("images: expected a list with one entry for each row, got one image")
     if len(images) != rows:
@@ -37,17 +36,17 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         if images.ndim not in (4, 5):
             raise UserError(f"images: expected [B, H, W, 3] or [B, M, H, W, 3], got shape {list(images.shape)}")
         images = list(images if images.ndim == 5 else images[:, None])
-    return [[_prepared(model, one, f"images[{row}]") for one in _several(entry)] for row, entry in enumerate(images)]
+    return [[_prepare(model, image, f"images[{row}]") for image in _as_list(entry)] for row, entry in enumerate(images)]
 
 
-def _several(entry: Any) -> list[Any]:
+def _as_list(entry: Any) -> list[Any]:
     if entry is None:
         return []
     is_array = isinstance(entry, np.ndarray | jax.Array)
     return list(entry) if isinstance(entry, list | tuple) or (is_array and entry.ndim == 4) else [entry]
 
 
-def _prepared(model: Model, image: Any, name: str) -> np.ndarray:
+def _prepare(model: Model, image: Any, name: str) -> np.ndarray:
     side = model.spec.encoder.image_size
     if isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating):
         image = np.asarray(image, np.float32)
@@ -63,7 +62,7 @@ def _prepared(model: Model, image: Any, name: str) -> np.ndarray:
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Rows of different lengths, padded on the right, and where they are real."""
+    """Rows of different lengths padded on the right, and their mask."""
     tokens = np.full((len(rows), max(map(len, rows))), fill, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):
@@ -79,58 +78,51 @@ def inputs_of(
     answer: Any = None,
     questions: Sequence[Sequence[int]] | None = None,
 ) -> Inputs:
-    """Checked rows of one conversation each, on the host.
+    """`Inputs` of one conversation a row, on the host. Raises `UserError` for invalid rows.
 
     Args:
-        tokens, mask, answer: as `api.forward` takes them.
-        questions: ids of what each row asks, for compressors that read the question; None: the row's own text.
+        tokens, mask, answer: as in `api.forward`.
+        questions: token ids of each row's question, for question-dependent compressors; None: all text of the row.
     """
     tokens = array_of("tokens", tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise UserError(f"tokens: expected integers of shape [B, T], got {tokens.dtype}{list(tokens.shape)}")
-    # A pad id that also ends answers may be a real last token.
     pad = None if model.pad in model.eos_ids else model.pad
-    real = _real(tokens, pad) if mask is None else array_of("mask", mask) != 0
-    if real.shape != tokens.shape:
-        raise UserError(f"mask: expected the shape of tokens, {list(tokens.shape)}, got {list(real.shape)}")
-    here = real & (tokens == (-1 if model.image_token is None else model.image_token))
-    wrong = np.flatnonzero((real & ~here & ((tokens < 0) | (tokens >= model.spec.decoder.vocab))).any(axis=1))
-    if wrong.size:
-        raise UserError(f"row {wrong[0]}: expected ids below the vocabulary of {model.spec.decoder.vocab}, got another")
-    if not real.any(axis=1).all():
-        raise UserError(f"row {np.flatnonzero(~real.any(axis=1))[0]}: expected a token, got padding alone")
-    longest, context = int(real.sum(axis=1).max()), model.spec.decoder.context
-    if context and longest > context:
+    valid = _find_valid(tokens, pad) if mask is None else _as_mask("mask", mask, tokens.shape)
+    answers = np.zeros(tokens.shape, bool) if answer is None else _as_mask("answer", answer, tokens.shape)
+    is_image = valid & (tokens == (-1 if model.image_token is None else model.image_token))
+    outside = np.flatnonzero((valid & ~is_image & ((tokens < 0) | (tokens >= model.spec.decoder.vocab))).any(axis=1))
+    if outside.size:
         raise UserError(
-            f"a prompt of {longest} tokens is longer than the {context} of this model's context: shorten it"
+            f"row {outside[0]}: expected ids below the vocabulary of {model.spec.decoder.vocab}, got another"
         )
-    _check_placeholders(model, images, here)
-    answers = np.zeros(tokens.shape, bool)
-    if answer is not None:
-        answers = array_of("answer", answer) != 0
-        if answers.shape != tokens.shape:
-            raise UserError(f"answer: expected the shape of tokens, {list(tokens.shape)}, got {list(answers.shape)}")
-    position = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    if not valid.any(axis=1).all():
+        raise UserError(f"row {np.flatnonzero(~valid.any(axis=1))[0]}: expected a token, got padding alone")
+    longest, context = int(valid.sum(axis=1).max()), model.spec.decoder.context
+    if context and longest > context:
+        raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {context}: shorten it")
+    _check_placeholders(model, images, is_image)
+    position = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
     order = position if model.spec.mask == "causal" else np.where(answers, position, 0)
-    visual = np.where(here, np.cumsum(here, axis=1) - 1, -1)
-    inputs = Inputs(*(part.astype(np.int32) for part in (tokens, real, position, order, visual)))
-    if not here.any():
+    visual = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1)
+    inputs = Inputs(*(part.astype(np.int32) for part in (tokens, valid, position, order, visual)))
+    if not is_image.any():
         return inputs
     if questions is None:
-        questions = [row[keep].tolist() for row, keep in zip(tokens, real & ~here, strict=True)]
+        questions = [row[keep].tolist() for row, keep in zip(tokens, valid & ~is_image, strict=True)]
     return inputs._replace(views=_views(model, images or [], questions))
 
 
 def _views(model: Model, images: list[list[np.ndarray]], questions: Sequence[Sequence[int]]) -> Views:
-    """As many views in every row as the row with the most images has; what is missing is black."""
+    """The images of all rows, padded with zeros to the same number."""
     count, side = max(map(len, images)), model.spec.encoder.image_size
-    kinds = {image.dtype for row in images for image in row}
-    dtype = np.uint8 if kinds == {np.dtype(np.uint8)} else np.float32
+    dtypes = {image.dtype for row in images for image in row}
+    dtype = np.uint8 if dtypes == {np.dtype(np.uint8)} else np.float32
     pixels = np.zeros((len(images), count, side, side, 3), dtype)
-    for row, some in zip(pixels, images, strict=True):
-        for slot, image in zip(row, some, strict=False):
-            is_raw = image.dtype == np.uint8 and dtype != np.uint8
-            slot[...] = pictures.normalise(image, model.spec.encoder) if is_raw else image
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            to_normalise = image.dtype == np.uint8 and dtype != np.uint8
+            pixels[i, j] = pictures.normalise(image, model.spec.encoder) if to_normalise else image
     if not model.reads_question:
         return Views(pixels)
     if not all(questions):
@@ -141,7 +133,7 @@ def _views(model: Model, images: list[list[np.ndarray]], questions: Sequence[Seq
 
 
 def array_of(name: str, value: Any) -> np.ndarray:
-    """An array of numbers. Raises `UserError` for anything else."""
+    """A numeric or boolean array. Raises `UserError` for anything else."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -151,28 +143,35 @@ def array_of(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def _real(tokens: np.ndarray, pad: int | None) -> np.ndarray:
+def _as_mask(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    mask = array_of(name, value) != 0
+    if mask.shape != shape:
+        raise UserError(f"{name}: expected the shape of tokens, {list(shape)}, got {list(mask.shape)}")
+    return mask
+
+
+def _find_valid(tokens: np.ndarray, pad: int | None) -> np.ndarray:
     """False on leading and trailing runs of the pad id."""
     if pad is None:
         return np.ones(tokens.shape, bool)
-    word = tokens != pad
-    ahead, behind = (np.logical_or.accumulate(side, axis=1) for side in (word, word[:, ::-1]))
-    return ahead & behind[:, ::-1]
+    not_pad = tokens != pad
+    after_first, before_last = (np.logical_or.accumulate(x, axis=1) for x in (not_pad, not_pad[:, ::-1]))
+    return after_first & before_last[:, ::-1]
 
 
-def _check_placeholders(model: Model, images: list[list[np.ndarray]] | None, here: Bool[np.ndarray, "B T"]) -> None:
-    counts, visual = here.sum(axis=1), model.visual_tokens
-    expected = [0 if images is None else len(images[row]) * visual for row in range(len(counts))]
-    for row, (count, wanted) in enumerate(zip(counts.tolist(), expected, strict=True)):
-        if count != wanted:
-            many = "no images" if images is None else f"{len(images[row])} images of {visual} visual tokens"
+def _check_placeholders(model: Model, images: list[list[np.ndarray]] | None, is_image: Bool[np.ndarray, "B T"]) -> None:
+    visual = model.visual_tokens
+    for row, count in enumerate(is_image.sum(axis=1).tolist()):
+        expected = 0 if images is None else len(images[row]) * visual
+        if count != expected:
+            given = "no images" if images is None else f"{len(images[row])} images of {visual} visual tokens"
             raise UserError(
-                f"row {row}: expected {wanted} image placeholders (id {model.image_token}) for {many}, got {count}"
+                f"row {row}: expected {expected} image placeholders (id {model.image_token}) for {given}, got {count}"
             )
 
 
 def bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: few programs, and from 16 on less than a third of a row is padding."""
+    """The next of 16, 24, 32, 48, 64, 96, ..., for few compiled programs with little padding."""
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -180,15 +179,15 @@ def bucket(length: int) -> int:
 
 
 def to_bucket(inputs: Inputs, visual_tokens: int) -> Inputs:
-    """Padded on the right until the text is of a bucket's length; visual tokens are as many in every prompt."""
+    """Pads rows on the right until their text, without visual tokens, has the length of a bucket."""
     length = inputs.tokens.shape[1]
-    beside = 0 if inputs.views is None else inputs.views.pixels.shape[1] * visual_tokens
-    more = ((0, 0), (0, max(beside + bucket(max(length - beside, 1)) - length, 0)))
-    arrays = (np.pad(part, more) for part in inputs[:4])
-    return Inputs(*arrays, np.pad(inputs.visual, more, constant_values=-1), inputs.views)
+    visual = 0 if inputs.views is None else inputs.views.pixels.shape[1] * visual_tokens
+    padding = ((0, 0), (0, max(visual + bucket(max(length - visual, 1)) - length, 0)))
+    arrays = (np.pad(part, padding) for part in inputs[:4])
+    return Inputs(*arrays, np.pad(inputs.visual, padding, constant_values=-1), inputs.views)
 
 
 def put(inputs: Inputs, plan: Plan) -> Inputs:
-    """Rows repeated until the batch divides over the mesh, and put there."""
-    more = -inputs.tokens.shape[0] % plan.axis_size(BATCH)
-    return plan.put(jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], more, axis=0)]), inputs))
+    """Global arrays of the rows; the last row is repeated until the batch divides over the mesh."""
+    extra = -inputs.tokens.shape[0] % plan.axis_size(BATCH)
+    return plan.put(jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], extra, axis=0)]), inputs))

@@ -1,11 +1,11 @@
-"""What each visual token reads: how much it changes with each patch of the encoder, for any compressor.
+"""Token maps: how much each visual token depends on each patch, for any compressor.
 
-    which = shown(model)                              # numbers of the tokens that a figure has room for
-    shares = patch_shares(model, pixels, which)       # [token, rows, columns], each token's shares add up to one
-    draw(model, pixels, shares, which, "tokens.png")
+    indices = shown(model)                              # tokens to plot
+    shares = patch_shares(model, pixels, indices)       # [token, rows, columns], each token sums to one
+    draw(model, pixels, shares, indices, "tokens.png")
 
-The share of patch p in token v is |d token_v / d patch_p|, the Frobenius norm of the compressor's Jacobian block at
-this image, over the sum of all patches. A patch is what the encoder says of it, tapped layers included.
+The share of patch p in token v is |d token_v / d patch_p|, the Frobenius norm of the compressor's Jacobian block,
+divided by its sum over patches. A patch is its encoder output, including tapped layers.
 """
 
 import math
@@ -25,15 +25,12 @@ from vlm_jax.core.structs import Visual
 from vlm_jax.inference.loading import Model
 from vlm_jax.models.vlm import Vlm
 
-PROBES = 16  # random orthonormal directions of a token; of a narrower token all, and then the norm is exact
+PROBES = 16  # random orthonormal directions; exact for tokens up to this width
 SHOWN = 6  # panels along a side of a figure
 
 
 def shown(model: Model) -> Int[np.ndarray, " shown"]:
-    """Tokens for a figure: all, or so many that are evenly spread; of a square of tokens, rows and columns of it.
-
-    Raises `UserError` for a model without visual tokens.
-    """
+    """Indices of all tokens, or of at most SHOWN^2 evenly spaced ones. Raises `UserError` without visual tokens."""
     count = model.visual_tokens
     if not count:
         raise UserError("this model has no visual tokens to show")
@@ -49,18 +46,16 @@ def shown(model: Model) -> Int[np.ndarray, " shown"]:
 def patch_shares(
     model: Model,
     pixels: UInt8[np.ndarray, "1 H H 3"] | Float[np.ndarray | Array, "1 H H 3"],
-    which: Int[np.ndarray, " shown"],
+    indices: Int[np.ndarray, " shown"],
     vector: Float[Array, "1 D"] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "shown rows columns"]:
-    """One image's shares in the tokens `which`. `vector` is the question's (`answering.question_vector`), for a
-    compressor that reads it. `on_token` is called after each with (tokens done, tokens in all).
+    """Shares of the patches of one image in the tokens `indices`; `on_token` is called with (done, total).
 
-    |J|^2 = E |r J|^2 over random unit directions r, times the width (Hutchinson); each r J is one vector-Jacobian
-    product. Raises `UserError` for a compressor that reads the question, and is given none.
+    |J|^2 = width E |r J|^2 over random unit directions r (Hutchinson); each r J is one vector-Jacobian product.
+    `vector` is the question's (`api.question_vector`); raises `UserError` if the compressor needs it and it is None.
     """
     spec = model.spec.compressor
-    assert spec is not None
     method = catalog.row(spec.name)
     if method.query_dependent and vector is None:
         raise UserError(f"compressor {spec.name!r} reads the question: give the prompt (--prompt) whose tokens to show")
@@ -80,12 +75,12 @@ def patch_shares(
         norm = jnp.sqrt(squares)
         return norm / jnp.maximum(norm.sum(), jnp.finfo(norm.dtype).tiny)
 
-    given = model.plan.jit(encode)(model.params, jnp.asarray(pixels))
+    encoded = model.plan.jit(encode)(model.params, jnp.asarray(pixels))
     program, out = model.plan.jit(of_token), []
-    for number in which.tolist():
-        out.append(np.asarray(program(*given, np.int32(number))))
+    for number in indices.tolist():
+        out.append(np.asarray(program(*encoded, np.int32(number))))
         if on_token is not None:
-            on_token(len(out), len(which))
+            on_token(len(out), len(indices))
     return np.stack(out).reshape(-1, *spec.grid)
 
 
@@ -93,36 +88,32 @@ def draw(
     model: Model,
     pixels: UInt8[np.ndarray, "1 H H 3"],
     shares: Float[np.ndarray, "shown r c"],
-    which: Int[np.ndarray, " shown"],
+    indices: Int[np.ndarray, " shown"],
     out: Path,
 ) -> None:
-    """A panel for each token of `which`, its shares over the image, as a picture file."""
+    """Writes a figure with a panel for each token of `indices`: its shares over the image."""
     import matplotlib.pyplot as plt
 
     encoder, spec = model.spec.encoder, model.spec.compressor
-    assert encoder is not None
-    assert spec is not None
     grey = pixels[0].mean(axis=-1) / 255
-    columns = math.ceil(len(which) ** 0.5)
-    rows = math.ceil(len(which) / columns)
-    # Of one or two panels, large ones: the words below want their width.
-    inches = max(1.5, 4.5 / columns)
+    columns = math.ceil(len(indices) ** 0.5)
+    rows = math.ceil(len(indices) / columns)
+    inches = max(1.5, 4.5 / columns)  # wide enough for the caption
     figure, panels = plt.subplots(
         rows, columns, figsize=(inches * columns, (inches + 0.12) * rows + 0.75), squeeze=False, layout="constrained"
     )
-    side = encoder.patch_size * np.array(spec.grid)  # what the patches cover; the rest of the border is not looked at
+    side = encoder.patch_size * np.array(spec.grid)  # pixels that patches cover
     extent = (0, side[1], side[0], 0)
     for panel in panels.flat:
         panel.set_axis_off()
-    for panel, token, share in zip(panels.flat, which, shares, strict=False):
+    for panel, token, share in zip(panels.flat, indices, shares, strict=False):
         panel.imshow(grey[: side[0], : side[1]], cmap="gray", vmin=-0.3, vmax=1.3, extent=extent)
-        # What is not read stays a picture.
+        alpha = 0.65 * share / max(share.max(), np.finfo(share.dtype).tiny)
         panel.imshow(
-            share, cmap="autumn_r", alpha=0.65 * share / max(share.max(), np.finfo(share.dtype).tiny), vmin=0,
-            vmax=share.max(), extent=extent, interpolation="nearest",
-        )  # fmt: skip
+            share, cmap="autumn_r", alpha=alpha, vmin=0, vmax=share.max(), extent=extent, interpolation="nearest"
+        )
         panel.set_title(f"token {token + 1}", fontsize=8, pad=2)
-    some = "" if len(which) == spec.tokens else f"{len(which)} of "
+    some = "" if len(indices) == spec.tokens else f"{len(indices)} of "
     many = "visual token reads" if spec.tokens == 1 else "visual tokens read"
     figure.supxlabel(
         f"What {some}{spec.tokens} {many} ({spec.name}):\nthe redder a patch, the more it changes the token\n"

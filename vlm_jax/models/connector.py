@@ -1,4 +1,4 @@
-"""Between the encoder and the decoder: a compressor from the catalog, then a projector to the decoder's width."""
+"""The connector: a compressor of the catalog, then a projector to the decoder's width."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _IN, _OUT = (VISION, VISION_MLP), (MLP, EMBED)  # of the projector's kernels
 
 
 def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
-    """Boxed weights of both halves. Raises `UserError` for an unknown projector, or V that the grid cannot give."""
+    """Boxed weights of compressor and projector. Raises `UserError` for an unknown projector or unsupported V."""
     catalog.check(spec.compressor)
     if spec.projector not in PROJECTORS:
         raise unknown("projector", spec.projector, PROJECTORS)
@@ -35,7 +35,7 @@ def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
 
 
 def compress(weights: Any, visual: Visual, text_vector: Float[Array, "B D"] | None, spec: ModelSpec) -> Visual:
-    """P patches -> V tokens of the decoder's width, and which of them are alive (mask None: all)."""
+    """P patches -> V tokens of the decoder's width, with their mask (None: all valid)."""
     out = catalog.row(spec.compressor.name).apply(weights["compressor"], visual, text_vector, spec.compressor)
     x, projector = out.tokens, weights["projector"]
     x = x @ gather_for_compute(projector["kernel"], _IN, x.dtype) + projector["bias"].astype(x.dtype)

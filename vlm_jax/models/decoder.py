@@ -1,13 +1,11 @@
-"""The decoder-only language model: one module whose spec expresses the differences between families.
+"""The decoder-only language model; families differ in `DecoderSpec`.
 
-Embedding -> blocks (RMSNorm, rotary, grouped heads, gated MLP) -> final norm -> vocabulary. The caller puts visual
-tokens among the embeddings and says where each token stands (`AttentionMetadata`); with a `Cache` the same code is
-prefill and decode_step.
+Embedding -> blocks (RMSNorm, rotary, grouped-query attention, gated MLP) -> final norm -> logits. The caller merges
+image embeddings and passes `AttentionMetadata`; with a `Cache` the same code is prefill and decode_step.
 
-`ComputeSpec.scan_layers` chooses between two layouts of the same layers, with the same numbers. Training scans over
-stacked parameters ("blocks"): a program of one layer, whatever the depth. Answering unrolls them ("blocks_0", ...): a
-scan reads each layer through a slice which XLA copies, and a decode step does little else than read every weight once.
-Unrolled, nothing is copied, the cache is updated in place, and a layer's kind is known when it is traced.
+`ComputeSpec.scan_layers` chooses the parameter layout. Training scans over stacked layers ("blocks"), for a small
+program. Inference unrolls them ("blocks_0", ...): in a scan XLA copies each layer's weights, which dominates a decode
+step, and the cache is not updated in place.
 """
 
 from typing import Any, NamedTuple
@@ -30,22 +28,22 @@ _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
 
 
 class Head(NamedTuple):
-    """What turns states into logits: a row for every word, and the cap of the logits."""
+    """The output embedding table and the softcap of the logits."""
 
     table: Float[Array, "W D"]
     softcap: float | None
 
 
 class AttentionInputs(NamedTuple):
-    """What the layers of one kind (global or local) share."""
+    """Inputs that all global or all local layers share."""
 
-    angles: Float[Array, "B L half"]  # rotary, of the queries and of the new keys
+    angles: Float[Array, "B L half"]  # rotary, of queries and new keys
     mask: Any  # bool[B, 1, L, S], or `splash.Causal`
-    cache_index: Int[Array, ""]  # where in the cache the new keys and values go
+    cache_index: Int[Array, ""]  # cache position of the new keys and values
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; reads and extends one layer's (keys, values) when it has them."""
+    """Grouped-query attention with rotary positions and an optional cache (keys, values) of the layer."""
 
     spec: DecoderSpec
     implementation: str
@@ -83,9 +81,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Where a model has local layers and they are scanned, `inputs` holds those of the global and those of
-    the local layers, and the layer's flag picks; else those of this layer alone.
-    """
+    """One layer. `inputs` are those of this layer, or (global, local) to choose from by `is_local` inside a scan."""
 
     spec: DecoderSpec
     implementation: str
@@ -97,10 +93,10 @@ class Block(nn.Module):
         def norm(name: str, y: Array) -> Array:
             return RMSNorm(self.spec.norm_eps, self.spec.norm_plus_one, name=name)(y)
 
-        one = inputs[0]
+        own = inputs[0]
         if len(inputs) == 2:
-            one = jax.tree.map(lambda whole, near: jnp.where(is_local, near, whole), *inputs)
-        y, cache = Attention(self.spec, self.implementation, name="attention")(norm("attention_norm", x), one, cache)
+            own = jax.tree.map(lambda of_global, of_local: jnp.where(is_local, of_local, of_global), *inputs)
+        y, cache = Attention(self.spec, self.implementation, name="attention")(norm("attention_norm", x), own, cache)
         x = x + (norm("attention_post_norm", y) if self.spec.sandwich_norm else y)
         y = Mlp(self.spec, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("mlp_post_norm", y) if self.spec.sandwich_norm else y)
@@ -108,7 +104,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`DecoderSpec` as a module: `embed`, `hidden`, `logits`."""
+    """The decoder: `embed`, `hidden` and `logits`."""
 
     spec: DecoderSpec
     compute: ComputeSpec
@@ -134,18 +130,15 @@ class Decoder(nn.Module):
             self.head = Linear(((spec.width, axes.EMBED),), ((spec.vocab, axes.VOCAB),))
 
     def __call__(self, tokens: Int[Array, "B L"], metadata: AttentionMetadata) -> Float[Array, "B L W"]:
-        """Text alone -> logits. Reads every parameter: what `init` traces."""
+        """Text tokens -> logits; what `init` traces."""
         return self.logits(self.hidden(self.embed(tokens), metadata)[0])
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings, scaled where the family scales them. An id outside the table (a placeholder, whose vector
-        is replaced) reads row 0.
-        """
+        """Token embeddings, scaled where the family scales them. Ids outside the vocabulary (image placeholders) read
+        row 0."""
         tokens = jnp.where((tokens >= 0) & (tokens < self.spec.vocab), tokens, 0)
-        # Where the table is cut along D, every device looks up its columns of all tokens, and the tokens' vectors are
-        # then exchanged: they are few beside the table.
-        split = axis_size(axes.EMBED) > 1
-        columns = (axes.LOOKUP, axes.LENGTH, axes.EMBED) if split else _ACT
+        # With a table sharded along D, each device looks up its columns of all tokens, then activations are resharded.
+        columns = (axes.LOOKUP, axes.LENGTH, axes.EMBED) if axis_size(axes.EMBED) > 1 else _ACT
         x = jnp.take(self.embedding, constrain(tokens, columns[:2]), axis=0)
         x = constrain(constrain(x, columns).astype(self.compute.dtype), columns)
         x = constrain(x, _ACT)
@@ -154,10 +147,8 @@ class Decoder(nn.Module):
     def hidden(
         self, x: Float[Array, "B L D"], metadata: AttentionMetadata, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """All blocks and the final norm. With a cache, the L tokens are written behind those it holds, and see them.
-
-        Raises `ValueError` for a cache where layers are scanned.
-        """
+        """Hidden states after all blocks and the final norm. With a cache, the L tokens are appended to it and attend
+        to it. Raises `ValueError` for a cache with scanned layers."""
         if cache is not None and self.compute.scan_layers:
             raise ValueError(
                 "Decoder.hidden: expected no cache with scan_layers=True, got one (set compute.scan_layers=False, and "
@@ -169,17 +160,17 @@ class Decoder(nn.Module):
             keys, index = update_cache(cache.metadata, metadata, cache.length), cache.length
         inputs = attention_inputs(self.spec, metadata, keys, index)
         if self.compute.attention == "splash" and cache is None and (self.spec.window or x.shape[1]) >= x.shape[1]:
-            # `config.resolve` lets splash through only where order is the order of the row.
-            inputs = tuple(one._replace(mask=splash.Causal(metadata.segment)) for one in inputs)
+            # `config.resolve` allows splash for causal models only.
+            inputs = tuple(part._replace(mask=splash.Causal(metadata.segment)) for part in inputs)
         is_local = local_layers(self.spec)
         if self.compute.scan_layers:
             return self.norm(self.blocks(x, inputs, jnp.array(is_local))[0]), None
-        # Computed once: XLA would compute each mask again in every layer.
+        # Without the barrier XLA recomputes the masks in every layer.
         inputs, layers = jax.lax.optimization_barrier(inputs), []
         for i, block in enumerate(self.blocks):
-            held = None if cache is None else (cache.key[i], cache.value[i])
-            x, held = block(x, (inputs[-1 if is_local[i] else 0],), None, held)
-            layers.append(held)
+            cached = None if cache is None else (cache.key[i], cache.value[i])
+            x, cached = block(x, (inputs[-1 if is_local[i] else 0],), None, cached)
+            layers.append(cached)
         if cache is not None:
             key, value = zip(*layers, strict=True)
             cache = Cache(key, value, keys, index + x.shape[1])
@@ -198,7 +189,7 @@ class Decoder(nn.Module):
 
 
 def head(params: Params, spec: DecoderSpec) -> Head:
-    """The vocabulary's table of a decoder's parameters."""
+    """The output embedding of a decoder's parameters."""
     table = params["embedding"] if spec.tied_head else params["head"]["kernel"].T
     return Head(table, spec.logit_softcap)
 
@@ -206,25 +197,23 @@ def head(params: Params, spec: DecoderSpec) -> Head:
 def attention_inputs(
     spec: DecoderSpec, queries: AttentionMetadata, keys: AttentionMetadata, index: Int[Array, ""]
 ) -> tuple[AttentionInputs, ...]:
-    """Those of the global layers and, with a window, behind them those of the local layers."""
-    whole = rotary.angles(queries.position, spec.head_dim, spec.rope_theta, spec.rope_factor, spec.rope_bands)
-    inputs = (AttentionInputs(whole, masks.attention_mask(queries, keys), index),)
+    """The inputs of the global layers and, for models with a window, of the local layers."""
+    angles = rotary.angles(queries.position, spec.head_dim, spec.rope_theta, spec.rope_factor, spec.rope_bands)
+    inputs = (AttentionInputs(angles, masks.attention_mask(queries, keys), index),)
     if spec.window is not None:
-        near = rotary.angles(queries.position, spec.head_dim, spec.local_rope_theta) if spec.local_rope_theta else whole
-        inputs += (AttentionInputs(near, masks.attention_mask(queries, keys, spec.window), index),)
+        if spec.local_rope_theta:
+            angles = rotary.angles(queries.position, spec.head_dim, spec.local_rope_theta)
+        inputs += (AttentionInputs(angles, masks.attention_mask(queries, keys, spec.window), index),)
     return inputs
 
 
 def local_layers(spec: DecoderSpec) -> tuple[bool, ...]:
-    """Which layers are local, where any is."""
+    """Which layers are local, for a model with a window."""
     return tuple(not spec.window_pattern or layer % spec.window_pattern != 0 for layer in range(1, spec.depth + 1))
 
 
 def unstack_layers(params: Params, depth: int) -> Params:
-    """A decoder's parameters in either layout -> those with scan_layers=False.
-
-    Each stacked array is freed once it is unstacked, where the caller holds it no longer.
-    """
+    """Decoder parameters in the layout of scan_layers=False. Frees each stacked array that the caller does not hold."""
     if "blocks" not in params:
         return params
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
@@ -240,7 +229,7 @@ def unstack_layers(params: Params, depth: int) -> Params:
 
 
 def stack_layers(params: Params) -> Params:
-    """A decoder's parameters in either layout -> those with scan_layers=True."""
+    """Decoder parameters in the layout of scan_layers=True."""
     if "blocks" in params:
         return params
     names = [f"blocks_{i}" for i in range(sum(name.startswith("blocks_") for name in params))]

@@ -1,4 +1,4 @@
-"""Layers shared by the encoder and the decoder. Every parameter carries logical axis names; float32 at rest."""
+"""Layers of the encoder and the decoder. Parameters are float32 with logical axis names."""
 
 from collections.abc import Callable
 
@@ -24,16 +24,12 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 
 
 def remat(block: type[nn.Module], policy: str, in_scan: bool = True) -> type[nn.Module]:
-    """The block, rematerialised in the backward pass as the named policy says. Outside a scan XLA must be kept from
-    merging what is computed again with what was computed before (CSE).
-    """
+    """The block under a rematerialisation policy of `REMAT`. Outside a scan, CSE would undo it and is prevented."""
     return block if policy == "none" else nn.remat(block, policy=REMAT[policy], prevent_cse=not in_scan)
 
 
 class Linear(nn.Module):
-    """Contracts the last `len(inputs)` axes of x with a kernel of axes inputs + outputs, each a (size, logical
-    name).
-    """
+    """Contracts the last `len(inputs)` axes of x with a kernel of axes inputs + outputs, as (size, name) pairs."""
 
     inputs: tuple[tuple[int, str], ...]
     outputs: tuple[tuple[int, str], ...]

@@ -1,9 +1,7 @@
 """The vision transformer: SigLIP (arXiv 2303.15343), and CLIP through the fields of `EncoderSpec`.
 
 Normalised pixels -> patches -> learned positions -> pre-norm blocks (scanned) -> final norm. Returns the final tokens,
-or with `feature_layer` those of an inner block, and the outputs of the tapped blocks. The attention-pool head is a
-method of its own: compressors that rank tokens want it, most do not. `models.importers` maps every parameter here to
-the names of public checkpoints; `resize_positions` fits a position table to another resolution.
+or with `feature_layer` those of an inner block, and the outputs of the tapped blocks.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_VISION)
 
 
 class VisionAttention(nn.Module):
-    """Multi-head attention with biases, queries from one sequence and keys from another."""
+    """Multi-head attention with biases; queries attend to `tokens`."""
 
     spec: EncoderSpec
     implementation: str
@@ -44,7 +42,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
-    """Two layers with the encoder's activation between them."""
+    """Two-layer MLP."""
 
     spec: EncoderSpec
 
@@ -56,7 +54,7 @@ class VisionMlp(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """A pre-norm block. The carry holds the tokens and the taps; `slot` is where this layer's output goes."""
+    """A pre-norm block. The carry is (tokens, taps); the output is also written to `taps[:, slot]`."""
 
     spec: EncoderSpec
     implementation: str
@@ -72,7 +70,7 @@ class VisionBlock(nn.Module):
 
 
 class Pool(nn.Module):
-    """SigLIP's attention pool: one learned probe reads all tokens, then a residual MLP."""
+    """SigLIP's attention pool: one learned probe attends to all tokens, then a residual MLP."""
 
     spec: EncoderSpec
     implementation: str
@@ -88,7 +86,7 @@ class Pool(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`EncoderSpec` as a module; `encode` gives tokens, `pool` turns them into one vector."""
+    """The encoder: `encode` returns tokens, `pool` one vector."""
 
     spec: EncoderSpec
     compute: ComputeSpec
@@ -117,18 +115,16 @@ class Encoder(nn.Module):
             self.pooling = Pool(spec, self.compute.attention)
 
     def __call__(self, image: Float[Array, "B H H 3"]) -> tuple[Visual, Any]:
-        """All parameters at work: what `init` traces."""
+        """Tokens and pooled vector; what `init` traces."""
         visual = self.encode(image)
         return visual, self.pool(visual) if self.spec.pooling_head else None
 
     def encode(self, image: Float[Array, "B H H 3"]) -> Visual:
-        """Normalised pixels ([-1, 1] for SigLIP) -> `Visual(tokens[B,P,E], taps[B,A,P,E])`; a class token takes part,
-        and is left out of both.
-        """
+        """Normalised pixels -> `Visual(tokens[B,P,E], taps[B,A,P,E])`, without the class token."""
         spec, dtype = self.spec, jnp.dtype(self.compute.dtype)
         (rows, columns), size = spec.grid, spec.patch_size
         batch = image.shape[0]
-        image = image[:, : rows * size, : columns * size]  # a side that patches do not divide loses its border (So400m)
+        image = image[:, : rows * size, : columns * size]  # the remainder is cropped (So400m)
         patches = image.astype(dtype).reshape(batch, rows, size, columns, size, 3)
         x = self.patch(patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * 3))
         if spec.class_token:
@@ -138,7 +134,7 @@ class Encoder(nn.Module):
         if spec.pre_norm:
             x = self.pre_norm(x)
         x = constrain(x, _ACT)
-        # Layers that are not kept write to one spare slot, so memory grows with the taps and not with the depth.
+        # All other layers write to one spare slot, so memory grows with the taps and not with the depth.
         kept = tuple(dict.fromkeys((*spec.taps, *([spec.feature_layer] if spec.feature_layer else []))))
         slots = jnp.array([kept.index(i) if i in kept else len(kept) for i in range(1, spec.blocks + 1)])
         layers = jnp.zeros((batch, len(kept) + 1, *x.shape[1:]), dtype)
@@ -156,19 +152,17 @@ RESIZING = ("bicubic", "bilinear")
 
 
 def at_size(spec: EncoderSpec, image_size: int | None) -> EncoderSpec:
-    """The same encoder for images of another size; None leaves it. Raises `UserError` where that holds no patch."""
+    """The encoder for images of another size (None: unchanged). Raises `UserError` for less than one patch."""
     if image_size is None:
         return spec
     if image_size < spec.patch_size:
-        raise UserError(f"image_size={image_size}: encoder {spec.name} has patches of {spec.patch_size}")
-    edge = round(spec.shortest_edge * image_size / spec.image_size)  # cut as before
+        raise UserError(f"image_size: expected at least {spec.name}'s patch size {spec.patch_size}, got {image_size}")
+    edge = round(spec.shortest_edge * image_size / spec.image_size)
     return dataclasses.replace(spec, image_size=image_size, shortest_edge=edge)
 
 
 def params_at_size(params: Any, spec: EncoderSpec, image_size: int, method: str) -> Any:
-    """Parameters of `spec` for images of another size: the position table is resized as `method` says (see
-    `resize_positions`), everything else stays.
-    """
+    """Parameters of `spec` for another image size: the position table is resized (`resize_positions`)."""
     old, grid = params["position"], at_size(spec, image_size).grid
     if grid == spec.grid:
         return params
@@ -179,13 +173,13 @@ def params_at_size(params: Any, spec: EncoderSpec, image_size: int, method: str)
 def resize_positions(
     table: Float[np.ndarray, "N E"], grid: tuple[int, int], new_grid: tuple[int, int], method: str
 ) -> Float[np.ndarray, "M E"]:
-    """A learned position table on another patch grid; rows before the grid's (a class token's) stay as they are.
+    """A learned position table interpolated to another patch grid; the row of a class token is unchanged.
 
-    method: "bicubic" as `interpolate_pos_encoding` of Hugging Face (cubic convolution with a = -3/4, Keys 1981; pixel
-        centres, borders repeated), or "bilinear" as `resample_posemb` of big_vision (corners fall on corners).
+    method: "bicubic" as Hugging Face's `interpolate_pos_encoding` (cubic convolution with a = -3/4, Keys 1981; pixel
+        centres, borders repeated), or "bilinear" as big_vision's `resample_posemb` (aligned corners).
     """
     if method not in RESIZING:
-        raise unknown("way to resize positions", method, RESIZING)
+        raise unknown("method to resize positions", method, RESIZING)
     if grid == new_grid:
         return table
     before = len(table) - grid[0] * grid[1]
@@ -199,10 +193,10 @@ def _cubic(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
     point = (np.arange(parts) + 0.5) * size / parts - 0.5
     out, a = np.zeros((parts, size)), -0.75
     for tap in range(-1, 3):
-        place = np.floor(point).astype(int) + tap
-        d = np.abs(point - place)
+        index = np.floor(point).astype(int) + tap
+        d = np.abs(point - index)
         near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        np.add.at(out, (np.arange(parts), np.clip(place, 0, size - 1)), np.where(d <= 1, near, far))
+        np.add.at(out, (np.arange(parts), np.clip(index, 0, size - 1)), np.where(d <= 1, near, far))
     return out
 
 

@@ -1,11 +1,8 @@
-"""The whole model as pure functions of (parameters, `Inputs`, spec). Parameters are {"encoder", "connector",
-"decoder"}; the encoder's are absent where its features come from the store.
+"""The vision-language model as pure functions of parameters {"encoder", "connector", "decoder"} and `Inputs`; the
+encoder's are absent with stored features.
 
     views  --encode-->  Visual[B M, P, E]  --compress-->  [B, M V, D]  --merge_image_embeddings-->  [B, L, D]
            --decoder-->  hidden [B, L, D]  --logits-->  [B, L, W]
-
-Training, evaluation, `forward`, `generate` and the ahead-of-time compiler run the same `forward`; where a cache is
-given (`inference.sampling`), the decoder's layers are unrolled.
 """
 
 from typing import NamedTuple
@@ -24,7 +21,7 @@ from vlm_jax.ops import masks, pixels
 
 
 class Vlm(NamedTuple):
-    """A model's two specs, and the functions that they determine."""
+    """A model: its specs and the functions that they determine."""
 
     spec: ModelSpec
     compute: ComputeSpec
@@ -39,12 +36,12 @@ class Vlm(NamedTuple):
 
     @property
     def visual_tokens(self) -> int:
-        """V; 0 for text alone."""
+        """V; 0 for text only."""
         return 0 if self.spec.compressor is None else self.spec.compressor.tokens
 
     @property
     def reads_question(self) -> bool:
-        """Whether visual tokens follow the question, so that each question needs a view of its own."""
+        """Whether visual tokens depend on the question, so that each question needs its own view."""
         return self.spec.compressor is not None and catalog.row(self.spec.compressor.name).query_dependent
 
     def init_encoder(self, key: Array) -> Params:
@@ -62,7 +59,7 @@ class Vlm(NamedTuple):
         }
 
     def encode(self, params: Params, image: Array) -> Visual:
-        """Pixels -> tokens and taps: uint8[B,H,H,3] as `data.images.fit` leaves them, or float[B,H,H,3], normalised."""
+        """Pixels -> tokens and taps: uint8[B,H,H,3] of `data.images.fit`, or normalised float[B,H,H,3]."""
         if image.dtype == jnp.uint8:
             image = pixels.normalise(image, self.spec.encoder)
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
@@ -70,77 +67,73 @@ class Vlm(NamedTuple):
     def forward(
         self, params: Params, inputs: Inputs, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Rows through the model -> the hidden states of all their tokens, behind the final norm. With a cache, the L
-        tokens are written behind those that it holds, and see them.
-        """
+        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it."""
         x = self.decoder.apply({"params": params["decoder"]}, inputs.tokens, method="embed")
         metadata = AttentionMetadata(inputs.segment, inputs.position, inputs.order)
         if inputs.views is not None and self.visual_tokens:
             image = self.embed_views(params, inputs.views)
             x = merge_image_embeddings(image.tokens, x, inputs.visual)
             if image.mask is not None:
-                alive = jnp.take_along_axis(image.mask, jnp.maximum(inputs.visual, 0), axis=1)
-                metadata = drop_dead(metadata, (inputs.visual < 0) | alive)
+                valid = jnp.take_along_axis(image.mask, jnp.maximum(inputs.visual, 0), axis=1)
+                metadata = drop_masked(metadata, (inputs.visual < 0) | valid)
         return self.decoder.apply({"params": params["decoder"]}, x, metadata, cache, method="hidden")
 
     def embed_views(self, params: Params, views: Views) -> Visual:
-        """Encode (unless features are given), compress and project -> tokens[B, M V, D], and the mask of the living."""
-        some = views.features.tokens if views.pixels is None else views.pixels
-        batch, count = some.shape[:2]
+        """Encodes (unless features are given), compresses and projects -> tokens[B, M V, D] and their mask."""
+        has_features = views.pixels is None
+        batch, count = (views.features.tokens if has_features else views.pixels).shape[:2]
 
         def flat(leaf: Array) -> Array:
             leaf = leaf.reshape(batch * count, *leaf.shape[2:])
-            to_cast = views.pixels is None and jnp.issubdtype(leaf.dtype, jnp.floating)
+            to_cast = has_features and jnp.issubdtype(leaf.dtype, jnp.floating)
             return leaf.astype(self.compute.dtype) if to_cast else leaf
 
         vector = self.question_vector(params, flat(views.question)) if self.reads_question else None
-        is_stored = views.pixels is None
-        visual = jax.tree.map(flat, views.features) if is_stored else self.encode(params, flat(views.pixels))
+        visual = jax.tree.map(flat, views.features) if has_features else self.encode(params, flat(views.pixels))
         out = connector.compress(params["connector"], visual, vector, self.spec)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, -1, *leaf.shape[2:]), out)
 
     def question_vector(self, params: Params, question: Int[Array, "N Q"]) -> Float[Array, "N D"]:
-        """Questions alone (padded with -1) through the decoder: the last-layer state of the last token, without
-        gradient (QueCC, arXiv 2411.03312, section 4).
-        """
+        """The decoder's final hidden state of the last token of each question (padded with -1), without gradient
+        (QueCC, arXiv 2411.03312, section 4)."""
         frozen = {"params": jax.lax.stop_gradient(params["decoder"])}
-        real = (question >= 0).astype(jnp.int32)
-        position = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        segment = (question >= 0).astype(jnp.int32)
+        position = jnp.maximum(jnp.cumsum(segment, axis=1) - 1, 0)
         x = self.decoder.apply(frozen, jnp.maximum(question, 0), method="embed")
-        x, _ = self.decoder.apply(frozen, x, AttentionMetadata(real, position, position), None, method="hidden")
-        return jnp.take_along_axis(x, last_token(real)[:, None, None], axis=1)[:, 0]
+        x, _ = self.decoder.apply(frozen, x, AttentionMetadata(segment, position, position), None, method="hidden")
+        return jnp.take_along_axis(x, last_token(segment)[:, None, None], axis=1)[:, 0]
 
     def logits(self, params: Params, hidden: Float[Array, "B L D"]) -> Float[Array, "B L W"]:
-        """States -> float32 logits."""
+        """Hidden states -> float32 logits."""
         return self.decoder.apply({"params": params["decoder"]}, hidden, method="logits")
 
     def head(self, params: Params) -> Head:
-        """The table behind `logits`, for losses that read it in blocks."""
+        """The output embedding, for losses over blocks of the vocabulary."""
         return head(params["decoder"], self.spec.decoder)
 
 
 def merge_image_embeddings(
     image: Float[Array, "B N D"], text: Float[Array, "B L D"], visual: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-    """The text's embeddings, with image token `visual` where that is not -1."""
+    """Text embeddings, with image embedding `visual` where that is not -1."""
     chosen = jnp.take_along_axis(image.astype(text.dtype), jnp.maximum(visual, 0)[..., None], axis=1)
     return jnp.where(visual[..., None] >= 0, chosen, text)
 
 
-def drop_dead(metadata: AttentionMetadata, alive: Bool[Array, "B L"]) -> AttentionMetadata:
-    """Dead tokens become padding, and positions count the living: the row is as if they had never stood in it.
+def drop_masked(metadata: AttentionMetadata, valid: Bool[Array, "B L"]) -> AttentionMetadata:
+    """Metadata where invalid tokens are padding and positions count valid tokens only.
 
-    alive      1 1 0 1 1 | 1 0 1
+    valid      1 1 0 1 1 | 1 0 1
     segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
     position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
     """
     by_position = metadata._replace(order=metadata.position)
-    gone = masks.attention_mask(by_position, by_position)[:, 0] & ~alive[:, None, :]
-    position = metadata.position - jnp.sum(gone, axis=-1, dtype=metadata.position.dtype)
+    dropped = masks.attention_mask(by_position, by_position)[:, 0] & ~valid[:, None, :]
+    position = metadata.position - jnp.sum(dropped, axis=-1, dtype=metadata.position.dtype)
     order = jnp.where(metadata.order == metadata.position, position, metadata.order)
-    return AttentionMetadata(jnp.where(alive, metadata.segment, 0), position, order)
+    return AttentionMetadata(jnp.where(valid, metadata.segment, 0), position, order)
 
 
 def last_token(segment: Int[Array, "B L"]) -> Int[Array, " B"]:
-    """Index of each row's last token that is no padding."""
+    """Index of each row's last token that is not padding."""
     return segment.shape[1] - 1 - jnp.argmax(segment[:, ::-1] != 0, axis=1)

@@ -1,1 +1,1 @@
-"""Floor 1: array functions that own nothing."""
+"""Floor 1: stateless array functions."""

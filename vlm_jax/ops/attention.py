@@ -1,10 +1,9 @@
-"""Scaled dot-product attention: the one place where queries meet keys, for every encoder, compressor and decoder.
+"""Scaled dot-product attention, for every encoder, compressor and decoder.
 
     out[b,t,n] = sum_s p[b,n,t,s] v[b,s,j]
     p[b,n,t]   = softmax_s(cap(scale * q[b,t,n] . k[b,s,j]) + bias[b,n,t,s])          j = n // (N / K)
 
-The softmax is float32 whatever the dtype of the inputs. A query that may see no key reads zeros, and no gradient passes
-through it. What may be seen is the caller's business (`ops.masks`); this file knows no order and no causality.
+The softmax is float32 for all input dtypes. A fully masked query gives zeros, and no gradient passes through it.
 """
 
 import jax
@@ -26,13 +25,12 @@ def attend(
 ) -> Float[Array, "B T N C"]:
     """Attention of T queries to S keys; N query heads share K key heads in groups of N / K.
 
-    mask: True where query t may see key s; None lets every query see every key. `splash.Causal` rows may take the
-        fused kernel.
+    mask: True where query t attends to key s; None: everywhere. `splash.Causal` may use the fused kernel.
     scale: factor of the scores; None is C ** -0.5.
-    softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2). No
-        fused kernel knows it, so it takes our own path and `implementation` does not matter.
-    implementation: "xla", "cudnn" (fused, NVIDIA GPUs, 16-bit inputs) or "splash" (fused, TPUs, for a `Causal` mask;
-        the plain path for every other).
+    softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2); never
+        cuDNN, which does not support it.
+    implementation: "xla", "cudnn" (fused, NVIDIA GPUs, 16-bit inputs) or "splash" (fused, TPUs, `Causal` masks; "xla"
+        for others).
     bias: added to the scaled scores; not together with a softcap.
     """
     if bias is not None and softcap is not None:
@@ -53,8 +51,8 @@ def attend(
         out = _softcapped(q, k, v, mask, scale, softcap)
     if mask is None:
         return out
-    sees_any = jnp.swapaxes(mask.any(-1), 1, 2)[..., None]
-    return jnp.where(sees_any, out, 0)
+    has_key = jnp.swapaxes(mask.any(-1), 1, 2)[..., None]
+    return jnp.where(has_key, out, 0)
 
 
 def _softcapped(
@@ -72,7 +70,7 @@ def _softcapped(
     if mask is not None:
         every_head = jnp.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
         by_group = every_head.reshape(mask.shape[0], *scores.shape[1:])
-        # Finite, so that a row without any key stays a number; `attend` then zeroes it.
+        # Finite, so that a fully masked query is no nan; `attend` zeroes it.
         scores = jnp.where(by_group, scores, jnp.finfo(jnp.float32).min / 2)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(q.shape)

@@ -1,12 +1,11 @@
-"""Cross-entropy over the vocabulary, without ever holding the logits of the whole vocabulary.
+"""Cross-entropy over the vocabulary in blocks, so that [B, L, W] logits are never materialised.
 
-The table passes by in n blocks of words, w = 1 .. n, inside one scan, and where they are several, again in the backward
-pass. With the logits z_w of a block's words,
+One scan over n blocks of the embedding table, rematerialised in the backward pass; with the logits z_w of block w,
 
     log sum_v exp z_v = log sum_w exp(lse_w)      lse_w = logsumexp(z_w)
 
-and the target's logit and the best word are found in the block that has them. Only one block of the vocabulary's kernel
-is gathered at a time, and where words are split over devices the logits stay split.
+The block with the target gives its logit. One block of the table is gathered at a time, and logits stay sharded over
+the vocabulary where it is.
 """
 
 import jax
@@ -16,15 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from vlm_jax.core import axes
 from vlm_jax.ops.logical_axes import axis_size, constrain, gather_for_compute
 
-_LEAST_WORDS = 8192  # of a block: enough work for each product, few enough for its logits to be small
-_ALIGN = 128  # a TPU's tile: XLA scatters gradients of whole tiles, and sums others in full on every chip
+_MIN_BLOCK = 8192  # vocabulary entries
+_ALIGN = 128  # a TPU tile: XLA reduce-scatters gradients of whole tiles, and all-reduces others
 
 
 def token_scores(
     states: Float[Array, "B L D"], table: Float[Array, "W D"], softcap: float | None, targets: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
-    """Negative log-likelihood (nats) of each target, and whether it is the arg-max; of several words with the largest
-    logit the first counts as the arg-max.
+    """Negative log-likelihood (nats) of each target, and whether it is the arg-max (the first of equal logits).
 
     softcap: logits become softcap * tanh(logit / softcap) (Gemma 2).
     """
@@ -34,16 +32,16 @@ def token_scores(
     ids = _in_blocks(jnp.arange(vocab)[:, None], shards, vocab)[..., 0]
     states32 = states.astype(jnp.float32)
 
-    def one(block: Float[Array, "w D"], words: Int[Array, " w"]) -> tuple[Array, ...]:
+    def one(block: Float[Array, "w D"], block_ids: Int[Array, " w"]) -> tuple[Array, ...]:
         z = _product(states32, gather_for_compute(block, (axes.VOCAB, axes.EMBED), states.dtype))
         if softcap is not None:
             z = softcap * jnp.tanh(z / softcap)
-        z = jnp.where(words < vocab, z, -jnp.inf)
+        z = jnp.where(block_ids < vocab, z, -jnp.inf)
         z = constrain(z, (axes.BATCH, axes.LENGTH, axes.ACT_VOCAB))
-        here: Bool[Array, "B L w"] = words == targets[..., None]
+        is_target: Bool[Array, "B L w"] = block_ids == targets[..., None]
         best = jax.lax.stop_gradient(jnp.max(z, axis=-1))
-        first = jnp.min(jnp.where(z == best[..., None], words, vocab), axis=-1)
-        return jax.nn.logsumexp(z, axis=-1), jnp.sum(jnp.where(here, z, 0), axis=-1), best, first
+        first = jnp.min(jnp.where(z == best[..., None], block_ids, vocab), axis=-1)
+        return jax.nn.logsumexp(z, axis=-1), jnp.sum(jnp.where(is_target, z, 0), axis=-1), best, first
 
     each = one if len(blocks) == 1 else jax.checkpoint(one)
     _, (lse, chosen, best, first) = jax.lax.scan(lambda _, block: (None, each(*block)), None, (blocks, ids))
@@ -52,15 +50,15 @@ def token_scores(
     return nll, winner == targets
 
 
-def block_shape(words: int) -> tuple[int, int]:
-    """(blocks, words of each), of which only the last block has words too many."""
-    count = max(words // _LEAST_WORDS, 1)
-    width = words if count == 1 else -(-words // (count * _ALIGN)) * _ALIGN
-    return -(-words // width), width
+def block_shape(vocab: int) -> tuple[int, int]:
+    """(number of blocks, entries of each); the last block may be padded."""
+    count = max(vocab // _MIN_BLOCK, 1)
+    width = vocab if count == 1 else -(-vocab // (count * _ALIGN)) * _ALIGN
+    return -(-vocab // width), width
 
 
 def _in_blocks(rows: Shaped[Array, "W D"], shards: int, fill: int) -> Shaped[Array, "n w D"]:
-    """A block takes its share of the words of every shard; what the last block lacks is filled."""
+    """Every block takes an equal part of each shard; the last one is padded with `fill`."""
     count, width = block_shape(rows.shape[0] // shards)
     by_shard = rows.reshape(shards, -1, rows.shape[1])
     by_shard = jnp.pad(by_shard, ((0, 0), (0, count * width - by_shard.shape[1]), (0, 0)), constant_values=fill)
@@ -69,7 +67,7 @@ def _in_blocks(rows: Shaped[Array, "W D"], shards: int, fill: int) -> Shaped[Arr
 
 @jax.custom_vjp
 def _product(states: Float[Array, "B L D"], block: Float[Array, "w D"]) -> Float[Array, "B L w"]:
-    """Logits in float32 of factors in the dtype of `block`; gradients of states add up in float32 over the blocks."""
+    """float32 logits of factors in the dtype of `block`; gradients of states are float32 too, summed over blocks."""
     return jnp.einsum("bld,wd->blw", states.astype(block.dtype), block, preferred_element_type=jnp.float32)
 
 

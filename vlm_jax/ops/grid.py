@@ -1,13 +1,10 @@
-"""Arithmetic of the patch grid: between a row of P patches and h x w places, and from h x w places to r x c.
+"""Patch grid arithmetic: P = h w patches in row-major order, and reductions of the h x w grid to r x c.
 
-Patches are counted along rows, left to right, then down. Everything about sizes is Python integers and NumPy, computed
-while a program is traced; only `to_grid`, `to_rows`, `split_cells` and `weighted_mean` touch arrays.
-
-    grid 4 x 4, shape 2 x 2:    0  1 |  2  3        cell 0 holds patches 0 1 4 5
-                                4  5 |  6  7        cell 1           2 3 6 7
-                                -----+------        cell 2           8 9 12 13
-                                8  9 | 10 11        cell 3           10 11 14 15
-                               12 13 | 14 15
+grid 4 x 4, shape 2 x 2:    0  1 |  2  3        cell 0 holds patches 0 1 4 5
+                            4  5 |  6  7        cell 1           2 3 6 7
+                            -----+------        cell 2           8 9 12 13
+                            8  9 | 10 11        cell 3           10 11 14 15
+                           12 13 | 14 15
 """
 
 import jax.numpy as jnp
@@ -36,12 +33,12 @@ def split_cells(tokens: Shaped[Array, "B P *rest"], grid: GridShape, shape: Grid
 
 
 def pooling_shapes(grid: GridShape) -> dict[int, GridShape]:
-    """V -> (r, c) for every V that some r <= h, c <= w give; the most nearly square, and the wider of two."""
+    """V -> (r, c) for every V = r c with r <= h, c <= w: the squarest shape, and of two the wider."""
     return _squarest(range(1, grid[0] + 1), range(1, grid[1] + 1))
 
 
 def cell_shapes(grid: GridShape) -> dict[int, GridShape]:
-    """V -> (r, c) for every V whose r divides h and c divides w: equal cells without a remainder. Squarest as above."""
+    """V -> (r, c) for every V = r c where r divides h and c divides w: the squarest shape, and of two the wider."""
     return _squarest(*([n for n in range(1, size + 1) if size % n == 0] for size in grid))
 
 
@@ -53,22 +50,18 @@ def _squarest(rows: range | list[int], columns: range | list[int]) -> dict[int, 
 
 
 def bins(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
-    """Weights of adaptive average pooling on one axis.
-
-    Row i holds ones from floor(i size / parts) up to ceil((i + 1) size / parts), so that neighbouring bins share a
-    place where their border falls inside it.
+    """Weights of adaptive average pooling on one axis: row i is 1 from floor(i size / parts) up to
+    ceil((i + 1) size / parts), so neighbouring bins may share an element.
     """
     start = np.arange(parts) * size // parts
     stop = -(-np.arange(1, parts + 1) * size // parts)
-    place = np.arange(size)[None, :]
-    return ((start[:, None] <= place) & (place < stop[:, None])).astype(np.float32)
+    index = np.arange(size)[None, :]
+    return ((start[:, None] <= index) & (index < stop[:, None])).astype(np.float32)
 
 
 def bilinear(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
-    """Weights of linear down-sampling on one axis, parts <= size.
-
-    Row i reads the point (i + 1/2) size / parts - 1/2 between its two neighbours. Pixel centres, no smoothing
-    beforehand: a strong reduction reads the middle of each cell and skips the rest.
+    """Weights of linear down-sampling on one axis (pixel centres, no antialiasing), parts <= size: row i interpolates
+    at (i + 1/2) size / parts - 1/2.
     """
     point = (np.arange(parts) + 0.5) * size / parts - 0.5
     distance = np.abs(point[:, None] - np.arange(size)[None, :])
@@ -81,10 +74,10 @@ def weighted_mean(
     rows: Float[np.ndarray, "r h"],
     columns: Float[np.ndarray, "c w"],
 ) -> tuple[Float[Array, "B V E"], Bool[Array, "B V"] | None]:
-    """The mean of the real tokens with weights rows[i, y] * columns[j, x], for each (i, j), and where there was any.
+    """The mean of the valid tokens with weights rows[i, y] * columns[j, x] for each (i, j), and its mask.
 
-    mask: True where a token is real; None means all are, and then the second output is None too. Where nothing real
-        has weight the mean is zero and the second output False.
+    mask: True where a token is valid; None: all, and then the second output is None too. An output without any valid
+        token is zero, and its mask False.
     """
     if mask is None:
         total = _sum(tokens, rows, columns)
@@ -98,12 +91,11 @@ def weighted_mean(
 
 def _sum(tokens: Float[Array, "B P E"], rows: Float[np.ndarray, "r h"], columns: Float[np.ndarray, "c w"]) -> Array:
     grid = to_grid(tokens, (rows.shape[1], columns.shape[1]))
-    # One axis at a time; the weights are small multiples of powers of two, so 16 bits hold them nearly exactly.
     by_row = jnp.einsum("bhwe,rh->brwe", grid, rows.astype(tokens.dtype), preferred_element_type=jnp.float32)
     return to_rows(jnp.einsum("brwe,cw->brce", by_row, columns, preferred_element_type=jnp.float32))
 
 
 def weighted_mean_flops(grid: GridShape, shape: GridShape, width: int) -> float:
-    """Floating-point operations of `weighted_mean` for one image: the two sums, a multiply-add is two."""
+    """FLOPs of `weighted_mean` for one image; a multiply-add counts as two."""
     (h, w), (r, c) = grid, shape
     return 2.0 * width * (r * h * w + r * c * w)

@@ -1,8 +1,5 @@
-"""Initialisers. Each returns one float32 array boxed with the logical names of its axes.
-
-The box is `flax.linen.LogicallyPartitioned`, so that a tree of these is both what linen's `param` accepts and what a
-plain function can unbox; `partitioning.py` turns the names into placements. Names come from `core.axes.KERNEL_AXES`,
-one per axis and none twice (two axes of one array cannot live on the same mesh axis).
+"""Initialisers of float32 arrays, boxed (`flax.linen.LogicallyPartitioned`) with a logical name of
+`core.axes.KERNEL_AXES` for each axis, none twice.
 """
 
 import math
@@ -16,12 +13,11 @@ from vlm_jax.core.axes import KERNEL_AXES
 _Shape = tuple[int, ...]
 _Names = tuple[str, ...]
 
-# A normal cut off at two deviations has this deviation; dividing by it restores unit variance.
-_TRUNCATED_STDDEV = 0.8796256610342398
+_TRUNCATED_STDDEV = 0.8796256610342398  # of a unit normal truncated at two standard deviations
 
 
 def dense(key: jax.Array, shape: _Shape, names: _Names, inputs: int = 1) -> nn.LogicallyPartitioned:
-    """A kernel whose first `inputs` axes are summed over: LeCun normal, truncated, variance 1 / fan-in.
+    """A kernel whose first `inputs` axes are contracted: LeCun normal, truncated, variance 1 / fan-in.
 
     `dense(key, (E, N, C), (VISION, VISION_HEADS, HEAD_DIM))` maps E to heads; `dense(key, (N, C, E), names, inputs=2)`
     maps back.
@@ -31,7 +27,7 @@ def dense(key: jax.Array, shape: _Shape, names: _Names, inputs: int = 1) -> nn.L
 
 
 def table(key: jax.Array, shape: _Shape, names: _Names, stddev: float = 0.02) -> nn.LogicallyPartitioned:
-    """Learned rows that are looked up or added, not multiplied: embeddings, positions, queries. Normal."""
+    """An embedding table, positions or learned queries: normal."""
     return boxed(stddev * jax.random.normal(key, shape, jnp.float32), names)
 
 
@@ -44,7 +40,7 @@ def ones(shape: _Shape, names: _Names) -> nn.LogicallyPartitioned:
 
 
 def boxed(value: jax.Array, names: _Names) -> nn.LogicallyPartitioned:
-    """Given values with the names of their axes."""
+    """A value boxed with its axis names. Raises `ValueError` for names that do not fit."""
     if len(names) != value.ndim or len(set(names)) != len(names) or not set(names) <= set(KERNEL_AXES):
         raise ValueError(
             f"axis names {names} do not fit an array of shape {value.shape}: one of {KERNEL_AXES} per axis"

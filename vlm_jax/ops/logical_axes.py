@@ -1,9 +1,9 @@
-"""Where arrays live inside a jitted program, in logical names alone; the plan in force gives the names their meaning
-(`partitioning.Plan.jit` puts it in force). Without a plan every function here leaves things as they are.
+"""Sharding by logical axis names inside jitted programs.
 
-A kernel rests split over the devices in float32, and is multiplied in the dtype of the activations. `working` casts
-first and gathers then, so that half the bytes travel; its gradient is scattered straight back to where the kernel
-rests, so that no device ever holds the summed gradient of a whole kernel.
+`partitioning.Plan.jit` sets the rules (`use_rules`) that map names to mesh axes; without rules every function here is a
+no-op. A kernel is stored sharded in float32 and multiplied in the activations' dtype: `gather_for_compute` casts, then
+gathers, which halves the traffic; its gradient is reduce-scattered to the storage sharding, so that no device holds the
+summed gradient of a whole kernel.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ AxisNames = tuple[str | None, ...]
 
 @runtime_checkable
 class ShardingRules(Protocol):
-    """What is asked of a plan."""
+    """The interface of `partitioning.Plan` that this module uses."""
 
     def axis_size(self, name: str) -> int: ...
 
@@ -36,61 +36,61 @@ class ShardingRules(Protocol):
     ) -> Callable[..., Array]: ...
 
 
-_plan: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("plan", default=None)
+_rules: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("rules", default=None)
 
 
 @contextlib.contextmanager
-def use_rules(plan: ShardingRules) -> Iterator[None]:
-    """Within, names mean what `plan` says."""
-    token = _plan.set(plan)
+def use_rules(rules: ShardingRules) -> Iterator[None]:
+    """Sets the sharding rules within the block."""
+    token = _rules.set(rules)
     try:
         yield
     finally:
-        _plan.reset(token)
+        _rules.reset(token)
 
 
 def axis_size(name: str) -> int:
-    """Into how many parts the plan in force cuts an axis of that name."""
-    plan = _plan.get()
-    return 1 if plan is None else plan.axis_size(name)
+    """Number of shards of an axis of that name."""
+    rules = _rules.get()
+    return 1 if rules is None else rules.axis_size(name)
 
 
 def constrain(x: Array, names: AxisNames) -> Array:
-    """Holds `x` to the placement of its names; an axis that does not divide evenly stays whole."""
-    plan = _plan.get()
-    return x if plan is None else jax.lax.with_sharding_constraint(x, plan.sharding(names, x.shape))
+    """`x` with the sharding of its axis names; an axis that does not divide evenly is not sharded."""
+    rules = _rules.get()
+    return x if rules is None else jax.lax.with_sharding_constraint(x, rules.sharding(names, x.shape))
 
 
 def on_each_device(fn: Callable[..., Array], inputs: tuple[AxisNames, ...], output: AxisNames) -> Callable[..., Array]:
-    """`fn` of each device's own shards, for kernels that the compiler cannot split; every axis must divide evenly."""
-    plan = _plan.get()
-    return fn if plan is None else plan.shard_map(fn, inputs, output)
+    """`fn` under shard_map, for kernels that XLA cannot partition; every axis must divide evenly."""
+    rules = _rules.get()
+    return fn if rules is None else rules.shard_map(fn, inputs, output)
 
 
 def gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: jax.typing.DTypeLike) -> Array:
-    """The kernel, whose axes rest under `names`, in `dtype` and gathered as the plan wants it for a product."""
+    """A kernel with axis names `names`, cast to `dtype` and moved to its compute sharding."""
     return _gather_for_compute(kernel, names, jax.numpy.dtype(dtype).name, kernel.dtype.name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: str, resting_dtype: str) -> Array:
-    del resting_dtype
-    return _along(kernel.astype(dtype), lambda plan: plan.compute_shardings(names, kernel.shape))
+def _gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: str, storage_dtype: str) -> Array:
+    del storage_dtype
+    return _reshard(kernel.astype(dtype), lambda rules: rules.compute_shardings(names, kernel.shape))
 
 
-def _forward(kernel: Array | np.ndarray, names: AxisNames, dtype: str, resting_dtype: str) -> tuple[Array, None]:
-    return _gather_for_compute(kernel, names, dtype, resting_dtype), None
+def _forward(kernel: Array | np.ndarray, names: AxisNames, dtype: str, storage_dtype: str) -> tuple[Array, None]:
+    return _gather_for_compute(kernel, names, dtype, storage_dtype), None
 
 
-def _backward(names: AxisNames, dtype: str, resting_dtype: str, _: None, gradient: Array) -> tuple[Array]:
+def _backward(names: AxisNames, dtype: str, storage_dtype: str, _: None, gradient: Array) -> tuple[Array]:
     del dtype
-    return (_along(gradient, lambda plan: plan.storage_shardings(names, gradient.shape)).astype(resting_dtype),)
+    return (_reshard(gradient, lambda rules: rules.storage_shardings(names, gradient.shape)).astype(storage_dtype),)
 
 
-def _along(x: Array, way: Callable[[ShardingRules], list[Any]]) -> Array:
-    """Through several placements, one after another."""
-    plan = _plan.get()
-    for sharding in () if plan is None else way(plan):
+def _reshard(x: Array, shardings: Callable[[ShardingRules], list[Any]]) -> Array:
+    """Applies several shardings one after another."""
+    rules = _rules.get()
+    for sharding in () if rules is None else shardings(rules):
         x = jax.lax.with_sharding_constraint(x, sharding)
     return x
 

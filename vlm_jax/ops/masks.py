@@ -1,10 +1,9 @@
-"""Who sees whom. One rule covers causal and prefix masks, packed conversations, padding, the cache and sliding windows.
+"""Attention masks. One rule covers causal and prefix masks, packed conversations, padding, the cache and windows:
 
-Token i sees token j iff  order_j <= order_i,  segment_i != 0,  and  segment_j is segment_i or SHARED (-1).
+Token i attends to token j iff  order_j <= order_i,  segment_i != 0,  and  segment_j is segment_i or SHARED (-1).
 
-Two conversations packed in one row, each an image I of one token and what follows it, then padding; rows see columns.
-The first is causal: its order is its position. The second has a two-way prefix, the image and the question d, of order
-0, and is causal behind it:
+Two packed conversations, each with an image I of one token, then padding; rows attend to columns. The first is causal:
+order is position. The second has a bidirectional prefix of order 0, the image and the question d:
 
     segment      1 1 1 1  2 2 2 2  0
     position     0 1 2 3  0 1 2 3  0
@@ -39,16 +38,15 @@ from jaxtyping import Array, Bool
 
 from vlm_jax.core.structs import AttentionMetadata
 
-SHARED = -1  # the segment that all segments of a row see
+SHARED = -1  # the segment that all segments of a row attend to
 
 
 def attention_mask(
     query: AttentionMetadata, key: AttentionMetadata, window: int | None = None
 ) -> Bool[Array, "B 1 L S"]:
-    """The mask of L queries and S keys, True where a query sees a key.
+    """The mask of L queries and S keys, True where a query attends to a key.
 
-    window: also hides keys that many positions back, or more, but not within a two-way prefix (PaliGemma 2 has
-        prefixes longer than Gemma 2's window).
+    window: also masks keys at that distance or more, except within a bidirectional prefix (PaliGemma 2).
     """
     i, j = query.segment[:, :, None], key.segment[:, None, :]
     visible = (i != 0) & ((i == j) | (j == SHARED))

@@ -1,4 +1,4 @@
-"""8-bit pixels to what an encoder was trained on: the one place, for the host (numpy) and for the device (jax)."""
+"""Pixel normalisation, on the host (numpy) and on the device (jax)."""
 
 from typing import Any
 
@@ -9,10 +9,9 @@ from vlm_jax.core.specs import EncoderSpec
 
 
 def normalise(pixels: UInt8[Any, "... 3"], spec: EncoderSpec) -> Float[Any, "... 3"]:
-    """uint8 levels -> float32: times `pixel_rescale`, less `pixel_mean`, over `pixel_std`.
+    """uint8 pixels -> float32 (pixels * pixel_rescale - pixel_mean) / pixel_std.
 
-    On numpy arrays bit for bit what the Pillow processors of transformers give: there the scaled level is formed in
-    float64 and rounded once. On jax arrays all of it is float32, which differs from that by a rounding or two.
+    Bit-exact with the Pillow processors of transformers on numpy arrays (the product is float64); float32 on jax ones.
     """
     mean, std = np.asarray(spec.pixel_mean, np.float32), np.asarray(spec.pixel_std, np.float32)
     return ((pixels * spec.pixel_rescale).astype(np.float32) - mean) / std

@@ -1,6 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split convention of published checkpoints:
-channel c turns together with channel c + C/2.
-"""
+"""Rotary position embedding (arXiv 2104.09864), half-split: channel c is rotated with channel c + C/2."""
 
 import math
 
@@ -15,17 +13,12 @@ def angles(
 ) -> Float[Array, "B L half"]:
     """position * f_c, f_c = theta^(-2c/C) for c = 0 .. C/2 - 1, in float32.
 
-    factor: divides every frequency, or with `bands` f_c becomes (1 - s) f_c / factor + s f_c, so that fast
-        frequencies stay and slow ones are divided. The line goes over turns in the original context (Llama 3.1, arXiv
-        2407.21783),
+    factor: divides every frequency; with `bands` f_c becomes (1 - s) f_c / factor + s f_c, where s is linear in the
+        turns within the original context (Llama 3.1, arXiv 2407.21783) or in the channel (YaRN, arXiv 2309.00071, as in
+        its authors' code; first and last are clipped to 0 .. C - 1, and with "whole channels" rounded outwards):
 
             s = clip((turns(c) - low) / (high - low), 0, 1),    turns(c) = original_context f_c / 2 pi
-
-        or over channels (YaRN, arXiv 2309.00071, as its authors' code has it),
-
             s = 1 - clip((c - first) / (last - first), 0, 1),    turns(first) = high, turns(last) = low
-
-        whose ends lie within 0 .. C - 1, of "whole channels" rounded away from each other.
     """
     channel = jnp.arange(head_dim // 2, dtype=jnp.float32)
     frequency = theta ** (-2 * channel / head_dim)
@@ -40,7 +33,7 @@ def angles(
 
 
 def _ends(bands: RopeBands, head_dim: int, theta: float) -> tuple[float, float]:
-    """The channels between which YaRN's line runs; where they fall together, it is a step behind the first."""
+    """YaRN's first and last channel; last > first."""
 
     def channel(turns: float) -> float:
         return head_dim * math.log(bands.original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
@@ -53,7 +46,7 @@ def _ends(bands: RopeBands, head_dim: int, theta: float) -> tuple[float, float]:
 
 
 def rotate(x: Float[Array, "B L N C"], angle: Float[Array, "B L half"]) -> Float[Array, "B L N C"]:
-    """Turns each pair (c, c + C/2) by its angle; computed in float32, returned in the dtype of `x`."""
+    """Rotates each channel pair (c, c + C/2) by its angle, in float32; returns the dtype of `x`."""
     wide, sin = x.astype(jnp.float32), jnp.sin(angle)
     cos, sin = (jnp.concatenate(halves, axis=-1)[:, :, None] for halves in ((jnp.cos(angle),) * 2, (-sin, sin)))
     return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)

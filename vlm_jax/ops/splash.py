@@ -1,9 +1,6 @@
-"""Causal attention that never writes a score to memory: JAX's Pallas kernel for TPUs ("splash" attention).
+"""Splash attention: JAX's fused Pallas kernel for TPUs, for rows that are causal within each segment (no prefixes).
 
-Applies to rows of one or several conversations under a causal mask, each in the order of the row: token i sees the
-tokens of its own segment up to i. Two-way prefixes are not of that form. Elsewhere than on a TPU the same mathematics
-runs as plain products: which of the two is decided when a program is lowered, so that a program compiled ahead of time
-for a TPU has the kernel.
+The platform is chosen when a program is lowered (also ahead of time); other platforms use `attention.attend`.
 """
 
 import functools
@@ -16,25 +13,24 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.core.axes import ACT_HEADS, BATCH
 from vlm_jax.ops import logical_axes
 
-LANES = 128  # a TPU's tile: lengths and channels come in these
-_BLOCK = 512  # queries and keys of one tile of work
+LANES = 128  # a TPU tile: lengths and channels are multiples of it
+_BLOCK = 512  # queries and keys of a block
 
 
 class Causal(NamedTuple):
-    """Causal by index within each segment of a row: `masks.attention_mask` where order follows the row."""
+    """A causal mask by index within each segment: `masks.attention_mask` where order increases along the row."""
 
     segment: Int[Array, "B L"]  # 0 is padding, as in `AttentionMetadata`
 
     def dense(self) -> Bool[Array, "B 1 L L"]:
-        """As `ops.attention` takes it."""
-        order = jnp.arange(self.segment.shape[1])
+        """The boolean mask of `attention.attend`."""
+        index = jnp.arange(self.segment.shape[1])
         same = self.segment[:, :, None] == self.segment[:, None, :]
-        seen = same & (self.segment[:, None, :] != 0) & (order[None, :] <= order[:, None])
-        return seen[:, None]
+        return (same & (self.segment[:, None, :] != 0) & (index[None, :] <= index[:, None]))[:, None]
 
 
 def applies(length: int, heads: int, kv_heads: int) -> bool:
-    """Whether the kernel can take rows of that length, with heads divided over devices as the plan in force says."""
+    """Whether the kernel supports this row length and these heads under the current sharding rules."""
     shards = logical_axes.axis_size(ACT_HEADS)
     return length % LANES == 0 and heads % shards == 0 and kv_heads % shards == 0
 
@@ -48,17 +44,12 @@ def attend(
     softcap: float | None,
     plain: Any,
 ) -> Float[Array, "B L N C"]:
-    """As `ops.attention.attend`; `plain(q, k, v, mask)` is what runs elsewhere than on a TPU."""
+    """As `ops.attention.attend`; `plain(q, k, v, mask)` runs on other platforms than TPU."""
     heads, row = (BATCH, None, ACT_HEADS, None), (BATCH, None)
     kernel = functools.partial(_on_tpu, scale=scale, softcap=softcap)
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        mask.segment,
-        tpu=logical_axes.on_each_device(kernel, (heads, heads, heads, row), heads),
-        default=lambda q, k, v, segment: plain(q, k, v, Causal(segment)),
-    )
+    tpu = logical_axes.on_each_device(kernel, (heads, heads, heads, row), heads)
+    other = lambda q, k, v, segment: plain(q, k, v, Causal(segment))  # noqa: E731
+    return jax.lax.platform_dependent(q, k, v, mask.segment, tpu=tpu, default=other)
 
 
 def _on_tpu(
@@ -71,7 +62,7 @@ def _on_tpu(
     softcap: float | None,
     interpret: Any = False,
 ) -> Float[Array, "B L N C"]:
-    """One device's rows and heads. Padding sees padding here, and reads zeros in the end."""
+    """The kernel on one device's rows and heads; outputs of padding are zeroed."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

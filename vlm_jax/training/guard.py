@@ -1,8 +1,7 @@
-"""Bad steps: how they are told, and an optimiser that leaves them out.
+"""Bad steps: detection, and an optimiser that skips their updates.
 
-A step is bad when its loss or the norm of its gradient is not finite or, if asked for, when its loss is a spike: above
-`spike_factor` times the running mean of the losses of good steps. The mean lives in the optimiser's state, so that a
-resumed run judges as an uninterrupted one does.
+A step is bad if its loss or gradient norm is not finite or, with `spike_factor`, if its loss is above that multiple of
+the running mean loss of good steps. The mean is optimiser state, so a resumed run makes the same decisions.
 """
 
 import math
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.core.specs import BadStepSpec
 
-_MEMORY = 0.98  # share of the running mean that outlives a step: about fifty steps
+_DECAY = 0.98  # of the running mean loss: about fifty steps
 
 
 class GuardState(NamedTuple):
@@ -28,18 +27,16 @@ class GuardState(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What is known of one step: device arrays, or numbers once they were fetched."""
+    """Results of one step: device arrays, or numbers once fetched."""
 
     number: int
-    sums: Any  # LossSums; zero where the step was left out
+    sums: Any  # LossSums; zero for a skipped step
     norms: Any  # step.Norms
 
 
 def guarded(optimiser: optax.GradientTransformation, spec: BadStepSpec) -> optax.GradientTransformation:
-    """The optimiser itself where the spec only stops at what is not finite: that needs no say in the update.
-
-    Else one whose `update(..., loss=)` returns zeros, and keeps its state, at a bad step.
-    """
+    """An optimiser whose `update(..., loss=)` returns zeros and keeps its state at a bad step; the optimiser itself if
+    the spec only stops at losses and gradients that are not finite."""
     if spec.policy == "stop" and not spec.spike_factor:
         return optimiser
 
@@ -53,7 +50,7 @@ def guarded(optimiser: optax.GradientTransformation, spec: BadStepSpec) -> optax
         updates, inner = optimiser.update(grads, state.inner, params)
         updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
         inner = jax.tree.map(lambda new, old: jnp.where(good, new, old), inner, state.inner)
-        mean = jnp.where(state.mean_loss == 0, loss, _MEMORY * state.mean_loss + (1 - _MEMORY) * loss)
+        mean = jnp.where(state.mean_loss == 0, loss, _DECAY * state.mean_loss + (1 - _DECAY) * loss)
         mean = jnp.where(good, mean, state.mean_loss)
         return updates, GuardState(inner, mean, state.skipped + jnp.where(good, 0, 1))
 
@@ -61,12 +58,12 @@ def guarded(optimiser: optax.GradientTransformation, spec: BadStepSpec) -> optax
 
 
 def skipped(opt_state: Any) -> int:
-    """Bad steps that a state has left out so far."""
+    """Number of updates skipped so far, of an optimiser state."""
     return int(opt_state.skipped) if isinstance(opt_state, GuardState) else 0
 
 
-def first_bad(steps: Sequence[StepRecord], spec: BadStepSpec) -> tuple[int, str] | None:
-    """(number, reason) of the first of some steps at which the run must stop. Takes numbers, not device arrays."""
+def find_stop(steps: Sequence[StepRecord], spec: BadStepSpec) -> tuple[int, str] | None:
+    """(number, reason) of the first step at which the run must stop, or None. Takes numbers, not device arrays."""
     limit = spec.skip_limit if spec.policy == "skip_update" else 0
     for number, sums, norms in steps:
         if norms.skipped is None:

@@ -1,4 +1,4 @@
-"""The training loop: it is given everything it uses, and nothing in it waits for the step that the device is at."""
+"""The training loop: runs ahead of the device and takes everything it uses as arguments."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from vlm_jax.core.structs import TrainState
 from vlm_jax.training.guard import StepRecord
 
-# How many steps the host runs ahead: the device never waits for it, and a request to stop is heard in time.
-_AHEAD_STEPS = 8
+_AHEAD_STEPS = 8  # dispatched but unfinished steps: the device never idles, and a stop takes effect soon
 
 
 class Log(NamedTuple):
-    """What is known every `log_every_steps`: device arrays, still being computed when the log is handed over."""
+    """Metrics of the steps since the last log, as device arrays that may still be computed."""
 
     step: int
     sums: Any  # LossSums since the last log
@@ -23,23 +22,20 @@ class Log(NamedTuple):
     steps: int  # since the last log
 
 
-class Unlogged(NamedTuple):
-    """What has been added up since the last log: saved with the state, so that a resumed run logs the same numbers."""
+class LogSums(NamedTuple):
+    """Sums since the last log, saved in checkpoints so that a resumed run logs the same numbers."""
 
-    sums: Any = None  # LossSums; None: nothing
+    sums: Any = None  # LossSums; None: no step
     steps: int = 0
 
 
-NOTHING = Unlogged()
-
-
 class End(NamedTuple):
-    """Where the loop has come to."""
+    """The state after the last step."""
 
     step: int
     state: TrainState
-    cursor: Any  # of the data, behind the last batch; None where there was no step to take
-    unlogged: Unlogged
+    cursor: Any  # data position after the last batch; None without any step
+    log_sums: LogSums
     stopped: bool
 
 
@@ -54,25 +50,23 @@ def run(
     log_every_steps: int,
     save_every_steps: int,
     on_log: Callable[[Log], None],
-    on_save: Callable[[int, TrainState, Any, Unlogged], None],
+    on_save: Callable[[int, TrainState, Any, LogSums], None],
     evaluate_every_steps: int = 0,
     on_evaluate: Callable[[int, TrainState], None] = lambda step, state: None,
     check: Callable[[Sequence[StepRecord], TrainState], None] = lambda steps, state: None,
     stop: Callable[[int], bool] = lambda step: False,
-    unlogged: Unlogged = NOTHING,
+    log_sums: LogSums | None = None,
 ) -> End:
-    """Steps `first_step` to `last_step`, or until `stop(step)`, which is asked behind every step.
+    """Runs steps `first_step` + 1 to `last_step`, or until `stop(step)` is True after a step.
 
-    `batches` yields (batch, cursor). `on_log` must not block: it gets device arrays. `on_save` is called every
-    `save_every_steps` (0: never), never at the last step or where the loop stops: what happens there is the caller's
-    to decide. `on_evaluate` is called every `evaluate_every_steps` (0: never), ahead of a save at the same step.
-    `check` gets every step once, in order, as device arrays: at a log those before the log before it, which the device
-    has left behind, and all before a save and at the end, so that what is saved has been checked. `unlogged` is what
-    was saved with the state.
+    `batches` yields (batch, cursor). `on_log` gets device arrays and must not block. `on_save` is called every
+    `save_every_steps` (0: never), except at the last step, where the caller saves. `on_evaluate` is called every
+    `evaluate_every_steps` (0: never), before a save of the same step. `check` gets every step once, in order, as device
+    arrays: at a log those up to the log before, which are finished, and all before a save and at the end.
     """
-    (sums, since), cursor, number, stopped = unlogged, None, first_step, False
+    (sums, since), cursor, number, stopped = log_sums or LogSums(), None, first_step, False
     unchecked: list[StepRecord] = []
-    logged, ahead = 0, deque()  # how many of the unchecked had been logged
+    logged, ahead = 0, deque()  # `logged`: the unchecked steps up to the last log
     for number in range(first_step + 1, last_step + 1):
         batch, cursor = next(batches)
         state, new, norms = step(state, put(batch))
@@ -96,6 +90,6 @@ def run(
         if save_every_steps and number % save_every_steps == 0:
             check(unchecked, state)
             unchecked, logged = [], 0
-            on_save(number, state, cursor, Unlogged(sums, since))
+            on_save(number, state, cursor, LogSums(sums, since))
     check(unchecked, state)
-    return End(number, state, cursor, Unlogged(sums, since), stopped)
+    return End(number, state, cursor, LogSums(sums, since), stopped)

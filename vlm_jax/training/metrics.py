@@ -1,6 +1,4 @@
-"""Metrics to `metrics.jsonl` and TensorBoard, off the critical path: a thread waits for the device, not the training
-loop.
-"""
+"""Metrics to `metrics.jsonl` and TensorBoard, written by a thread that waits for the device."""
 
 import json
 import math
@@ -15,10 +13,10 @@ from vlm_jax.core.files import write_text
 
 
 class MetricWriter:
-    """`write(step, make)` calls `make()` on the writer's own thread; `close()` waits for what is outstanding.
+    """`write(step, make)` calls `make()` on the writer's thread; `close()` waits for pending writes.
 
-    A run that resumes at `step` writes the steps behind it anew, so their old lines are dropped. `last` holds the
-    newest number of each name, of an earlier process too, once `close()` has returned.
+    Lines after `step`, from which the run resumes, are dropped. After `close()`, `last` has the newest value of each
+    metric, also of an earlier process.
     """
 
     def __init__(self, workdir: Path, step: int | None = None):
@@ -33,7 +31,7 @@ class MetricWriter:
         self.last = {name: math.nan if value is None else float(value) for name, value in before.items()}
 
     def write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
-        """`make` turns device arrays into numbers; not-a-number is written as null, which JSON can hold."""
+        """`make` returns numbers; values that are not finite are written as null."""
         self._outstanding = [f for f in self._outstanding if not f.done() or f.result()]
         self._outstanding.append(self._thread.submit(self._write, step, make))
 
@@ -47,12 +45,12 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def wait(self) -> None:
-        """Until everything is written: the steps before a checkpoint must not be logged again."""
+        """Waits for pending writes, as before a checkpoint: its steps are not logged again."""
         for future in self._outstanding:
             future.result()
 
     def close(self) -> None:
-        """Raises what `make` raised, unless `write` or `wait` did; the files are closed in any case."""
+        """Closes the files, then raises what `make` raised unless `write` or `wait` did."""
         self._thread.shutdown(wait=True)
         self._lines.close()
         self._board.close()
@@ -61,7 +59,7 @@ class MetricWriter:
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops the lines of later steps, and a line that was cut off. Returns what stays."""
+    """Drops the lines of later steps and a truncated line. Returns the others."""
     if not path.exists():
         return []
     kept = []

@@ -1,6 +1,4 @@
-"""The optimiser of one stage: clipping, AdamW with decay on matrices only, warm-up and cosine, per-path rates. All
-optax.
-"""
+"""The optimiser of a stage: clipping, AdamW with decay on matrices, warm-up and cosine schedule, per-path rates."""
 
 import re
 from typing import Any
@@ -12,7 +10,7 @@ from vlm_jax.core.specs import OptimSpec, StageSpec
 
 
 def schedule(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
-    """Learning rate against the step of this stage: linear warm-up, then cosine to `final_lr_share` of the peak."""
+    """Learning rate by step of the stage: linear warm-up, then cosine to `final_lr_share` of the peak."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if stage.warmup_steps else stage.peak_lr,
         peak_value=stage.peak_lr,
@@ -23,10 +21,9 @@ def schedule(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
 
 
 def make_optimiser(spec: OptimSpec, stage: StageSpec, moments: str = "float32") -> optax.GradientTransformation:
-    """The update of the stage's trainable parts. Rates are multiplied by the first match of `spec.lr_scale`.
+    """The optimiser of a stage; the learning rate of a parameter is multiplied by its first match in `spec.lr_scale`.
 
-    moments: dtype of Adam's first moment. The second stays float32: it moves by (1 - b2) of itself a step, which
-        sixteen bits round away.
+    moments: dtype of Adam's first moment. The second is float32: its relative updates of 1 - b2 underflow in bfloat16.
     """
 
     def scale(updates: Any, params: Any) -> Any:
@@ -43,7 +40,7 @@ def make_optimiser(spec: OptimSpec, stage: StageSpec, moments: str = "float32") 
 
 
 def _matrices(params: Any) -> Any:
-    """True for what decays: all but biases and vectors. The stacked axis of scanned blocks makes nothing a matrix."""
+    """True for parameters with weight decay: neither biases nor vectors, not counting the axis of scanned blocks."""
 
     def is_matrix(path: Any, x: jax.Array) -> bool:
         name = _name(path)

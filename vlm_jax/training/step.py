@@ -1,5 +1,5 @@
-"""One update, as a pure function. Gradients of the frozen parts are never formed; microbatches add up to the full
-batch exactly, because sums are accumulated and divided once.
+"""The train step, a pure function. Only trainable parts get gradients; microbatch sums are accumulated and divided
+once, so they equal the full batch.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Step = Callable[[TrainState, Any], tuple[TrainState, LossSums, "Norms"]]
 
 
 class Norms(NamedTuple):
-    """Global norms, for the log, and how many steps of the stage a guarded optimiser has left out."""
+    """Global norms of gradients and updates, and the updates that a guarded optimiser has skipped in the stage."""
 
     grad: Float[Array, ""]
     update: Float[Array, ""]
@@ -28,7 +28,7 @@ class Norms(NamedTuple):
 def init_state(
     params: Any, optimiser: optax.GradientTransformation, train: tuple[str, ...], step: int = 0
 ) -> TrainState:
-    """State at the start of a stage; the optimiser sees the parts it trains, and nothing else."""
+    """The state at the start of a stage, with optimiser state for the parts in `train` only."""
     return TrainState(jnp.asarray(step, jnp.int32), params, optimiser.init(_part(params, train)))
 
 

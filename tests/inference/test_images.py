@@ -130,11 +130,11 @@ def test_levels_of_other_widths_are_refused_by_name(model: vlm_jax.Model, kind: 
     """Neither white, nor black, nor taken for normalised."""
     tokens = np.array(CASES["llava"]["input_ids"])[:1]
     batch = np.zeros((1, SIDE, SIDE, 3), kind)
-    told = rf"^images\[0\]: expected .* got {np.dtype(kind)}\[12, 12, 3\]"
+    message = rf"^images\[0\]: expected .* got {np.dtype(kind)}\[12, 12, 3\]"
     for given in (batch, list(batch)):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vlm_jax.forward(model, given, tokens)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vlm_jax.generate(model, given, ["What?"])
 
 
@@ -160,10 +160,10 @@ def test_a_big_vision_file_without_a_processor_is_bilinear(tmp_path: Path) -> No
 @pytest.mark.parametrize("resize", images.RESIZING)
 def test_an_exported_folder_says_how_images_are_prepared(tmp_path: Path, resize: str) -> None:
     """What a run was trained on is what the folder is asked with."""
-    said = {"pixel_mean": (0.1, 0.2, 0.3), "pixel_std": (0.4, 0.5, 0.6), "pixel_rescale": 1 / 127}
+    preparation = {"pixel_mean": (0.1, 0.2, 0.3), "pixel_std": (0.4, 0.5, 0.6), "pixel_rescale": 1 / 127}
     edge = 0 if resize == "squash" else 19
     encoder = dataclasses.replace(
-        builders.ENCODER, taps=(), resize=resize, interpolation="box", shortest_edge=edge, **said
+        builders.ENCODER, taps=(), resize=resize, interpolation="box", shortest_edge=edge, **preparation
     )
     spec = dataclasses.replace(builders.model(), encoder=encoder)
     params = builders.params(Vlm(spec, builders.COMPUTE))
