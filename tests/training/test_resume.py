@@ -53,7 +53,7 @@ def compiled_once():
     made, make = {}, build.train_step
 
     def train_step(network: build.Network, stage: StageSpec) -> build.TrainStep:
-        key = (dataclasses.replace(network.spec, save_every_steps=0), stage)
+        key = (dataclasses.replace(network.spec, save_every_steps=0, evaluate_every_steps=0), stage)
         return made[key] if key in made else made.setdefault(key, make(network, stage))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -138,6 +138,20 @@ def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: lis
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
     assert summary(workdir)["loss"] == summary(whole)["loss"]
     assert logged(workdir) == logged(whole)
+
+
+def test_evaluations_in_training_make_one_curve_across_an_interruption(run, tmp_path) -> None:
+    """At steps 2, 4 and 6, once each, with the same numbers; their time is not that of the steps."""
+    network = run.network._replace(spec=dataclasses.replace(run.network.spec, evaluate_every_steps=2))
+    evaluated = run._replace(network=network)
+    job.train(evaluated, tmp_path / "whole", lambda log, values: None)
+    with pytest.raises(RunStopped):
+        job.train(evaluated, tmp_path / "cut", lambda log, values: None, stop=lambda step: step == 4)
+    job.train(evaluated, tmp_path / "cut", lambda log, values: None)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation_error" in line] == [2, 4, 6]
+    assert all(line["step_secs"] > 0 for line in lines if "step_secs" in line)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
 def killed_at_log(step: int, cache: Path, workdir: Path) -> None:

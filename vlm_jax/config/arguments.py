@@ -63,7 +63,10 @@ def load_file(path: str | Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: expected Python, got {error.msg}") from error
     return module
 
 
@@ -77,6 +80,8 @@ def load_config(location: str, overrides: Mapping[str, str] | None = None) -> Co
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: a config file defines get_config(arg)")
     config = module.get_config(arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
     for name, text in (overrides or {}).items():
         _override(config, name, text)
     return config
@@ -90,6 +95,8 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
             node = node[int(key)]
             continue
         if not isinstance(node, ConfigDict | dict) or key not in node:
+            if isinstance(node, str) or not isinstance(node, ConfigDict | dict | Sequence):
+                raise UserError(f"--config.{name}: expected a field, got one inside {'.'.join(parents[:i])}={node!r}")
             valid = list(node) if isinstance(node, ConfigDict | dict) else map(str, range(len(node)))
             raise unknown(f"config field {'.'.join([*parents[:i], key])!r}:", key, valid)
         if key == last and i == len(parents):
