@@ -165,6 +165,13 @@ def test_a_fit_that_cannot_be_is_told(tmp_path, flags, message):
     assert not out.exists()
 
 
+def test_figures_that_cannot_be_written_are_one_line(law, tmp_path):
+    (tmp_path / "taken").write_text("")
+    flags = ["--law", str(law), "--family", "ocr", "--tflops", "2", "--figures", str(tmp_path / "taken")]
+    with pytest.raises(UserError, match=r"taken.*cannot be written"):
+        plan.main(flags)
+
+
 def test_planning_and_fitting_touch_no_accelerator(law, tmp_path):
     """JAX may be imported (compressors are written in it), but no backend may come to life."""
     program = (
