@@ -183,3 +183,6 @@ def test_a_repeated_cell_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="'a=1' 2 times"):
         load_grid(str(path))
+    path.write_text("def get_grid(arg):\n    return 3\n")
+    with pytest.raises(UserError, match="expected get_grid to return a Grid, got int"):
+        load_grid(str(path))

@@ -141,7 +141,7 @@ def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: lis
 
 
 def test_evaluations_in_training_make_one_curve_across_an_interruption(run, tmp_path) -> None:
-    """At steps 2, 4 and 6, once each, with the same numbers; their time is not that of the steps."""
+    """Every two steps and at a stage's last, once each, with the same numbers; their time is not that of the steps."""
     network = run.network._replace(spec=dataclasses.replace(run.network.spec, evaluate_every_steps=2))
     evaluated = run._replace(network=network)
     job.train(evaluated, tmp_path / "whole", lambda log, values: None)
@@ -149,9 +149,10 @@ def test_evaluations_in_training_make_one_curve_across_an_interruption(run, tmp_
         job.train(evaluated, tmp_path / "cut", lambda log, values: None, stop=lambda step: step == 4)
     job.train(evaluated, tmp_path / "cut", lambda log, values: None)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "evaluation_error" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "evaluation_error" in line] == [2, 3, 4, 6, 7]
     assert all(line["step_secs"] > 0 for line in lines if "step_secs" in line)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert summary(tmp_path / "whole")["evaluation_error"] == lines[-1]["evaluation_error"]
 
 
 def killed_at_log(step: int, cache: Path, workdir: Path) -> None:

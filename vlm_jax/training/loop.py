@@ -65,7 +65,7 @@ def run(
 
     `batches` yields (batch, cursor). `on_log` must not block: it gets device arrays. `on_save` is called every
     `save_every_steps` (0: never), never at the last step or where the loop stops: what happens there is the caller's
-    to decide. `on_evaluate` is called every `evaluate_every_steps` (0: never), ahead of a save at the same step.
+    to decide. `on_evaluate` is called every `evaluate_every_steps` (0: never) and at the last step, ahead of a save.
     `check` gets every step once, in order, as device arrays: at a log those before the log before it, which the device
     has left behind, and all before a save and at the end, so that what is saved has been checked. `unlogged` is what
     was saved with the state.
@@ -88,7 +88,7 @@ def run(
             check(unchecked[:logged], state)
             unchecked = unchecked[logged:]
             logged = len(unchecked)
-        if evaluate_every_steps and number % evaluate_every_steps == 0:
+        if evaluate_every_steps and (number % evaluate_every_steps == 0 or number == last_step):
             on_evaluate(number, state)
         stopped = stop(number)
         if stopped or number == last_step:
