@@ -16,4 +16,13 @@ MODEL = ModelSpec(
 
 def row(**fields: object) -> ResultRow:
     types = {field.name: field.type for field in dataclasses.fields(ResultRow)}
-    return ResultRow(**{name: types[name](1) for name in FIELDS if name != "model"} | {"model": MODEL} | fields)
+    named = {"encoder": MODEL.encoder.name, "compressor": MODEL.compressor.name, "llm": MODEL.decoder.name}
+    values = {name: types[name](1) for name in FIELDS if name != "model"} | named | fields
+    compressor = dataclasses.replace(MODEL.compressor, name=values["compressor"], tokens=values["visual_tokens"])
+    model = dataclasses.replace(
+        MODEL,
+        encoder=dataclasses.replace(MODEL.encoder, name=values["encoder"]),
+        compressor=compressor,
+        decoder=dataclasses.replace(MODEL.decoder, name=values["llm"]),
+    )
+    return ResultRow(**{"model": model} | values)

@@ -144,6 +144,13 @@ def test_invalid_fits_raise(tmp_path, flags, message):
     assert not out.exists()
 
 
+def test_figures_that_cannot_be_written_are_one_line(law, tmp_path):
+    (tmp_path / "taken").write_text("")
+    flags = ["--law", str(law), "--family", "ocr", "--tflops", "2", "--figures", str(tmp_path / "taken")]
+    with pytest.raises(UserError, match=r"taken.*cannot be written"):
+        plan.main(flags)
+
+
 def test_planning_and_fitting_initialise_no_backend(law, tmp_path):
     """JAX may be imported, as compressors are written in it."""
     program = (

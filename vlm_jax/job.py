@@ -138,6 +138,8 @@ def _train_stages(
 
     def evaluate_subset(step: int, state: TrainState) -> None:
         jax.block_until_ready(state.params)
+        if metrics is not None:
+            metrics.wait()  # so that the logs so far end before the evaluation does, and only the next leaves it out
         begin = time.monotonic()
         result = subset()(state.params)
         evaluation_secs[0] += time.monotonic() - begin

@@ -235,5 +235,5 @@ def test_two_models_joined_at_another_resolution(tmp_path) -> None:
     assert (model.visual_tokens, model.spec.encoder.image_size) == (36, 24)
     visual = jax.jit(Vlm(model.spec, model.compute).encode)(model.params, jnp.asarray(peers.pixels(24)))
     close(visual.tokens, HF["siglip_vision/wide"])
-    with pytest.raises(UserError, match="image_size=3: encoder"):
+    with pytest.raises(UserError, match="image_size: expected at least"):
         vlm_jax.load(siglip, llm=llm, image_size=3)

@@ -17,9 +17,10 @@ MODEL = specs.to_dict(builders.model())
 
 
 def test_a_row_spells_out_its_model(tmp_path):
-    results.append(tmp_path / "rows.jsonl", row(model=builders.model()))
+    one = row(compressor="resampler", visual_tokens=4, model=builders.model())
+    results.append(tmp_path / "rows.jsonl", one)
     assert json.loads((tmp_path / "rows.jsonl").read_text())["model"] == MODEL
-    assert results.read(tmp_path / "rows.jsonl") == [row(model=builders.model())]
+    assert results.read(tmp_path / "rows.jsonl") == [one]
 
 
 def test_what_was_appended_is_read(tmp_path):
@@ -85,6 +86,8 @@ def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
         ({"llm_params": 1.5}, r"llm_params: expected a finite int, got 1\.5"),
         ({"cell": 3}, "cell: expected text, got 3"),
         ({"model": None}, r"rows\.jsonl:1: missing field\(s\) model; evaluate the cell again"),
+        ({"model": MODEL | {"encoder": None}}, r"rows\.jsonl:1: model: expected the row's encoder 'test', got None"),
+        ({"visual_tokens": 2}, "model: expected 2 tokens, got 1"),
         ({"model": {"encoder": None}}, r"rows\.jsonl:1: model\.compressor is missing"),
         ({"model": {**MODEL, "mask": 1}}, r"rows\.jsonl:1: model\.mask: expected str, got 1"),
         ({"model": {**MODEL, "mode": 1}}, r"rows\.jsonl:1: model\.mode: unknown field 'mode'"),

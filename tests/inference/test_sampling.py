@@ -99,6 +99,13 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, kept: 
     assert set(np.flatnonzero(found[0])) == set(np.argsort(-probability[0])[:kept])
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1e-30), (1.0, 1e-50), (1.2e-38, 1.0), (1e-30, 0.5)])
+def test_the_smallest_settings_draw_the_likeliest_word(temperature: float, top_p: float) -> None:
+    logits = jnp.array([[-30.0, -10.0, -20.0], [5.0, 4.0, 6.0]])
+    drawn = sampling.sampler(jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))(logits, jnp.int32(4))
+    assert drawn.tolist() == [1, 2]
+
+
 class Successor(Vlm):
     """A model whose token n + 1 follows n; `params` hear of every call."""
 

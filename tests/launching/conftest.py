@@ -45,7 +45,8 @@ def cells(grid: str, workdir: Path) -> list[Cell]:
 
 def row(cell: Cell, train_flops: float = 3e12, train_secs: float = 60.0, device: str = "cpu") -> ResultRow:
     """A row as if the cell had been trained."""
-    texts = dict(family="ocr", task="t", encoder="e", llm="l", compressor="c", encoder_sha256="", params_sha256="")
+    names = dict(encoder=MODEL.encoder.name, llm=MODEL.decoder.name, compressor=MODEL.compressor.name)
+    texts = dict(family="ocr", task="t", encoder_sha256="", params_sha256="", **names)
     counts = dict.fromkeys(
         ("llm_params", "llm_params_total", "visual_tokens", "images", "questions", "train_steps", "seed"), 1
     )

@@ -53,7 +53,7 @@ def compiled_once():
     made, make = {}, build.train_step
 
     def train_step(network: build.Network, stage: StageSpec) -> build.TrainStep:
-        key = (dataclasses.replace(network.spec, save_every_steps=0), stage)
+        key = (dataclasses.replace(network.spec, save_every_steps=0, evaluate_every_steps=0), stage)
         return made[key] if key in made else made.setdefault(key, make(network, stage))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -118,29 +118,6 @@ def test_a_run_writes_what_it_promises(run, whole) -> None:
     assert set(end) == {"connector", "decoder"}
 
 
-def test_a_fixed_subset_is_evaluated_every_few_steps(run, tmp_path) -> None:
-    """Its curve is in the log beside the loss, goes on without a seam where a run resumes, and ends where an evaluation
-    of the final parameters does.
-    """
-    evaluation = dataclasses.replace(run.network.spec.evaluation, subset_examples=4)
-    spec = dataclasses.replace(run.network.spec, evaluate_every_steps=2, evaluation=evaluation)
-    often = run._replace(network=run.network._replace(spec=spec))
-    whole = tmp_path / "whole"
-    params = job.train(often, whole, lambda log, values: None)
-    curve = {line["step"]: line for line in logged(whole) if "evaluation_error" in line}
-    assert list(curve) == [2, 4, 6]
-    assert len({line["evaluation_forced_nll"] for line in curve.values()}) == 3
-    before = job.restore(often.network, cut(whole, tmp_path / "six", 6))
-    result = job.make_evaluator(often, 4)(before)
-    assert result.questions == 4 * evaluation.questions_per_example
-    assert curve[6]["evaluation_forced_nll"] == result.forced_nll
-    assert curve[6]["evaluation_error"] == result.error[0] == summary(whole)["evaluation_error"]
-    resumed = cut(whole, tmp_path / "resumed", 4)
-    again = job.train(often, resumed, lambda log, values: None)
-    assert logged(resumed) == logged(whole)
-    assert tree.sha256(jax.device_get(again)) == tree.sha256(jax.device_get(params))
-
-
 def test_the_first_stage_moves_the_connector_alone(run, whole, tmp_path) -> None:
     """Between steps 1 and 2 the decoder stands still bit for bit; in the second stage it moves."""
     params = [job.restore(run.network, cut(whole, tmp_path / str(step), step)) for step in (1, 2, 4, 5)]
@@ -161,6 +138,21 @@ def test_resumed_equals_uninterrupted(run, whole, tmp_path, step: int, logs: lis
     assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
     assert summary(workdir)["loss"] == summary(whole)["loss"]
     assert logged(workdir) == logged(whole)
+
+
+def test_evaluations_in_training_make_one_curve_across_an_interruption(run, tmp_path) -> None:
+    """Every two steps and at a stage's last, once each, with the same numbers; their time is not that of the steps."""
+    network = run.network._replace(spec=dataclasses.replace(run.network.spec, evaluate_every_steps=2))
+    evaluated = run._replace(network=network)
+    job.train(evaluated, tmp_path / "whole", lambda log, values: None)
+    with pytest.raises(RunStopped):
+        job.train(evaluated, tmp_path / "cut", lambda log, values: None, stop=lambda step: step == 4)
+    job.train(evaluated, tmp_path / "cut", lambda log, values: None)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluation_error" in line] == [2, 3, 4, 6, 7]
+    assert all(line["step_secs"] > 0 for line in lines if "step_secs" in line)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert summary(tmp_path / "whole")["evaluation_error"] == lines[-1]["evaluation_error"]
 
 
 def killed_at_log(step: int, cache: Path, workdir: Path) -> None:

@@ -56,7 +56,10 @@ def load_file(path: str | Path) -> ModuleType:
         raise unknown("config file", str(path), configs) if configs else UserError(f"no config file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: expected Python, got {error.msg}") from error
     return module
 
 
@@ -70,6 +73,8 @@ def load_config(location: str, overrides: Mapping[str, str] | None = None) -> Co
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: expected a function get_config(arg), got none")
     config = module.get_config(arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
     for name, text in (overrides or {}).items():
         _override(config, name, text)
     return config
@@ -83,6 +88,8 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
             node = node[int(key)]
             continue
         if not isinstance(node, ConfigDict | dict) or key not in node:
+            if isinstance(node, str) or not isinstance(node, ConfigDict | dict | Sequence):
+                raise UserError(f"--config.{name}: expected a field, got one inside {'.'.join(parents[:i])}={node!r}")
             valid = list(node) if isinstance(node, ConfigDict | dict) else map(str, range(len(node)))
             raise unknown(f"config field {'.'.join(keys[: i + 1])!r}:", key, valid)
         if i == len(keys) - 1:

@@ -38,6 +38,8 @@ def load_grid(location: str) -> Grid:
     if not hasattr(module, "get_grid"):
         raise UserError(f"{path}: expected a function get_grid(arg), got none")
     grid = module.get_grid(arg)
+    if not isinstance(grid, Grid):
+        raise UserError(f"{path}: expected get_grid to return a Grid, got {type(grid).__name__}")
     names = [cell_name(cell) for cell in grid.cells]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -124,7 +124,15 @@ def parse(values: Mapping[str, Any], where: str) -> ResultRow:
         raise UserError(f"{where}: missing field(s) {', '.join(missing)}; evaluate the cell again with this version")
     if extra := sorted(set(values) - set(FIELDS)):
         raise UserError(f"{where}: unknown field(s) {', '.join(extra)}; read with the version that wrote them")
-    return ResultRow(**{name: _typed(values[name], name, where) for name in FIELDS})
+    row = ResultRow(**{name: _typed(values[name], name, where) for name in FIELDS})
+    parts = {"encoder": row.model.encoder, "compressor": row.model.compressor, "llm": row.model.decoder}
+    for name, part in parts.items():
+        if part is None or part.name != getattr(row, name):
+            got = part and part.name
+            raise UserError(f"{where}: model: expected the row's {name} {getattr(row, name)!r}, got {got!r}")
+    if row.model.compressor.tokens != row.visual_tokens:
+        raise UserError(f"{where}: model: expected {row.visual_tokens} tokens, got {row.model.compressor.tokens}")
+    return row
 
 
 def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec:

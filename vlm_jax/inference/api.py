@@ -102,7 +102,9 @@ def _check_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float3
         raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature!r}")
     if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
         raise UserError(f"top_p: expected a probability above 0, 1 for all tokens, got {top_p!r}")
-    return np.float32(temperature), np.float32(top_p)  # a temperature that rounds to 0 is greedy
+    # What is below the smallest normal float32 is 0 on the device: greedy.
+    is_greedy = temperature < np.finfo(np.float32).tiny
+    return np.float32(0 if is_greedy else temperature), np.float32(top_p)
 
 
 def _new_tokens(model: Model, inputs: Inputs, count: int | None) -> int:

@@ -109,7 +109,9 @@ def sampler(key: Array, temperature: float | Array, top_p: float | Array = 1.0) 
     def pick(logits: Float[Array, "B W"], count: Any) -> Int[Array, " B"]:
         rows = jnp.arange(logits.shape[0])
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), count))(rows)
-        return jax.vmap(jax.random.categorical)(keys, nucleus(logits / temperature, top_p))
+        # Relative to the largest: with a tiny temperature the quotient would overflow.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+        return jax.vmap(jax.random.categorical)(keys, nucleus(scaled, top_p))
 
     return pick
 
@@ -118,6 +120,6 @@ def nucleus(logits: Float[Array, "B W"], top_p: float | Array) -> Float[Array, "
     """Logits with -inf outside the smallest set of most likely tokens whose probability reaches `top_p`."""
     ranked = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(ranked, axis=-1)
-    kept = jnp.cumsum(probability, axis=-1) - probability < top_p
+    kept = (jnp.cumsum(probability, axis=-1) - probability < top_p).at[:, 0].set(True)
     least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

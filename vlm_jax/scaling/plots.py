@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import frontier, scores
@@ -43,10 +44,14 @@ def styled(draw: Callable[..., Path]) -> Callable[..., Path]:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
+    """Writes the PNG, or nothing. Raises `UserError` where it cannot be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as new:
-        figure.savefig(new, dpi=160, bbox_inches="tight", metadata={"Software": None})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as new:
+            figure.savefig(new, dpi=160, bbox_inches="tight", metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 

@@ -61,8 +61,8 @@ def run(
 
     `batches` yields (batch, cursor). `on_log` gets device arrays and must not block. `on_save` is called every
     `save_every_steps` (0: never), except at the last step, where the caller saves. `on_evaluate` is called every
-    `evaluate_every_steps` (0: never), before a save of the same step. `check` gets every step once, in order, as device
-    arrays: at a log those up to the log before, which are finished, and all before a save and at the end.
+    `evaluate_every_steps` (0: never) and at the last step, before a save. `check` gets every step once, in order, as
+    device arrays: at a log those up to the log before, which are finished, and all before a save and at the end.
     """
     (sums, since), cursor, number, stopped = log_sums or LogSums(), None, first_step, False
     unchecked: list[StepRecord] = []
@@ -82,7 +82,7 @@ def run(
             check(unchecked[:logged], state)
             unchecked = unchecked[logged:]
             logged = len(unchecked)
-        if evaluate_every_steps and number % evaluate_every_steps == 0:
+        if evaluate_every_steps and (number % evaluate_every_steps == 0 or number == last_step):
             on_evaluate(number, state)
         stopped = stop(number)
         if stopped or number == last_step:
