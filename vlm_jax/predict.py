@@ -28,7 +28,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("predict", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a Hugging Face folder, a big_vision .npz, or a run's workdir")
-    add("--image", type=Path, help="an image file (default: text only)")
+    add("--image", type=Path, nargs="+", default=[], help="image files (default: text only)")
     add("--prompt", help="the question; for a run, in the vocabulary of its data set")
     add("--llm", type=Path, help="join the encoder of --model with this language model")
     add("--compressor", help="compressor of the visual tokens")
@@ -45,7 +45,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.prompt is None and args.show_tokens is None:
         raise UserError("nothing to do: give --prompt TEXT, --show-tokens PNG, or both")
     if args.show_tokens is not None:
-        if args.image is None:
+        if not args.image:
             raise UserError("--show-tokens: expected --image FILE, got none")
         if args.show_tokens.suffix.lower() not in _SUFFIXES:
             raise UserError(
@@ -67,18 +67,18 @@ def main(argv: list[str]) -> None:
     from vlm_jax.data.images import fit, read_image
     from vlm_jax.inference import api, token_maps
 
-    image = None if args.image is None else read_image(args.image)
+    images = [read_image(path) for path in args.image]
     with _progress("reading weights", DownloadColumn()) as on_read:
         model = vlm_jax.load(
             args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
             tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
         )  # fmt: skip
-    if image is not None and model.spec.encoder is None:
+    if images and model.spec.encoder is None:
         raise UserError(f"{args.model}: has no image encoder: leave --image out, or join an encoder with --llm")
     if args.llm or (args.compressor and jax.tree.leaves(model.params["connector"]["compressor"])):
         print("note: the connector is not trained: answers are meaningless", file=sys.stderr)
     if args.show_tokens is not None:
-        indices, pixels = token_maps.shown(model), fit([image], model.spec.encoder)
+        indices, pixels = token_maps.shown(model), fit(images[:1], model.spec.encoder)
         with _progress("token maps", MofNCompleteColumn()) as on_token:
             reads_question = catalog.row(model.spec.compressor.name).query_dependent and args.prompt is not None
             vector = api.question_vector(model, args.prompt) if reads_question else None
@@ -87,9 +87,8 @@ def main(argv: list[str]) -> None:
     if args.prompt is not None:
         console = Console(stderr=True)
         with console.status("generating (compiles first)") if console.is_terminal else nullcontext():
-            images = None if image is None else [image]
             sampling = (args.max_new_tokens, args.temperature, args.top_p, args.seed)
-            (answer,) = vlm_jax.generate(model, images, [args.prompt], *sampling)
+            (answer,) = vlm_jax.generate(model, [images] if images else None, [args.prompt], *sampling)
         print(answer)
 
 

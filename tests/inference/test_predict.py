@@ -115,3 +115,13 @@ def test_a_figure_that_cannot_be_written_is_refused_before_loading(tmp_path: Pat
     }.items():
         with pytest.raises(UserError, match=message):
             predict.main([*nowhere, name])
+
+
+def test_several_images_in_one_prompt(place: Path, capsys) -> None:
+    """In the order of the command line, as `generate` takes them."""
+    files = list(PHOTOGRAPHS.values())[:2]
+    (expected,) = vlm_jax.generate(vlm_jax.load(place / "llava"), [files], [QUESTION], 8)
+    capsys.readouterr()
+    flags = ["--image", *files, "--prompt", QUESTION, "--max-new-tokens", "8"]
+    predict.main(["--model", str(place / "llava"), *flags])
+    assert capsys.readouterr().out == f"{expected}\n"

@@ -234,7 +234,8 @@ def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | No
 def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     """The model of a workdir of `vlm_jax.train`, with its tokenizer."""
     run = spec_from_dict(orbax.read_spec(workdir))
-    context = run.model.decoder.context or run.model.compressor.tokens + run.data.text_tokens
+    text = run.data.text_tokens + run.evaluation.max_new_tokens
+    context = run.model.decoder.context or run.model.compressor.tokens + text
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))

@@ -27,7 +27,8 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         return None
     if model.spec.encoder is None:
         raise UserError("images: expected None for a text-only model (leave the images out)")
-    if isinstance(images, str | Path) or not hasattr(images, "__len__"):
+    is_array = isinstance(images, np.ndarray | jax.Array)
+    if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__") or (is_array and images.ndim == 3):
         raise UserError("images: expected a list with one entry for each row, got one image")
     if len(images) != rows:
         raise UserError(f"images: expected one entry for each of {rows} rows, got {len(images)}")
