@@ -89,7 +89,7 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
             continue
         if not isinstance(node, ConfigDict | dict) or key not in node:
             if isinstance(node, str) or not isinstance(node, ConfigDict | dict | Sequence):
-                raise UserError(f"--config.{name}: expected a field, got one inside {'.'.join(parents[:i])}={node!r}")
+                raise UserError(f"--config.{name}: expected a field, got one inside {'.'.join(keys[:i])}={node!r}")
             valid = list(node) if isinstance(node, ConfigDict | dict) else map(str, range(len(node)))
             raise unknown(f"config field {'.'.join(keys[: i + 1])!r}:", key, valid)
         if i == len(keys) - 1:
