@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from vlm_jax import aot
@@ -16,6 +17,8 @@ from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.distributed import partitioning
+from vlm_jax.inference import programs as inference
+from vlm_jax.inference import sampling
 from vlm_jax.sizing import chips, cost
 
 with_compiler = pytest.mark.skipif(
@@ -48,6 +51,23 @@ def test_unknown_stages_and_invalid_meshes_raise() -> None:
         cli.main([*FLAGS, "--stage", "bth"])
     with pytest.raises(UserError, match=r"--mesh 4,4: expected three integers"):
         cli.main([*FLAGS, "--mesh", "4,4"])
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_the_compiled_program_is_the_one_that_generate_runs(spec: RunSpec, mode: str) -> None:
+    """`generate` takes its programs from `inference.programs`, one for each model, plan and size: so does this."""
+    compute = dataclasses.replace(spec.compute, strategy="replicated", mesh=(1, 1, 1))
+    spec = dataclasses.replace(spec, compute=compute)
+    plan = partitioning.make_plan(compute, jax.devices()[:1])
+    key = (spec.model, sampling.compute_for_decoding(compute), plan)
+    room = spec.evaluation.max_new_tokens
+    cached = inference.prefill_program if mode == "prefill" else inference.sample_program
+    cached.cache_clear()
+    program = programs.compile_program(spec, spec.stages[0], plan, mode)
+    assert program.text.startswith("HloModule")
+    assert cached.cache_info().currsize == 1
+    cached(*key, room) if mode == "prefill" else cached(*key, (0,), room, "greedy")
+    assert cached.cache_info().hits == 1
 
 
 @with_compiler
