@@ -117,6 +117,23 @@ def test_an_eos_id_outside_the_vocabulary_is_an_error(published, tmp_path) -> No
         build.open_network(spec)
 
 
+def test_a_float_that_went_through_json_is_the_same(published) -> None:
+    """1e-05 as float32 prints 9.9999997e-06."""
+    spec, params = published
+    eps = spec.model.decoder.norm_eps
+    close = dataclasses.replace(spec.model.decoder, norm_eps=float(np.float32(eps)))
+    assert close.norm_eps != eps
+    start = build.first_params(
+        build.open_network(dataclasses.replace(spec, model=dataclasses.replace(spec.model, decoder=close)))
+    )
+    np.testing.assert_array_equal(start["decoder"]["embedding"], params["decoder"]["embedding"])
+    other = dataclasses.replace(spec.model.decoder, norm_eps=1.1 * eps)
+    with pytest.raises(UserError, match="norm_eps"):
+        build.first_params(
+            build.open_network(dataclasses.replace(spec, model=dataclasses.replace(spec.model, decoder=other)))
+        )
+
+
 def test_weights_of_another_size_are_an_error(published) -> None:
     spec, _ = published
     other = dataclasses.replace(spec.model.decoder, mlp_width=32)

@@ -6,6 +6,7 @@ run = open_run(spec, cache_dir)         # with data and features, cached in cach
 
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,6 +199,8 @@ def _public_params(
         raise UserError(f"{path}: expected a model with a {part}, got one without")
     for field in dataclasses.fields(spec):
         actual, expected = getattr(found, field.name), getattr(spec, field.name)
+        if isinstance(actual, float) and isinstance(expected, float) and math.isclose(actual, expected, rel_tol=1e-5):
+            continue  # a float32 that went through JSON
         if actual != expected and field.name not in _MAY_DIFFER:
             raise UserError(f"{path}: expected {part} {spec.name} with {field.name}={expected}, got {actual}")
     info = inspection.with_encoder(info, spec) if part == "encoder" else info

@@ -22,6 +22,13 @@ def test_a_table_keeps_its_extra_columns(tmp_path):
     assert scores.blind_errors(rows.cells) == {0.5: 0.9}
 
 
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path):
+    """As spreadsheets save CSV."""
+    plain = scores.read(write(tmp_path, HEAD + "ocr,1,4,0.5,\n"))
+    (tmp_path / "rows.csv").write_text(HEAD + "ocr,1,4,0.5,\n", encoding="utf-8-sig")
+    assert scores.read(tmp_path / "rows.csv") == plain
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -18,7 +18,7 @@ def read(path: str | Path, reference: str = "tokenpacker") -> dict[tuple[str, in
     benchmarks that both methods have.
     """
     try:
-        rows = list(csv.DictReader(Path(path).read_text().splitlines()))
+        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read: {error}") from error
     if not rows or {"method", "visual_tokens"} - set(rows[0]):

@@ -94,7 +94,7 @@ def from_row(row: ResultRow, where: str) -> Measurement:
 
 def _read_csv(path: str | Path) -> Iterable[Measurement]:
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read: {error}") from error
     reader = csv.DictReader(io.StringIO(text))

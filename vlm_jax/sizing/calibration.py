@@ -17,7 +17,7 @@ def calibrate(path: str | Path) -> Efficiency:
     fits best. An efficiency without rows keeps its default. Raises `UserError` for a bad row.
     """
     try:
-        rows = list(csv.DictReader(Path(path).read_text().splitlines()))
+        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read: {error}") from error
     if not rows or any(name not in rows[0] for name in CALIBRATION):
