@@ -268,8 +268,9 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
 
     def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:
         params = {**params, "decoder": unstack_layers(params["decoder"], spec.model.decoder.depth)}
-        layout = row_layout(model)._replace(shares_image=False)
-        batches = pipeline.evaluation_batches(run.test, spec.evaluation, layout, run.test_features, rows, examples)
+        batches = pipeline.evaluation_batches(
+            run.test, spec.evaluation, row_layout(model), run.test_features, rows, examples
+        )
         return harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
 
     return evaluate

@@ -125,6 +125,17 @@ def test_encode_normalises_levels_itself(model: vlm_jax.Model) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+def test_generate_prepares_images_once(model: vlm_jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prepared image is smaller than the edge that is cropped: preparing it again would cut it again."""
+    picture = peers_vision.pictures()[0]
+    assert model.spec.encoder.shortest_edge > model.spec.encoder.image_size
+    seen, inputs_of = [], prompts.inputs_of
+    monkeypatch.setattr(prompts, "inputs_of", lambda *given: seen.append(inputs_of(*given)) or seen[-1])
+    vlm_jax.generate(model, [picture], ["What?"], 2)
+    (inputs,) = seen
+    np.testing.assert_array_equal(inputs.views.pixels[0, 0], images.fit([picture], model.spec.encoder)[0])
+
+
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, np.int8, bool, object])
 def test_levels_of_other_widths_are_refused_by_name(model: vlm_jax.Model, kind: type) -> None:
     """Neither white, nor black, nor taken for normalised."""

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def joined(folders: dict[str, Path]) -> vlm_jax.Model:
+def llava_tokenpacker(folders: dict[str, Path]) -> vlm_jax.Model:
     return vlm_jax.load(folders["llava"], llm=folders["llava"], compressor="tokenpacker", tokens=9, seed=3)
 
 
@@ -51,18 +51,18 @@ def trained_rows(model: vlm_jax.Model, text: np.ndarray, image: np.ndarray) -> I
     return Inputs(tokens, np.ones_like(at), at, order, which, Views(image[:, None], question=text[:, None]))
 
 
-def test_forward_is_what_training_runs(joined: vlm_jax.Model) -> None:
+def test_forward_is_what_training_runs(llava_tokenpacker: vlm_jax.Model) -> None:
     """Logits of image and text through `vlm_jax.forward`, and through the training forward on stacked parameters."""
     rng = np.random.default_rng(0)
     text = rng.integers(5, 300, (2, 6)).astype(np.int32)
     image = rng.standard_normal((2, 12, 12, 3)).astype(np.float32)
-    assert joined.spec.encoder.taps == (1,)
-    marks = np.full((2, joined.visual_tokens), joined.image_token)
-    found = vlm_jax.forward(joined, image, np.concatenate([marks, text], axis=1))
-    params = {**joined.params, "decoder": stack_layers(joined.params["decoder"])}
-    model = Vlm(joined.spec, builders.COMPUTE)
+    assert llava_tokenpacker.spec.encoder.taps == (1,)
+    marks = np.full((2, llava_tokenpacker.visual_tokens), llava_tokenpacker.image_token)
+    found = vlm_jax.forward(llava_tokenpacker, image, np.concatenate([marks, text], axis=1))
+    params = {**llava_tokenpacker.params, "decoder": stack_layers(llava_tokenpacker.params["decoder"])}
+    model = Vlm(llava_tokenpacker.spec, builders.COMPUTE)
     read = jax.jit(lambda params, inputs: model.logits(params, model.forward(params, inputs)[0]))
-    np.testing.assert_allclose(found, read(params, trained_rows(joined, text, image)), atol=2e-5)
+    np.testing.assert_allclose(found, read(params, trained_rows(llava_tokenpacker, text, image)), atol=2e-5)
 
 
 def test_a_compressor_may_read_the_question() -> None:
@@ -139,12 +139,18 @@ def test_shares_of_pooled_patches_are_equal(folders: dict[str, Path]) -> None:
     np.testing.assert_allclose(token_maps.patch_shares(every, image, np.arange(9)).reshape(9, 9), np.eye(9), atol=1e-6)
 
 
-def test_the_figure_is_a_picture(joined: vlm_jax.Model, tmp_path: Path) -> None:
+def test_the_figure_is_a_picture(llava_tokenpacker: vlm_jax.Model, tmp_path: Path) -> None:
     from PIL import Image
 
     image = peers_answers.pictures()[:1]
-    which = token_maps.shown(joined)
-    token_maps.draw(joined, image, token_maps.patch_shares(joined, image, which), which, tmp_path / "tokens.png")
+    which = token_maps.shown(llava_tokenpacker)
+    token_maps.draw(
+        llava_tokenpacker,
+        image,
+        token_maps.patch_shares(llava_tokenpacker, image, which),
+        which,
+        tmp_path / "tokens.png",
+    )
     with Image.open(tmp_path / "tokens.png") as figure:
         assert min(figure.size) > 300
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.png"]

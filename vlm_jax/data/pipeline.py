@@ -57,7 +57,8 @@ def pack(
 
     Rows whose example is -1 are padding. Raises `UserError` where the text of a row is longer than `text_tokens`.
     """
-    visual, count, shared = layout.visual_tokens, chosen.shape[1], layout.visual_tokens * layout.shares_image
+    visual, count = layout.visual_tokens, chosen.shape[1]
+    shared = visual if layout.shares_image and count > 1 else 0
     is_padding = example[:, None] < 0
     rows = np.maximum(example, 0)[:, None]
     question, answer = split.question_lengths[rows, chosen], split.answer_lengths[rows, chosen] * answers

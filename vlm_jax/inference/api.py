@@ -74,10 +74,17 @@ def generate_tokens(
         top_p: nucleus sampling: sample from the most likely tokens that together reach this probability.
         questions: token ids of each row's question, for question-dependent compressors; None: all text of the row.
     """
-    seed, temperature, top_p = check_seed(seed), *_check_sampling(temperature, top_p)
     tokens = host.array_of("tokens", tokens)
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, None, questions)
+    return _decode(model, inputs, max_new_tokens, temperature, top_p, seed)
+
+
+def _decode(
+    model: Model, inputs: Inputs, max_new_tokens: int | None, temperature: Any, top_p: Any, seed: Any
+) -> Int[np.ndarray, "B new"]:
+    """Prefill and sample with the cached programs of the model and of the inputs' bucket."""
+    seed, temperature, top_p = check_seed(seed), *_check_sampling(temperature, top_p)
     max_new_tokens = _new_tokens(model, inputs, max_new_tokens)
     rows, max_new = inputs.tokens.shape[0], host.bucket(max_new_tokens)
     config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
@@ -156,7 +163,8 @@ def generate(
     if model.reads_question and any(counts):
         questions = [question_ids(model, prompt) for prompt in prompts]
     tokens, mask = host.padded(rows)
-    out = generate_tokens(model, by_row, tokens, max_new_tokens, temperature, top_p, seed, mask, questions)
+    inputs = host.inputs_of(model, by_row, tokens, mask, None, questions)
+    out = _decode(model, inputs, max_new_tokens, temperature, top_p, seed)
     lengths = [next((i for i, token in enumerate(row) if token in model.eos_ids), len(row)) for row in out.tolist()]
     return [tokenizer.decode(row[:length]) for row, length in zip(out.tolist(), lengths, strict=True)]
 

@@ -32,7 +32,7 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         raise UserError("images: expected a list with one entry for each row, got one image")
     if len(images) != rows:
         raise UserError(f"images: expected one entry for each of {rows} rows, got {len(images)}")
-    if isinstance(images, np.ndarray | jax.Array):
+    if is_array:
         images = np.asarray(images)
         if images.ndim not in (4, 5):
             raise UserError(f"images: expected [B, H, W, 3] or [B, M, H, W, 3], got shape {list(images.shape)}")

@@ -99,7 +99,7 @@ class Vlm(NamedTuple):
         frozen = {"params": jax.lax.stop_gradient(params["decoder"])}
         segment = (question >= 0).astype(jnp.int32)
         position = jnp.maximum(jnp.cumsum(segment, axis=1) - 1, 0)
-        x = self.decoder.apply(frozen, jnp.maximum(question, 0), method="embed")
+        x = self.decoder.apply(frozen, question, method="embed")
         x, _ = self.decoder.apply(frozen, x, AttentionMetadata(segment, position, position), None, method="hidden")
         return jnp.take_along_axis(x, last_token(segment)[:, None, None], axis=1)[:, 0]
 
