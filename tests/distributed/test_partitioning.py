@@ -1,10 +1,6 @@
-"""Placement changes where numbers live and nothing else.
-
-To renew the golden files after a change that is meant: `python -m tests.distributed.test_partitioning`.
-"""
+"""Sharding changes where arrays are stored, and no result."""
 
 import re
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -16,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from tests import builders
 from vlm_jax.compress import catalog
-from vlm_jax.config.arguments import load_config
-from vlm_jax.config.resolve import resolve
 from vlm_jax.core import axes, tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import TrainState, Views, Visual
@@ -322,53 +316,3 @@ def test_without_a_plan_kernels_are_only_cast() -> None:
     gradient = jax.grad(lambda k: work(k).astype(jnp.float32).sum())(kernel)
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, np.ones((2, 3)))
-
-
-# A small model on the mesh of the tests, and published ones on the pods that `configs/llava.py` is for.
-GOLDEN = {
-    "qwen_fsdp_tensor": ("", "fsdp_tensor", (2, 2, 2)),
-    "qwen1.5-7b_v5e-256": ("qwen1.5-7b", "fsdp", (1, 16, 16)),
-    "gemma2-27b_v5p-512": ("gemma2-27b", "fsdp", (1, 32, 16)),
-    "qwen2.5-7b_v5e-256_answering": ("qwen2.5-7b", "fsdp_tensor", (16, 1, 16)),
-}
-
-
-def shapes_on(name: str) -> tuple[partitioning.Plan, dict]:
-    """The plan, without devices, and the boxed shapes of a golden file's model."""
-    llm, strategy, mesh = GOLDEN[name]
-    table = tuple(partitioning.TABLES[strategy].items())
-    where = partitioning.Plan(jax.sharding.AbstractMesh((1, *mesh), partitioning.MESH_AXES), table)
-    if not llm:
-        return where, builders.boxed_shapes(Vlm(builders.model(**QWEN), builders.COMPUTE))
-    spec = resolve(load_config(f"configs/llava.py:llm={llm}"))
-    return where, builders.boxed_shapes(Vlm(spec.model, spec.compute))
-
-
-def golden(name: str) -> Path:
-    return Path(__file__).parents[1] / "golden" / f"placements_{name}.txt"
-
-
-def placements(name: str) -> str:
-    """Every parameter of a model."""
-    return "".join(f"{path}: {line}\n" for path, line in partitioning.placements(*shapes_on(name)).items())
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_placements_are_those_of_the_golden_file(name: str) -> None:
-    assert placements(name).splitlines() == golden(name).read_text().splitlines()
-
-
-@pytest.mark.parametrize("name", [name for name, (llm, strategy, _) in GOLDEN.items() if llm and strategy == "fsdp"])
-def test_published_models_are_split_over_all_of_a_pod(name: str) -> None:
-    """All but a hundredth of the parameters, and what a chip holds is no more than a twentieth above its share."""
-    where, shapes = shapes_on(name)
-    assert partitioning.unsharded_share(where, shapes) < 1e-2
-    flat, shards = tree.flatten(nn.meta.unbox(shapes)), tree.flatten(where.shardings(shapes))
-    held = sum(int(np.prod(shards[path].shard_shape(leaf.shape))) for path, leaf in flat.items())
-    assert held < 1.05 * tree.count(shapes) / where.mesh.size
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
-    for name in GOLDEN:
-        golden(name).write_text(placements(name))

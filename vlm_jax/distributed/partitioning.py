@@ -261,15 +261,6 @@ def check_batch(plan: Plan, field: str, batch_examples: int, microbatches: int =
         )
 
 
-def placements(plan: Plan, abstract: Any) -> dict[str, str]:
-    """Parameter path -> 'shape (logical names) -> (mesh axes)', for golden files and reports."""
-    names = tree.flatten(nn.get_partition_spec(abstract), is_leaf=_is_spec)
-    shapes, shards = tree.flatten(nn.meta.unbox(abstract)), tree.flatten(plan.shardings(abstract))
-    return {
-        path: f"{tuple(leaf.shape)} {tuple(names[path])} -> {tuple(shards[path].spec)}" for path, leaf in shapes.items()
-    }
-
-
 def check_sharded(plan: Plan, abstract: Any) -> None:
     """Raises `UserError` where a sharding table leaves too many parameters replicated."""
     share = unsharded_share(plan, abstract)
