@@ -15,6 +15,7 @@ import numpy as np
 
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import write_text
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.evaluation import results
 from vlm_jax.scaling import fit, frontier, lawfile, plots, scores
@@ -118,10 +119,10 @@ def write_page(workdir: Path, rows: list[ResultRow], law: LawFit) -> Path:
             parts.append(f'<img alt="{family}: error {kind}" src="data:image/png;base64,{picture}">')
         parts.append("<p>What the law chooses from this ladder at a budget of FLOPs a question:</p>")
         parts.append(html_table(plans(law, rows, family)))
-        warnings = "".join(f"<li>{html.escape(w)}</li>" for w in law.family(family).warnings)
-        parts.append(f'<p class="note">What to doubt:</p><ul class="note">{warnings}</ul>')
+        warnings = "".join(f"<li>{html.escape(w.partition(': ')[2])}</li>" for w in law.family(family).warnings)
+        parts.append(f'<p class="note">Warnings:</p><ul class="note">{warnings}</ul>')
     path = workdir / "report.html"
-    path.write_text("\n".join(parts) + "\n")
+    write_text(path, "\n".join(parts) + "\n")
     return path
 
 
