@@ -23,6 +23,7 @@ FAMILIES = {
     "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
     "scene": dict(study=("sums3", 1000, 7), demo=("sums3_small", 320, 7), questions=4, answer_tokens=2),
 }
+GLYPHS = "vlm_jax.studies.glyphs.source:Glyphs"
 RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo recipe
 
 
@@ -60,16 +61,23 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model = model_group(catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear"))
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
     c.decoder_checkpoint = ""
+    source = dict(source=GLYPHS, path=arg.family, config=arg.data or data, name=arg.family, separate=True)
     c.data = dict(
-        dataset=f"glyph_{arg.family}",
-        config=arg.data or data,
-        train_split="train",
-        test_split="test",
-        batch_examples=32,
+        train=(dict(source, split="train"),),
+        test=(dict(source, split="test"),),
+        format="prefix",
+        pack="none",
+        batch_rows=32,
+        row_tokens=arg.tokens + questions * pair_tokens,
+        row_images=1,
         questions_per_example=questions,
-        text_tokens=questions * pair_tokens,
         frozen_features=True,
         tokenizer="",
+        long="drop",
+        max_bad_share=0.0,
+        question_tokens=16,
+        learn_headers=False,
+        resize="",
     )
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)
     align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)

@@ -12,8 +12,7 @@ from vlm_jax.core.errors import BAD_STEP, RunStopped
 from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.core.structs import TrainState
-from vlm_jax.data import pipeline
-from vlm_jax.data.sources import Split
+from vlm_jax.data.pipeline import Batches
 from vlm_jax.distributed import processes
 from vlm_jax.training import guard, metrics
 
@@ -27,16 +26,17 @@ def forget_after(workdir: Path, step: int) -> None:
 
 
 def make_check(
-    workdir: Path, split: Split, spec: RunSpec, skipped: int
+    workdir: Path, batches: Batches, first_step: int, spec: RunSpec, skipped: int
 ) -> Callable[[Sequence[guard.StepRecord], TrainState], None]:
-    """`check(steps, state)` for the loop; `skipped` is the number of updates that the stage has skipped before.
+    """`check(steps, state)` for the loop; `first_step` is the number of the step before the first batch, `skipped` that
+    of the updates that the stage has skipped before.
 
     Each skipped step is a line of `skipped.jsonl` with the ids of its examples. Raises `RunStopped` where the policy
     stops the run, after writing the reason, the ids and the state to `bad_step/`.
     """
 
     def ids(step: int) -> list[str]:
-        return list(pipeline.drawn_ids(split, spec.data, spec.seed, step))
+        return list(batches.ids(step - first_step - 1))
 
     def check(steps: Sequence[guard.StepRecord], state: TrainState) -> None:
         nonlocal skipped
@@ -48,7 +48,7 @@ def make_check(
                     with open(workdir / _SKIPPED, "a") as file:
                         file.write(json.dumps({"step": step.number, "examples": ids(step.number)}) + "\n")
         if bad := guard.find_stop(steps, spec.bad_step):
-            _stop(workdir, bad, ids(bad[0]), split.name, state)
+            _stop(workdir, bad, ids(bad[0]), batches.data.mixture.name, state)
 
     return check
 

@@ -8,21 +8,41 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 import vlm_jax
 from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
-from vlm_jax.core import tree
+from vlm_jax.compress import catalog
+from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import PREPARATION, ComputeSpec, DecoderSpec, EncoderSpec, RunSpec, StageSpec
+from vlm_jax.core.specs import (
+    PREPARATION,
+    ComputeSpec,
+    DataSpec,
+    DecoderSpec,
+    EncoderSpec,
+    RunSpec,
+    SourceSpec,
+    StageSpec,
+)  # fmt: skip
 from vlm_jax.core.structs import LossSums
 from vlm_jax.data import features as feature_store
-from vlm_jax.data import pipeline, sources, tokenizers
+from vlm_jax.data import chat, conversations, tokenized, tokenizers
+from vlm_jax.data.conversations import Conversation
+from vlm_jax.data.examples import Turn
+from vlm_jax.data.packing import RowLayout
+from vlm_jax.data.pipeline import Batches
+from vlm_jax.data.readers.mixture import epoch_counts
+from vlm_jax.data.readers.open import open_source
+from vlm_jax.data.tokenized import Mixture
+from vlm_jax.data.views import BadImages, Data, Features, read_pixels
 from vlm_jax.distributed import partitioning, processes
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.training import guard, loss, optim
@@ -49,13 +69,11 @@ class TrainStep(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A network and its data. Without stored features, batches have pixels."""
+    """A network and its data."""
 
-    network: Network
-    train: sources.Split
-    test: sources.Split
-    train_features: pipeline.Features | None
-    test_features: pipeline.Features | None
+    network: Network  # the stages of its spec have their numbers of steps
+    train: tuple[Batches, ...]  # of each stage
+    test: Data | None
 
 
 def default_cache() -> Path:
@@ -91,7 +109,8 @@ def lay_out(spec: RunSpec, plan: partitioning.Plan) -> Network:
     """
     if spec.compute.attention == "cudnn":  # "splash" runs everywhere
         _check_cudnn(spec.compute, plan)
-    partitioning.check_batch(plan, "data.batch_examples", spec.data.batch_examples, spec.compute.microbatches)
+    for rows in {specs.data_of(spec, stage).batch_rows for stage in spec.stages}:
+        partitioning.check_batch(plan, "data.batch_rows", rows, spec.compute.microbatches)
     partitioning.check_batch(plan, "evaluation.batch_examples", spec.evaluation.batch_examples)
     model = Vlm(spec.model, spec.compute)
     partitioning.check_sharded(plan, jax.eval_shape(model.init, jax.random.key(0)))
@@ -107,35 +126,86 @@ def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
 
 
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
-    """The network with its splits and features, built under `cache_dir` if missing. Raises `UserError`."""
+    """The network with its data and features, which are made under `cache_dir` if missing. Raises `UserError`."""
     network = open_network(spec)
-    data, encoder = spec.data, network.model.spec.encoder
-    train, test = (
-        _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)._replace(encoder=encoder)
-        for name in (data.train_split, data.test_split)
+    slots = network.plan.rows
+    train, stages, first = [], [], 0
+    for stage in spec.stages:
+        data_spec = specs.data_of(spec, stage)
+        data = open_data(network, data_spec, data_spec.train, cache_dir)
+        batches = Batches(data, spec.seed, slots(data_spec.batch_rows))
+        stages.append(_with_steps(stage, data_spec, batches))
+        train.append(batches)
+    network = network._replace(spec=dataclasses.replace(spec, stages=tuple(stages)))
+    test = open_data(network, spec.data, spec.data.test, cache_dir) if spec.data.test else None
+    return Run(network, tuple(train), test)
+
+
+def _with_steps(stage: StageSpec, data: DataSpec, batches: Batches) -> StageSpec:
+    """The stage with its number of steps, where it is given in epochs or examples, and of warm-up steps."""
+    steps = stage.total_steps
+    if not steps:
+        rows = batches.epoch(0)
+        epochs = stage.epochs or stage.examples / rows.examples
+        steps = max(1, math.ceil(round(epochs * len(rows) / data.batch_rows, 6)))
+    warmup = stage.warmup_steps or round(stage.warmup_share * steps)
+    return dataclasses.replace(stage, total_steps=steps, warmup_steps=warmup)
+
+
+def open_data(network: Network, spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path) -> Data:
+    """Tokenized sources as one mixture, with stored features where the encoder is frozen. Raises `UserError`."""
+    mixture = open_mixture(spec, sources, cache_dir)
+    encoder = network.model.spec.encoder
+    encoder = dataclasses.replace(encoder, resize=spec.resize or encoder.resize)  # a stage may have its own
+    data = Data(mixture, spec, row_layout(network.model, spec), encoder, BadImages(mixture, spec.max_bad_share))
+    if not spec.frozen_features or not network.model.visual_tokens:
+        return data
+    return data._replace(
+        features=tuple(_features(network, data, part, cache_dir / "features") for part in range(len(mixture.parts)))
     )
-    pipeline.check_training(train, data)
-    pipeline.check(test, spec.evaluation.questions_per_example)
-    if not data.frozen_features:
-        return Run(network, train, test, None, None)
-    return Run(network, train, test, *(_features(network, split, cache_dir / "features") for split in (train, test)))
 
 
-_READERS: dict[tuple[Path, str], pipeline.Features] = {}  # opened feature stores
+def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path) -> Mixture:
+    """The tokenized conversations of some sources. Raises `UserError`."""
+    tokenizer = load_tokenizer(spec.tokenizer)
+    chat_format = chat.format_named(spec.format, tokenizer)
+    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format}"
+
+    def tokenize(turns: Sequence[Turn]) -> Conversation:
+        return conversations.tokenize(chat_format, tokenizer, turns)
+
+    def bare_ids(turns: Sequence[Turn]) -> list[int]:
+        return tokenizer.encode(conversations.bare_question(turns))
+
+    opened = [open_source(source, cache_dir) for source in sources]
+    parts = [
+        tokenized.open_tokenized(source, s.separate, tokenize, bare_ids, key, cache_dir / "tokens")
+        for source, s in zip(opened, sources, strict=True)
+    ]
+    names = [s.name or source.name for source, s in zip(opened, sources, strict=True)]
+    items = [part.items for part in parts]
+    passes = [count / n for count, n in zip(epoch_counts(sources, items), items, strict=True)]
+    return tokenized.mix(parts, names, passes)
 
 
-@functools.lru_cache(maxsize=8)
-def _split(dataset: str, config: str, name: str, data_dir: Path, tokenizer: str) -> sources.Split:
-    sources.build(dataset, config, data_dir)
-    return sources.load(dataset, config, name, data_dir, load_tokenizer(tokenizer))
+def row_layout(model: Vlm, spec: DataSpec) -> RowLayout:
+    """The row layout of a model for some data."""
+    shares_image = spec.shares_image and catalog.shares_image(model.spec, model.compute)
+    return RowLayout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
+
+
+_STORES: dict[tuple[Path, str], feature_store.Stored] = {}  # open feature stores
+
+
+def tokenizer_folder(folder: str) -> Path:
+    """ "" is the tokenizer of the glyph suite."""
+    return located(folder) if folder else Path(vlm_jax.__file__).parent / "studies" / "glyphs" / "tokenizer"
 
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a language model's folder; "" is the built-in word tokenizer."""
-    if not folder:
-        return tokenizers.word_tokenizer()
-    path = Path(folder)
+    """The tokenizer of a language model's folder; "" is that of the glyph suite."""
+    path = tokenizer_folder(folder)
     config = inspection.read_config(path) if (path / "config.json").is_file() else {}
     tokenizer = tokenizers.read_tokenizer(path, config)
     if not tokenizer.eos_ids:
@@ -143,43 +213,48 @@ def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _features(network: Network, split: sources.Split, folder: Path) -> pipeline.Features:
-    spec, model = network.spec, network.model
+def _features(network: Network, data: Data, number: int, folder: Path) -> Features:
+    """The stored features of a part; images that cannot be decoded are added to `data.bad`."""
+    spec, model, part = network.spec, network.model, data.mixture.parts[number]
     # With several processes, each encodes on its own devices.
     local = dataclasses.replace(spec.compute, strategy="replicated", mesh=(-1, 1, 1), slices=1)
     plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(local, jax.local_devices())
-    settings = {**dataclasses.asdict(model.spec.encoder), "dtype": spec.compute.dtype}
-    key = feature_store.key(split.sha256, network.encoder_sha256, settings)
-    if (folder, key) not in _READERS:
+    settings = {**dataclasses.asdict(data.encoder), "dtype": spec.compute.dtype}
+    key = feature_store.key(part.images_fingerprint, network.encoder_sha256, settings)
+    if (folder, key) not in _STORES:
         weights = jax.device_put({"encoder": network.encoder}, plan.replicated)
         encode = plan.jit(model.encode)
-        source = (split.images, split.examples, lambda image: encode(weights, image), split.name)
-        _READERS[folder, key] = feature_store.open_or_compute(folder, key, *source)
-    return _READERS[folder, key]
+        images = feature_store.Images(
+            part.image_count, part.image, lambda n: read_pixels(part, np.array([n]), data.encoder)[0], part.source.name
+        )
+        store = feature_store.open_or_compute(folder, key, images, lambda pixels: encode(weights, pixels))
+        _STORES[folder, key] = store
+    for image, reason in _STORES[folder, key].bad.items():
+        data.bad.add(number, image, reason)
+    return _STORES[folder, key].read
 
 
 def _prepared(spec: RunSpec) -> EncoderSpec:
-    """The encoder spec with the image preparation of its checkpoint."""
-    encoder, path = spec.model.encoder, _located(spec.encoder_checkpoint)
-    if not spec.encoder_checkpoint:
-        return encoder
-    if path.suffix == ".npz":
-        return processors.with_processor_files(encoder, path)
-    source = processors.with_processor_files(inspection.inspect(path).encoder or encoder, path)
-    return dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
+    """The encoder spec with the image preparation of its checkpoint, except for `data.resize`."""
+    encoder, path = spec.model.encoder, located(spec.encoder_checkpoint)
+    if spec.encoder_checkpoint:
+        known = inspection.inspect(path).encoder if path.suffix != ".npz" else None
+        source = processors.with_processor_files(known or encoder, path)
+        encoder = dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
+    return dataclasses.replace(encoder, resize=spec.data.resize or encoder.resize)
 
 
 def _encoder_weights(spec: RunSpec, model: Vlm) -> Any:
     """Encoder weights of the checkpoint, or random ones that are the same for every run."""
     if not spec.encoder_checkpoint:
         return jax.device_get(nn.meta.unbox(model.init_encoder(jax.random.key(0))))
-    path = _located(spec.encoder_checkpoint)
+    path = located(spec.encoder_checkpoint)
     if path.suffix == ".npz":
         return big_vision.load_encoder(path, spec.model.encoder)
     return jax.device_get(_public_params(path, "encoder", spec.model.encoder, None))
 
 
-def _located(checkpoint: str) -> Path:
+def located(checkpoint: str) -> Path:
     """A path relative to the working directory, else to the repository."""
     path, in_repository = Path(checkpoint), Path(vlm_jax.__file__).parent.parent / checkpoint
     return path if path.exists() or not in_repository.exists() else in_repository
@@ -219,8 +294,10 @@ def train_step(network: Network, stage: StageSpec) -> TrainStep:
     optimiser, abstract = _optimiser(spec, stage), abstract_state(network, stage)
     shardings = plan.shardings(abstract)
 
+    eos_ids, sources = load_tokenizer(spec.data.tokenizer).eos_ids, len(specs.data_of(spec, stage).train)
+
     def forward(params: Any, batch: Any) -> LossSums:
-        return loss.sums(model.forward(params, batch)[0], model.head(params), batch)
+        return loss.sums(model.forward(params, batch)[0], model.head(params), batch, eos_ids, sources)
 
     step = training_step.make_step(forward, optimiser, stage.train, spec.compute.microbatches)
     jitted = plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
@@ -249,7 +326,7 @@ def first_params(network: Network) -> Any:
 
     params = plan.init(init, jax.random.key(spec.seed))
     if loaded:
-        path, scan_layers = _located(spec.decoder_checkpoint), spec.compute.scan_layers
+        path, scan_layers = located(spec.decoder_checkpoint), spec.compute.scan_layers
         params["decoder"] = _public_params(path, "decoder", spec.model.decoder, plan, scan_layers)
     if "encoder" in params:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params["encoder"])

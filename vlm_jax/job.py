@@ -9,25 +9,26 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 import vlm_jax
 from vlm_jax import bad_steps, build, logbook
 from vlm_jax.build import Network, Run
 from vlm_jax.checkpoints import orbax
 from vlm_jax.checkpoints.orbax import Checkpoints, disk_errors, lock_workdir
-from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import STOPPED, RunStopped, UserError
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
+from vlm_jax.data.views import Data
 from vlm_jax.distributed import processes
 from vlm_jax.evaluation import harness
 from vlm_jax.inference import sampling
@@ -121,17 +122,16 @@ def _train_stages(
 ) -> _Trained:
     """Trains the stages that are not finished at step `restored`; 0 starts from initial parameters."""
     network, spec, plan = run.network, run.network.spec, run.network.plan
-    params = cursor = state = None
+    params = state = None
     secs_before, step, log_sums = 0.0, restored, loop.LogSums()
-    rows = plan.rows(spec.data.batch_examples)
 
     def secs() -> float:
         return secs_before + time.monotonic() - started
 
-    def save(step: int, state: TrainState, cursor: pipeline.Cursor, log_sums: loop.LogSums) -> None:
+    def save(step: int, state: TrainState, log_sums: loop.LogSums) -> None:
         if metrics is not None:
             metrics.wait()
-        checkpoints.save(step, state, cursor, {"secs": secs(), **logbook.log_sums_to_dict(log_sums)})
+        checkpoints.save(step, state, {"secs": secs(), **logbook.log_sums_to_dict(log_sums)})
 
     subset = functools.cache(lambda: make_evaluator(run, spec.evaluation.subset_examples))
     evaluation_secs = [0.0]  # since the last log
@@ -146,13 +146,13 @@ def _train_stages(
         if metrics is not None:
             metrics.write(step, lambda: logbook.evaluation_numbers(result))
 
-    for stage, first, last in stages(spec):
+    for batches, (stage, first, last) in zip(run.train, stages(spec), strict=True):
         if restored > last:
             continue
         update = build.train_step(network, stage)
         if restored > first:
             abstract = nn.meta.unbox(update.abstract)
-            state, cursor, progress = checkpoints.restore(restored, abstract, update.shardings)
+            state, progress = checkpoints.restore(restored, abstract, update.shardings)
             secs_before, log_sums = progress.get("secs", 0.0), logbook.log_sums_from_dict(progress)
             if restored == last == specs.total_steps(spec):
                 return _Trained(restored, state, secs_before)
@@ -161,37 +161,44 @@ def _train_stages(
             parts = dict(optimiser=update.optimiser, train=stage.train, step=first)
             init = functools.partial(training_step.init_state, **parts)
             state = plan.jit(init, out_shardings=update.shardings, donate_argnums=0)(params)
-        layout = row_layout(network.model)
+        step = max(first, restored)
+        data_first = first if stage.data else 0  # its own data start with the stage; those of the run go on
         end = loop.run(
             state,
-            max(first, restored),
+            step,
             last,
-            pipeline.train_batches(run.train, spec.data, spec.seed, layout, cursor, run.train_features, rows),
+            pipeline.train_batches(batches, step - data_first, last - data_first),
             plan.put,
             update.step,
             log_every_steps=spec.log_every_steps,
             save_every_steps=spec.save_every_steps,
-            on_log=_log_writer(run, stage, first, metrics, on_log, evaluation_secs),
+            on_log=_log_writer(run, batches.data.mixture.names, stage, first, metrics, on_log, evaluation_secs),
             on_save=save,
             evaluate_every_steps=spec.evaluate_every_steps,
             on_evaluate=evaluate_subset,
-            check=bad_steps.make_check(workdir, run.train, spec, guard.skipped(state.opt_state)),
+            check=bad_steps.make_check(workdir, batches, data_first, spec, guard.skipped(state.opt_state)),
             stop=stop,
             log_sums=log_sums,
         )
         step, state, log_sums = end.step, end.state, end.log_sums
-        params, cursor = state.params, end.cursor or cursor
+        params = state.params
         if end.stopped and step < specs.total_steps(spec):
-            save(step, state, cursor, log_sums)
+            save(step, state, log_sums)
             checkpoints.wait()
             raise RunStopped(f"saved step {step} of {specs.total_steps(spec)}; the same command resumes", STOPPED)
     if restored < last:
-        save(last, state, cursor, log_sums)
+        save(last, state, log_sums)
     return _Trained(step, state, secs())
 
 
 def _log_writer(
-    run: Run, stage: StageSpec, first: int, metrics: MetricWriter | None, on_log: OnLog, evaluation_secs: list[float]
+    run: Run,
+    names: Sequence[str],
+    stage: StageSpec,
+    first: int,
+    metrics: MetricWriter | None,
+    on_log: OnLog,
+    evaluation_secs: list[float],
 ) -> Callable[[loop.Log], None]:
     """`write(log)`, which queues a log for the metrics thread; that thread waits for the device and so can time steps.
     `evaluation_secs` is subtracted from the time of steps.
@@ -202,7 +209,7 @@ def _log_writer(
     finished: list[float] = []  # the first log has no speed: its time includes compilation
 
     def make(log: loop.Log, excluded_secs: float) -> dict[str, float]:
-        values = logbook.numbers(spec, stage, first, log)
+        values = logbook.numbers(spec, stage, first, log, names)
         finished.append(time.monotonic())
         if len(finished) > 1:
             step_secs = (finished[-1] - finished[-2] - excluded_secs) / log.steps
@@ -218,8 +225,9 @@ def _log_writer(
 
 
 def _question_tokens(run: Run) -> float:
-    """Mean length of a training question."""
-    return float(run.train.question_lengths.mean())
+    """Mean length of a training question, as a compressor reads it."""
+    parts = run.train[-1].data.mixture.parts
+    return float(np.mean(np.concatenate([np.diff(part.question_bounds) for part in parts])))
 
 
 def restore(
@@ -243,17 +251,16 @@ def restore(
     return orbax.restore_params(workdir, shapes, shardings, on_damaged, least_step)
 
 
-def row_layout(model: Vlm) -> pipeline.RowLayout:
-    """The row layout of a model."""
-    shares_image = catalog.shares_image(model.spec, model.compute)
-    return pipeline.RowLayout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
-
-
 def evaluation_batches(run: Run) -> int:
     """The number of batches of `evaluate`."""
     evaluation = run.network.spec.evaluation
-    images = min(evaluation.examples or run.test.examples, run.test.examples)
-    return -(-images * evaluation.questions_per_example // evaluation.batch_examples)
+    return -(-len(pipeline.evaluation_pairs(_test(run), evaluation)) // evaluation.batch_examples)
+
+
+def _test(run: Run) -> Data:
+    if run.test is None:
+        raise UserError("config field data.test: expected held-out data to evaluate on, got none")
+    return run.test
 
 
 def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.Result]:
@@ -268,9 +275,7 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
 
     def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:
         params = {**params, "decoder": unstack_layers(params["decoder"], spec.model.decoder.depth)}
-        batches = pipeline.evaluation_batches(
-            run.test, spec.evaluation, row_layout(model), run.test_features, rows, examples
-        )
+        batches = pipeline.evaluation_batches(_test(run), spec.evaluation, rows, examples)
         return harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
 
     return evaluate
@@ -285,13 +290,13 @@ def evaluate(
     if not (workdir / "summary.json").exists():
         raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
     summary = json.loads((workdir / "summary.json").read_text())
-    spec, model = run.network.spec, run.network.spec.model
+    spec, model, mixture = run.network.spec, run.network.spec.model, _test(run).mixture
     result = make_evaluator(run)(params, on_batch)
     return ResultRow(
         cell=cell,
         spec_hash=specs.spec_hash(spec),
-        family=run.test.family,
-        task=run.test.name,
+        family=mixture.name,
+        task=" + ".join(part.source.name for part in mixture.parts),
         encoder=model.encoder.name,
         llm=model.decoder.name,
         compressor=model.compressor.name,

@@ -1,7 +1,9 @@
 """The numbers of a run: metrics of a log, and `summary.json`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,23 +18,29 @@ from vlm_jax.sizing import chips, cost
 from vlm_jax.training import loop, optim
 
 
-def numbers(spec: RunSpec, stage: StageSpec, first_step: int, log: loop.Log) -> dict[str, float]:
-    """The metrics of a log; waits for the device. `first_step` is that of the stage."""
+def numbers(
+    spec: RunSpec, stage: StageSpec, first_step: int, log: loop.Log, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """The metrics of a log; waits for the device. `first_step` is that of the stage, `names` those of the sources."""
     sums, norms = jax.device_get((log.sums, log.norms))
-    count = max(float(sums.count), 1.0)
     values = {
-        "loss": float(sums.nll) / count,
-        "token_error": 1 - float(sums.hits) / count,
+        "loss": float(sums.nll) / max(float(sums.count), 1.0),
+        "accuracy": float(sums.hits) / max(float(sums.answers), 1.0),
+        "token_error": 1 - float(sums.hits) / max(float(sums.answers), 1.0),
         "grad_norm": float(norms.grad),
         "update_norm": float(norms.update),
         "learning_rate": float(optim.schedule(spec.optim, stage)(log.step - first_step - 1)),
     }
+    if sums.part_nll is not None:
+        pairs = zip(names, sums.part_nll, sums.part_count, strict=True)
+        values |= {f"loss/{name}": float(nll) / float(count) for name, nll, count in pairs if count}
     return values if norms.skipped is None else {**values, "skipped": float(norms.skipped)}
 
 
 def evaluation_numbers(result: harness.Result) -> dict[str, float]:
     """The metrics of an evaluation during training."""
     return {
+        "evaluation_accuracy": 1 - result.exact[0],
         "evaluation_error": result.error[0],
         "evaluation_stderr": result.error[1],
         "evaluation_forced_error": result.forced[0],
@@ -40,18 +48,19 @@ def evaluation_numbers(result: harness.Result) -> dict[str, float]:
     }
 
 
-def log_sums_to_dict(log_sums: loop.LogSums) -> dict[str, float]:
+def log_sums_to_dict(log_sums: loop.LogSums) -> dict[str, Any]:
     """The sums since the last log, for a checkpoint; float32 passes through JSON unchanged."""
     if log_sums.sums is None:
         return {}
-    return {name: float(total) for name, total in log_sums.sums._asdict().items()} | {"unlogged_steps": log_sums.steps}
+    sums = {name: np.asarray(total).tolist() for name, total in log_sums.sums._asdict().items() if total is not None}
+    return sums | {"unlogged_steps": log_sums.steps}
 
 
-def log_sums_from_dict(values: dict[str, float]) -> loop.LogSums:
+def log_sums_from_dict(values: dict[str, Any]) -> loop.LogSums:
     """The inverse of `log_sums_to_dict`."""
     if "unlogged_steps" not in values:
         return loop.LogSums()
-    sums = LossSums(*(np.float32(values[name]) for name in LossSums._fields))
+    sums = LossSums(**{name: np.float32(values[name]) for name in LossSums._fields if name in values})
     return loop.LogSums(sums, int(values["unlogged_steps"]))
 
 
@@ -60,7 +69,7 @@ def speed(spec: RunSpec, stage: StageSpec, plan: Plan, question_tokens: float, s
     flops = cost.step_flops(spec, stage, question_tokens)
     values = {
         "step_secs": step_secs,
-        "examples_per_sec": spec.data.batch_examples / step_secs,
+        "rows_per_sec": specs.data_of(spec, stage).batch_rows / step_secs,
         "model_flops_per_sec": flops / step_secs,
     }
     chip = chips.of_device(jax.devices()[0].device_kind)

@@ -43,7 +43,7 @@ def _train(spec: Any, workdir: Path) -> None:
     with contextlib.ExitStack() as stack:
 
         def on_log(log: object, values: dict[str, float]) -> None:
-            speed = f", {values['examples_per_sec']:.0f} examples/s" if "examples_per_sec" in values else ""
+            speed = f", {values['rows_per_sec']:.0f} rows/s" if "rows_per_sec" in values else ""
             mfu = f", MFU {values['mfu']:.1%}" if "mfu" in values else ""
             note = f"loss {values['loss']:.3f}, token error {values['token_error']:.3f}{speed}{mfu}"
             progress.update(bar, completed=log.step, note=note)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from vlm_jax.data import backdrops, glyphs, layouts
-from vlm_jax.data.vocabulary import COLOURS, SHAPES
+from vlm_jax.studies.glyphs import backdrops, glyphs, layouts
+from vlm_jax.studies.glyphs.vocabulary import COLOURS, SHAPES
 
 PATCH = 8  # pixels a side of a labelled patch
 CLASSES = (11, len(SHAPES) + 1, len(COLOURS) + 1)  # digit, shape, colour; the last of each is "none"

@@ -27,7 +27,7 @@ def check_batches(left: list[Cell], accelerator: str) -> None:
         compute, data = cell.spec.compute, cell.spec.data
         try:
             plan = partitioning.outline(compute, "tpu", devices)
-            partitioning.check_batch(plan, "data.batch_examples", data.batch_examples, compute.microbatches)
+            partitioning.check_batch(plan, "data.batch_rows", data.batch_rows, compute.microbatches)
             partitioning.check_batch(plan, "evaluation.batch_examples", cell.spec.evaluation.batch_examples)
         except UserError as error:
             raise UserError(f"--accelerator {accelerator} ({devices} chips), cell {cell.name}: {error}") from error

@@ -180,8 +180,8 @@ def main(argv: list[str]) -> int:
     ]
     page = (HERE / "README.template.md").read_text().format(
         libtpu=pins[0].removeprefix("libtpu==") if pins else "",
-        length=spec.data.text_tokens + spec.model.compressor.tokens,
-        batch=spec.data.batch_examples, large_batch=large.data.batch_examples,
+        length=spec.data.row_tokens,
+        batch=spec.data.batch_rows, large_batch=large.data.batch_rows,
         measured=len(rows), wanted=len(names), training=training(rows),
         compute_share=ASSUMED.compute, memory_share=ASSUMED.bandwidth, network_share=ASSUMED.interconnect,
         fewest=CHIPS[0],

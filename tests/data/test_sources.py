@@ -9,7 +9,7 @@ import pytest
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec
 from vlm_jax.data import glyph_tokenizer, pipeline, sources
-from vlm_jax.data.glyph_facts.builder import GlyphFacts
+from vlm_jax.studies.glyphs.glyph_facts.builder import GlyphFacts
 
 from .conftest import TINY
 

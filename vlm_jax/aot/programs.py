@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from vlm_jax import build
-from vlm_jax.core import axes
+from vlm_jax.core import axes, specs
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
@@ -113,27 +113,24 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 def _inputs(spec: RunSpec, plan: Plan, train: bool) -> Inputs:
     """Shapes of a training batch, or of a batch of prompts with one image each."""
-    data = spec.data
-    rows, questions = (
-        (data.batch_examples, data.questions_per_example) if train else (spec.evaluation.batch_examples, 1)
-    )
-    length = (cost.image_copies(spec) if train else 1) * spec.model.compressor.tokens + data.text_tokens
+    data, length = spec.data, spec.data.row_tokens
+    rows = data.batch_rows if train else spec.evaluation.batch_examples
+    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question) if train else 1
 
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
     weight = shape(length, dtype="float32") if train else None
-    return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, questions), weight=weight)
+    return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, views), weight=weight)
 
 
-def _views(spec: RunSpec, shape: Any, questions: int) -> Views | None:
+def _views(spec: RunSpec, shape: Any, count: int) -> Views | None:
     """Shapes of pixels, or of stored features of every patch."""
     encoder, model = spec.model.encoder, Vlm(spec.model, spec.compute)
     if not model.visual_tokens:
         return None
-    count = questions if model.reads_question else 1
-    question = shape(count, spec.data.text_tokens // questions) if model.reads_question else None
+    question = shape(count, spec.data.question_tokens) if model.reads_question else None
     if not spec.data.frozen_features:
         side = encoder.image_size
         return Views(shape(count, side, side, 3, dtype="uint8"), question=question)
@@ -179,7 +176,7 @@ def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
     """Shapes of the cache of a batch, with the shardings of its examples and heads."""
     compute, rows = _decoding_model(spec).compute, spec.evaluation.batch_examples
-    length = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
+    length = spec.data.row_tokens + spec.evaluation.max_new_tokens
     shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
     heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in shapes.key)
     metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))

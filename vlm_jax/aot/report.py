@@ -34,7 +34,7 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         "devices": count, "chips": count // chip_of(topology).devices,
         "strategy": spec.compute.strategy, "mesh": list(plan.mesh.devices.shape[1:]), "remat": spec.compute.remat,
         "attention": spec.compute.attention, "microbatches": spec.compute.microbatches, "moments": spec.compute.moments,
-        "batch_examples": spec.data.batch_examples if mode == "train" else spec.evaluation.batch_examples,
+        "batch_examples": spec.data.batch_rows if mode == "train" else spec.evaluation.batch_examples,
         "model_params": sizes.total, "llm_params": sizes.decoder + sizes.embedding,
         "params_bytes": memory.params, "optimiser_bytes": memory.optimiser, "inputs_bytes": memory.other_inputs,
         "temporaries_bytes": memory.temporaries, "peak_bytes": memory.peak, "usable_bytes": chip.usable_bytes,
@@ -91,7 +91,7 @@ def checks(spec: RunSpec, found: list[hlo.Collective], rows_of_chip: float) -> d
     """
     decoder, dtype = spec.model.decoder, cost.dtype_bytes(spec.compute.dtype)
     widest = max((each.whole for each in found if each.kind in ("all-gather", "all-reduce")), default=0.0)
-    looked_up = 2 * rows_of_chip * spec.data.text_tokens * decoder.width * dtype
+    looked_up = 2 * rows_of_chip * spec.data.row_tokens * decoder.width * dtype
     exchanged = sum(each.wire_bytes for each in found if "all-to-all" in each.kind)
     return {
         "gathered_table": widest / (decoder.vocab * decoder.width * dtype),
@@ -162,7 +162,7 @@ def advice(r: dict[str, Any]) -> str:
             saved[change] = max(of_rows - r["inputs_bytes"], 0.0) * (1 - 1 / times)
     rows = int(r["batch_examples"] * (r["usable_bytes"] - state) / max(of_rows, 1.0)) // unit * unit
     if 0 < rows < r["batch_examples"]:
-        change = f"{'data' if train else 'evaluation'}.batch_examples={rows}"
+        change = f"data.batch_rows={rows}" if train else f"evaluation.batch_examples={rows}"
         saved[change] = of_rows * (1 - rows / r["batch_examples"])
     enough = [change for change, save in saved.items() if r["peak_bytes"] - save <= r["usable_bytes"]]
     fewest = [change for change in enough if change.startswith("compute.microbatches")][:1]

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of (state, data cursor, progress), written in the background and atomically.
+"""Orbax checkpoints of (state, progress), written in the background and atomically.
 
 A checkpoint holds the SHA-256 of each of its files (`integrity`), which is verified before it is restored. All
 processes write their shards to one shared folder; process 0 writes and verifies the digests.
@@ -38,7 +38,6 @@ class Restored(NamedTuple):
     """A restored checkpoint."""
 
     state: Any  # in its shardings
-    cursor: Any
     progress: dict[str, Any]
 
 
@@ -81,10 +80,9 @@ class Checkpoints:
         self._manager.reload()
         return aside
 
-    def save(self, step: int, state: Any, cursor: Any, progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Saves in the background. Raises `UserError` if this or the previous save cannot be written."""
-        cursor, progress = ocp.args.JsonSave(cursor), ocp.args.JsonSave(progress)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), cursor=cursor, progress=progress)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with disk_errors(self.directory):
             self._manager.wait_until_finished()
             self._saving = step
@@ -98,10 +96,10 @@ class Checkpoints:
     def restore(self, step: int, abstract_state: Any, shardings: Any) -> Restored:
         """A checkpoint in the given shardings. Raises `UserError` where it cannot be read."""
         state = ocp.args.StandardRestore(_sharded(abstract_state, shardings))
-        args = ocp.args.Composite(state=state, cursor=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
         with _read_errors(self.directory / str(step)):
             restored = self._manager.restore(step, args=args)
-        return Restored(restored["state"], restored["cursor"], restored["progress"])
+        return Restored(restored["state"], restored["progress"])
 
     def wait(self) -> None:
         """Blocks until the last save is on disk. Raises `UserError` if it cannot be written."""

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, from_dict
+from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, StageSpec, from_dict
 from vlm_jax.sizing import zoo
 
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
@@ -23,15 +23,19 @@ _CHOICES = {
     "compute.attention": ("xla", "cudnn", "splash"),
     "compute.moments": ("float32", "bfloat16"),
     "bad_step.policy": ("stop", "skip_update"),
+    "data.pack": ("none", "fit"),
+    "data.long": ("cut", "drop"),
+    "data.resize": ("", "squash", "crop", "pad"),
 }
 _POSITIVE = (
-    "compute.microbatches", "compute.slices", "data.batch_examples", "data.questions_per_example",
+    "compute.microbatches", "compute.slices", "data.batch_rows", "data.row_tokens", "data.row_images",
+    "data.question_tokens",
     "evaluation.batch_examples", "evaluation.max_new_tokens", "evaluation.subset_examples", "log_every_steps",
     "keep_checkpoints", "bad_step.skip_limit",
 )  # fmt: skip
-_MINIMUM = dict.fromkeys(("save_every_steps", "keep_every_steps", "evaluate_every_steps"), 0) | dict.fromkeys(
-    _POSITIVE, 1
-)
+_MINIMUM = dict.fromkeys(
+    ("save_every_steps", "keep_every_steps", "evaluate_every_steps", "data.questions_per_example"), 0
+) | dict.fromkeys(_POSITIVE, 1)
 PARTS = ("encoder", "connector", "decoder")
 
 
@@ -114,12 +118,24 @@ def _check(spec: RunSpec) -> None:
                 raise unknown(f"stages ({stage.name}) train:", part, PARTS)
         if "encoder" in stage.train and spec.data.frozen_features:
             raise UserError(f"stage {stage.name} trains the encoder: set data.frozen_features=False")
-        if stage.total_steps < 1:
-            raise UserError(f"stage {stage.name}: expected total_steps of at least 1, got {stage.total_steps}")
-        if not 0 <= stage.warmup_steps <= stage.total_steps:
-            raise UserError(f"stage {stage.name}: expected warmup_steps <= total_steps, got {stage.warmup_steps}")
+        _check_length(stage)
+    if not spec.data.train and not all(stage.data and stage.data.train for stage in spec.stages):
+        raise UserError("config field data.train: expected at least one source, got none")
     if not spec.stages:
         raise UserError("config field stages: expected at least one stage, got none")
+
+
+def _check_length(stage: StageSpec) -> None:
+    lengths = {name: getattr(stage, name) for name in ("total_steps", "epochs", "examples")}
+    if any(value < 0 for value in lengths.values()) or sum(value > 0 for value in lengths.values()) != 1:
+        raise UserError(
+            f"stage {stage.name}: expected one of total_steps, epochs and examples above 0, got "
+            f"{', '.join(f'{name}={value}' for name, value in lengths.items())}"
+        )
+    if not 0 <= stage.warmup_share <= 1:
+        raise UserError(f"stage {stage.name}: expected warmup_share from 0 to 1, got {stage.warmup_share}")
+    if stage.total_steps and not 0 <= stage.warmup_steps <= stage.total_steps:
+        raise UserError(f"stage {stage.name}: expected warmup_steps <= total_steps, got {stage.warmup_steps}")
 
 
 def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> None:

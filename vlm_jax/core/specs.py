@@ -150,29 +150,72 @@ class ComputeSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """A built-in data set and its batching."""
+class SourceSpec:
+    """Where examples come from: a reader of `vlm_jax.data.readers`, or a class of the user's."""
 
-    dataset: str  # "glyph_ocr"
-    config: str  # a builder config
-    train_split: str
-    test_split: str
-    batch_examples: int
-    questions_per_example: int  # questions about one image in a training row
-    text_tokens: int  # T: text tokens of a packed row, which has V more for each question; longer text is an error
+    source: str  # tfds, llava, parquet, jsonl, a class "package.module:Class", or an entry point
+    path: str = ""  # file or folder
+    images: str = ""  # image folder that the paths in the file are relative to
+    name: str = ""  # in logs and result rows; "": derived from the path
+    config: str = ""  # TFDS builder config
+    split: str = ""  # TFDS split
+    fields: tuple[tuple[str, str], ...] = ()  # our field -> column of the data set
+    take: str = "all"  # first:N, end:N, random:N, random:N%
+    weight: float = 1.0  # passes over this source in an epoch of the mixture
+    share: float = 0.0  # or its share of an epoch's examples; 0: as the weight says
+    separate: bool = False  # each question with its answer is a conversation of its own
+    options: tuple[tuple[str, Any], ...] = ()  # arguments of a user's class
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Training and test data, and how their conversations become rows."""
+
+    train: tuple[SourceSpec, ...]
+    test: tuple[SourceSpec, ...]  # (): no evaluation
+    format: str  # "template" (the tokenizer's own), or a name of `data.chat.FORMATS`
+    pack: str  # "none": one example a row; "fit": as many conversations as fit
+    batch_rows: int
+    row_tokens: int  # L: positions of a row, visual tokens included
+    row_images: int  # of a row, at most
+    questions_per_example: int  # of examples with separate questions, drawn anew in each epoch; 0: all
     frozen_features: bool  # read stored encoder features instead of pixels
-    tokenizer: str = ""  # folder of the language model's tokenizer; "": the built-in word tokenizer
+    tokenizer: str = ""  # folder of the language model's tokenizer; "": the words of the glyph suite
+    long: str = "cut"  # conversations beyond a row: "cut" after the last turn that fits, or "drop"
+    max_bad_share: float = 0.0  # of unusable items; beyond it the run stops
+    question_tokens: int = 128  # of a question that a compressor reads; the rest is cut
+    learn_headers: bool = False  # LLaVA-NeXT's Qwen recipe: also learn the headers and newlines of ChatML
+    resize: str = ""  # image preparation, "crop" or "pad"; "": as the encoder's checkpoint says
+
+    @property
+    def shares_image(self) -> bool:
+        """Whether all conversations of a row begin with its image, and so may share it."""
+        return self.pack == "none" and self.format == "prefix"
+
+
+@dataclass(frozen=True)
+class StageDataSpec:
+    """What a stage changes in `DataSpec`: fields that are empty keep its values."""
+
+    train: tuple[SourceSpec, ...] = ()
+    format: str = ""
+    batch_rows: int = 0
+    resize: str = ""
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One training stage: trainable parts, steps and learning rate."""
+    """One training stage: trainable parts, length and learning rate."""
 
     name: str
-    total_steps: int
+    total_steps: int  # 0: as `epochs` or `examples` say
     train: tuple[str, ...]  # of "encoder", "connector", "decoder"
     peak_lr: float
-    warmup_steps: int
+    warmup_steps: int  # 0: as `warmup_share` says
+    epochs: float = 0.0  # passes over the training data
+    examples: int = 0
+    warmup_share: float = 0.0  # of the stage's steps
+    data: StageDataSpec | None = None  # None: as the run
 
 
 @dataclass(frozen=True)
@@ -247,7 +290,6 @@ _ADDED = {
     "model.decoder.rope_bands.ramp": "turns",  # before its group
     "model.decoder.rope_bands": None,
     "bad_step": dataclasses.asdict(BadStepSpec()),
-    "data.tokenizer": "",
     "decoder_checkpoint": "",
     "compute.slices": 1,
     "compute.moments": "float32",
@@ -285,6 +327,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type, hint), value, f"{where}.")
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _value(next(arg for arg in args if arg is not type(None)), value, where)
+    if hint is Any and isinstance(value, str | int | float | bool | None):
+        return value
+    if origin is tuple and isinstance(value, Mapping):
+        value = tuple(value.items())
     if origin is tuple and isinstance(value, list | tuple):
         if args[-1] is Ellipsis:
             return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
@@ -306,6 +352,9 @@ def spec_hash(spec: RunSpec) -> str:
         group = functools.reduce(lambda part, key: part and part[key], groups, identity)
         if group and (field in NOT_IDENTITY or group[name] == _ADDED[field]):
             del group[name]
+    for stage in identity["stages"]:  # steps that follow from the data
+        stage["total_steps"] *= not (stage["epochs"] or stage["examples"])
+        stage["warmup_steps"] *= not stage["warmup_share"]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -320,6 +369,18 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(group, dict):
             group.setdefault(name, before)
     return values
+
+
+def data_of(spec: RunSpec, stage: StageSpec) -> DataSpec:
+    """The data of a stage: those of the run with the stage's changes."""
+    changes = {} if stage.data is None else {name: v for name, v in vars(stage.data).items() if v}
+    return dataclasses.replace(spec.data, **changes)
+
+
+def views_of_row(spec: DataSpec, reads_question: bool) -> int:
+    """M: the views of a training row."""
+    copies = max(spec.questions_per_example, 1) if spec.pack == "none" and reads_question else 1
+    return spec.row_images * copies
 
 
 def total_steps(spec: RunSpec) -> int:

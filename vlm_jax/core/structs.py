@@ -51,6 +51,7 @@ class Inputs(NamedTuple):
     visual: Int[Array, "B L"]  # -1 for text
     views: Views | None = None  # None: text only
     weight: Float[Array, "B L"] | None = None  # loss mask of the next token
+    part: Int[Array, "B L"] | None = None  # of a mixture, its source; None: only one
 
 
 class AttentionMetadata(NamedTuple):
@@ -74,8 +75,11 @@ class LossSums(NamedTuple):
     """Sums over target tokens. Ratios are formed outside jit: padding, microbatches and hosts cannot bias them."""
 
     nll: Float[Array, ""]
-    hits: Float[Array, ""]
     count: Float[Array, ""]
+    hits: Float[Array, ""]  # without end tokens, as evaluation counts
+    answers: Float[Array, ""]  # target tokens without end tokens
+    part_nll: Float[Array, " S"] | None = None  # by source of a mixture
+    part_count: Float[Array, " S"] | None = None
 
 
 class TrainState(NamedTuple):

@@ -1,1 +1,1 @@
-"""Floor 5: the visual question answering suite made from real handwriting, from pixels to `core.structs.Batch`."""
+"""Level 5: sources of examples, conversations, tokenizers, images, packing, batches, stored features."""

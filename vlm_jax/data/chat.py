@@ -181,3 +181,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def format_named(name, tokenizer):
+    return ChatFormat("prefix", None, "<image>")

@@ -1,26 +1,43 @@
 """Features of the frozen encoder, computed once for all cells with the same images, encoder and taps.
 
-A folder per key holds `tokens.npy` [n,P,E], `taps.npy` [n,A,P,E] (float16, memory-mapped) and `meta.json`. It is
-written atomically, under a lock: one process computes, others wait.
+A folder per key holds `tokens.npy` [n,P,E], `taps.npy` [n,A,P,E] (float16, memory-mapped), `index.npy` (the row of each
+image: equal files share one), `bad.json` (images that cannot be decoded) and `meta.json`. It is written atomically,
+under a lock: one process computes, others wait.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
+from jaxtyping import Int, UInt8
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.structs import Visual
 
-Encode = Callable[[np.ndarray], Visual]  # uint8[B,H,H,3] -> Visual
+Encode = Callable[[UInt8[np.ndarray, "B H H 3"]], Visual]
 _BATCH = 128
+
+
+class Images(NamedTuple):
+    """The images of a dataset, by number."""
+
+    count: int
+    encoded: Callable[[int], bytes | Path]  # a file's bytes, or its path
+    pixels: Callable[[int], UInt8[np.ndarray, "H H 3"]]  # decoded and prepared; raises `UserError`
+    label: str  # of the progress bar
+
+
+class Stored(NamedTuple):
+    """An open store."""
+
+    read: Callable[[Int[np.ndarray, " n"]], Visual]  # numbers of images -> features
+    bad: dict[int, str]  # number -> why it cannot be decoded; its features are zero
 
 
 def key(images_sha256: str, encoder_sha256: str, settings: dict[str, Any]) -> str:
@@ -29,75 +46,99 @@ def key(images_sha256: str, encoder_sha256: str, settings: dict[str, Any]) -> st
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def open_or_compute(
-    root: Path, name: str, images: Callable[[np.ndarray], np.ndarray], count: int, encode: Encode, label: str
-) -> Callable[[np.ndarray], Visual]:
-    """`indices -> Visual` of numpy arrays from `root/name`, which is computed first if it does not exist.
+def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> Stored:
+    """The features in `root/name`, which are computed first if they do not exist.
 
-    Args:
-        images: indices -> uint8[B,H,H,3].
-        count: number of examples of the split.
-        encode: the encoder; the first and last stored examples are compared with its output.
-        label: of the progress bar.
-
-    Raises `UserError` where the stored features differ from the encoder's, or cannot be read.
+    Raises `UserError` where the first or last stored features differ from the encoder's, or the folder is unreadable.
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if not (folder / "meta.json").exists():
-            for stale in root.glob(f"{name}.partial-*"):
-                shutil.rmtree(stale)  # of a killed process; they are large
             with atomic_write(folder) as new:
                 new.mkdir()
-                _compute(new, images, count, encode, label)
+                _compute(new, images, encode)
     try:
         tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         taps = np.load(folder / "taps.npy", mmap_mode="r") if (folder / "taps.npy").exists() else None
+        index = np.load(folder / "index.npy")
+        bad = {int(number): reason for number, reason in json.loads((folder / "bad.json").read_text()).items()}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: unreadable features ({error}): delete the folder to compute them again") from error
 
-    def read(indices: np.ndarray) -> Visual:
-        return Visual(tokens[indices], None if taps is None else taps[indices])
+    def read(numbers: Int[np.ndarray, " n"]) -> Visual:
+        rows = index[numbers]
+        return Visual(tokens[rows], None if taps is None else taps[rows])
 
-    _check(folder, read, images, count, encode)
-    return read
+    stored = Stored(read, bad)
+    _check(folder, stored, images, encode)
+    return stored
 
 
-def _compute(folder: Path, images: Callable[[np.ndarray], np.ndarray], count: int, encode: Encode, label: str) -> None:
+def _compute(folder: Path, images: Images, encode: Encode) -> None:
+    index, firsts = _unique(images)
     stores: dict[str, np.ndarray] = {}
-    for start in track(range(0, count, _BATCH), description=f"features of {label}", transient=True):
-        # The last batch is padded so that all have one shape.
-        indices = np.minimum(np.arange(start, start + _BATCH), count - 1)
-        visual = encode(images(indices))
+    bad: dict[int, str] = {}
+    for start in track(range(0, len(firsts), _BATCH), description=f"features of {images.label}", transient=True):
+        mine = firsts[start : start + _BATCH]
+        visual = encode(_batch(images, mine, bad))
         for field, value in (("tokens", visual.tokens), ("taps", visual.taps)):
             if value is None:
                 continue
             array = np.asarray(value).astype(np.float16)
             if field not in stores:
-                stores[field] = np.lib.format.open_memmap(
-                    folder / f"{field}.npy", mode="w+", dtype=np.float16, shape=(count, *array.shape[1:])
-                )
-            stores[field][start : start + _BATCH] = array[: min(_BATCH, count - start)]
+                shape = (len(firsts), *array.shape[1:])
+                file = folder / f"{field}.npy"
+                stores[field] = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+            stores[field][start : start + _BATCH] = array[: len(mine)]
+    unusable = np.isin(index, [index[number] for number in bad])
     for store in stores.values():
+        store[[index[number] for number in bad]] = 0
         store.flush()
-    (folder / "meta.json").write_text(json.dumps({"examples": count, "source": label}) + "\n")
+    np.save(folder / "index.npy", index)
+    reasons = {int(number): bad[int(firsts[index[number]])] for number in np.flatnonzero(unusable)}
+    (folder / "bad.json").write_text(json.dumps(reasons))
+    (folder / "meta.json").write_text(json.dumps({"images": images.count, "source": images.label}) + "\n")
 
 
-def _check(
-    folder: Path,
-    read: Callable[[np.ndarray], Visual],
-    images: Callable[[np.ndarray], np.ndarray],
-    count: int,
-    encode: Encode,
-) -> None:
+def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"]]:
+    """(row of each image, number of the first image of each row); images with equal bytes share a row."""
+    rows: dict[Any, int] = {}
+    index, firsts = np.zeros(images.count, np.int64), []
+    for number in track(range(images.count), description=f"images of {images.label}", transient=True):
+        encoded = images.encoded(number)
+        content = hashlib.sha256(encoded).digest() if isinstance(encoded, bytes) else encoded
+        if content not in rows:
+            rows[content] = len(firsts)
+            firsts.append(number)
+        index[number] = rows[content]
+    return index, np.array(firsts, np.int64)
+
+
+def _batch(images: Images, numbers: Int[np.ndarray, " n"], bad: dict[int, str]) -> UInt8[np.ndarray, "B H H 3"]:
+    """`_BATCH` images, so that all batches have one shape; those that cannot be decoded are zero, and noted in `bad`."""
+    decoded: list[Any] = []
+    for number in numbers.tolist():
+        try:
+            decoded.append(images.pixels(number))
+        except UserError as error:
+            bad[number] = str(error)
+            decoded.append(None)
+    blank = next((np.zeros_like(image) for image in decoded if image is not None), None)
+    if blank is None:
+        raise UserError(f"{images.label}: expected a readable image, got none ({next(iter(bad.values()))})")
+    return np.stack([blank if image is None else image for image in decoded] + [blank] * (_BATCH - len(decoded)))
+
+
+def _check(folder: Path, stored: Stored, images: Images, encode: Encode) -> None:
     """Raises `UserError` where stored features differ from the encoder's by more than the rounding of float16."""
-    indices = np.minimum(np.arange(_BATCH), count - 1)
-    indices[-1] = count - 1
-    encoded, stored = encode(images(indices)), read(indices)
-    for a, b in zip((encoded.tokens, encoded.taps), (stored.tokens, stored.taps), strict=True):
+    good = [number for number in range(min(images.count, 2 * _BATCH)) if number not in stored.bad][: _BATCH - 1]
+    last = next((n for n in range(images.count - 1, -1, -1) if n not in stored.bad), 0)
+    numbers = np.array([*good, last])
+    encoded, kept = encode(_batch(images, numbers, {})), stored.read(numbers)
+    for a, b in zip((encoded.tokens, encoded.taps), (kept.tokens, kept.taps), strict=True):
         if a is None:
             continue
-        difference = float(np.max(np.abs(np.asarray(a, np.float32) - b.astype(np.float32))))
+        difference = float(np.max(np.abs(np.asarray(a, np.float32)[: len(numbers)] - b.astype(np.float32))))
         if not difference <= 4e-3 * max(float(np.max(np.abs(b))), 1.0):  # also True for NaN
             raise UserError(f"{folder}: stored features differ from the encoder by {difference:.3g}: delete the folder")

@@ -1,39 +1,28 @@
-"""Batches of a `Split`: Grain orders the examples, one vectorised function packs them.
+"""Batches of a mixture, prefetched by Grain.
 
-* Every epoch is a permutation of the examples, the same for any number of processes: each computes the order of the
-  global batch and packs the rows of its own devices.
-* The questions of a batch depend on the seed and the step alone.
-* The cursor that comes with a batch resumes with the next one, however many batches were prefetched.
+The batch of a step is a function of data, seed and step alone: a run resumes at any step, and each of several processes
+makes its own rows of the same batches.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import DataSpec, EvaluationSpec
-from vlm_jax.core.structs import Inputs, Views, Visual
-from vlm_jax.data.sources import Split
-from vlm_jax.ops import masks
+from vlm_jax.core.specs import EvaluationSpec, views_of_row
+from vlm_jax.core.structs import Inputs
+from vlm_jax.data import packing
+from vlm_jax.data.rows import RowPlan, pack
+from vlm_jax.data.tokenized import TokenizedDataset
+from vlm_jax.data.views import Data, make_views
 
-Cursor = dict[str, Any]  # Grain's iterator state, JSON-serialisable
-Features = Callable[[Int[np.ndarray, " B"]], Visual]
-Rows = Int[np.ndarray, " b"] | None  # of the global batch; None: all of them
+Slots = Int[np.ndarray, " b"] | None  # rows of the global batch; None: all of them
 
 _PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-
-
-class RowLayout(NamedTuple):
-    """Model settings that decide the layout of a row."""
-
-    visual_tokens: int  # V
-    mask: str = "causal"  # or "prefix": bidirectional attention over image and question
-    reads_question: bool = False  # the compressor takes the question: one view for each question
-    shares_image: bool = False  # one copy of the visual tokens for all questions of a row, else one for each
 
 
 class Questions(NamedTuple):
@@ -41,181 +30,146 @@ class Questions(NamedTuple):
 
     inputs: Inputs  # up to the end of the question
     answer: Int[np.ndarray, "B A"]  # with its end token, padded with -1
-    example: Int[np.ndarray, " B"]  # index of the example in its split, -1 for padding rows
+    example: Int[np.ndarray, " B"]  # number of the example, -1 for padding rows
 
 
-def pack(
-    split: Split,
-    example: Int[np.ndarray, " B"],
-    chosen: Int[np.ndarray, "B k"],
-    layout: RowLayout,
-    text_tokens: int,
-    answers: bool = True,
-) -> Inputs:
-    """Packed rows without views: one segment for each chosen question of an example, with or without its answer. Each
-    segment starts with the V visual tokens, a row of k questions has k V + T tokens; where the image is shared, V + T.
-
-    Rows whose example is -1 are padding. Raises `UserError` where the text of a row is longer than `text_tokens`.
-    """
-    visual, count = layout.visual_tokens, chosen.shape[1]
-    shared = visual if layout.shares_image and count > 1 else 0
-    is_padding = example[:, None] < 0
-    rows = np.maximum(example, 0)[:, None]
-    question, answer = split.question_lengths[rows, chosen], split.answer_lengths[rows, chosen] * answers
-    text = np.where(is_padding, 0, question + answer)
-    if text.size:
-        _check_text_tokens(split, count, text_tokens, int(text.sum(axis=1).max()))
-    length = np.where(is_padding, 0, visual - shared + text)
-    ends = shared + np.cumsum(length, axis=1)
-    slot = np.arange(shared + count * (visual - shared) + text_tokens)
-    # Segment s covers [ends[s-1], ends[s]): the number of ends at or before a slot is its segment.
-    segment = (slot[None, :, None] >= ends[:, None, :]).sum(axis=2)
-    is_shared = (slot < shared) & ~is_padding
-    real = (segment < count) & ~((slot < shared) & is_padding)
-    index = np.where(real, segment, 0)
-    offset = np.take_along_axis(ends - length, index, axis=1) - shared
-    position = np.where(real, np.where(slot < shared, slot, slot - offset), 0)
-    question, length = (np.take_along_axis(a, index, axis=1) for a in (question, shared + length))
-    number = np.take_along_axis(chosen, index, axis=1)
-    in_text = position - visual
-    is_visual, in_prefix = real & (in_text < 0), real & (in_text < question)
-    token = np.where(
-        in_prefix,
-        split.question_tokens[rows, number, np.clip(in_text, 0, split.question_tokens.shape[2] - 1)],
-        split.answer_tokens[rows, number, np.clip(in_text - question, 0, split.answer_tokens.shape[2] - 1)],
-    )
-    predicts_answer = real & (in_text >= question - 1) & (position < length - 1)
-    return Inputs(
-        tokens=np.where(real & ~is_visual, token, 0).astype(np.int32),
-        segment=np.where(is_shared, masks.SHARED, np.where(real, segment + 1, 0)).astype(np.int32),
-        position=position.astype(np.int32),
-        order=np.where(in_prefix & (layout.mask == "prefix"), 0, position).astype(np.int32),
-        visual=np.where(is_visual, position + visual * index * layout.reads_question, -1).astype(np.int32),
-        weight=predicts_answer.astype(np.float32) if answers else None,
-    )
-
-
-def _views(
-    split: Split, example: np.ndarray, chosen: np.ndarray, layout: RowLayout, features: Features | None
-) -> Views | None:
-    """One view a row; one for each question where the compressor reads it."""
-    if not layout.visual_tokens:
-        return None
-    example, count, question = np.maximum(example, 0), 1, None
-    if layout.reads_question:
-        count, question = chosen.shape[1], split.bare_questions[example[:, None], chosen]
-
-    images = split.images(example) if features is None else features(example)
-    images = jax.tree.map(lambda leaf: np.repeat(leaf[:, None], count, axis=1), images)
-    return Views(question=question, **{"pixels" if features is None else "features": images})
-
-
-def longest_row(split: Split, questions: int) -> int:
-    """The smallest T for any `questions` questions of one example, with their answers."""
-    pairs = np.sort(split.question_lengths + split.answer_lengths, axis=1)
-    return int(pairs[:, -questions:].sum(axis=1).max())
-
-
-def check(split: Split, questions: int) -> None:
-    """Raises `UserError` where the split has fewer questions for each image."""
-    if not 1 <= questions <= split.questions_per_example:
-        raise UserError(
-            f"questions_per_example: expected 1 to {split.questions_per_example}, the questions for each image of "
-            f"{split.name}, got {questions}"
-        )
-
-
-def check_training(split: Split, spec: DataSpec) -> None:
-    """Raises `UserError` where the split has too few questions, or its packed rows are longer than T."""
-    check(split, spec.questions_per_example)
-    longest = longest_row(split, spec.questions_per_example)
-    _check_text_tokens(split, spec.questions_per_example, spec.text_tokens, longest)
-
-
-def _check_text_tokens(split: Split, questions: int, text_tokens: int, needed: int) -> None:
-    if needed > text_tokens:
-        raise UserError(
-            f"data.text_tokens: expected at least {needed} for {questions} questions of {split.name}, got "
-            f"{text_tokens}: set it to {longest_row(split, questions)}, or pack fewer questions"
-        )
-
-
-def train_batches(
-    split: Split,
-    spec: DataSpec,
-    seed: int,
-    layout: RowLayout,
-    cursor: Cursor | None = None,
-    features: Features | None = None,
-    rows: Rows = None,
-) -> Iterator[tuple[Inputs, Cursor]]:
-    """Endless batches, each with the cursor that resumes after it, for any number of processes.
+class Batches:
+    """Training batches; `[s]` is that of the step s + 1.
 
     Args:
-        features: indices -> stored encoder features; None: the views hold pixels.
-        rows: indices into the global batch; None: all.
+        slots: the rows of the global batch that are made.
 
-    Raises `UserError` where the split does not fit the spec.
+    Raises `UserError` where no conversation fits into a row, or too many items are unusable.
     """
-    check_training(split, spec)
-    local = slice(None) if rows is None else rows
 
-    def make(step: int, example: np.ndarray) -> Inputs:
-        rng = np.random.default_rng([seed, step])
-        order = np.argsort(rng.random((spec.batch_examples, split.questions_per_example)), axis=1)
-        example, chosen = example[local].astype(np.int32), order[local, : spec.questions_per_example]
-        inputs = pack(split, example, chosen, layout, spec.text_tokens)
-        return inputs._replace(views=_views(split, example, chosen, layout, features))
+    def __init__(self, data: Data, seed: int, slots: Slots = None):
+        self.data, self.seed, self.slots = data, seed, slots
+        self.sizes = packing.lengths(data.mixture, data.spec, data.layout)
+        self._lock = threading.Lock()
+        self._epochs: dict[int, packing.Rows] = {}  # the last two
+        self._counts: dict[int, int] = {}  # rows of each epoch so far
 
-    iterator = iter(_shuffled(split, spec, seed).map_with_index(make).to_iter_dataset(_PREFETCH))
-    if cursor is not None:
-        iterator.set_state(dict(cursor))
-    for batch in iterator:
-        yield batch, iterator.get_state()
+    def epoch(self, number: int) -> packing.Rows:
+        """The rows of an epoch, counted from 0."""
+        with self._lock:
+            if number not in self._epochs:
+                data = self.data
+                rows = packing.epoch_rows(data.mixture, data.spec, self.sizes, data.layout, self.seed, number)
+                self._epochs = {n: old for n, old in self._epochs.items() if n == number - 1} | {number: rows}
+                self._counts[number] = len(rows)
+            return self._epochs[number]
+
+    def rows(self, step: int) -> list[RowPlan]:
+        """The rows of the global batch of step `step` + 1. Epochs follow each other without a gap."""
+        size, epoch, found = self.data.spec.batch_rows, 0, []
+        first = step * size
+        while len(found) < size:
+            count = self._counts.get(epoch) or len(self.epoch(epoch))
+            if first < count:
+                rows = self.epoch(epoch)
+                found += [rows[r] for r in range(first, min(first + size - len(found), count))]
+            first, epoch = max(first - count, 0), epoch + 1
+        return [RowPlan(row, self.sizes.ids[row]) for row in found]
+
+    def __getitem__(self, step: int) -> Inputs:
+        data, rows = self.data, self.rows(step)
+        rows = rows if self.slots is None else [rows[slot] for slot in self.slots]
+        inputs, views = pack(data.mixture, rows, data.layout, data.spec.row_tokens)
+        made = make_views(data, views, len(rows), views_of_row(data.spec, data.layout.reads_question))
+        if data.bad.found:
+            _forget_bad(data, rows, inputs)
+        return inputs._replace(views=made)
+
+    def ids(self, step: int) -> tuple[str, ...]:
+        """Ids of the items of step `step` + 1."""
+        numbers = (int(number) for row in self.rows(step) for number in row.conversation)
+        return tuple(dict.fromkeys(self.data.mixture.id_of(number) for number in numbers))
 
 
-def _shuffled(split: Split, spec: DataSpec, seed: int) -> grain.MapDataset:
-    """The example indices of every global batch."""
-    examples = grain.MapDataset.range(split.examples).shuffle(seed=seed).repeat()
-    return examples.batch(spec.batch_examples, drop_remainder=True)
+def _forget_bad(data: Data, rows: list[RowPlan], inputs: Inputs) -> None:
+    """Weight 0 for conversations with an image that cannot be read."""
+    for row, plan in enumerate(rows):
+        for segment, number in enumerate(plan.conversation, start=1):
+            part, index = data.mixture.locate(number)
+            first, count = (
+                int(a[index]) for a in (data.mixture.parts[part].first_image, data.mixture.parts[part].images)
+            )
+            if any((part, image) in data.bad.found for image in range(first, first + count)):
+                inputs.weight[row, inputs.segment[row] == segment] = 0
 
 
-def drawn_ids(split: Split, spec: DataSpec, seed: int, step: int) -> tuple[str, ...]:
-    """Ids of the examples in the batch of a training step; steps count from 1."""
-    return tuple(split.ids[i] for i in _shuffled(split, spec, seed)[step - 1])
+def train_batches(batches: Batches, first_step: int, last_step: int) -> Iterator[Inputs]:
+    """The batches of the steps `first_step` + 1 to `last_step`."""
+    yield from grain.MapDataset.range(first_step, last_step).map(batches.__getitem__).to_iter_dataset(_PREFETCH)
 
 
 def evaluation_batches(
-    split: Split,
-    evaluation: EvaluationSpec,
-    layout: RowLayout,
-    features: Features | None = None,
-    rows: Rows = None,
-    examples: int | None = None,
+    data: Data, evaluation: EvaluationSpec, slots: Slots = None, examples: int | None = None
 ) -> Iterator[Questions]:
     """One question a row, in a fixed order. Padding rows of the last batch have the example -1.
 
-    The first `examples` images (None: `evaluation.examples`; 0: all) have q = `questions_per_example` questions each,
-    image i those of the numbers i q, i q + 1, ... modulo K, so that all K stored questions occur equally often. `rows`
-    are indices into the global batch; None: all.
+    The first `examples` examples (None: `evaluation.examples`; 0: all) have q = `questions_per_example` questions each,
+    example i those of the numbers i q, i q + 1, ... modulo K, so that all of its K questions occur equally often. A
+    question is a conversation up to its last answer.
     """
-    questions, size = evaluation.questions_per_example, evaluation.batch_examples
-    check(split, questions)
-    count = (evaluation.examples if examples is None else examples) or split.examples
-    pairs = np.arange(min(count, split.examples) * questions)
-    padding = (0, -len(pairs) % size)
-    all_examples = np.pad(pairs // questions, padding, constant_values=-1).astype(np.int32)
-    all_chosen = np.pad(pairs % split.questions_per_example, padding)[:, None]
-    longest, local = int(split.question_lengths.max()), slice(None) if rows is None else rows
+    pairs = evaluation_pairs(data, evaluation, examples)
+    size, visual = evaluation.batch_examples, data.layout.visual_tokens
+    begin, end = (data.mixture.concatenate(part) for part in (_answer_begin, _answer_end))
+    images = data.mixture.concatenate(lambda part: part.images)
+    every = np.unique(pairs[:, 1])
+    longest = int((begin + images * (visual - 1))[every].max())
+    answer_tokens = int((end - begin)[every].max())
+    pairs = np.pad(pairs, ((0, -len(pairs) % size), (0, 0)), constant_values=-1)
+    local = slice(None) if slots is None else slots
 
     def make(step: int) -> Questions:
-        batch = slice(step * size, (step + 1) * size)
-        example, chosen = all_examples[batch][local], all_chosen[batch][local]
-        inputs = pack(split, example, chosen, layout, longest, answers=False)
-        inputs = inputs._replace(views=_views(split, example, chosen, layout, features))
-        stored = np.maximum(example, 0), chosen[:, 0]
-        length = np.where(example < 0, 0, split.answer_lengths[stored])[:, None]
-        answer = np.where(np.arange(split.answer_tokens.shape[2]) < length, split.answer_tokens[stored], -1)
-        return Questions(inputs, answer.astype(np.int32), example)
+        batch = pairs[step * size : (step + 1) * size][local]
+        answer = np.full((len(batch), answer_tokens), -1, np.int32)
+        rows = []
+        for row, (_, number) in zip(answer, batch, strict=True):
+            if number < 0:
+                rows.append(RowPlan((), ()))
+                continue
+            part, index = data.mixture.locate(number)
+            ids, _ = data.mixture.parts[part].conversation(index)
+            row[: end[number] - begin[number]] = ids[begin[number] : end[number]]
+            rows.append(RowPlan((number,), (begin[number],)))
+        inputs, views = pack(data.mixture, rows, data.layout, longest, learn=False)
+        made = make_views(data, views, len(rows), max(int(images[every].max()), 1))
+        return Questions(inputs._replace(views=made), answer, batch[:, 0].astype(np.int32))
 
-    yield from grain.MapDataset.range(len(all_examples) // size).map(make).to_iter_dataset(_PREFETCH)
+    yield from grain.MapDataset.range(len(pairs) // size).map(make).to_iter_dataset(_PREFETCH)
+
+
+def evaluation_pairs(data: Data, evaluation: EvaluationSpec, examples: int | None = None) -> Int[np.ndarray, "n 2"]:
+    """(example, conversation) of every question of an evaluation. Conversations that do not fit whole are left out.
+
+    Raises `UserError` where none is left.
+    """
+    mixture, spec = data.mixture, data.spec
+    sizes = packing.lengths(mixture, spec, data.layout)
+    whole = np.flatnonzero(sizes.ids == mixture.concatenate(lambda part: np.diff(part.bounds)))
+    item = mixture.concatenate(lambda part: part.item)[whole]
+    bounds = np.flatnonzero(np.diff(item, prepend=-1, append=-2))
+    limit = (evaluation.examples if examples is None else examples) or len(bounds) - 1
+    pairs = []
+    for i in range(min(limit, len(bounds) - 1)):
+        mine, q = whole[bounds[i] : bounds[i + 1]], evaluation.questions_per_example
+        pairs += [(i, mine[(i * q + j) % len(mine)]) for j in range(min(q, len(mine)))]
+    if not pairs:
+        raise UserError(f"data.row_tokens: expected room for a test question of {mixture.name}, got {spec.row_tokens}")
+    return np.array(pairs)
+
+
+def _answer_end(part: TokenizedDataset) -> Int[np.ndarray, " n"]:
+    """Ids of each conversation up to the end of its last answer."""
+    last = np.maximum.reduceat(np.where(part.target, np.arange(len(part.target)), -1), part.bounds[:-1])
+    return last + 1 - part.bounds[:-1]
+
+
+def _answer_begin(part: TokenizedDataset) -> Int[np.ndarray, " n"]:
+    """Ids of each conversation up to its last answer."""
+    number, end = np.arange(len(part.target)), _answer_end(part) + part.bounds[:-1]
+    before = ~part.target & (number < np.repeat(end, np.diff(part.bounds)))
+    last = np.maximum.reduceat(np.where(before, number, -1), part.bounds[:-1])
+    return np.maximum(last + 1, part.bounds[:-1]) - part.bounds[:-1]

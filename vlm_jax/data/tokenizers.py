@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import glyph_tokenizer, token_files
+from vlm_jax.data import token_files
 from vlm_jax.data.token_files import TokenizerFiles, check_utf8
 
 _SPACE = "\u2581"  # SentencePiece's space
@@ -48,14 +48,6 @@ class Tokenizer(NamedTuple):
         """The id of a special token, None where the tokenizer does not have it."""
         ids = self.encode_without_special(token)
         return ids[-1] if len(ids) == 1 else None
-
-
-def word_tokenizer() -> Tokenizer:
-    """The word-level tokenizer of the glyph suite, for runs of `vlm_jax.train`."""
-    words = glyph_tokenizer
-    return Tokenizer(
-        words.encode, words.encode, words.decode, words.VOCAB_SIZE, words.PAD_ID, (words.END_ID,), {}, None
-    )
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str] = ()) -> Tokenizer:

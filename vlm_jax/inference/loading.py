@@ -234,8 +234,7 @@ def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | No
 def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     """The model of a workdir of `vlm_jax.train`, with its tokenizer."""
     run = spec_from_dict(orbax.read_spec(workdir))
-    text = run.data.text_tokens + run.evaluation.max_new_tokens
-    context = run.model.decoder.context or run.model.compressor.tokens + text
+    context = run.model.decoder.context or run.data.row_tokens + run.evaluation.max_new_tokens
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))
@@ -255,6 +254,6 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     params["decoder"] = unstack_layers(params.pop("decoder"), run.model.decoder.depth)
     tokenizer = build.load_tokenizer(run.data.tokenizer)
     return Model(
-        spec, compute, params, plan, tokenizer, chat.ChatFormat("image first", None, IMAGE_TEXT), decoder.vocab,
+        spec, compute, params, plan, tokenizer, chat.format_named(run.data.format, tokenizer), decoder.vocab,
         tokenizer.pad, tokenizer.eos_ids, run.evaluation.max_new_tokens,
     )  # fmt: skip

@@ -19,7 +19,16 @@ import functools
 from typing import Literal, NamedTuple
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec
+from vlm_jax.core.specs import (
+    CompressorSpec,
+    DecoderSpec,
+    EncoderSpec,
+    ModelSpec,
+    RunSpec,
+    StageSpec,
+    data_of,
+    views_of_row,
+)
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 CHANNELS = 3  # of a pixel
@@ -219,10 +228,10 @@ def row_fields(parts: ModelFlops) -> dict[str, float]:
 
 
 def train_flops(
-    model: ModelSpec, text_tokens: int, train: tuple[str, ...], features: Literal["pixels", "stored"],
-    question_tokens: Number = 0, copies: int = 1,
+    model: ModelSpec, row_tokens: int, train: tuple[str, ...], features: Literal["pixels", "stored"],
+    question_tokens: Number = 0, views: int = 1,
 ) -> float:  # fmt: skip
-    """Model FLOPs of one training row, forward and backward: T text tokens and `copies` copies of V image tokens.
+    """Model FLOPs of one training row, forward and backward: L positions, visual tokens included, and M views.
 
     The backward pass costs one forward for activation gradients and one for weight gradients. A trained part pays
     both; a frozen part pays the first only if a part before it is trained (a frozen decoder behind a trained
@@ -230,11 +239,8 @@ def train_flops(
     position has logits. Rematerialisation is not counted, so divide by this for MFU. `train` names parts of "encoder",
     "connector", "decoder"; the question pass has no gradient.
     """
-    decoder, tokens = model.decoder, model.compressor.tokens
     forward = flops(model, question_tokens, 1)
-    views = copies if _reads_question(model.compressor) else 1
-    length = copies * tokens + text_tokens
-    row = pass_flops(decoder, length, length, length)
+    row = pass_flops(model.decoder, row_tokens, row_tokens, row_tokens)
     parts = {  # (products with weights, products of activations), in forward order
         "encoder": (views * forward.encoder if features == "pixels" else 0.0, 0.0),
         "connector": (views * (forward.compressor + forward.projector), 0.0),
@@ -251,16 +257,9 @@ def train_flops(
 
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
     """Model FLOPs of one train step of a stage: `train_flops` times the batch."""
-    features = "stored" if spec.data.frozen_features else "pixels"
-    row = train_flops(spec.model, spec.data.text_tokens, stage.train, features, question_tokens, image_copies(spec))
-    return spec.data.batch_examples * row
-
-
-def image_copies(spec: RunSpec) -> int:
-    """Copies of the image's V tokens in a training row: one, or one per question."""
-    from vlm_jax.compress import catalog
-
-    return 1 if catalog.shares_image(spec.model, spec.compute) else spec.data.questions_per_example
+    data, features = data_of(spec, stage), "stored" if spec.data.frozen_features else "pixels"
+    views = views_of_row(data, _reads_question(spec.model.compressor))
+    return data.batch_rows * train_flops(spec.model, data.row_tokens, stage.train, features, question_tokens, views)
 
 
 def run_flops(spec: RunSpec, question_tokens: float = 0.0) -> float:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from vlm_jax.core import specs
 from vlm_jax.core.specs import ModelSpec, RunSpec, StageSpec
 from vlm_jax.sizing import cost
 from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
@@ -94,8 +95,8 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     `storage_shards` in the train state.
     """
     model, remat = spec.model, spec.compute.remat
-    decoder, data = model.decoder, spec.data
-    examples, length = data.batch_examples, data.text_tokens + cost.image_copies(spec) * model.compressor.tokens
+    decoder, data = model.decoder, specs.data_of(spec, stage)
+    examples, length = data.batch_rows, data.row_tokens
     useful = cost.step_flops(spec, stage)
     forward = cost.pass_flops(decoder, length, length, length)
     recomputed = {"none": forward.head, "dots": forward.head + forward.attention, "block": forward.total}[remat]
@@ -119,8 +120,8 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
 def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
     """Work of prefill: image and text of every row, and one position's logits each; arguments as in `train_work`."""
     model, rows = spec.model, spec.evaluation.batch_examples
-    length = spec.data.text_tokens + model.compressor.tokens
-    flops = rows * cost.flops(model, spec.data.text_tokens, 1).total
+    length = spec.data.row_tokens
+    flops = rows * cost.flops(model, length - model.compressor.tokens, 1).total
     kernels = _kernel_bytes(spec, cost.params(model).total / compute_shards, 1, storage_shards > compute_shards)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     return Work(flops, flops, kernels + activations * rows / chips)
@@ -129,7 +130,7 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
 def decode_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
     """Work of one decode step for every row, behind a full context; arguments as in `train_work`."""
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
-    keys = spec.data.text_tokens + spec.model.compressor.tokens + spec.evaluation.max_new_tokens
+    keys = spec.data.row_tokens + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
     kernels = _kernel_bytes(spec, cost.decoder_params(decoder) / compute_shards, 1, storage_shards > compute_shards)
     cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)

@@ -34,7 +34,6 @@ class End(NamedTuple):
 
     step: int
     state: TrainState
-    cursor: Any  # data position after the last batch; None without any step
     log_sums: LogSums
     stopped: bool
 
@@ -43,14 +42,14 @@ def run(
     state: TrainState,
     first_step: int,
     last_step: int,
-    batches: Iterator[tuple[Any, Any]],
+    batches: Iterator[Any],
     put: Callable[[Any], Any],
     step: Callable[..., Any],
     *,
     log_every_steps: int,
     save_every_steps: int,
     on_log: Callable[[Log], None],
-    on_save: Callable[[int, TrainState, Any, LogSums], None],
+    on_save: Callable[[int, TrainState, LogSums], None],
     evaluate_every_steps: int = 0,
     on_evaluate: Callable[[int, TrainState], None] = lambda step, state: None,
     check: Callable[[Sequence[StepRecord], TrainState], None] = lambda steps, state: None,
@@ -59,17 +58,16 @@ def run(
 ) -> End:
     """Runs steps `first_step` + 1 to `last_step`, or until `stop(step)` is True after a step.
 
-    `batches` yields (batch, cursor). `on_log` gets device arrays and must not block. `on_save` is called every
+    `on_log` gets device arrays and must not block. `on_save` is called every
     `save_every_steps` (0: never), except at the last step, where the caller saves. `on_evaluate` is called every
     `evaluate_every_steps` (0: never) and at the last step, before a save. `check` gets every step once, in order, as
     device arrays: at a log those up to the log before, which are finished, and all before a save and at the end.
     """
-    (sums, since), cursor, number, stopped = log_sums or LogSums(), None, first_step, False
+    (sums, since), number, stopped = log_sums or LogSums(), first_step, False
     unchecked: list[StepRecord] = []
     logged, ahead = 0, deque()  # `logged`: the unchecked steps up to the last log
     for number in range(first_step + 1, last_step + 1):
-        batch, cursor = next(batches)
-        state, new, norms = step(state, put(batch))
+        state, new, norms = step(state, put(next(batches)))
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         since += 1
         unchecked.append(StepRecord(number, new, norms))
@@ -90,6 +88,6 @@ def run(
         if save_every_steps and number % save_every_steps == 0:
             check(unchecked, state)
             unchecked, logged = [], 0
-            on_save(number, state, cursor, LogSums(sums, since))
+            on_save(number, state, LogSums(sums, since))
     check(unchecked, state)
-    return End(number, state, cursor, LogSums(sums, since), stopped)
+    return End(number, state, LogSums(sums, since), stopped)

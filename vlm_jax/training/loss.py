@@ -1,5 +1,8 @@
 """The training loss: next-token cross-entropy, as sums."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -8,8 +11,22 @@ from vlm_jax.models.decoder import Head
 from vlm_jax.ops.cross_entropy import token_scores
 
 
-def sums(states: Float[Array, "B L D"], head: Head, inputs: Inputs) -> LossSums:
-    """Sums of negative log-likelihood (nats), arg-max hits and weights; weight t is that of token t + 1."""
+def sums(
+    states: Float[Array, "B L D"], head: Head, inputs: Inputs, eos_ids: Sequence[int] = (), sources: int = 1
+) -> LossSums:
+    """Sums of negative log-likelihood (nats), weights and arg-max hits; weight t is that of token t + 1.
+
+    Args:
+        eos_ids: end tokens, which are learned but not counted as hits or answers.
+        sources: of the mixture.
+    """
     targets = jnp.roll(inputs.tokens, -1, axis=1)
     nll, hits = token_scores(states, head.table, head.softcap, targets)
-    return LossSums(jnp.sum(nll * inputs.weight), jnp.sum(hits * inputs.weight), jnp.sum(inputs.weight))
+    nll, weight = nll * inputs.weight, inputs.weight
+    answers = weight * ~jnp.isin(targets, jnp.array(eos_ids, targets.dtype))
+    total = LossSums(jnp.sum(nll), jnp.sum(weight), jnp.sum(hits * answers), jnp.sum(answers))
+    if inputs.part is None:
+        return total
+    by_source = jax.nn.one_hot(inputs.part, sources, dtype=nll.dtype)
+    part_nll, part_count = (jnp.einsum("bl,bls->s", value, by_source) for value in (nll, weight))
+    return total._replace(part_nll=part_nll, part_count=part_count)

@@ -54,14 +54,16 @@ def make_step(
                 (_, sums), grads = value_and_grad(trained, frozen, part)
                 return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-            zeros = (LossSums(*(jnp.zeros(()),) * 3), jax.tree.map(jnp.zeros_like, trained))
+            shapes = jax.eval_shape(value_and_grad, trained, frozen, jax.tree.map(lambda x: x[0], parts))
+            (_, shape), shapes = shapes
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shape, shapes))
             (sums, grads), _ = jax.lax.scan(add, zeros, parts)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), grads)
         if isinstance(state.opt_state, GuardState):
             mean = sums.nll / jnp.maximum(sums.count, 1)
             updates, opt_state = optimiser.update(grads, state.opt_state, trained, loss=mean)
             good = opt_state.skipped == state.opt_state.skipped
-            sums = LossSums(*(jnp.where(good, total, 0) for total in sums))
+            sums = jax.tree.map(lambda total: jnp.where(good, total, 0), sums)
             skipped = opt_state.skipped
         else:
             updates, opt_state = optimiser.update(grads, state.opt_state, trained)

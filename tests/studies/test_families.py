@@ -7,9 +7,9 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from vlm_jax.data import glyphs, vocabulary
-from vlm_jax.data.glyph_facts.builder import GlyphFacts, systematic, world
-from vlm_jax.data.glyph_ocr.builder import GlyphOcr
+from vlm_jax.studies.glyphs import glyphs, vocabulary
+from vlm_jax.studies.glyphs.glyph_facts.builder import GlyphFacts, systematic, world
+from vlm_jax.studies.glyphs.glyph_ocr.builder import GlyphOcr
 
 
 @pytest.fixture(scope="module")

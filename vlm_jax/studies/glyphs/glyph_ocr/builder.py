@@ -11,8 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from vlm_jax.data import backdrops, glyphs, layouts, vocabulary
-from vlm_jax.data.records import Chunk, GlyphBuilder, GlyphConfig
+from vlm_jax.studies.glyphs import backdrops, glyphs, layouts, vocabulary
+from vlm_jax.studies.glyphs.records import Chunk, GlyphBuilder, GlyphConfig
 
 
 @dataclasses.dataclass(eq=False)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from scipy import ndimage
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.data.vocabulary import COLOURS
+from vlm_jax.studies.glyphs.vocabulary import COLOURS
 
 CANVAS = 64  # H, pixels a side
 PALETTE = np.array(

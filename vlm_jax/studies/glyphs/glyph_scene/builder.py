@@ -11,10 +11,10 @@ import dataclasses
 
 import numpy as np
 
-from vlm_jax.data import backdrops, glyphs, layouts
-from vlm_jax.data.glyph_scene import programs, scenes
-from vlm_jax.data.records import Chunk, GlyphBuilder, GlyphConfig
-from vlm_jax.data.vocabulary import COLOURS
+from vlm_jax.studies.glyphs import backdrops, glyphs, layouts
+from vlm_jax.studies.glyphs.glyph_scene import programs, scenes
+from vlm_jax.studies.glyphs.records import Chunk, GlyphBuilder, GlyphConfig
+from vlm_jax.studies.glyphs.vocabulary import COLOURS
 
 _SIZE, _JITTER = 13.5, 0.9  # pixels
 

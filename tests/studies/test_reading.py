@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.glyph_encoder import reading
-from vlm_jax.data import glyphs
+from vlm_jax.studies.glyphs import glyphs
 
 
 def test_labels_follow_the_rule_patch_by_patch():

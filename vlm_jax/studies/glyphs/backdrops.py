@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.data.glyphs import CANVAS, SPLITS
+from vlm_jax.studies.glyphs.glyphs import CANVAS, SPLITS
 
 PICTURES = {
     "train": ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "page", "moon", "immunohistochemistry"),

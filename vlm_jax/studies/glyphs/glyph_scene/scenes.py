@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vlm_jax.data.vocabulary import COLOURS, SHAPES
+from vlm_jax.studies.glyphs.vocabulary import COLOURS, SHAPES
 
 SIDE = 4  # cells a side
 _HELD_OUT_ONE_IN = 8

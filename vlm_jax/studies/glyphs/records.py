@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from vlm_jax.data import glyphs
+from vlm_jax.studies.glyphs import glyphs
 
 CHUNK = 256  # records drawn at once: large enough to be fast, small enough for the caches
 _PNG_LEVEL = 1

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm_jax.data import backdrops, glyphs, layouts, vocabulary
-from vlm_jax.data.records import Chunk, GlyphBuilder, GlyphConfig
+from vlm_jax.studies.glyphs import backdrops, glyphs, layouts, vocabulary
+from vlm_jax.studies.glyphs.records import Chunk, GlyphBuilder, GlyphConfig
 
 ROWS, COPIES = 3, 5
 _SIZE = 12.5  # pixels a side of a glyph

@@ -28,8 +28,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.data.glyph_scene.scenes import SIDE, SceneLayout, Scenes, sample
-from vlm_jax.data.vocabulary import COLOURS, DIGITS, OPERATORS, SHAPES
+from vlm_jax.studies.glyphs.glyph_scene.scenes import SIDE, SceneLayout, Scenes, sample
+from vlm_jax.studies.glyphs.vocabulary import COLOURS, DIGITS, OPERATORS, SHAPES
 
 NAMES = (*COLOURS, *SHAPES)
 TOWARDS = ("left of", "right of", "above", "below")

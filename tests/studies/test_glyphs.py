@@ -6,7 +6,7 @@ from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import backdrops, glyphs
+from vlm_jax.studies.glyphs import backdrops, glyphs
 
 
 def _placed(glyph, y, x, size, colour=(255.0, 255.0, 255.0), **warp):

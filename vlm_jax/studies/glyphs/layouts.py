@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm_jax.data import glyphs
+from vlm_jax.studies.glyphs import glyphs
 
 
 def grid_centres(rows: int, columns: int) -> tuple[Float[np.ndarray, " cells"], Float[np.ndarray, " cells"]]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import glyphs
-from vlm_jax.data.glyph_scene import builder as scene_builder
-from vlm_jax.data.glyph_scene import programs, scenes
-from vlm_jax.data.vocabulary import COLOURS, SHAPES
+from vlm_jax.studies.glyphs import glyphs
+from vlm_jax.studies.glyphs.glyph_scene import builder as scene_builder
+from vlm_jax.studies.glyphs.glyph_scene import programs, scenes
+from vlm_jax.studies.glyphs.vocabulary import COLOURS, SHAPES
 
 OPERATORS = {
     "plus": lambda a, b: a + b,

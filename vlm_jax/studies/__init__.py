@@ -1,0 +1,1 @@
+"""Level 6: built-in data sets, users of the interface of `vlm_jax.data.examples`."""
