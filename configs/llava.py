@@ -1,63 +1,94 @@
-"""LLaVA-1.5's recipe (arXiv 2310.03744, table 9) for any encoder, language model and number of visual tokens.
+"""LLaVA-1.5's recipe (arXiv 2310.03744, table 9) with compressed visual tokens (arXiv 2411.03312), on LLaVA's files.
 
+    python -m vlm_jax.check_data --config configs/llava.py:data=llava_v1_5_mix665k.json,images=DIR,stage=2,tokenizer=vicuna
+    python -m vlm_jax.train --config configs/llava.py:pretrain=blip_laion_cc_sbu_558k.json,pretrain_images=DIR,\\
+        data=llava_v1_5_mix665k.json,images=DIR,encoder_checkpoint=clip,llm=vicuna-7b,llm_checkpoint=vicuna,tokens=36 \\
+        --workdir DIR
     python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
-    python -m vlm_jax.train --config configs/llava.py:llm=qwen1.5-7b,tokens=16,sequence=256 --workdir DIR \\
-        --config.encoder_checkpoint=so400m-folder --config.decoder_checkpoint=qwen-folder \\
-        --config.data.tokenizer=qwen-folder
 
-Two stages: first the projector and compressor, then also the language model; the encoder stays frozen. Differences
-from the paper: the compressor between encoder and projector (LLaVA-1.5 keeps every patch), one batch size for both
-stages (the paper uses 256 examples in the first and 128 in the second), and the data. LLaVA's mixture is not part of
-this repository: the data fields name the generated `glyph_ocr` pages, whose short questions fit into sequence=256.
-Without checkpoints all parameters are random: for compiling and sizing.
+Two stages of one epoch each: projector and compressor on LCS-558K, then also the language model on mix665k; the encoder
+stays frozen. Both stages use one conversation format, as the paper's repository does (`pretrain_format=plain` is
+LLaVA's own); images are cropped in the first and padded in the second. Rows of 2,048 positions are packed, so that a
+step has about the recipe's 256 and 128 conversations, in rows for at least 16 devices. `data` may be any source file
+of LLaVA's layout. Without checkpoints all parameters are random: for compiling and sizing.
 """
+
+import math
 
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import parse_arg
 from vlm_jax.config.resolve import model_group
+from vlm_jax.core.errors import unknown
 from vlm_jax.sizing import zoo
 
 SEQUENCE = 2048  # image and text together, as in LLaVA
-EXAMPLES = {1: 558_000, 2: 665_000}  # of LLaVA's two mixtures, each seen once
+# Of the two stages: conversations a step, and mean text tokens of a conversation with its template.
+EXAMPLES, TEXT_TOKENS = {1: 256, 2: 128}, {1: 60, 2: 260}
+FORMATS = {"vicuna": "v1", "llama2": "llama_2"}  # of language models by family; others have a template of their own
 
 
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(
         arg,
+        data="",  # stage 2: a json or jsonl file
+        images="",
+        pretrain="",  # stage 1
+        pretrain_images="",
+        test="",  # held-out file of the same layout
+        test_images="",
         llm="qwen1.5-7b",
-        encoder="siglip-so400m14-384",
+        encoder="clip-l14-336",
         tokens=144,
-        compressor="resampler",  # gives any number of tokens
-        batch=256,
+        compressor="tokenpacker",
+        llm_checkpoint="",  # folders of public weights
+        encoder_checkpoint="",
+        tokenizer="",  # default: llm_checkpoint
+        format="",  # default: v1 for Vicuna, llama_2 for Llama 2, else the tokenizer's own template
+        pretrain_format="",  # default: as `format`; plain is LLaVA's
+        pack="fit",  # or none: one conversation a row
+        batch=0,  # rows; default: about the recipe's conversations
         tensor=16,  # devices of the mesh axis `tensor`: best a side of the pod's torus
         stage=0,  # 1 or 2: only that stage
         sequence=SEQUENCE,
         seed=0,
     )
+    if arg.stage not in (0, 1, 2):
+        raise unknown("stage", arg.stage, ("0", "1", "2"))
     c = ConfigDict()
     encoder, llm = zoo.encoder(arg.encoder), zoo.decoder(arg.llm)
     c.model = model_group(catalog.model_spec(encoder, arg.compressor, arg.tokens, llm))
-    c.encoder_checkpoint = c.decoder_checkpoint = ""
+    c.encoder_checkpoint, c.decoder_checkpoint, c.connector_checkpoint = arg.encoder_checkpoint, arg.llm_checkpoint, ""
+    first, second = (_rows(stage, arg) for stage in (1, 2))
+    chat = arg.format or FORMATS.get(zoo.family(arg.llm), "template")
     c.data = dict(
-        dataset="glyph_ocr",
-        config="rows6",
-        train_split="train",
-        test_split="test",
-        batch_examples=arg.batch,
-        questions_per_example=1,
-        text_tokens=arg.sequence - arg.tokens,
+        train=(dict(source="llava", path=arg.data, images=arg.images),),
+        test=(dict(source="llava", path=arg.test, images=arg.test_images),) if arg.test else (),
+        format=chat,
+        pack=arg.pack,
+        batch_rows=second["batch_rows"],
+        row_tokens=arg.sequence,
+        row_images=second["row_images"],
+        questions_per_example=0,
         frozen_features=False,
-        tokenizer="",
+        tokenizer=arg.tokenizer or arg.llm_checkpoint,
+        long="cut",
+        max_bad_share=0.01,
+        question_tokens=128,
+        learn_headers=False,
+        resize="pad",
     )
-    steps = {stage: -(-examples // arg.batch) for stage, examples in EXAMPLES.items()}
-    warmup = {stage: round(0.03 * count) for stage, count in steps.items()}
+    pretrain = dict(
+        train=(dict(source="llava", path=arg.pretrain, images=arg.pretrain_images),),
+        format=arg.pretrain_format or chat,
+        resize="crop",
+        **first,
+    )
     # Rates of 1e-3 and 2e-5, as factors of the second.
-    align = dict(name="align", total_steps=steps[1], train=("connector",), lr_factor=50.0, warmup_steps=warmup[1])
-    tune = dict(
-        name="tune", total_steps=steps[2], train=("connector", "decoder"), lr_factor=1.0, warmup_steps=warmup[2]
-    )
+    both = dict(total_steps=0, epochs=1.0, examples=0, warmup_steps=0, warmup_share=0.03)
+    align = dict(both, name="align", train=("connector",), lr_factor=50.0, data=pretrain)
+    tune = dict(both, name="tune", train=("connector", "decoder"), lr_factor=1.0, data=None)
     c.stages = {0: (align, tune), 1: (align,), 2: (tune,)}[arg.stage]
     c.optim = dict(
         peak_lr=2e-5, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, final_lr_share=0.0, lr_scale=()
@@ -74,8 +105,9 @@ def get_config(arg: str = "") -> ConfigDict:
         scan_layers=True,
     )
     c.evaluation = dict(
-        examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32, subset_examples=256
-    )
+        examples=0, questions_per_example=1, batch_examples=max(second["batch_rows"], 16), max_new_tokens=32,
+        subset_examples=256,
+    )  # fmt: skip
     c.seed = arg.seed
     c.log_every_steps = 10
     c.evaluate_every_steps = 0
@@ -84,3 +116,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.keep_every_steps = 0
     c.bad_step = dict(policy="stop", spike_factor=0.0, skip_limit=10)
     return c
+
+
+def _rows(stage: int, arg: ConfigDict) -> dict[str, int]:
+    """Rows of a batch, and images of a row: those that usually fit, and a quarter more."""
+    if arg.pack == "none":
+        return dict(batch_rows=arg.batch or EXAMPLES[stage], row_images=1)
+    in_row = arg.sequence / (arg.tokens + TEXT_TOKENS[stage])
+    rows = arg.batch or 16 * max(1, round(EXAMPLES[stage] / in_row / 16))
+    return dict(batch_rows=rows, row_images=max(1, math.ceil(1.25 * in_row)))

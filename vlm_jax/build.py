@@ -28,13 +28,14 @@ from vlm_jax.core.specs import (
     DataSpec,
     DecoderSpec,
     EncoderSpec,
+    ModelSpec,
     RunSpec,
     SourceSpec,
     StageSpec,
 )  # fmt: skip
 from vlm_jax.core.structs import LossSums
-from vlm_jax.data import features as feature_store
 from vlm_jax.data import chat, conversations, tokenized, tokenizers
+from vlm_jax.data import features as feature_store
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.examples import Turn
 from vlm_jax.data.packing import RowLayout
@@ -45,6 +46,7 @@ from vlm_jax.data.tokenized import Mixture
 from vlm_jax.data.views import BadImages, Data, Features, read_pixels
 from vlm_jax.distributed import partitioning, processes
 from vlm_jax.models.vlm import Vlm
+from vlm_jax.sizing import zoo
 from vlm_jax.training import guard, loss, optim
 from vlm_jax.training import step as training_step
 
@@ -188,6 +190,21 @@ def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path)
     return tokenized.mix(parts, names, passes)
 
 
+def data_sets(spec: RunSpec) -> list[tuple[str, DataSpec, tuple[SourceSpec, ...]]]:
+    """(name, settings, sources) of the training data of each stage, stages with the same data once, and of the test."""
+    found: list[tuple[str, DataSpec, tuple[SourceSpec, ...]]] = []
+    for stage in spec.stages:
+        data = specs.data_of(spec, stage)
+        if data not in [other for _, other, _ in found]:
+            found.append((stage.name, data, data.train))
+    return [*found, ("test", spec.data, spec.data.test)] if spec.data.test else found
+
+
+def spec_layout(spec: RunSpec, data: DataSpec) -> RowLayout:
+    """The row layout of a run's model for some data."""
+    return row_layout(Vlm(spec.model, spec.compute), data)
+
+
 def row_layout(model: Vlm, spec: DataSpec) -> RowLayout:
     """The row layout of a model for some data."""
     shares_image = spec.shares_image and catalog.shares_image(model.spec, model.compute)
@@ -272,14 +289,47 @@ def _public_params(
     found = getattr(info, part)
     if found is None:
         raise UserError(f"{path}: expected a model with a {part}, got one without")
-    for field in dataclasses.fields(spec):
-        actual, expected = getattr(found, field.name), getattr(spec, field.name)
-        if isinstance(actual, float) and isinstance(expected, float) and math.isclose(actual, expected, rel_tol=1e-5):
-            continue  # a float32 that went through JSON
-        if actual != expected and field.name not in _MAY_DIFFER:
-            raise UserError(f"{path}: expected {part} {spec.name} with {field.name}={expected}, got {actual}")
+    if differing := _differing(found, spec):
+        values = ", ".join(f"{name}={getattr(found, name)} (not {getattr(spec, name)})" for name in differing)
+        raise UserError(f"{path}: expected {part} {spec.name}, got {values}: {_advice(part, found, differing)}")
     info = inspection.with_encoder(info, spec) if part == "encoder" else info
     return inspection.load_parts(info, (part,), plan, "float32", scan_layers=scan_layers)[part]
+
+
+def _differing(found: Any, spec: Any) -> list[str]:
+    """Fields that matter and differ; floats that went through JSON or GGUF are equal."""
+
+    def equal(a: Any, b: Any) -> bool:
+        return math.isclose(a, b, rel_tol=1e-5) if isinstance(a, float) and isinstance(b, float) else a == b
+
+    names = (field.name for field in dataclasses.fields(spec))
+    return [n for n in names if n not in _MAY_DIFFER and not equal(getattr(found, n), getattr(spec, n))]
+
+
+def _advice(part: str, found: Any, differing: Sequence[str]) -> str:
+    """What to write in the config for this checkpoint."""
+    if differing == ["vocab"]:
+        return f"write --config.model.vocab={found.vocab}"
+    zoo_of, field = (zoo.ENCODERS, "encoder") if part == "encoder" else (zoo.DECODERS, "llm")
+    names = [name for name, spec in zoo_of.items() if not [n for n in _differing(found, spec) if n != "vocab"]]
+    if not names:
+        return "no row of sizing/zoo.py describes this checkpoint: add one"
+    vocab = (
+        f" --config.model.vocab={found.vocab}" if part == "decoder" and zoo_of[names[0]].vocab != found.vocab else ""
+    )
+    return f"write --config.model.{field}={names[0]}{vocab}"
+
+
+def _public_projector(path: Path, model: ModelSpec, plan: partitioning.Plan) -> Any:
+    """float32 weights of a published model's projector. Raises `UserError` where it has other sizes."""
+    info = inspection.inspect(path)
+    if info.encoder is None or info.projector is None:
+        raise UserError(f"{path}: expected a vision-language model with a projector, got one without")
+    expected = (model.projector, model.encoder.width, model.decoder.width)
+    actual = (info.projector, info.encoder.width, info.decoder.width if info.decoder else None)
+    if actual != expected:
+        raise UserError(f"{path}: expected a projector {expected} (kind, width in, width out), got {actual}")
+    return inspection.load_parts(info, ("connector",), plan, "float32")["connector"]["projector"]
 
 
 def init_params(network: Network, key: jax.Array) -> Any:
@@ -328,6 +378,9 @@ def first_params(network: Network) -> Any:
     if loaded:
         path, scan_layers = located(spec.decoder_checkpoint), spec.compute.scan_layers
         params["decoder"] = _public_params(path, "decoder", spec.model.decoder, plan, scan_layers)
+    if spec.connector_checkpoint:
+        projector = _public_projector(located(spec.connector_checkpoint), spec.model, plan)
+        params["connector"] = {**params["connector"], "projector": projector}
     if "encoder" in params:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params["encoder"])
         params["encoder"] = jax.device_put(network.encoder, shardings)

@@ -24,6 +24,7 @@ from vlm_jax.checkpoints import orbax
 from vlm_jax.checkpoints.orbax import Checkpoints, disk_errors, lock_workdir
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import STOPPED, RunStopped, UserError
+from vlm_jax.core.files import write_json
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import TrainState
@@ -33,7 +34,6 @@ from vlm_jax.distributed import processes
 from vlm_jax.evaluation import harness
 from vlm_jax.inference import sampling
 from vlm_jax.models.decoder import unstack_layers
-from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost
 from vlm_jax.training import guard, loop
 from vlm_jax.training import step as training_step
@@ -82,6 +82,7 @@ def train(
         if processes.is_primary():
             metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
         bad_steps.forget_after(workdir, restored)
+        _report_data(run, workdir, on_notice)
         on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     summary = workdir / "summary.json"  # may be missing after the last checkpoint
@@ -92,6 +93,21 @@ def train(
                 logbook.write_summary(summary, spec, metrics.last, sha256, end.secs, _question_tokens(run))
     processes.barrier("end of training")
     return end.state.params
+
+
+def _report_data(run: Run, workdir: Path, on_notice: Callable[[str], None]) -> None:
+    """Writes `data.json`, and says what is skipped, cut or dropped."""
+    if not processes.is_primary():
+        return
+    reports = {stage.name: logbook.data_report(b) for stage, b in zip(run.network.spec.stages, run.train, strict=True)}
+    write_json(workdir / "data.json", reports)
+    for name, report in reports.items():
+        skipped = sum(map(len, report["skipped"].values())) + len(report["unreadable"])
+        if skipped or report["cut"] or report["dropped"]:
+            on_notice(
+                f"data of stage {name}: {report['kept']:,} items kept, {skipped:,} skipped, {report['cut']:,} "
+                f"conversations cut, {report['dropped']:,} dropped (ids in {workdir / 'data.json'})"
+            )
 
 
 def _intact_step(checkpoints: Checkpoints, on_notice: Callable[[str], None]) -> int:

@@ -12,6 +12,7 @@ from vlm_jax.core import specs
 from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
+from vlm_jax.data.pipeline import Batches
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.evaluation import harness
 from vlm_jax.sizing import chips, cost
@@ -45,6 +46,20 @@ def evaluation_numbers(result: harness.Result) -> dict[str, float]:
         "evaluation_stderr": result.error[1],
         "evaluation_forced_error": result.forced[0],
         "evaluation_forced_nll": result.forced_nll,
+    }
+
+
+def data_report(batches: Batches) -> dict[str, Any]:
+    """What a stage trains on; ids of skipped items by reason."""
+    parts, rows = batches.data.mixture.parts, batches.epoch(0)
+    return {
+        "name": batches.data.mixture.name,
+        "kept": sum(part.items for part in parts),
+        "skipped": {reason: ids for part in parts for reason, ids in part.skipped.items()},
+        "unreadable": sorted(batches.data.bad.found.values()),
+        "cut": batches.sizes.cut,
+        "dropped": batches.sizes.dropped,
+        "rows": len(rows),
     }
 
 

@@ -200,6 +200,7 @@ class StageDataSpec:
     train: tuple[SourceSpec, ...] = ()
     format: str = ""
     batch_rows: int = 0
+    row_images: int = 0
     resize: str = ""
 
 
@@ -267,6 +268,7 @@ class RunSpec:
     bad_step: BadStepSpec = BadStepSpec()
     decoder_checkpoint: str = ""  # a Hugging Face folder; "" starts from random weights
     evaluate_every_steps: int = 0  # during training, on a fixed subset; 0: only at the end
+    connector_checkpoint: str = ""  # a published model whose projector starts the run; "": random weights
 
 
 # Fields without influence on results, left out of `spec_hash`.
@@ -291,6 +293,7 @@ _ADDED = {
     "model.decoder.rope_bands": None,
     "bad_step": dataclasses.asdict(BadStepSpec()),
     "decoder_checkpoint": "",
+    "connector_checkpoint": "",
     "compute.slices": 1,
     "compute.moments": "float32",
     "evaluate_every_steps": 0,

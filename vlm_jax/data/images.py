@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -94,6 +94,25 @@ def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
+    except _BROKEN as error:
+        raise _unreadable(name, error) from error
+
+
+class Header(NamedTuple):
+    """What a file says about its image."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+
+
+def header(image: str | Path | bytes) -> Header:
+    """The header of a file, without decoding its pixels. Raises `UserError` for what is no image."""
+    name = "image" if isinstance(image, bytes) else str(image)
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+            return Header(opened.format or "", opened.mode, *opened.size)
     except _BROKEN as error:
         raise _unreadable(name, error) from error
 

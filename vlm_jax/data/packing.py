@@ -73,9 +73,10 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
         tokens[number] = used + (visual - 1) * int(np.sum(kept == IMAGE))
     result = Lengths(ids, tokens, cut, len(long) - cut)
     if not ids.any():
+        shortest = int(mixture.concatenate(lambda part: np.diff(part.bounds) + part.images * (visual - 1)).min())
         raise UserError(
             f"data.row_tokens: expected room for a conversation of {mixture.name}, the shortest of which has "
-            f"{int((np.diff(mixture.parts[0].bounds) + mixture.parts[0].images * (visual - 1)).min())} tokens, got {limit}"
+            f"{shortest} tokens with its {visual} visual tokens, got {limit}"
         )
     return result
 

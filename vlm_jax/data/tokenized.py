@@ -85,9 +85,13 @@ class TokenizedDataset(NamedTuple):
     def image_count(self) -> int:
         return int(self.first_image[-1] + self.images[-1])
 
+    def conversation_of(self, image: int) -> int:
+        """A conversation about an image."""
+        return int(np.searchsorted(self.first_image, image, side="right")) - 1
+
     def image(self, number: int) -> bytes | Path:
         """An image's encoded bytes or path, by its number."""
-        index = int(np.searchsorted(self.first_image, number, side="right")) - 1
+        index = self.conversation_of(number)
         return self.source[int(self.item[index])].images[number - int(self.first_image[index])]
 
     def id_of(self, index: int) -> str:
