@@ -1,8 +1,8 @@
 """LLaVA-1.5's recipe (arXiv 2310.03744, table 9) with compressed visual tokens (arXiv 2411.03312), on LLaVA's files.
 
-    python -m vlm_jax.check_data --config configs/llava.py:data=llava_v1_5_mix665k.json,images=DIR,stage=2,tokenizer=vicuna
-    python -m vlm_jax.train --config configs/llava.py:pretrain=blip_laion_cc_sbu_558k.json,pretrain_images=DIR,\\
-        data=llava_v1_5_mix665k.json,images=DIR,encoder_checkpoint=clip,llm=vicuna-7b,llm_checkpoint=vicuna,tokens=36 \\
+    python -m vlm_jax.check_data --config configs/llava.py:stage=2,data=mix665k.json,images=DIR,tokenizer=vicuna
+    python -m vlm_jax.train --config configs/llava.py:pretrain=blip558k.json,pretrain_images=DIR,\\
+        data=mix665k.json,images=DIR,encoder_checkpoint=clip,llm=vicuna-7b,llm_checkpoint=vicuna,tokens=36 \\
         --workdir DIR
     python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
 

@@ -6,7 +6,7 @@
     python -m vlm_jax.train --config configs/paligemma.py:checkpoint=FOLDER,source=tfds,data=TFDS_FOLDER,split=train \\
         --workdir DIR
 
-A row of a jsonl file has `image`, `prefix` and `suffix`; other names and TFDS features are set with `data.train.0.fields`.
+A row of a jsonl file has `image`, `prefix` and `suffix`; other names and TFDS features: `data.train.0.fields`.
 Attention is bidirectional over image and prefix. Every part is trained. `compressor` and `tokens` put a compressor of
 random weights between encoder and projector.
 """

@@ -116,7 +116,7 @@ def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"
 
 
 def _batch(images: Images, numbers: Int[np.ndarray, " n"], bad: dict[int, str]) -> UInt8[np.ndarray, "B H H 3"]:
-    """`_BATCH` images, so that all batches have one shape; those that cannot be decoded are zero, and noted in `bad`."""
+    """`_BATCH` images, so that all batches have one shape; undecodable ones are zero, and noted in `bad`."""
     decoded: list[Any] = []
     for number in numbers.tolist():
         try:

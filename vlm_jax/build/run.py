@@ -1,0 +1,47 @@
+"""A run: a network, and the data of its stages."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from vlm_jax.build.data import open_data
+from vlm_jax.build.network import Network, open_network
+from vlm_jax.core import specs
+from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
+from vlm_jax.data.pipeline import Batches
+from vlm_jax.data.views import Data
+
+
+class Run(NamedTuple):
+    """A network and its data."""
+
+    network: Network  # the stages of its spec have their numbers of steps
+    train: tuple[Batches, ...]  # of each stage
+    test: Data | None
+
+
+def open_run(spec: RunSpec, cache_dir: Path) -> Run:
+    """The network with its data and features, which are made under `cache_dir` if missing. Raises `UserError`."""
+    network = open_network(spec)
+    train, stages = [], []
+    for stage in spec.stages:
+        data_spec = specs.data_of(spec, stage)
+        data = open_data(network, data_spec, data_spec.train, cache_dir)
+        batches = Batches(data, spec.seed, network.plan.rows(data_spec.batch_rows))
+        stages.append(_with_steps(stage, data_spec, batches))
+        train.append(batches)
+    network = network._replace(spec=dataclasses.replace(spec, stages=tuple(stages)))
+    test = open_data(network, spec.data, spec.data.test, cache_dir) if spec.data.test else None
+    return Run(network, tuple(train), test)
+
+
+def _with_steps(stage: StageSpec, data: DataSpec, batches: Batches) -> StageSpec:
+    """The stage with its number of steps, where it is given in epochs or examples, and of warm-up steps."""
+    steps = stage.total_steps
+    if not steps:
+        rows = batches.epoch(0)
+        epochs = stage.epochs or stage.examples / rows.examples
+        steps = max(1, math.ceil(round(epochs * len(rows) / data.batch_rows, 6)))
+    warmup = stage.warmup_steps or round(stage.warmup_share * steps)
+    return dataclasses.replace(stage, total_steps=steps, warmup_steps=warmup)
