@@ -22,7 +22,7 @@ from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.data import token_files
 from vlm_jax.data.token_files import TokenizerFiles, check_utf8
 
@@ -109,12 +109,12 @@ def _from_json(files: TokenizerFiles) -> _Backend:
     ids = backend.get_vocab(with_added_tokens=True)
 
     def encode_without_special(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
+        return _encode(backend, text, add_special_tokens=False)
 
     def encode(text: str) -> list[int]:
         if "add_bos_token" in settings or "add_eos_token" in settings:
             return _with_bos_eos(encode_without_special(text), settings, special, ids)
-        return backend.encode(text).ids
+        return _encode(backend, text)
 
     def decode(numbers: Sequence[int]) -> str:
         text = backend.decode([int(n) for n in numbers], skip_special_tokens=True)
@@ -122,6 +122,18 @@ def _from_json(files: TokenizerFiles) -> _Backend:
 
     added_special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     return _Backend(encode, encode_without_special, decode, ids, added_special)
+
+
+def _encode(backend: HfTokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Raises `UserError` for a word outside a closed vocabulary, one without an unknown token."""
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except Exception as error:  # the library raises plain Exception
+        known = backend.get_vocab(with_added_tokens=True)
+        word = next((word for word in text.split() if word not in known), None)
+        if word is None:
+            raise UserError(f"text {text[:80]!r}: cannot be encoded ({error})") from error
+        raise unknown("word", word, known) from error
 
 
 def _prepend_scheme(settings: Mapping[str, Any]) -> str:
