@@ -157,7 +157,7 @@ def _train_stages(
         if metrics is not None:
             metrics.wait()  # so that the logs so far end before the evaluation does, and only the next leaves it out
         begin = time.monotonic()
-        result = subset()(state.params)
+        result = harness.summarise(subset()(state.params))
         evaluation_secs[0] += time.monotonic() - begin
         if metrics is not None:
             metrics.write(step, lambda: logbook.evaluation_numbers(result))
@@ -279,8 +279,8 @@ def _test(run: Run) -> Data:
     return run.test
 
 
-def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.Result]:
-    """`(params, on_batch) -> Result` on the first `examples` images of the test split (None: those of the spec),
+def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.QuestionScores]:
+    """`(params, on_batch) -> QuestionScores` on the first `examples` images of the test split (None: those of the spec),
     compiled once.
     """
     spec, plan, network = run.network.spec, run.network.plan, run.network
@@ -289,7 +289,7 @@ def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harne
     program = plan.jit(harness.make_evaluate(model, spec.evaluation.max_new_tokens, eos_id))
     rows = plan.rows(spec.evaluation.batch_examples)
 
-    def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.Result:
+    def evaluate(params: Any, on_batch: Callable[[int], None] = lambda rows: None) -> harness.QuestionScores:
         params = {**params, "decoder": unstack_layers(params["decoder"], spec.model.decoder.depth)}
         batches = pipeline.evaluation_batches(_test(run), spec.evaluation, rows, examples)
         return harness.run(program, plan.put, params, batches, on_batch, processes.fetch)
@@ -307,7 +307,7 @@ def evaluate(
         raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
     summary = json.loads((workdir / "summary.json").read_text())
     spec, model, mixture = run.network.spec, run.network.spec.model, _test(run).mixture
-    result = make_evaluator(run)(params, on_batch)
+    result = harness.summarise(make_evaluator(run)(params, on_batch))
     return ResultRow(
         cell=cell,
         spec_hash=specs.spec_hash(spec),

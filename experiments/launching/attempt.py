@@ -38,10 +38,11 @@ def _run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None
     from vlm_jax import build, job
     from vlm_jax.distributed import processes
 
-    cache, steps = build.default_cache(), total_steps(cell.spec)
+    cache = build.default_cache()
     build.use_compilation_cache(cache)
     report("data and features", 0.0)
     run = build.open_run(cell.spec, cache)
+    steps = total_steps(run.network.spec)
     report("first program", 0.0)
     on_log = lambda log, values: report("training", _TRAINING_SHARE * log.step / steps)  # noqa: E731
     params = job.train(run, cell.folder, on_log, stop)
@@ -60,6 +61,5 @@ def _run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None
 
 def with_checkpoints(spec: RunSpec) -> RunSpec:
     """The same experiment on a machine that may be preempted: a spec that saves only at its end saves in between."""
-    return dataclasses.replace(
-        spec, save_every_steps=spec.save_every_steps or max(total_steps(spec) // _CHECKPOINTS, 1)
-    )
+    steps = max(total_steps(spec) // _CHECKPOINTS, 1) if total_steps(spec) else 500  # unknown: stages in epochs
+    return dataclasses.replace(spec, save_every_steps=spec.save_every_steps or steps)

@@ -6,12 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from vlm_jax.data.sources import Split
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, EvaluationSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.data import glyph_tokenizer, pipeline
-from vlm_jax.data.sources import Split
 
 
 def _split(examples):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax.data.pipeline import Questions
 from vlm_jax.evaluation import scoring
@@ -47,6 +48,14 @@ def make_evaluate(model: Vlm, max_new_tokens: int, eos_id: int) -> Callable[[Any
     return evaluate
 
 
+class QuestionScores(NamedTuple):
+    """Scores of the rows of an evaluation, in order; padding rows have the example -1."""
+
+    scores: scoring.Score
+    example: Int[np.ndarray, " n"]
+    question_tokens: Int[np.ndarray, " n"]
+
+
 def run(
     evaluate: Callable[[Any, Any], scoring.Score],
     put: Callable[[Any], Any],
@@ -54,7 +63,7 @@ def run(
     batches: Iterable[Questions],
     on_batch: Callable[[int], None] = lambda rows: None,
     fetch: Callable[[Any], np.ndarray] = np.asarray,
-) -> Result:
+) -> QuestionScores:
     """Evaluates host `batches`; `on_batch` is called with the number of rows after each dispatch. `put` shards a
     process's rows, `fetch` gathers the rows of all processes.
     """
@@ -66,7 +75,14 @@ def run(
         on_batch(len(batch.example))
     columns = jax.tree.map(fetch, list(zip(scores, counts, strict=True)))
     rows = scoring.Score(*(np.concatenate(parts) for parts in zip(*(score for score, _ in columns), strict=True)))
-    example, question_tokens = (np.concatenate(parts) for parts in zip(*(count for _, count in columns), strict=True))
+    return QuestionScores(
+        rows, *(np.concatenate(parts) for parts in zip(*(count for _, count in columns), strict=True))
+    )
+
+
+def summarise(questions: QuestionScores) -> Result:
+    """Errors over all questions, with standard errors over examples."""
+    rows, example, question_tokens = questions
     valid = example >= 0
     return Result(
         error=scoring.ratio(rows.wrong, rows.tokens, example),
