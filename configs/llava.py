@@ -9,8 +9,7 @@
 Two stages of one epoch each: projector and compressor on LCS-558K, then also the language model on mix665k; the encoder
 stays frozen. Both stages use one conversation format, as the paper's repository does (`pretrain_format=plain` is
 LLaVA's own); images are cropped in the first and padded in the second. Rows of 2,048 positions are packed, so that a
-step has about the recipe's 256 and 128 conversations, in rows for at least 16 devices. `data` may be any source file
-of LLaVA's layout. Without checkpoints all parameters are random: for compiling and sizing.
+step has about the recipe's 256 and 128 conversations, and at least a row for each of `devices`. Without checkpoints all parameters are random: for compiling and sizing.
 """
 
 import math
@@ -48,7 +47,8 @@ def get_config(arg: str = "") -> ConfigDict:
         format="",  # default: v1 for Vicuna, llama_2 for Llama 2, else the tokenizer's own template
         pretrain_format="",  # default: as `format`; plain is LLaVA's
         pack="fit",  # or none: one conversation a row
-        batch=0,  # rows; default: about the recipe's conversations
+        batch=0,  # rows; default: about the recipe's conversations, at least one row a device
+        devices=16,
         tensor=16,  # devices of the mesh axis `tensor`: best a side of the pod's torus
         stage=0,  # 1 or 2: only that stage
         sequence=SEQUENCE,
@@ -105,7 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
         scan_layers=True,
     )
     c.evaluation = dict(
-        examples=0, questions_per_example=1, batch_examples=max(second["batch_rows"], 16), max_new_tokens=32,
+        examples=0, questions_per_example=1, batch_examples=second["batch_rows"], max_new_tokens=32,
         subset_examples=256,
     )  # fmt: skip
     c.seed = arg.seed
@@ -121,7 +121,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def _rows(stage: int, arg: ConfigDict) -> dict[str, int]:
     """Rows of a batch, and images of a row: those that usually fit, and a quarter more."""
     if arg.pack == "none":
-        return dict(batch_rows=arg.batch or EXAMPLES[stage], row_images=1)
+        return dict(batch_rows=max(arg.batch or EXAMPLES[stage], arg.devices), row_images=1)
     in_row = arg.sequence / (arg.tokens + TEXT_TOKENS[stage])
-    rows = arg.batch or 16 * max(1, round(EXAMPLES[stage] / in_row / 16))
+    rows = arg.batch or arg.devices * max(1, round(EXAMPLES[stage] / in_row / arg.devices))
     return dict(batch_rows=rows, row_images=max(1, math.ceil(1.25 * in_row)))

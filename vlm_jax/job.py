@@ -280,7 +280,7 @@ def _test(run: Run) -> Data:
 
 
 def make_evaluator(run: Run, examples: int | None = None) -> Callable[..., harness.QuestionScores]:
-    """`(params, on_batch) -> QuestionScores` on the first `examples` images of the test split (None: those of the spec),
+    """`(params, on_batch) -> QuestionScores` on the first `examples` of the test data (None: those of the spec),
     compiled once.
     """
     spec, plan, network = run.network.spec, run.network.plan, run.network

@@ -73,7 +73,7 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     if mode == "train":
         train = build.train_step(network, stage)
         state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments = train.step, (state, _inputs(spec, plan, train=True))
+        jitted, arguments = train.step, (state, _inputs(spec, plan, stage))
         params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)
@@ -110,17 +110,17 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _inputs(spec: RunSpec, plan: Plan, train: bool) -> Inputs:
-    """Shapes of a training batch, or of a batch of prompts with one image each."""
-    data, length = spec.data, spec.data.row_tokens
-    rows = data.batch_rows if train else spec.evaluation.batch_examples
-    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question) if train else 1
+def _inputs(spec: RunSpec, plan: Plan, stage: StageSpec | None = None) -> Inputs:
+    """Shapes of a training batch of a stage, or of a batch of prompts with one image each."""
+    data = spec.data if stage is None else specs.data_of(spec, stage)
+    rows, length = data.batch_rows if stage else spec.evaluation.batch_examples, data.row_tokens
+    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question) if stage else 1
 
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
-    weight = shape(length, dtype="float32") if train else None
+    weight = shape(length, dtype="float32") if stage else None
     return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, views), weight=weight)
 
 
@@ -157,7 +157,7 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model = _decoding_model(spec)
     run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
-    return run, (_params(spec, plan, model), _inputs(spec, plan, train=False))
+    return run, (_params(spec, plan, model), _inputs(spec, plan))
 
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:

@@ -1,0 +1,1 @@
+"""What the paper's grid would cost on a named slice."""
