@@ -150,6 +150,24 @@ class ComputeSpec:
 
 
 @dataclass(frozen=True)
+class SourceSpec:
+    """A data set on disk (`data.readers`)."""
+
+    source: str  # tfds, llava, parquet, jsonl, glyphs; a class "package.module:Class"; an entry point "vlm_jax.sources"
+    path: str = ""  # file or folder
+    images: str = ""  # folder that image paths in the file are relative to
+    name: str = ""  # in logs; "": derived
+    config: str = ""  # of a TFDS builder; subset of a parquet data set
+    split: str = ""
+    fields: tuple[tuple[str, str], ...] = ()  # our field -> column of the data set
+    take: str = "all"  # first:N, end:N, random:N, random:N%
+    weight: float = 1.0  # passes over this source in an epoch of the mixture
+    share: float = 0.0  # or its share of an epoch's examples
+    separate: bool = False  # each question and its answer is a conversation of its own
+    options: tuple[tuple[str, Any], ...] = ()  # arguments of a user's own class
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """A built-in data set and its batching."""
 
@@ -281,6 +299,8 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, f"{where}.")
     if origin in (typing.Union, types.UnionType):

@@ -1,0 +1,1 @@
+"""Sources of conversations on disk: LLaVA's json, parquet, jsonl, TFDS, and classes of one's own."""
