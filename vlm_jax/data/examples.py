@@ -49,7 +49,7 @@ class BadItem(Exception):
     """Raised by `source[i]` for an item that cannot be used. It is skipped, counted under `reason`, and named.
 
     Reasons of the built-in sources: "malformed", "missing image", "placeholder without an image", "image without a
-    placeholder", "empty turn", "roles do not alternate", "no answer", "unreadable file".
+    placeholder", "empty turn", "roles do not alternate", "no answer", "unreadable file", "video".
     """
 
     def __init__(self, reason: str, id: str, detail: str = ""):

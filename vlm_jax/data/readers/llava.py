@@ -87,6 +87,8 @@ class LlavaSource(Source):
     def __getitem__(self, index: int) -> Example:
         record, columns = self._records[index], self._columns
         id = item_id(record.get(columns["id"]), index)
+        if "video" in record and columns["image"] not in record:
+            raise BadItem("video", id, str(record["video"])[:200])
         turns = conversations.read_messages(id, record.get(columns["conversations"]))
         turns, names = place_images(id, turns, record.get(columns["image"]), columns["image"] in record)
         extra = {key: value for key, value in record.items() if key not in columns.values()}

@@ -71,7 +71,7 @@ class RecordFile:
 
 def _spans(file: BinaryIO, path: Path) -> Int[np.ndarray, "n 2"]:
     """First byte and end of every record: of an array if the first character is "[", else of lines."""
-    head = file.read(_PIECE)
+    head = file.read(2**16)
     start = len(_BOM) if head.startswith(_BOM) else 0
     first = head[start:].lstrip()[:1]
     if first == b"[":

@@ -107,7 +107,7 @@ def _check(id: str, turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
     if images:
         users = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role == "user")
         others = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role != "user")
-        detail = f"{users + others} placeholders, {others} of them not the user's, and {images} images"
+        detail = f"images {images}, placeholders {users} in user turns and {others} in others"
         if others or users > images:
             raise BadItem("placeholder without an image", id, detail)
         if users < images:
