@@ -1,5 +1,6 @@
 """jsonl rows, TFDS folders and classes of one's own; parts of sources, and what each gives to a mixture."""
 
+import importlib.metadata
 import json
 import math
 import pickle
@@ -43,6 +44,11 @@ class Numbers(Source):
 class Unfinished(Source):
     def __len__(self) -> int:
         return 1
+
+
+class Dicts(Numbers):
+    def __getitem__(self, index: int):
+        return {"id": str(index)}
 
 
 class Failing(Numbers):
@@ -210,6 +216,19 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PNG", PNG + b"x")
     assert Numbers(12).fingerprint != whole.fingerprint
     assert grain.MapDataset.source(source)[3].id == "9"
+    shuffled = grain.MapDataset.source(Numbers(7)).shuffle(seed=0)
+    assert sorted(shuffled[index].id for index in range(7)) == list("0123456")
+
+
+def test_an_entry_point_names_a_class(tmp_path, monkeypatch):
+    point = importlib.metadata.EntryPoint("numbers", f"{__name__}:Numbers", "vlm_jax.sources")
+    lost = importlib.metadata.EntryPoint("lost", "tests.data.no_such_module:Numbers", "vlm_jax.sources")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point, lost])
+    assert len(open_source(SourceSpec("numbers", take="first:3"), tmp_path)) == 3
+    with pytest.raises(UserError, match="unknown kind of source 'number': did you mean 'numbers'"):
+        open_source(SourceSpec("number"), tmp_path)
+    with pytest.raises(UserError, match="source 'lost': cannot be imported"):
+        open_source(SourceSpec("lost"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +244,7 @@ def test_a_class_of_ones_own(tmp_path, monkeypatch):
         ("tests.data.test_readers_open:Numbers", {"size": 3}, r"expected arguments \(count.*got size"),
         ("tests.data.test_readers_open:Numbers", {"count": 0}, "expected at least one example, got none"),
         ("tests.data.test_readers_open:Numbers", {"count": "a"}, "TypeError: 'str' object cannot"),
+        ("tests.data.test_readers_open:Dicts", {}, "expected an Example from __getitem__, got dict"),
         ("tests.data.test_readers_open:Failing", {}, r"FileNotFoundError: shapes.txt is gone, at test_readers_open"),
         ("..:Numbers", {}, "cannot be imported"),
         (":Numbers", {}, "cannot be imported"),
@@ -241,6 +261,25 @@ def test_a_module_with_a_syntax_error_is_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"cannot be imported \(SyntaxError: .*broken_source.py, line 1"):
         open_source(SourceSpec("broken_source:Shapes"), tmp_path)
+
+
+def test_a_source_without_a_usable_item_is_rejected(tmp_path):
+    """As where the image folder is another one: at once, with the first item. One good item of a few is enough."""
+    rows = [{"prefix": "x", "suffix": "y", "image": f"{number}.png"} for number in range(1000)]
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl: expected usable items, got none of 100 .*number 0, item 0: missing"
+    ):
+        jsonl(tmp_path, *rows)
+    assert len(jsonl(tmp_path, *rows[:50], {"prefix": "x", "suffix": "y"})) == 51
+
+
+def test_the_glyph_suite_is_a_source(data_dir, tmp_path):
+    (tmp_path / "data").symlink_to(data_dir)
+    source = open_source(SourceSpec("glyphs", path=TINY[0][0], config=TINY[0][1], split="test"), tmp_path)
+    assert source.name == "glyph_ocr/rows4_tiny:test"
+    assert source[0].turns[0].text == "<image>\nread row one"
+    with pytest.raises(UserError, match="unknown dataset 'glyph_orc'"):
+        open_source(SourceSpec("glyphs", path="glyph_orc", config="x", split="test"), tmp_path)
 
 
 def test_a_setting_that_a_kind_does_not_use_is_rejected(tmp_path):
@@ -306,6 +345,7 @@ def test_examples_of_a_mixtures_epoch(weights, shares, counts):
         ([1, 0], [0, 0], r"source x \(1\): expected weight > 0"),
         ([1, -1], [0, 0], "expected weight > 0"),
         ([1, 1], [0, 1.5], "0 <= share <= 1"),
+        ([1, 1], [0, float("nan")], "0 <= share <= 1"),
         ([1, float("inf")], [0, 0], "expected weight > 0"),
         ([1, 0.01], [0, 0], "expected at least one example in an epoch, got none"),
     ],

@@ -175,9 +175,15 @@ def test_errors_of_files_are_one_line(tmp_path):
         with pytest.raises(UserError, match=r"broken\.parquet: not a readable parquet file") as caught:
             opened(broken, tmp_path)
         assert "\n" not in str(caught.value)
-    broken.write_bytes(content[:200] + bytes(len(content) // 2) + content[200 + len(content) // 2 :])
+    half = len(content) // 2  # the first row group, and some of the second
+    broken.write_bytes(content[:4] + bytes(half) + content[4 + half :])
+    with pytest.raises(UserError, match=r"expected usable items, got none of 8 .* broken:0: unreadable file"):
+        opened(broken, tmp_path)
+    broken.write_bytes(content[:4] + bytes(900) + content[904:])
+    source = opened(broken, tmp_path)
     with pytest.raises(BadItem, match="unreadable file"):
-        opened(broken, tmp_path)[0]
+        source[0]
+    assert source[7].id == "id7"
     plain = write(tmp_path / "plain.parquet", [{"text": "x"}], pa.schema([("text", pa.string())]))
     with pytest.raises(UserError, match="expected a column 'conversations' or 'texts', got text"):
         opened(plain, tmp_path)
@@ -191,3 +197,18 @@ def test_errors_of_files_are_one_line(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"none: expected files that end in \.parquet, got none"):
         opened(tmp_path / "none", tmp_path)
+
+
+def test_memory_is_bounded_by_bytes(tmp_path, monkeypatch):
+    """Of twelve row groups those that fit are kept; a row group too large to be read at once is refused."""
+    rows = [one_vision(number) for number in range(12)]
+    path = write(tmp_path / "rows.parquet", rows, ONE_VISION, row_group_size=1)
+    cache = parquet._GroupCache(3 * len(PNGS[0]) + 2000)
+    monkeypatch.setattr(parquet, "_image_group", cache)
+    source = opened(path, tmp_path)
+    for number in (*range(12), 11, 0):
+        assert source[number].images == (PNGS[number % 3],)
+        assert 1 <= len(cache._tables) <= 4
+    monkeypatch.setattr(parquet, "LARGEST_GROUP", 1000)
+    with pytest.raises(UserError, match=r"expected row groups of at most 0\.0 GB.*row_group_size=100"):
+        opened(path, tmp_path)

@@ -1,5 +1,6 @@
 """`open_source`: the data set that a `SourceSpec` names."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -8,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import SourceSpec
-from vlm_jax.data.examples import Source
+from vlm_jax.data.examples import BadItem, Example, Source
+from vlm_jax.data.readers.glyphs import open_glyphs
 from vlm_jax.data.readers.jsonl import open_jsonl
 from vlm_jax.data.readers.llava import open_llava
 from vlm_jax.data.readers.mixture import taken
@@ -23,8 +27,9 @@ KINDS: dict[str, Callable[[SourceSpec, Path], Source]] = {
     "parquet": open_parquet,
     "jsonl": open_jsonl,
     "tfds": open_tfds,
-    "glyphs": lambda spec, cache_dir: _open_glyphs(spec, cache_dir),
+    "glyphs": open_glyphs,
 }
+_TRIED = 100  # items of which one must be usable
 # Settings of `SourceSpec` that only some kinds use.
 _USES = {
     "llava": ("images", "fields"),
@@ -42,7 +47,7 @@ def open_source(spec: SourceSpec, cache_dir: Path) -> Source:
         cache_dir: holds the hashes of large files, and the built glyph suite.
 
     Raises `UserError` in one line for an unknown kind (with the nearest), a missing path or column (with those that are
-    present), an unreadable file, and a class that cannot be used.
+    present), an unreadable file, a source without a usable item, and a class that cannot be used.
     """
     if spec.source in KINDS:
         for setting in ("images", "config", "split", "fields", "options"):
@@ -53,15 +58,27 @@ def open_source(spec: SourceSpec, cache_dir: Path) -> Source:
         source = KINDS[spec.source](spec, cache_dir)
     else:
         source = _open_class(spec)
-    return taken(source, spec.take)
+    source = taken(source, spec.take)
+    _check_usable(source, spec.path or spec.source)
+    return source
 
 
-def _open_glyphs(spec: SourceSpec, cache_dir: Path) -> Source:
-    """A data set of the built-in suite, which is built first: path is its name, such as glyph_ocr."""
-    from vlm_jax.data.sources import build
-
-    folder = build(spec.path, spec.config, cache_dir / "data")
-    return open_tfds(SourceSpec("tfds", path=str(folder), split=spec.split, name=spec.name), cache_dir)
+def _check_usable(source: Source, where: str) -> None:
+    """Raises `UserError` where items from all over the source are bad, without exception. Reads one if that is good."""
+    first: tuple[int, BadItem] | None = None
+    indices = np.unique(np.linspace(0, len(source) - 1, _TRIED).astype(int)).tolist()
+    for index in indices:
+        try:
+            source.without_images(index)
+        except BadItem as error:
+            first = first or (index, error)
+        else:
+            return
+    if first is not None:
+        index, error = first
+        raise UserError(
+            f"{where}: expected usable items, got none of {len(indices)} that were read; number {index}, {error}"
+        ) from error
 
 
 def _open_class(spec: SourceSpec) -> Source:
@@ -82,14 +99,24 @@ def _open_class(spec: SourceSpec) -> Source:
         ) from error
     try:
         source = source_class(**arguments)
-        count = len(source)
+        example = _first_example(source)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{where}: {_described(error)}") from error
-    if not count:
+    if example is None:
         raise UserError(f"{where}: expected at least one example, got none")
+    if not isinstance(example, Example):
+        raise UserError(f"{where}: expected an Example from __getitem__, got {type(example).__name__}")
     return source
+
+
+def _first_example(source: Source) -> Any:
+    """The first example that can be used, an empty one where none can, None of an empty source."""
+    for index in range(min(len(source), _TRIED)):
+        with contextlib.suppress(BadItem):
+            return source[index]
+    return Example("", (), ()) if len(source) else None
 
 
 def _source_class(name: str) -> Any:
