@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     talks = conversations()
     golden = {"given": [[turn["value"] for turn in talk] for talk in talks]}
     for name, folder in zip(("llava", "llava_next"), argv, strict=True):
-        placed = function(Path(folder))(copy.deepcopy(talks), arguments)
-        golden[name] = [[turn["value"] for turn in talk] for talk in placed]
+        marked = function(Path(folder))(copy.deepcopy(talks), arguments)
+        golden[name] = [[turn["value"] for turn in talk] for talk in marked]
     text = json.dumps(golden, separators=(",", ":"))
     (Path(__file__).parent / "image_markers.json").write_text(text + "\n")
 

@@ -164,7 +164,7 @@ class SourceSpec:
     weight: float = 1.0  # passes over this source in an epoch of the mixture
     share: float = 0.0  # or its share of an epoch's examples
     separate: bool = False  # each question and its answer is a conversation of its own
-    options: tuple[tuple[str, Any], ...] = ()  # arguments of a user's own class
+    options: tuple[tuple[str, Any], ...] = ()  # arguments of a user's own class; minima of a parquet file's columns
 
 
 @dataclass(frozen=True)

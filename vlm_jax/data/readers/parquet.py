@@ -61,7 +61,7 @@ def open_parquet(spec: SourceSpec, cache_dir: Path) -> Source:
             sha256 = file_sha256(path, cache_dir)
             images = image_folder(spec.images, path.parent)
         except _BROKEN as error:
-            raise UserError(f"{path}: not a readable parquet file ({_one_line(error)})") from error
+            raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from error
         identity = combined("parquet", sha256, sorted(spec.fields), sorted(spec.options))
         if len(rows):
             parts.append(ParquetSource(path, identity, layout, ends, rows, images, spec.name or path.stem))
@@ -126,10 +126,6 @@ def _kept_rows(path: Path, count: int, minima: Mapping[str, Any]) -> Int[np.ndar
         values = pq.read_table(path, columns=[column])[column].cast(pa.float64()).to_numpy()
         keep &= ~(values < minimum)  # also for NaN, which stands for null
     return np.flatnonzero(keep)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _read_group(path: Path, fingerprint: str, group: int, columns: tuple[str, ...]) -> pa.Table:
@@ -222,7 +218,7 @@ class ParquetSource(Source):
             table = read(self._path, self.fingerprint, group, columns)
             return table.slice(row - int(self._ends[group - 1] if group else 0), 1).to_pylist()[0]
         except (*_BROKEN, UnicodeDecodeError) as error:
-            raise BadItem("unreadable file", f"{self._path.stem}:{row}", _one_line(error)) from error
+            raise BadItem("unreadable file", f"{self._path.stem}:{row}", str(error)) from error
 
     def _image(self, id: str, value: Any) -> bytes | Path:
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)

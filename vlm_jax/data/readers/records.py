@@ -53,7 +53,7 @@ class RecordFile:
                 file.seek(start)
                 record = json.loads(file.read(stop - start))
         except (OSError, ValueError, RecursionError) as error:
-            raise BadItem("malformed", str(index), " ".join(str(error).split())[:200]) from error
+            raise BadItem("malformed", str(index), str(error)) from error
         if not isinstance(record, dict):
             raise BadItem("malformed", str(index), f"expected an object, got {str(record)[:60]}")
         return record

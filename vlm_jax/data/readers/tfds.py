@@ -152,7 +152,7 @@ class TfdsSource(Source):
             leaves = dict(_leaves_of(self._data[index]))
             record = {name: self._plain(name, leaves[name]) for name in self._used if name in leaves}
         except Exception as error:  # of array_record and TFDS, whose types are their own
-            raise BadItem("unreadable file", str(index), " ".join(str(error).split())[:200]) from error
+            raise BadItem("unreadable file", str(index), str(error)) from error
         value = {field: value_of(record, column) for field, column in self._columns.items()}
         id, images = item_id(value.get("id"), index), value.get("image")
         images = [] if images is None else images if isinstance(images, list) else [images]
