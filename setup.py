@@ -33,6 +33,8 @@ setup(
         "pillow>=11.3",
         "plotly",
         "protobuf",  # the schema of SentencePiece files
+        "pyarrow",
+        "pyyaml",
         "rich",
         "safetensors",
         "scikit-image",

@@ -54,10 +54,14 @@ class BadItem(Exception):
 
     def __init__(self, reason: str, id: str, detail: str = ""):
         super().__init__(reason, id, detail)  # all arguments: exceptions are pickled by them
-        self.reason, self.id, self.detail = reason, id, detail
+        self.reason, self.id, self.detail = reason, id, _one_line(detail)
 
     def __str__(self) -> str:
-        return f"item {self.id}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"item {_one_line(self.id)}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.encode(errors="backslashreplace").decode().split())[:300]
 
 
 class Source(abc.ABC):

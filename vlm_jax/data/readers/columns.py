@@ -21,7 +21,7 @@ def check_fields(kind: str, fields: Iterable[str], known: Sequence[str]) -> None
 
 def check_columns(path: Path, alternatives: Sequence[str], present: Iterable[str]) -> None:
     """Raises `UserError` where no alternative is present; it lists the columns that are."""
-    present = sorted(set(present))
+    present = sorted({column.encode(errors="backslashreplace").decode() for column in present})
     if not any(column in present for column in alternatives):
         expected = " or ".join(map(repr, alternatives))
         raise UserError(

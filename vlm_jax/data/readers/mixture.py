@@ -102,13 +102,13 @@ def epoch_counts(specs: Sequence[SourceSpec], lengths: Sequence[int]) -> list[in
     sources without shares are then the rest of it; where all have shares, the epoch is as long as all sources together.
     Raises `UserError` for weights and shares that make no mixture.
     """
-    shares = [Fraction(str(spec.share)) for spec in specs]
     for number, spec in enumerate(specs):
         where = f"source {spec.name or spec.source} ({number})"
         if not 0 <= spec.share <= 1 or not 0 < spec.weight < math.inf:
             raise UserError(f"{where}: expected weight > 0 and 0 <= share <= 1, got {spec.weight} and {spec.share}")
         if spec.share and spec.weight != 1:
             raise UserError(f"{where}: expected a weight or a share, got both ({spec.weight} and {spec.share})")
+    shares = [Fraction(str(spec.share)) for spec in specs]
     passes = [
         0 if share else Fraction(str(spec.weight)) * n for spec, share, n in zip(specs, shares, lengths, strict=True)
     ]

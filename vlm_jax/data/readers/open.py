@@ -1,5 +1,6 @@
 """`open_source`: the data set that a `SourceSpec` names."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -8,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import SourceSpec
-from vlm_jax.data.examples import Source
+from vlm_jax.data.examples import BadItem, Example, Source
 from vlm_jax.data.readers.jsonl import open_jsonl
 from vlm_jax.data.readers.llava import open_llava
 from vlm_jax.data.readers.mixture import taken
@@ -24,6 +27,7 @@ KINDS: dict[str, Callable[[SourceSpec, Path], Source]] = {
     "jsonl": open_jsonl,
     "tfds": open_tfds,
 }
+_TRIED = 100  # items of which one must be usable
 # Settings of `SourceSpec` that only some kinds use.
 _USES = {
     "llava": ("images", "fields"),
@@ -37,10 +41,10 @@ def open_source(spec: SourceSpec, cache_dir: Path) -> Source:
     """Opens a data set.
 
     Args:
-        cache_dir: holds the hashes of large files, and the built glyph suite.
+        cache_dir: holds the hashes of large files.
 
     Raises `UserError` in one line for an unknown kind (with the nearest), a missing path or column (with those that are
-    present), an unreadable file, and a class that cannot be used.
+    present), an unreadable file, a source without a usable item, and a class that cannot be used.
     """
     if spec.source in KINDS:
         for setting in ("images", "config", "split", "fields", "options"):
@@ -51,12 +55,33 @@ def open_source(spec: SourceSpec, cache_dir: Path) -> Source:
         source = KINDS[spec.source](spec, cache_dir)
     else:
         source = _open_class(spec, cache_dir)
-    return taken(source, spec.take)
+    source = taken(source, spec.take)
+    _check_usable(source, spec.path or spec.source)
+    return source
+
+
+def _check_usable(source: Source, where: str) -> None:
+    """Raises `UserError` where items from all over the source are bad, without exception. Reads one if that is good."""
+    first: tuple[int, BadItem] | None = None
+    indices = np.unique(np.linspace(0, len(source) - 1, _TRIED).astype(int)).tolist()
+    for index in indices:
+        try:
+            source.without_images(index)
+        except BadItem as error:
+            first = first or (index, error)
+        else:
+            return
+    if first is not None:
+        index, error = first
+        raise UserError(
+            f"{where}: expected usable items, got none of {len(indices)} that were read; number {index}, {error}"
+        ) from error
 
 
 def _open_class(spec: SourceSpec, cache_dir: Path) -> Source:
-    """A user's own class, called with those of path, images, config and split that are set, with `options`,
-    and with `cache_dir` if it has such a parameter."""
+    """A user's own class, called with those of path, images, config and split that are set, with `options`, and with
+    `cache_dir` if it has such a parameter.
+    """
     where, source_class = f"source {spec.source!r}", _source_class(spec.source)
     if not (inspect.isclass(source_class) and issubclass(source_class, Source)):
         raise UserError(f"{where}: expected a subclass of vlm_jax.data.examples.Source, got {source_class!r}")
@@ -75,14 +100,24 @@ def _open_class(spec: SourceSpec, cache_dir: Path) -> Source:
         ) from error
     try:
         source = source_class(**arguments)
-        count = len(source)
+        example = _first_example(source)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{where}: {_described(error)}") from error
-    if not count:
+    if example is None:
         raise UserError(f"{where}: expected at least one example, got none")
+    if not isinstance(example, Example):
+        raise UserError(f"{where}: expected an Example from __getitem__, got {type(example).__name__}")
     return source
+
+
+def _first_example(source: Source) -> Any:
+    """The first example that can be used, an empty one where none can, None of an empty source."""
+    for index in range(min(len(source), _TRIED)):
+        with contextlib.suppress(BadItem):
+            return source[index]
+    return Example("", (), ()) if len(source) else None
 
 
 def _source_class(name: str) -> Any:

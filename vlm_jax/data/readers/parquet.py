@@ -5,11 +5,11 @@
     FineVision                              the same, with ratings: options=(("relevance_min", 4),) keeps 4 and above
     question and answer columns             named in `fields`: (("question", "query"), ("answer", "label"))
 
-A row group is read at once; the last few are kept. Files with an image column are quickest with row groups of about a
-hundred rows, as the `datasets` library writes them.
+A row group is read at once; those read last are kept. Files with images are quickest with row groups of about a hundred
+rows, as the `datasets` library writes them.
 """
 
-import functools
+import collections
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -26,13 +26,12 @@ from vlm_jax.core.specs import SourceSpec
 from vlm_jax.data.examples import BadItem, Example, Source, Turn
 from vlm_jax.data.readers import turns as conversations
 from vlm_jax.data.readers.columns import check_columns, check_fields, columns_of, item_id, question_turns, value_of
-from vlm_jax.data.readers.files import combined, data_files, file_sha256
+from vlm_jax.data.readers.files import combined, data_files, file_sha256, image_folder
 from vlm_jax.data.readers.llava import image_paths
 from vlm_jax.data.readers.mixture import Concatenation
 
 FIELDS = ("id", "image", "conversations", "texts", "question", "answer")
-_TEXT_GROUPS, _IMAGE_GROUPS = 16, 3  # row groups kept in memory: without and with image bytes
-_LOCKS = [threading.Lock() for _ in range(16)]  # one thread reads a row group, others that need it wait
+LARGEST_GROUP = 2**31  # bytes of a row group; Arrow's arrays of nested bytes end there too
 _BROKEN = (pa.ArrowException, OSError)
 _SPLIT_FILE = re.compile(r"(.+?)-\d+(-of-\d+)?(-[0-9a-f]+)?\.parquet")  # train-00000-of-00010.parquet
 
@@ -56,12 +55,13 @@ def open_parquet(spec: SourceSpec, cache_dir: Path) -> Source:
         try:
             with pq.ParquetFile(path) as file:
                 layout = _layout(path, file, dict(spec.fields))
+                _check_groups(path, file)
                 ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
             rows = _kept_rows(path, int(ends[-1]) if len(ends) else 0, dict(spec.options))
             sha256 = file_sha256(path, cache_dir)
+            images = image_folder(spec.images, path.parent)
         except _BROKEN as error:
-            raise UserError(f"{path}: not a readable parquet file ({_one_line(error)})") from error
-        images = Path(spec.images).expanduser() if spec.images else path.parent
+            raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from error
         identity = combined("parquet", sha256, sorted(spec.fields), sorted(spec.options))
         if len(rows):
             parts.append(ParquetSource(path, identity, layout, ends, rows, images, spec.name or path.stem))
@@ -103,6 +103,15 @@ def _layout(path: Path, file: pq.ParquetFile, fields: Mapping[str, str]) -> Parq
     return ParquetLayout(columns, tuple(sorted(text)), image_count)
 
 
+def _check_groups(path: Path, file: pq.ParquetFile) -> None:
+    largest = max((file.metadata.row_group(g).total_byte_size for g in range(file.metadata.num_row_groups)), default=0)
+    if largest > LARGEST_GROUP:
+        raise UserError(
+            f"{path}: expected row groups of at most {LARGEST_GROUP / 1e9:.1f} GB, which are read at once, got one of "
+            f"{largest / 1e9:.1f} GB (write it again with row_group_size=100)"
+        )
+
+
 def _kept_rows(path: Path, count: int, minima: Mapping[str, Any]) -> Int[np.ndarray, " n"]:
     """Rows whose values are at least the minima; a null (not rated) passes."""
     keep = np.ones(count, bool)
@@ -119,17 +128,34 @@ def _kept_rows(path: Path, count: int, minima: Mapping[str, Any]) -> Int[np.ndar
     return np.flatnonzero(keep)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _read_group(path: Path, identity: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+def _read_group(path: Path, fingerprint: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     with pq.ParquetFile(path, pre_buffer=False) as file:
         return file.read_row_group(group, columns=list(columns), use_threads=False)
 
 
-_text_group = functools.lru_cache(_TEXT_GROUPS)(_read_group)
-_image_group = functools.lru_cache(_IMAGE_GROUPS)(_read_group)
+class _GroupCache:
+    """The row groups read last, up to a number of bytes; at least one. A group is read by one thread, others wait."""
+
+    def __init__(self, limit: int):
+        self._limit, self._tables = limit, collections.OrderedDict[Any, pa.Table]()
+        self._lock, self._reading = threading.Lock(), [threading.Lock() for _ in range(16)]
+
+    def __call__(self, *key: Any) -> pa.Table:
+        """Row group by the arguments of `_read_group`."""
+        with self._reading[hash(key) % len(self._reading)]:
+            with self._lock:
+                if key in self._tables:
+                    self._tables.move_to_end(key)
+                    return self._tables[key]
+            table = _read_group(*key)
+        with self._lock:
+            self._tables[key] = table
+            while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > self._limit:
+                self._tables.popitem(last=False)
+        return table
+
+
+_text_group, _image_group = _GroupCache(2**27), _GroupCache(2**28)  # shared by all files of a process
 
 
 class ParquetSource(Source):
@@ -189,11 +215,10 @@ class ParquetSource(Source):
         row = int(self._rows[index])
         group = int(np.searchsorted(self._ends, row, side="right"))
         try:
-            with _LOCKS[hash((self.fingerprint, group, columns)) % len(_LOCKS)]:
-                table = read(self._path, self.fingerprint, group, columns)
+            table = read(self._path, self.fingerprint, group, columns)
             return table.slice(row - int(self._ends[group - 1] if group else 0), 1).to_pylist()[0]
         except (*_BROKEN, UnicodeDecodeError) as error:
-            raise BadItem("unreadable file", f"{self._path.stem}:{row}", _one_line(error)) from error
+            raise BadItem("unreadable file", f"{self._path.stem}:{row}", str(error)) from error
 
     def _image(self, id: str, value: Any) -> bytes | Path:
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)

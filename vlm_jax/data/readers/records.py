@@ -53,7 +53,7 @@ class RecordFile:
                 file.seek(start)
                 record = json.loads(file.read(stop - start))
         except (OSError, ValueError, RecursionError) as error:
-            raise BadItem("malformed", str(index), " ".join(str(error).split())[:200]) from error
+            raise BadItem("malformed", str(index), str(error)) from error
         if not isinstance(record, dict):
             raise BadItem("malformed", str(index), f"expected an object, got {str(record)[:60]}")
         return record
@@ -71,7 +71,7 @@ class RecordFile:
 
 def _spans(file: BinaryIO, path: Path) -> Int[np.ndarray, "n 2"]:
     """First byte and end of every record: of an array if the first character is "[", else of lines."""
-    head = file.read(_PIECE)
+    head = file.read(2**16)
     start = len(_BOM) if head.startswith(_BOM) else 0
     first = head[start:].lstrip()[:1]
     if first == b"[":

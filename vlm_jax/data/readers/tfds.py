@@ -5,6 +5,7 @@
 to one question the first counts. Other scalar features are `Example.extra`.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -63,9 +64,8 @@ def open_tfds(spec: SourceSpec, cache_dir: Path) -> Source:
             columns[field] = found[0]
     if "answer" not in columns:
         check_columns(folder, DEFAULTS["answer"], features)
-    skip = {name: tfds.decode.SkipDecoding() for name, one in features.items() if _is_image(one) and "/" not in name}
     try:
-        data = builder.as_data_source(spec.split, decoders=skip or None)
+        data = builder.as_data_source(spec.split, decoders=_image_decoders(builder.info.features) or None)
         files = sorted(map(Path, splits[spec.split.partition("[")[0]].filepaths))
         content = [file_sha256(file, cache_dir) for file in (*files, folder / "features.json")]
         if len(data):
@@ -117,8 +117,23 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}{name}/")
 
 
-def _is_image(feature: Any) -> bool:
-    return type(getattr(feature, "feature", feature)).__name__ == "Image"
+def _image_decoders(features: Any) -> dict[str, Any]:
+    """Decoders that leave images encoded, nested as the features are."""
+    import tensorflow_datasets as tfds
+
+    decoders: dict[str, Any] = {}
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if hasattr(inner, "items"):
+            decoders[name] = _image_decoders(inner)
+        elif isinstance(inner, tfds.features.Image):
+            decoders[name] = tfds.decode.SkipDecoding()
+            decoders[name].decode_batch_example_np = _unchanged  # of a sequence of images, which TFDS lacks
+    return {name: decoder for name, decoder in decoders.items() if decoder}
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class TfdsSource(Source):
@@ -126,6 +141,7 @@ class TfdsSource(Source):
 
     def __init__(self, data: Any, columns: Mapping[str, str], features: Mapping[str, Any], fingerprint: str, name: str):
         self._data, self._columns, self.fingerprint, self.name = data, dict(columns), fingerprint, name
+        self._used = {column for entry in columns.values() for column in columns_of(entry)}
         self._labels = {name: one.names for name, one in features.items() if type(one).__name__ == "ClassLabel"}
 
     def __len__(self) -> int:
@@ -133,27 +149,33 @@ class TfdsSource(Source):
 
     def __getitem__(self, index: int) -> Example:
         try:
-            record = {name: self._plain(name, value) for name, value in _leaves_of(self._data[index])}
+            leaves = dict(_leaves_of(self._data[index]))
+            record = {name: self._plain(name, leaves[name]) for name in self._used if name in leaves}
         except Exception as error:  # of array_record and TFDS, whose types are their own
-            raise BadItem("unreadable file", str(index), " ".join(str(error).split())[:200]) from error
+            raise BadItem("unreadable file", str(index), str(error)) from error
         value = {field: value_of(record, column) for field, column in self._columns.items()}
         id, images = item_id(value.get("id"), index), value.get("image")
-        images = [] if images is None else list(images) if isinstance(images, list) else [images]
+        images = [] if images is None else images if isinstance(images, list) else [images]
         turns = question_turns(id, value.get("question"), value.get("answer"), len(images))
-        used = {column for entry in self._columns.values() for column in columns_of(entry)}
-        extra = {key: one for key, one in record.items() if key not in used and isinstance(one, str | int | float)}
-        return Example(id, tuple(_encoded(id, image) for image in images), turns, extra)
+        return Example(id, tuple(_encoded(id, image) for image in images), turns, self._extra(leaves))
+
+    def _extra(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Scalars and texts of the features that are not used."""
+        extra = {}
+        for name, value in leaves.items():
+            if name not in self._used and isinstance(value, bytes | str | int | float | np.generic):
+                with contextlib.suppress(UnicodeDecodeError):  # an encoded image
+                    extra[name] = self._plain(name, value)
+        return extra
 
     def _plain(self, name: str, value: Any) -> Any:
         """A feature as plain Python: texts decoded, labels as names, lists; images stay as they are."""
         if name == self._columns.get("image"):
             return list(value) if isinstance(value, np.ndarray) and value.dtype == object else value
-        if name in self._labels and np.ndim(value) == 0:
+        if name in self._labels and isinstance(value, int | np.integer):
             return self._labels[name][int(value)]
         if isinstance(value, bytes):
             return value.decode()
-        if isinstance(value, np.ndarray) and value.size > 10_000:
-            return value
         if isinstance(value, np.ndarray | np.generic):
             return self._plain("", value.tolist())
         return [self._plain("", one) for one in value] if isinstance(value, list | tuple) else value

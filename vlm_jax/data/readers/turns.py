@@ -82,11 +82,11 @@ def mark_front_of_turn(id: str, turns: Sequence[Turn], images: int) -> tuple[Tur
 def mark_in_place(id: str, turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
     """A single placeholder that does not stand first is moved to the front of its turn; several stay in place."""
 
-    def placed(turn: Turn) -> Turn:
+    def marked(turn: Turn) -> Turn:
         moves = turn.text.count(IMAGE_MARKER) == 1 and not turn.text.startswith(IMAGE_MARKER)
         return _to_front(turn) if moves else turn
 
-    return _check(id, [placed(turn) for turn in turns], images)
+    return _check(id, [marked(turn) for turn in turns], images)
 
 
 def mark_first_turn(id: str, turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
@@ -107,7 +107,7 @@ def _check(id: str, turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
     if images:
         users = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role == "user")
         others = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role != "user")
-        detail = f"{users + others} placeholders, {others} of them not the user's, and {images} images"
+        detail = f"images {images}, placeholders {users} in user turns and {others} in others"
         if others or users > images:
             raise BadItem("placeholder without an image", id, detail)
         if users < images:
