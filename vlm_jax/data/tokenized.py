@@ -229,6 +229,11 @@ class Mixture(NamedTuple):
         """An array over all conversations, from one for each part."""
         return np.concatenate([make(part) for part in self.parts])
 
+    def item_numbers(self) -> Int[np.ndarray, " n"]:
+        """A number for the item of each conversation, ascending through all parts."""
+        starts = np.cumsum([0, *(len(part.source) for part in self.parts)])
+        return np.concatenate([part.item + start for part, start in zip(self.parts, starts, strict=False)])
+
     def id_of(self, number: int) -> str:
         part, index = self.locate(number)
         return self.parts[part].id_of(index)
