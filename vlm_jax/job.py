@@ -33,7 +33,6 @@ from vlm_jax.distributed import processes
 from vlm_jax.evaluation import harness
 from vlm_jax.inference import sampling
 from vlm_jax.models.decoder import unstack_layers
-from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost
 from vlm_jax.training import guard, loop
 from vlm_jax.training import step as training_step

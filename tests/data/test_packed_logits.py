@@ -39,11 +39,9 @@ def compare(mixed: Mixture, layout: RowLayout, compressor: str, **fields: object
         inputs = batches[step]
         for row, plan in enumerate(batches.rows(step)[: len(epoch) - step * data.spec.batch_rows]):
             for segment, (number, ids) in enumerate(zip(plan.conversation, plan.ids, strict=True), start=1):
-                part, index = mixed.locate(number)
-                own = inputs.segment[row] == segment
-                shared = inputs.segment[row] == -1
-                where.append(together[row, own | shared])
-                tokens.append(inputs.tokens[row, own | shared])
+                mine = (inputs.segment[row] == segment) | (inputs.segment[row] == -1)  # and shared images
+                where.append(together[row, mine])
+                tokens.append(inputs.tokens[row, mine])
                 alone.append(RowPlan((number,), (ids,)))
     seen = 0
     for start in range(0, len(alone), data.spec.batch_rows):

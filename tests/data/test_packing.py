@@ -8,7 +8,7 @@ import pytest
 from tests.data import mixtures
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import packing
-from vlm_jax.data.packing import Rows, RowLayout
+from vlm_jax.data.packing import RowLayout, Rows
 from vlm_jax.data.tokenized import Mixture
 
 

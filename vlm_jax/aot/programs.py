@@ -24,7 +24,6 @@ from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
 from vlm_jax.models.cache import CACHE_AXES, init_cache
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.sizing import cost
 
 MODES = ("train", "prefill", "decode")
 # Examples, for suggestions.

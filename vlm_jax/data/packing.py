@@ -79,8 +79,8 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
                 f"got {spec.row_images}"
             )
         raise UserError(
-            f"data.row_tokens: expected room for a conversation of {mixture.name}, the shortest of which has {shortest} "
-            f"tokens, got {limit}"
+            f"data.row_tokens: expected room for a conversation of {mixture.name}, the shortest of which has "
+            f"{shortest} tokens, got {limit}"
         )
     return Lengths(ids, tokens, cut, len(long) - cut)
 

@@ -30,7 +30,7 @@ class Questions(NamedTuple):
 
     inputs: Inputs  # up to the end of the question
     answer: Int[np.ndarray, "B A"]  # with its end token, padded with -1
-    example: Int[np.ndarray, " B"]  # number of the example, -1 for padding rows
+    example: Int[np.ndarray, " B"]  # number of the example; -1 for padding rows, and where the image cannot be read
 
 
 class Batches:
@@ -91,11 +91,7 @@ def _forget_bad(data: Data, rows: list[RowPlan], inputs: Inputs) -> None:
     """Weight 0 for conversations with an image that cannot be read."""
     for row, plan in enumerate(rows):
         for segment, number in enumerate(plan.conversation, start=1):
-            part, index = data.mixture.locate(number)
-            first, count = (
-                int(a[index]) for a in (data.mixture.parts[part].first_image, data.mixture.parts[part].images)
-            )
-            if any((part, image) in data.bad.found for image in range(first, first + count)):
+            if data.bad.among(*data.mixture.locate(number)):
                 inputs.weight[row, inputs.segment[row] == segment] = 0
 
 
@@ -137,7 +133,11 @@ def evaluation_batches(
             rows.append(RowPlan((number,), (int(begin[number]),)))
         inputs, views = pack(data.mixture, rows, data.layout, longest, learn=False)
         made = make_views(data, views, len(rows), max(int(images[every].max()), 1))
-        return Questions(inputs._replace(views=made), answer, batch[:, 0].astype(np.int32))
+        example = batch[:, 0].astype(np.int32)
+        for row, plan in enumerate(rows):  # questions about an image that cannot be read are not asked
+            if any(data.bad.among(*data.mixture.locate(number)) for number in plan.conversation):
+                example[row], answer[row] = -1, -1
+        return Questions(inputs._replace(views=made), answer, example)
 
     yield from grain.MapDataset.range(len(pairs) // size).map(make).to_iter_dataset(_PREFETCH)
 
