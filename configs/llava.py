@@ -8,8 +8,9 @@
 
 Two stages of one epoch each: projector and compressor on LCS-558K, then also the language model on mix665k; the encoder
 stays frozen. Both stages use one conversation format, as the paper's repository does (`pretrain_format=plain` is
-LLaVA's own); images are cropped in the first and padded in the second. Rows of 2,048 positions are packed, so that a
-step has about the recipe's 256 and 128 conversations, and at least a row for each of `devices`. Without checkpoints all parameters are random: for compiling and sizing.
+LLaVA's own); images are cropped in the first and padded in the second. Rows of 2,048 positions are packed: a step has
+about the recipe's 256 and 128 conversations, and at least a row for each of `devices`. Without checkpoints all
+parameters are random: for compiling and sizing.
 """
 
 import math

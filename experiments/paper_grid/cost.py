@@ -3,9 +3,9 @@
     python -m experiments.paper_grid.cost --topology v5e:4x4                # writes rows.jsonl and README.md
     python -m experiments.paper_grid.cost --topology v5e:4x4 --table        # of the rows that exist
 
-Both training stages are compiled (XLA:TPU, no TPU needed) with packed rows, and a step's time is predicted. The steps of
-an epoch follow from the published numbers of conversations, and from an epoch of lengths like LLaVA's packed as training
-packs them: text lengths are log-normal, with the medians and means below.
+Both training stages are compiled (XLA:TPU, no TPU needed) with packed rows, and a step's time is predicted. The steps
+of an epoch follow from the published numbers of conversations, and from lengths like LLaVA's that are packed as in
+training: text lengths are log-normal, with the medians and means below.
 """
 
 import json

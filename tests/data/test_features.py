@@ -28,7 +28,16 @@ class Counted:
         return self.encode(image)
 
     def open(self, root, name: str = "key"):
-        return features.open_or_compute(root, name, lambda indices: self.pixels[indices], COUNT, self, "test")
+        return self.store(root, name).read
+
+    def store(self, root, name: str = "key", bad: tuple[int, ...] = ()) -> features.Stored:
+        def pixels(number: int) -> np.ndarray:
+            if number in bad:
+                raise UserError(f"image {number}: not an image")
+            return self.pixels[number]
+
+        images = features.Images(len(self.pixels), lambda n: self.pixels[n].tobytes(), pixels, 16, "test")
+        return features.open_or_compute(root, name, images, self)
 
 
 @pytest.fixture(scope="module")
@@ -119,4 +128,36 @@ def test_the_key_names_what_features_depend_on() -> None:
 
 def test_meta_says_where_they_come_from(tmp_path) -> None:
     Counted(brightness).open(tmp_path)
-    assert json.loads((tmp_path / "key" / "meta.json").read_text()) == {"examples": COUNT, "source": "test"}
+    assert json.loads((tmp_path / "key" / "meta.json").read_text()) == {"images": COUNT, "source": "test"}
+
+
+def test_equal_files_share_a_row(tmp_path) -> None:
+    """130 images of which 4 are different: one batch, and four rows on disk."""
+    counted = Counted(brightness)
+    counted.pixels = counted.pixels[np.random.default_rng(0).integers(0, 4, COUNT)]
+    read = counted.open(tmp_path)
+    assert counted.calls == 1 + 1  # and the check
+    assert np.load(tmp_path / "key" / "tokens.npy").shape == (4, 16, 48)
+    order = np.random.default_rng(1).permutation(COUNT)
+    np.testing.assert_array_equal(read(order).tokens, brightness(counted.pixels[order]).tokens.astype(np.float16))
+
+
+@pytest.mark.parametrize("bad", [(3,), (0, COUNT - 1), tuple(range(128))])
+def test_images_that_cannot_be_decoded_are_zero_and_named(bad: tuple[int, ...], tmp_path) -> None:
+    """The first, the last, or a whole batch of them; equal files are bad together."""
+    counted = Counted(brightness)
+    counted.pixels[4] = counted.pixels[3]
+    store = counted.store(tmp_path, bad=(*bad, 4) if 3 in bad else bad)
+    assert sorted(store.bad) == sorted({*bad, *([4] if 3 in bad else [])})
+    assert store.bad[bad[0]] == f"image {bad[0]}: not an image"
+    good = np.array([n for n in range(COUNT) if n not in store.bad])
+    assert not store.read(np.array(sorted(store.bad))).tokens.any()
+    np.testing.assert_array_equal(store.read(good).tokens, brightness(counted.pixels[good]).tokens.astype(np.float16))
+    again = Counted(brightness)
+    again.pixels = counted.pixels
+    assert again.store(tmp_path, bad=bad).bad == store.bad
+
+
+def test_a_source_without_a_readable_image_is_an_error(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"^test: expected a readable image, got none \(image 0: not an image\)"):
+        Counted(brightness).store(tmp_path, bad=tuple(range(COUNT)))

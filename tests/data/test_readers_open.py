@@ -20,7 +20,6 @@ from vlm_jax.data.examples import BadItem, Example, Source, Turn
 from vlm_jax.data.images import read_image
 from vlm_jax.data.readers import mixture
 from vlm_jax.data.readers.open import open_source
-
 from vlm_jax.studies.glyphs.source import build
 
 from . import traps
@@ -34,6 +33,7 @@ def data_dir(tmp_path_factory):
     for dataset, config in TINY:
         build(dataset.removeprefix("glyph_"), config, folder)
     return folder
+
 
 PNG = traps.encoded(traps.photo(0), "PNG")
 

@@ -93,11 +93,20 @@ def _features(network: Network, data: Data, number: int, folder: Path) -> Featur
     plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(local, jax.local_devices())
     settings = {**dataclasses.asdict(data.encoder), "dtype": spec.compute.dtype}
     key = feature_store.key(part.images_fingerprint, network.encoder_sha256, settings)
+    if not part.image_count:  # text only
+        shape = jax.ShapeDtypeStruct((1, data.encoder.image_size, data.encoder.image_size, 3), np.uint8)
+        shapes = jax.eval_shape(model.encode, {"encoder": network.encoder}, shape)
+        none = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), np.float16), shapes)
+        return lambda numbers: none
     if (folder, key) not in _STORES:
         weights = jax.device_put({"encoder": network.encoder}, plan.replicated)
         encode = plan.jit(model.encode)
         images = feature_store.Images(
-            part.image_count, part.image, lambda n: read_pixels(part, np.array([n]), data.encoder)[0], part.source.name
+            part.image_count,
+            part.image,
+            lambda n: read_pixels(part, np.array([n]), data.encoder)[0],
+            data.encoder.image_size,
+            part.source.name,
         )
         store = feature_store.open_or_compute(folder, key, images, lambda pixels: encode(weights, pixels))
         _STORES[folder, key] = store

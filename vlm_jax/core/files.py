@@ -31,6 +31,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_partial(path: Path) -> None:
+    """Removes what killed processes left of `path`. For the holder of its lock."""
+    for left in path.parent.glob(f"{path.stem}.partial-*{path.suffix}"):
+        _remove(left)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` atomically."""
     with atomic_write(path) as new:

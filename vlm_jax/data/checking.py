@@ -67,7 +67,7 @@ def check(
                     if isinstance(found, tuple):
                         formats[found[0]] += 1
                         edges.append(found[1])
-                    elif (number, item := int(part.item[part.conversation_of(image)])) not in bad_items:
+                    elif (number, item := part.item_of(image)) not in bad_items:
                         bad_items.add((number, item))
                         skipped.setdefault("unreadable image", []).append(part.source.without_images(item).id)
                 done += len(block)

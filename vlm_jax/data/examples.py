@@ -99,8 +99,11 @@ class Source(abc.ABC):
             if isinstance(image, bytes):
                 return hashlib.sha256(image).hexdigest()
             if image not in known:
-                with open(image, "rb") as file:
-                    known[image] = hashlib.file_digest(file, "sha256").hexdigest()
+                try:
+                    with open(image, "rb") as file:
+                        known[image] = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError:  # an unusable item, once its image is read
+                    known[image] = "unreadable"
             return known[image]
 
         return _sha256_of(self, lambda example: [sha256(image) for image in example.images])

@@ -5,6 +5,7 @@ image: equal files share one), `bad.json` (images that cannot be decoded) and `m
 under a lock: one process computes, others wait.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jaxtyping import Int, UInt8
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write
+from vlm_jax.core.files import atomic_write, remove_partial
 from vlm_jax.core.structs import Visual
 
 Encode = Callable[[UInt8[np.ndarray, "B H H 3"]], Visual]
@@ -25,11 +26,12 @@ _BATCH = 128
 
 
 class Images(NamedTuple):
-    """The images of a dataset, by number."""
+    """The images of a dataset, by number. Its functions raise `UserError` for one that cannot be read."""
 
     count: int
     encoded: Callable[[int], bytes | Path]  # a file's bytes, or its path
-    pixels: Callable[[int], UInt8[np.ndarray, "H H 3"]]  # decoded and prepared; raises `UserError`
+    pixels: Callable[[int], UInt8[np.ndarray, "H H 3"]]  # decoded and prepared
+    size: int  # H
     label: str  # of the progress bar
 
 
@@ -55,6 +57,7 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if not (folder / "meta.json").exists():
+            remove_partial(folder)
             with atomic_write(folder) as new:
                 new.mkdir()
                 _compute(new, images, encode)
@@ -106,8 +109,10 @@ def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"
     rows: dict[Any, int] = {}
     index, firsts = np.zeros(images.count, np.int64), []
     for number in track(range(images.count), description=f"images of {images.label}", transient=True):
-        encoded = images.encoded(number)
-        content = hashlib.sha256(encoded).digest() if isinstance(encoded, bytes) else encoded
+        content: Any = number
+        with contextlib.suppress(UserError):
+            encoded = images.encoded(number)
+            content = hashlib.sha256(encoded).digest() if isinstance(encoded, bytes) else encoded
         if content not in rows:
             rows[content] = len(firsts)
             firsts.append(number)
@@ -116,25 +121,23 @@ def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"
 
 
 def _batch(images: Images, numbers: Int[np.ndarray, " n"], bad: dict[int, str]) -> UInt8[np.ndarray, "B H H 3"]:
-    """`_BATCH` images, so that all batches have one shape; undecodable ones are zero, and noted in `bad`."""
-    decoded: list[Any] = []
-    for number in numbers.tolist():
+    """`_BATCH` images, so that all batches have one shape; those that cannot be decoded are zero, with the reason in
+    `bad`."""
+    out = np.zeros((_BATCH, images.size, images.size, 3), np.uint8)
+    for row, number in enumerate(numbers.tolist()):
         try:
-            decoded.append(images.pixels(number))
+            out[row] = images.pixels(number)
         except UserError as error:
             bad[number] = str(error)
-            decoded.append(None)
-    blank = next((np.zeros_like(image) for image in decoded if image is not None), None)
-    if blank is None:
-        raise UserError(f"{images.label}: expected a readable image, got none ({next(iter(bad.values()))})")
-    return np.stack([blank if image is None else image for image in decoded] + [blank] * (_BATCH - len(decoded)))
+    return out
 
 
 def _check(folder: Path, stored: Stored, images: Images, encode: Encode) -> None:
     """Raises `UserError` where stored features differ from the encoder's by more than the rounding of float16."""
-    good = [number for number in range(min(images.count, 2 * _BATCH)) if number not in stored.bad][: _BATCH - 1]
-    last = next((n for n in range(images.count - 1, -1, -1) if n not in stored.bad), 0)
-    numbers = np.array([*good, last])
+    good = [number for number in range(images.count) if number not in stored.bad]
+    if not good:
+        raise UserError(f"{images.label}: expected a readable image, got none ({next(iter(stored.bad.values()))})")
+    numbers = np.array([*good[: _BATCH - 1], good[-1]])
     encoded, kept = encode(_batch(images, numbers, {})), stored.read(numbers)
     for a, b in zip((encoded.tokens, encoded.taps), (kept.tokens, kept.taps), strict=True):
         if a is None:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import DataSpec
+from vlm_jax.core.specs import DataSpec, views_of_row
 from vlm_jax.data import bins
 from vlm_jax.data.conversations import IMAGE
 from vlm_jax.data.tokenized import Mixture, TokenizedDataset
@@ -60,9 +60,10 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
     ids = mixture.concatenate(lambda part: np.diff(part.bounds)).astype(np.int64)
     images = mixture.concatenate(lambda part: part.images).astype(np.int64)
     tokens = ids + images * (visual - 1)
+    shortest = int(tokens.min())
     long = np.flatnonzero((tokens > limit) | ((images > spec.row_images) if visual else False))
     cut = 0
-    for number in long:
+    for number in long.tolist():
         part, index = mixture.locate(number)
         used = 0
         if spec.long == "cut" and not (visual and images[number] > spec.row_images):
@@ -71,14 +72,54 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
         ids[number] = used
         kept = mixture.parts[part].conversation(index)[0][:used]
         tokens[number] = used + (visual - 1) * int(np.sum(kept == IMAGE))
-    result = Lengths(ids, tokens, cut, len(long) - cut)
     if not ids.any():
-        shortest = int(mixture.concatenate(lambda part: np.diff(part.bounds) + part.images * (visual - 1)).min())
+        if visual and images.min() > spec.row_images:
+            raise UserError(
+                f"data.row_images: expected at least {images.min()}, the images of a conversation of {mixture.name}, "
+                f"got {spec.row_images}"
+            )
         raise UserError(
             f"data.row_tokens: expected room for a conversation of {mixture.name}, the shortest of which has "
-            f"{shortest} tokens with its {visual} visual tokens, got {limit}"
+            f"{shortest} tokens, got {limit}"
         )
-    return result
+    return Lengths(ids, tokens, cut, len(long) - cut)
+
+
+def check_rows(mixture: Mixture, spec: DataSpec, sizes: Lengths, layout: RowLayout) -> None:
+    """Raises `UserError` where an example with all its questions, or `questions_per_example` of them, exceeds a row."""
+    if spec.pack != "none":
+        return
+    item = mixture.item_numbers()
+    order = np.lexsort((-sizes.tokens, item))
+    order = order[sizes.ids[order] > 0]  # longest questions of an example first
+    first = np.diff(item[order], prepend=-1) != 0
+    example = np.cumsum(first) - 1
+    rank = np.arange(len(order)) - np.flatnonzero(first)[example]
+    drawn = rank < (spec.questions_per_example or len(order))
+    order, example, first = order[drawn], example[drawn], np.flatnonzero(rank[drawn] == 0)
+    questions = np.bincount(example)
+    total = np.bincount(example, sizes.tokens[order]).astype(int)
+    images = mixture.concatenate(lambda part: part.images)[order[first]] if layout.visual_tokens else 0 * first
+    if layout.shares_image:
+        leading = mixture.concatenate(_leading_images)[order]
+        total -= (questions - 1) * layout.visual_tokens * np.minimum.reduceat(leading, first)
+    if (needed := int(total.max())) > spec.row_tokens:
+        raise UserError(
+            f"data.row_tokens: expected at least {needed} for the questions of an example of {mixture.name}, got "
+            f"{spec.row_tokens} (or set data.questions_per_example, or data.pack=fit)"
+        )
+    views, limit = images * questions, views_of_row(spec, layout.reads_question)
+    if layout.reads_question and (needed := int(views.max())) > limit:
+        raise UserError(
+            f"data.row_images: expected at least {needed}, one for each image and question of an example of "
+            f"{mixture.name}, got {limit} (or set data.questions_per_example)"
+        )
+
+
+def _leading_images(part: TokenizedDataset) -> Int[np.ndarray, " n"]:
+    """The number of images that each conversation begins with."""
+    others = np.where(part.ids != IMAGE, np.arange(len(part.ids)), len(part.ids))
+    return np.minimum.reduceat(others, part.bounds[:-1]) - part.bounds[:-1]
 
 
 def _cut(part: TokenizedDataset, index: int, visual: int, limit: int) -> int:
@@ -94,6 +135,10 @@ def epoch_rows(mixture: Mixture, spec: DataSpec, sizes: Lengths, layout: RowLayo
     """The rows of an epoch, shuffled."""
     rng = np.random.default_rng([seed, epoch])
     conversation, example = _drawn(mixture, spec, sizes, rng)
+    if not len(conversation):
+        raise UserError(
+            f"data.train: expected at least one example in an epoch, got none (raise the weights of {mixture.name})"
+        )
     bounds = np.flatnonzero(np.diff(example, prepend=-1, append=-2))
     if spec.pack == "none":
         return Rows(conversation, bounds, len(bounds) - 1)
@@ -149,7 +194,7 @@ def _fit(
 
 def _groups(
     tokens: np.ndarray, images: np.ndarray, bounds: np.ndarray, spec: DataSpec, layout: RowLayout
-) -> Int[np.ndarray, " g+1"]:
+) -> Int[np.ndarray, " g"]:
     """Bounds of the conversations that stay together: those of an example, split where they exceed a row."""
     total = np.add.reduceat(tokens, bounds[:-1])
     many = np.add.reduceat(images, bounds[:-1]) if layout.reads_question else images[bounds[:-1]]

@@ -30,7 +30,7 @@ class Questions(NamedTuple):
 
     inputs: Inputs  # up to the end of the question
     answer: Int[np.ndarray, "B A"]  # with its end token, padded with -1
-    example: Int[np.ndarray, " B"]  # number of the example, -1 for padding rows
+    example: Int[np.ndarray, " B"]  # number of the example; -1 for padding rows, and where the image cannot be read
 
 
 class Batches:
@@ -45,6 +45,7 @@ class Batches:
     def __init__(self, data: Data, seed: int, slots: Slots = None):
         self.data, self.seed, self.slots = data, seed, slots
         self.sizes = packing.lengths(data.mixture, data.spec, data.layout)
+        packing.check_rows(data.mixture, data.spec, self.sizes, data.layout)
         self._lock = threading.Lock()
         self._epochs: dict[int, packing.Rows] = {}  # the last two
         self._counts: dict[int, int] = {}  # rows of each epoch so far
@@ -69,7 +70,7 @@ class Batches:
                 rows = self.epoch(epoch)
                 found += [rows[r] for r in range(first, min(first + size - len(found), count))]
             first, epoch = max(first - count, 0), epoch + 1
-        return [RowPlan(row, self.sizes.ids[row]) for row in found]
+        return [RowPlan(row.tolist(), self.sizes.ids[row].tolist()) for row in found]
 
     def __getitem__(self, step: int) -> Inputs:
         data, rows = self.data, self.rows(step)
@@ -82,7 +83,7 @@ class Batches:
 
     def ids(self, step: int) -> tuple[str, ...]:
         """Ids of the items of step `step` + 1."""
-        numbers = (int(number) for row in self.rows(step) for number in row.conversation)
+        numbers = (number for row in self.rows(step) for number in row.conversation)
         return tuple(dict.fromkeys(self.data.mixture.id_of(number) for number in numbers))
 
 
@@ -90,11 +91,7 @@ def _forget_bad(data: Data, rows: list[RowPlan], inputs: Inputs) -> None:
     """Weight 0 for conversations with an image that cannot be read."""
     for row, plan in enumerate(rows):
         for segment, number in enumerate(plan.conversation, start=1):
-            part, index = data.mixture.locate(number)
-            first, count = (
-                int(a[index]) for a in (data.mixture.parts[part].first_image, data.mixture.parts[part].images)
-            )
-            if any((part, image) in data.bad.found for image in range(first, first + count)):
+            if data.bad.among(*data.mixture.locate(number)):
                 inputs.weight[row, inputs.segment[row] == segment] = 0
 
 
@@ -126,17 +123,21 @@ def evaluation_batches(
         batch = pairs[step * size : (step + 1) * size][local]
         answer = np.full((len(batch), answer_tokens), -1, np.int32)
         rows = []
-        for row, (_, number) in zip(answer, batch, strict=True):
+        for row, (_, number) in zip(answer, batch.tolist(), strict=True):
             if number < 0:
                 rows.append(RowPlan((), ()))
                 continue
             part, index = data.mixture.locate(number)
             ids, _ = data.mixture.parts[part].conversation(index)
             row[: end[number] - begin[number]] = ids[begin[number] : end[number]]
-            rows.append(RowPlan((number,), (begin[number],)))
+            rows.append(RowPlan((number,), (int(begin[number]),)))
         inputs, views = pack(data.mixture, rows, data.layout, longest, learn=False)
         made = make_views(data, views, len(rows), max(int(images[every].max()), 1))
-        return Questions(inputs._replace(views=made), answer, batch[:, 0].astype(np.int32))
+        example = batch[:, 0].astype(np.int32)
+        for row, plan in enumerate(rows):  # questions about an image that cannot be read are not asked
+            if any(data.bad.among(*data.mixture.locate(number)) for number in plan.conversation):
+                example[row], answer[row] = -1, -1
+        return Questions(inputs._replace(views=made), answer, example)
 
     yield from grain.MapDataset.range(len(pairs) // size).map(make).to_iter_dataset(_PREFETCH)
 
@@ -149,7 +150,7 @@ def evaluation_pairs(data: Data, evaluation: EvaluationSpec, examples: int | Non
     mixture, spec = data.mixture, data.spec
     sizes = packing.lengths(mixture, spec, data.layout)
     whole = np.flatnonzero(sizes.ids == mixture.concatenate(lambda part: np.diff(part.bounds)))
-    item = mixture.concatenate(lambda part: part.item)[whole]
+    item = mixture.item_numbers()[whole]
     bounds = np.flatnonzero(np.diff(item, prepend=-1, append=-2))
     limit = (evaluation.examples if examples is None else examples) or len(bounds) - 1
     pairs = []

@@ -67,12 +67,11 @@ def pack(
 
 
 def _shared_images(mixture: Mixture, plan: RowPlan, layout: RowLayout) -> int:
-    """Leading images of a row's conversations, if they share them."""
+    """Images that all of a row's conversations begin with, if they share them."""
     if not layout.shares_image or len(plan.conversation) < 2:
         return 0
-    part, index = mixture.locate(plan.conversation[0])
-    ids, _ = mixture.parts[part].conversation(index)
-    return int(np.argmax(ids != IMAGE))
+    located = [mixture.locate(number) for number in plan.conversation]
+    return min(int(np.argmax(mixture.parts[part].conversation(index)[0] != IMAGE)) for part, index in located)
 
 
 def _expand(

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write
+from vlm_jax.core.files import atomic_write, remove_partial
 from vlm_jax.data.conversations import IMAGE, Conversation
 from vlm_jax.data.examples import BadItem, Source, Turn
 
@@ -85,14 +85,21 @@ class TokenizedDataset(NamedTuple):
     def image_count(self) -> int:
         return int(self.first_image[-1] + self.images[-1])
 
-    def conversation_of(self, image: int) -> int:
-        """A conversation about an image."""
+    def _conversation_of(self, image: int) -> int:
+        """A conversation that shows an image."""
         return int(np.searchsorted(self.first_image, image, side="right")) - 1
 
+    def item_of(self, image: int) -> int:
+        """The index in the source of the item with an image."""
+        return int(self.item[self._conversation_of(image)])
+
     def image(self, number: int) -> bytes | Path:
-        """An image's encoded bytes or path, by its number."""
-        index = self.conversation_of(number)
-        return self.source[int(self.item[index])].images[number - int(self.first_image[index])]
+        """An image's encoded bytes or path, by its number. Raises `UserError` where it cannot be read."""
+        first = int(self.first_image[self._conversation_of(number)])
+        try:
+            return self.source[self.item_of(number)].images[number - first]
+        except BadItem as error:
+            raise UserError(f"{self.source.name}, {error}") from error
 
     def id_of(self, index: int) -> str:
         """The id of a conversation's item."""
@@ -115,26 +122,34 @@ def open_tokenized(
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
+            remove_partial(folder)
             with atomic_write(folder) as new:
                 new.mkdir()
                 _write(new, source, separate, tokenize, bare_ids)
     try:
-        arrays = {
-            name: np.asarray(np.memmap(path, dtype, "r"))
-            if (path := folder / name).stat().st_size
-            else np.zeros(0, dtype)
-            for name, dtype in _ARRAYS.items()
-        }
-        skipped = json.loads((folder / "skipped.json").read_text())
-    except (OSError, ValueError) as error:
+        dataset = _read(folder, source)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder}: unreadable tokens ({error}): delete the folder to write them again") from error
+    if not len(dataset):
+        raise UserError(
+            f"{source.name}: expected a usable item, got none of {len(source)} ({summary(dataset.skipped)})"
+        )
+    return dataset
+
+
+def _read(folder: Path, source: Source) -> TokenizedDataset:
+    """Raises `ValueError` for a file of another size than was written, among other errors."""
+    meta = json.loads((folder / "meta.json").read_text())
+    arrays = {}
+    for name, dtype in _ARRAYS.items():
+        size, expected = (folder / name).stat().st_size, meta["bytes"][name]
+        if size != expected:
+            raise ValueError(f"{name} has {size} bytes, expected {expected}")
+        arrays[name] = np.asarray(np.memmap(folder / name, dtype, "r")) if size else np.zeros(0, dtype)
     # What is read for every conversation of an epoch is small and held in memory.
     for name in ("bounds", "turn_bounds", "images", "first_image", "item"):
         arrays[name] = np.array(arrays[name])
-    dataset = TokenizedDataset(source, skipped=skipped, **arrays)
-    if not len(dataset):
-        raise UserError(f"{source.name}: expected a usable item, got none of {len(source)} ({summary(skipped)})")
-    return dataset
+    return TokenizedDataset(source, skipped=meta["skipped"], **arrays)
 
 
 def summary(skipped: dict[str, list[str]]) -> str:
@@ -206,7 +221,8 @@ def _write(folder: Path, source: Source, separate: bool, tokenize: Tokenize, bar
                 append("first_image", [image])
                 append("item", [index])
             image += made[0][2]
-    (folder / "skipped.json").write_text(json.dumps(skipped))
+    sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
+    (folder / "meta.json").write_text(json.dumps({"bytes": sizes, "skipped": skipped}) + "\n")
 
 
 def _progress(source: Source) -> Iterator[int]:
@@ -232,6 +248,11 @@ class Mixture(NamedTuple):
     def concatenate(self, make: Callable[[TokenizedDataset], np.ndarray]) -> np.ndarray:
         """An array over all conversations, from one for each part."""
         return np.concatenate([make(part) for part in self.parts])
+
+    def item_numbers(self) -> Int[np.ndarray, " n"]:
+        """A number for the item of each conversation, ascending through all parts."""
+        starts = np.cumsum([0, *(len(part.source) for part in self.parts)])
+        return np.concatenate([part.item + start for part, start in zip(self.parts, starts, strict=False)])
 
     def id_of(self, number: int) -> str:
         part, index = self.locate(number)

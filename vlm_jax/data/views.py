@@ -27,14 +27,22 @@ class BadImages:
         self.check()
 
     def add(self, part: int, image: int, reason: str) -> None:
+        """Raises as `check` does."""
         with self._lock:
             self.found[part, image] = reason
-        self.check()
+            self.check()
+
+    def among(self, part: int, index: int) -> bool:
+        """Whether an image of a conversation of a part is one of them."""
+        dataset = self._mixture.parts[part]
+        first, count = int(dataset.first_image[index]), int(dataset.images[index])
+        return any((part, image) in self.found for image in range(first, first + count))
 
     def check(self) -> None:
         """Raises `UserError` where more than the allowed share of items is unusable."""
         parts = self._mixture.parts
-        bad = sum(len(ids) for part in parts for ids in part.skipped.values()) + len(self.found)
+        items = {(part, parts[part].item_of(image)) for part, image in self.found}
+        bad = sum(len(ids) for part in parts for ids in part.skipped.values()) + len(items)
         total = sum(len(part.source) for part in parts)
         if bad > self._max_share * total:
             reasons = [f"{part.source.name}: {summary(part.skipped)}" for part in parts if part.skipped]
