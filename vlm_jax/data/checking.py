@@ -17,7 +17,7 @@ from vlm_jax.data.tokenized import Mixture
 _BLOCK = 1024  # images in flight
 
 
-class Report(NamedTuple):
+class DataReport(NamedTuple):
     """Of one mixture. Token counts include visual tokens."""
 
     name: str
@@ -49,7 +49,7 @@ class Report(NamedTuple):
 
 def check(
     name: str, mixture: Mixture, spec: DataSpec, layout: RowLayout, seed: int, on_image: Callable[[int, int], object]
-) -> Report:
+) -> DataReport:
     """Decodes every image, in threads, and packs an epoch. `on_image` is called with (done, total)."""
     skipped: dict[str, list[str]] = {}
     formats: Counter[str] = Counter()
@@ -77,7 +77,7 @@ def check(
     used = sizes.tokens[rows.conversation]
     whole = mixture.concatenate(lambda part: np.diff(part.bounds) + part.images * (layout.visual_tokens - 1))
     items = sum(len(part.source) for part in mixture.parts)
-    return Report(
+    return DataReport(
         name=name,
         items=items,
         kept=items - sum(map(len, skipped.values())),
@@ -121,7 +121,7 @@ def _percentiles(values: np.ndarray) -> dict[str, int]:
     return {f"p{q}": int(np.percentile(values, q)) for q in (0, 50, 90, 99, 100)}
 
 
-def as_json(reports: Sequence[Report]) -> dict[str, Any]:
+def as_json(reports: Sequence[DataReport]) -> dict[str, Any]:
     """The totals of the training data, and each report with all ids of skipped items."""
     training = [report for report in reports if report.name != "test"] or list(reports)
     skipped: dict[str, list[str]] = {}
@@ -137,7 +137,7 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def text(report: Report) -> str:
+def text(report: DataReport) -> str:
     """The report for a terminal."""
     lines = [
         f"{report.name}: {report.kept:,} of {report.items:,} items kept, {report.conversations:,} conversations with "
