@@ -35,6 +35,7 @@ GROUPS = {
     "decoders": Group("hf_decoders.npz", ("peers_decoders",), _HUGGING_FACE),
     "vision": Group("peers_vision_hf.npz", ("peers_vision", "hf"), _HUGGING_FACE),
     "text": Group("peers_text.json.gz", ("peers_text",), _HUGGING_FACE),
+    "files": Group("peers_files.json.gz", ("peers_files",), _HUGGING_FACE),
     "answers": Group("peers_answers.json.gz", ("peers_answers",), _HUGGING_FACE),
     # Of all that big_vision's models import, only these are not ours already.
     "big_vision": Group("peers_vision_bv.npz", ("peers_vision", "big_vision"), ("tensorflow-cpu==2.21.0", "einops")),

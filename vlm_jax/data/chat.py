@@ -3,21 +3,16 @@
     chat_format = chat_format_of("LlavaForConditionalGeneration", tokenizer, "<image>")
     ids = prompt_ids(chat_format, tokenizer, "What is this?", image_token_id=32000, visual_tokens=576)
 
-A folder's own template is rendered as transformers does: sandboxed Jinja with `trim_blocks` and `lstrip_blocks`,
-`raise_exception`, `strftime_now`, `tojson` and the `generation` tag. A folder without one uses its family's template in
-`FAMILIES`; a base model gets the prompt unchanged.
+A folder's own template is rendered as transformers does (`data.templates`). A folder without one uses its family's
+template in `FAMILIES`; a base model gets the prompt unchanged.
 """
 
-import datetime
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-from jinja2 import ext, nodes, sandbox
-
 from vlm_jax.core.errors import UserError
+from vlm_jax.data import template_process, templates
 from vlm_jax.data.messages import (
     ContentFormat,
     Message,
@@ -141,43 +136,10 @@ def _content_format(template: str, special: tuple[tuple[str, str], ...], image_t
 
 def render(template: str, messages: Sequence[Message], special: Mapping[str, str]) -> str:
     """The text of messages in a chat template, with the generation prompt. Raises `UserError` with the template's
-    error.
+    error. A template of a folder has limits on time, memory and length (`data.template_process`).
     """
-    arguments = {"tools": None, "documents": None, "add_generation_prompt": True, **special}
+    run = templates.render if template in FAMILIES.values() else template_process.render
     try:
-        return _compiled(template).render(messages=messages, **arguments)
-    except UserError:
-        raise
-    except Exception as error:  # a template is a program and may raise anything
-        raise UserError(f"chat template: cannot render these messages ({error or type(error).__name__})") from error
-
-
-class _Generation(ext.Extension):
-    """Renders `{% generation %}...{% endgeneration %}`, the span that is trained on, as its content."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals.update(
-        raise_exception=_raise, strftime_now=lambda pattern: datetime.datetime.now().strftime(pattern)
-    )
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"chat template, line {error.lineno}: not valid Jinja ({error.message})") from error
-    except (RecursionError, SyntaxError, UnicodeEncodeError) as error:
-        raise UserError(f"chat template: cannot be compiled ({type(error).__name__})") from error
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+        return run(template, messages, [(len(messages), True)], special)[0].text
+    except templates.TemplateError as error:
+        raise UserError(str(error)) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.data.template_process import TemplateLimit
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
 Part = Mapping[str, Any]
@@ -37,11 +38,16 @@ def is_conversation(prompt: Any) -> bool:
 
 
 def detect_content_format(render: Callable[[Sequence[Message]], str], image_token: str) -> ContentFormat:
-    """The content format of a template, from trial renders; strings where every trial raises."""
+    """The content format of a template, from trial renders; strings where every trial raises.
+
+    Raises `TemplateLimit`.
+    """
 
     def rendered(content: str | list[Part]) -> str:
         try:
             return render([{"role": "user", "content": content}])
+        except TemplateLimit:
+            raise
         except UserError:
             return ""
 

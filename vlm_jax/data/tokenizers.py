@@ -38,7 +38,7 @@ class Tokenizer(NamedTuple):
     encode: _Encode
     encode_without_special: _Encode
     decode: Callable[[Sequence[int]], str]
-    size: int  # highest id + 1, without the caller's extra tokens and special tokens that have no role
+    size: int  # highest id + 1, without the caller's extra tokens, added padding, and added tokens that have no role
     pad: int | None
     eos_ids: tuple[int, ...]
     special: dict[str, str]
@@ -70,8 +70,10 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str]
     files = token_files.read(folder, config, extra)
     special = files.special
     backend = (_from_json if files.file.suffix == ".json" else _from_sentencepiece)(files)
-    # An added special token without a role may have no embedding, so that it does not count for the size.
-    uncounted = (backend.added | set(extra)) - {special[name] for name in token_files.ROLES if name in special}
+    # An added special token may have no embedding (Llama 2's <pad>): it does not count for the size unless it has a
+    # role in rows of tokens.
+    roles = {special[name] for name in token_files.ROLES if name in special and name != "pad_token"}
+    uncounted = (backend.added | set(extra)) - roles
     eos_ids = files.eos_ids
     if eos_ids is None:
         eos_ids = [backend.ids[special["eos_token"]]] if special.get("eos_token") in backend.ids else []
@@ -120,8 +122,7 @@ def _from_json(files: TokenizerFiles) -> _Backend:
         return backend.encode(text, add_special_tokens=False).ids
 
     def encode(text: str) -> list[int]:
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            return _with_bos_eos(encode_without_special(text), settings, special, ids)
+        # The file's post-processor decides; transformers ignores `add_bos_token` and `add_eos_token` beside it.
         return backend.encode(text).ids
 
     def decode(numbers: Sequence[int]) -> str:

@@ -222,6 +222,9 @@ def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | No
         if tokenizer.size > vocab:
             raise UserError(f"{folder}: expected tokenizer ids below {vocab} (vocabulary), got {tokenizer.size - 1}")
         image_token = tokenizer.special.get("image_token", IMAGE_TEXT)
+        if model.spec.encoder is not None and llm_info.image_token is None:
+            # Other than an added token without embedding (Llama 2's <pad>).
+            model = model._replace(image_token=max(vocab, tokenizer.id(image_token) or 0))
         chat_format = chat.chat_format_of(llm_info.kind, tokenizer, image_token)
         model = model._replace(
             tokenizer=tokenizer, chat_format=chat_format, pad=tokenizer.pad, eos_ids=tokenizer.eos_ids
