@@ -1,4 +1,4 @@
-"""Limits on what the template of a stranger may take, and what it still renders."""
+"""Limits on the time, memory and output of chat templates."""
 
 import resource
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 
 from tests.golden import peers_text
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import chat, template_process, tokenizers
+from vlm_jax.data import chat, chat_formats, template_process, tokenizers
 from vlm_jax.data.template_process import TemplateLimit
 
 TALK = [{"role": "user", "content": "Hi"}]
 
 
 def render(template: str, messages: list = TALK) -> str:
-    return template_process.render(template, messages, [(len(messages), True)], {})[0].text
+    return template_process.render(template, messages, {}, True)
 
 
 BOMBS = {
@@ -59,7 +59,7 @@ def test_deep_and_long_templates_are_refused(template: str) -> None:
 
 def test_a_limit_ends_the_search_for_the_content_format() -> None:
     """Not one second for each trial."""
-    chat_format = chat.ChatFormat("template", BOMBS["loops"], "<image>")
+    chat_format = chat_formats.ChatFormat("template", BOMBS["loops"], "<image>")
     with pytest.raises(TemplateLimit, match="of computing"):
         chat.prompt_ids(chat_format, tokenizers.word_tokenizer(), "Hi", None, 0)
 
@@ -82,22 +82,21 @@ def test_messages_arrive_as_they_are() -> None:
         render("x", [{"role": "user", "content": looped}])
 
 
-def test_prefixes_and_generation_spans() -> None:
+def test_generation_tags_are_not_rendered() -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}A{% generation %}{{ m.content }}E"
         "{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
     )
     messages = [{"role": role, "content": text} for role, text in (("user", "x"), ("assistant", "yé"), ("user", "z"))]
-    whole, prompt = template_process.render(template, messages, [(3, False), (1, True)], {})
-    assert (whole.text, whole.spans) == ("QxAyéEQz", [(3, 6)])
-    assert (prompt.text, prompt.spans) == ("QxA", [])
+    assert template_process.render_answers(template, messages, {}, []) == ("QxAyéEQz", [(3, 6)])
+    assert render(template, messages[:1]) == "QxA"
 
 
 def test_a_forked_process_has_its_own() -> None:
     """And the interpreter ends without a word, whether it rendered, was refused, or forked."""
     code = (
         "import os\nfrom vlm_jax.data import template_process as t\n"
-        "show = lambda: print(t.render('{{ messages[0] }}', ['Hi'], [(1, True)], {})[0].text, flush=True)\n"
+        "show = lambda: print(t.render('{{ messages[0] }}', ['Hi'], {}, True), flush=True)\n"
         "show()\npid = os.fork()\nshow()\n"
         "if pid: assert os.waitpid(pid, 0)[1] == 0"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from tests.golden import peers_files, peers_text
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import chat, token_files, tokenizers
+from vlm_jax.data import chat, chat_formats, token_files, tokenizers
 
 GOLDEN = peers_files.read()
 TEMPLATES, BEGIN_END = GOLDEN["templates"], GOLDEN["begin_end"]
@@ -92,6 +92,6 @@ def test_the_folders_template_reaches_the_prompt(tmp_path: Path) -> None:
     files = {name: peers_files.FILES[name] for name in ("processor_config.json", "chat_template.jinja")}
     peers_files.write_templates(tmp_path, files, None, TEMPLATES["files"])
     tokenizer = tokenizers.read_tokenizer(tmp_path, {"model_type": "llava"}, ("<image>",))
-    chat_format = chat.chat_format_of("LlavaForConditionalGeneration", tokenizer)
+    chat_format = chat_formats.chat_format_of("LlavaForConditionalGeneration", tokenizer)
     expected = tokenizer.encode_without_special("processor_config")
     assert chat.prompt_ids(chat_format, tokenizer, "x", None, 0) == expected

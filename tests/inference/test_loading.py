@@ -19,7 +19,7 @@ from tests.golden.drawn import weights
 from vlm_jax import predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
-from vlm_jax.data import chat
+from vlm_jax.data import chat, chat_formats
 from vlm_jax.distributed import partitioning
 from vlm_jax.inference import api, token_maps
 from vlm_jax.models.decoder import stack_layers, unstack_layers
@@ -129,7 +129,7 @@ def test_two_images_in_a_prompt(folders: dict[str, Path]) -> None:
 
 def test_what_is_asked_is_the_bare_question() -> None:
     """Without the template, whatever form the prompt has (QueCC's own reading of LLaVA's prompts)."""
-    layout = chat.ChatFormat("template", "", "<image>")
+    layout = chat_formats.ChatFormat("template", "", "<image>")
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},

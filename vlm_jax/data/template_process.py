@@ -21,11 +21,11 @@ from typing import Any
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import templates
-from vlm_jax.data.templates import Rendered
+from vlm_jax.data.templates import Messages, Rendered
 
 SECONDS = 1  # of processor time, for one conversation
 MEMORY = 512 * 2**20  # bytes, of the whole process
-CHARACTERS = 2**22  # of a conversation's renderings, where its own text is shorter
+CHARACTERS = 2**22  # of a rendered conversation that is shorter itself
 _WAIT = 60.0  # seconds by the clock, however busy the machine is
 _COMMAND = "import sys; sys.path[:] = {path!r}; from vlm_jax.data import template_process; template_process.serve()"
 
@@ -37,26 +37,31 @@ class TemplateLimit(UserError):
     """A template that computes too long, or takes too much memory."""
 
 
-def render(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    prefixes: Sequence[tuple[int, bool]],
-    special: Mapping[str, str],
-) -> list[Rendered]:
+def render(template: str, messages: Messages, special: Mapping[str, str], prompt: bool) -> str:
     """`templates.render`, within the limits. Raises `UserError` with the template's error, or `TemplateLimit`."""
+    return _call("render", template, messages, special, prompt)["rendered"]
+
+
+def render_answers(template: str, messages: Messages, special: Mapping[str, str], ends: Sequence[str]) -> Rendered:
+    """`templates.render_answers`, within the limits. Raises as `render`."""
+    text, spans = _call("render_answers", template, messages, special, ends)["rendered"]
+    return Rendered(text, [(start, end) for start, end in spans])
+
+
+def _call(*request: Any) -> dict[str, Any]:
     try:
-        request = json.dumps([template, messages, prefixes, dict(special)], default=_plain).encode() + b"\n"
+        line = json.dumps(request, default=_plain).encode() + b"\n"
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"messages: expected texts, lists and objects, got others ({str(error)[:200]})") from error
     with _lock:
         try:
-            answer = json.loads(_exchange(request))
+            answer = json.loads(_exchange(line))
         except BaseException:  # an answer that comes later is not that of the next request
             close()
             raise
-    if isinstance(answer, str):
-        raise UserError(answer)
-    return [Rendered(text, [(start, end) for start, end in spans]) for text, spans in answer]
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer
 
 
 def _plain(value: Any) -> Any:
@@ -169,15 +174,16 @@ def serve() -> None:
         sys.stdout.buffer.flush()
 
 
-def _answer(template: str, messages: list[Any], prefixes: list[Any], special: dict[str, str]) -> Any:
+def _answer(name: str, template: str, messages: list[Any], special: dict[str, str], last: Any) -> dict[str, Any]:
+    run = {"render": templates.render, "render_answers": templates.render_answers}[name]
     try:
-        rendered = templates.render(template, messages, prefixes, special)
+        rendered = run(template, messages, special, last)
     except templates.TemplateError as error:
-        return str(error)
-    length = sum(len(one.text) for one in rendered)
-    if length > CHARACTERS and length > 2 * len(prefixes) * len(json.dumps(messages)):
-        return f"chat template: expected at most {CHARACTERS} characters, it rendered {length}"
-    return rendered
+        return {"error": str(error)}
+    length = len(rendered if isinstance(rendered, str) else rendered.text)
+    if length > CHARACTERS and length > 2 * len(json.dumps(messages)):
+        return {"error": f"chat template: expected at most {CHARACTERS} characters, it rendered {length}"}
+    return {"rendered": rendered}
 
 
 def _limit_memory() -> None:

@@ -9,9 +9,10 @@ Reads `tokenizer.json` (tokenizers library) and SentencePiece's `*.model`; `data
 them, `data.chat` builds prompts.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ _SPACE = "\u2581"  # SentencePiece's space
 _LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 _Encode = Callable[[str], list[int]]
+_WithOffsets = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 
 class Tokenizer(NamedTuple):
@@ -37,12 +39,17 @@ class Tokenizer(NamedTuple):
 
     encode: _Encode
     encode_without_special: _Encode
+    encode_with_offsets: _WithOffsets  # without special tokens: ids, and the characters [start, end) of each
     decode: Callable[[Sequence[int]], str]
+    begin: tuple[int, ...]  # that `encode` puts before the ids of a text
+    end: tuple[int, ...]  # and behind them
     size: int  # highest id + 1, without the caller's extra tokens, added padding, and added tokens that have no role
     pad: int | None
     eos_ids: tuple[int, ...]
     special: dict[str, str]
+    special_tokens: tuple[str, ...]  # all that are matched whole and left out of decoded text
     template: str | None  # chat template of the folder
+    without_extra: Callable[[], "Tokenizer"]  # the same without the caller's extra tokens
 
     def id(self, token: str) -> int | None:
         """The id of a special token, None where the tokenizer does not have it."""
@@ -53,9 +60,15 @@ class Tokenizer(NamedTuple):
 def word_tokenizer() -> Tokenizer:
     """The word-level tokenizer of the glyph suite, for runs of `vlm_jax.train`."""
     words = glyph_tokenizer
+
+    def encode_with_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return words.encode(text), words.glyph_tokenizer().encode(text).offsets
+
     return Tokenizer(
-        words.encode, words.encode, words.decode, words.VOCAB_SIZE, words.PAD_ID, (words.END_ID,), {}, None
-    )
+        encode=words.encode, encode_without_special=words.encode, encode_with_offsets=encode_with_offsets,
+        decode=words.decode, begin=(), end=(), size=words.VOCAB_SIZE, pad=words.PAD_ID, eos_ids=(words.END_ID,),
+        special={}, special_tokens=(), template=None, without_extra=word_tokenizer,
+    )  # fmt: skip
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str] = ()) -> Tokenizer:
@@ -77,15 +90,25 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str]
     eos_ids = files.eos_ids
     if eos_ids is None:
         eos_ids = [backend.ids[special["eos_token"]]] if special.get("eos_token") in backend.ids else []
+
+    @functools.cache
+    def without_extra() -> Tokenizer:
+        return read_tokenizer(folder, config)
+
     return Tokenizer(
         encode=lambda text: backend.encode(check_utf8(text)),
         encode_without_special=lambda text: backend.encode_without_special(check_utf8(text)),
+        encode_with_offsets=lambda text: backend.encode_with_offsets(check_utf8(text)),
         decode=backend.decode,
+        begin=backend.begin,
+        end=backend.end,
         size=max((number for token, number in backend.ids.items() if token not in uncounted), default=-1) + 1,
         pad=backend.ids.get(special.get("pad_token")),
         eos_ids=tuple(eos_ids),
         special=special,
+        special_tokens=tuple(sorted({*special.values(), *backend.added})),
         template=files.template,
+        without_extra=without_extra,
     )
 
 
@@ -94,7 +117,10 @@ class _Backend(NamedTuple):
 
     encode: _Encode
     encode_without_special: _Encode
+    encode_with_offsets: _WithOffsets
     decode: Callable[[Sequence[int]], str]
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
     ids: Mapping[str, int]  # of all tokens
     added: set[str]  # special tokens added to the model's own vocabulary
 
@@ -125,12 +151,26 @@ def _from_json(files: TokenizerFiles) -> _Backend:
         # The file's post-processor decides; transformers ignores `add_bos_token` and `add_eos_token` beside it.
         return backend.encode(text).ids
 
+    def encode_with_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(numbers: Sequence[int]) -> str:
         text = backend.decode([int(n) for n in numbers], skip_special_tokens=True)
         return _clean_up(text) if settings.get("clean_up_tokenization_spaces") and not is_bpe else text
 
     added_special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    return _Backend(encode, encode_without_special, decode, ids, added_special)
+    begin, end = _added_around(backend.encode("a"))
+    return _Backend(encode, encode_without_special, encode_with_offsets, decode, begin, end, ids, added_special)
+
+
+def _added_around(encoding: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a post-processor put before a text, and behind it."""
+    is_text = [not added for added in encoding.special_tokens_mask]
+    if not any(is_text):
+        return (), ()
+    first, last = is_text.index(True), len(is_text) - is_text[::-1].index(True)
+    return tuple(encoding.ids[:first]), tuple(encoding.ids[last:])
 
 
 def _prepend_scheme(settings: Mapping[str, Any]) -> str:
@@ -148,16 +188,6 @@ def _set_llama_spaces(backend: HfTokenizer, scheme: str) -> None:
     backend.pre_tokenizer = Metaspace(_SPACE, prepend_scheme=scheme, split=False)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps if scheme == "never" else [*steps, decoders.Strip(" ", 1, 0)])
-
-
-def _with_bos_eos(
-    ids: list[int], settings: Mapping[str, Any], special: Mapping[str, str], vocabulary: Mapping[str, int]
-) -> list[int]:
-    bos, eos = (
-        [vocabulary[special[name]]] if settings.get(f"add_{name}") and special.get(name) in vocabulary else []
-        for name in ("bos_token", "eos_token")
-    )
-    return [*bos, *ids, *eos]
 
 
 def _clean_up(text: str) -> str:
@@ -192,21 +222,49 @@ def _from_sentencepiece(files: TokenizerFiles) -> _Backend:
     by_length = sorted(whole, key=len, reverse=True)
     pattern = re.compile("|".join(f"({re.escape(token)})" for token in by_length) or r"(?!)")
 
-    def encode_without_special(text: str) -> list[int]:
-        out, start = [], 0
+    def pieces(text: str) -> Iterator[tuple[Any, str, int]]:
+        """(model, or None for a special token; text; its first character)"""
+        start = 0
         for match in (*pattern.finditer(text), None):
             piece = text[start : match.start() if match else None]
             # A model without a tokenizer_config.json prepends a space to each piece, as its library does.
-            has_space = scheme == "never" or piece[:1] in (" ", _SPACE) or bool(out and scheme == "first")
+            has_space = scheme == "never" or piece[:1] in (" ", _SPACE) or bool(start and scheme == "first")
             if piece:
-                out += (without_prefix if settings and has_space else model).encode(piece)
+                yield without_prefix if settings and has_space else model, piece, start
             if match:
-                out.append(whole[match.group()])
+                yield None, match.group(), match.start()
                 start = match.end()
+
+    def encode_without_special(text: str) -> list[int]:
+        out = []
+        for one, piece, _ in pieces(text):
+            out += [whole[piece]] if one is None else one.encode(piece)
         return out
 
+    def encode_with_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        out, offsets = [], []
+        for one, piece, start in pieces(text):
+            if one is None:
+                out.append(whole[piece])
+                offsets.append((start, start + len(piece)))
+                continue
+            found = one.encode(piece, return_type="offset_mapping")
+            out += found["ids"]
+            end, marked = len(piece), []
+            # A space that the model prepends, and all bytes of a letter but the last, have no characters.
+            for begin, stop in reversed(found["offsets"]):
+                end = stop if stop > begin else end
+                marked.append((start + begin, start + end))
+            offsets += marked[::-1]
+        return out, offsets
+
+    begin, end = (
+        (ids[special[name]],) if settings.get(f"add_{name}", default) and special.get(name) in ids else ()
+        for name, default in (("bos_token", True), ("eos_token", False))
+    )
+
     def encode(text: str) -> list[int]:
-        return _with_bos_eos(encode_without_special(text), {"add_bos_token": True, **settings}, special, ids)
+        return [*begin, *encode_without_special(text), *end]
 
     not_special = {token for token, flags in files.flags.items() if not flags.get("special", True)}
     names = {number: token for token, number in whole.items()}
@@ -222,7 +280,8 @@ def _from_sentencepiece(files: TokenizerFiles) -> _Backend:
                 out += "".join(names[n] if n in names else model.id_to_piece(n).replace(_SPACE, " ") for n in run)
         return out.removeprefix(" ") if adds_prefix and scheme != "never" else out
 
-    return _Backend(encode, encode_without_special, decode, ids, set(whole) - not_special)
+    added = set(whole) - not_special
+    return _Backend(encode, encode_without_special, encode_with_offsets, decode, begin, end, ids, added)
 
 
 def _read_sentencepiece(file: Path) -> tuple[Any, Any, bool]:
