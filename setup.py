@@ -40,7 +40,7 @@ setup(
         "scikit-image",
         "scikit-learn",
         "scipy",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",  # earlier ones have no offset_mapping
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",
         "tokenizers",

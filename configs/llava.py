@@ -77,7 +77,6 @@ def get_config(arg: str = "") -> ConfigDict:
         long="cut",
         max_bad_share=0.01,
         question_tokens=128,
-        learn_headers=False,
         resize="pad",
     )
     pretrain = dict(

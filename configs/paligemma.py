@@ -69,7 +69,6 @@ def get_config(arg: str = "") -> ConfigDict:
         long="drop",
         max_bad_share=0.01,
         question_tokens=arg.text_tokens,
-        learn_headers=False,
         resize="",
     )
     c.stages = (

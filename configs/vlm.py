@@ -76,7 +76,6 @@ def get_config(arg: str = "") -> ConfigDict:
         long="drop",
         max_bad_share=0.0,
         question_tokens=16,
-        learn_headers=False,
         resize="",
     )
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)

@@ -32,10 +32,10 @@ def main(argv: list[str]) -> None:
     reports = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for name, data, sources in build.data_sets(spec):
-            mixture = build.open_mixture(data, sources, cache)
+            layout = build.spec_layout(spec, data)
+            mixture = build.open_mixture(data, sources, cache, blind=not layout.visual_tokens)
             bar = progress.add_task(f"images of {name}", total=None)
             on_image = lambda done, total, bar=bar: progress.update(bar, completed=done, total=total)  # noqa: E731
-            layout = build.spec_layout(spec, data)
             reports.append(checking.check(name, mixture, data, layout, spec.seed, on_image))
     if args.json:
         write_json(args.json, checking.as_json(reports))

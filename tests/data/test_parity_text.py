@@ -1,9 +1,11 @@
 """Beside transformers itself (tests/parity.py)."""
 
+import json
+
 import numpy as np
 import pytest
 
-from tests.golden import peers_answers, peers_text
+from tests.golden import peers_answers, peers_files, peers_text
 from tests.parity import MARKS, with_transformers
 
 pytestmark = [*MARKS, with_transformers]
@@ -22,3 +24,9 @@ def test_the_golden_answers_are_what_transformers_says(kind: str) -> None:
     assert found["answers"] == golden["answers"]
     assert found["input_ids"] == golden["input_ids"]
     np.testing.assert_allclose(found["logits"], golden["logits"], atol=1e-4)
+
+
+def test_the_golden_choices_of_files_are_what_transformers_makes() -> None:
+    golden = peers_files.read()
+    assert json.loads(json.dumps(peers_files.all_templates())) == golden["templates"]
+    assert json.loads(json.dumps(peers_files.all_begin_end())) == golden["begin_end"]

@@ -10,7 +10,7 @@ import pytest
 from tests.golden import peers_answers
 from tests.golden import peers_text as peers
 from vlm_jax.core.errors import UserError
-from vlm_jax.data import chat, tokenizers
+from vlm_jax.data import chat, chat_formats, template_process, tokenizers
 
 CASES, ANSWERS = peers.read(), peers_answers.read()
 
@@ -29,12 +29,20 @@ def load(folder: Path) -> tokenizers.Tokenizer:
     return tokenizers.read_tokenizer(folder, json.loads(config.read_text()) if config.exists() else {})
 
 
+def expanded(ids: list[int], image_id: int, placeholder: int, count: int, images: int = 1) -> list[int]:
+    """The reference's ids with each image token as `count` placeholders."""
+    assert ids.count(image_id) == images
+    return [one for i in ids for one in ([placeholder] * count if i == image_id else [i])]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_ids_equal_the_references(folders: Path, name: str) -> None:
     tokenizer, case = load(folders / name), CASES[name]
     for text, ids, plain in zip(peers.TEXTS, case["ids"], case["plain"], strict=True):
         assert tokenizer.encode(text) == ids, text
         assert tokenizer.encode_without_special(text) == plain, text
+        assert ids == [*tokenizer.begin, *plain, *tokenizer.end]
+        assert tokenizer.encode_with_offsets(text)[0] == plain
     assert tokenizer.pad == case["pad"]
 
 
@@ -50,7 +58,9 @@ def test_decoded_texts_equal_the_references(folders: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["chatml", "llama2"])
 def test_templates_render_as_the_reference(folders: Path, name: str, kind: str) -> None:
     tokenizer = load(folders / name)
-    rendered = [chat.render(peers.TEMPLATES[kind], messages, tokenizer.special) for messages in peers.TALKS]
+    rendered = [
+        template_process.render(peers.TEMPLATES[kind], messages, tokenizer.special, True) for messages in peers.TALKS
+    ]
     assert rendered == CASES[name]["rendered"][kind]
 
 
@@ -76,7 +86,7 @@ def test_prompt_ids_equal_the_processors(folders: Path, kind: str) -> None:
     folder, case = folders / kind, ANSWERS[kind]
     config = json.loads((folder / "config.json").read_text())
     tokenizer = tokenizers.read_tokenizer(folder, config, ("<image>",))
-    chat_format = chat.chat_format_of(config["architectures"][0], tokenizer)
+    chat_format = chat_formats.chat_format_of(config["architectures"][0], tokenizer)
     expected = [
         [token for token, real in zip(*pair, strict=True) if real]
         for pair in zip(case["input_ids"], case["mask"], strict=True)
@@ -89,18 +99,18 @@ def test_prompt_ids_equal_the_processors(folders: Path, kind: str) -> None:
 def test_a_folder_without_a_template_uses_its_familys(folders: Path) -> None:
     """LLaVA-1.5's "USER: <image>\\n... ASSISTANT:"; a base model gets the prompt unchanged."""
     tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
-    chat_format = chat.chat_format_of("LlavaForConditionalGeneration", tokenizer)
+    chat_format = chat_formats.chat_format_of("LlavaForConditionalGeneration", tokenizer)
     framed = chat.prompt_ids(chat_format, tokenizer, "What?", 500, 2)
     head, tail = tokenizer.encode("USER: "), tokenizer.encode_without_special("<image>\nWhat? ASSISTANT:")
     assert framed == [*head, 500, 500, *tail[1:]]
-    plain = chat.chat_format_of("LlamaForCausalLM", tokenizer)
+    plain = chat_formats.chat_format_of("LlamaForCausalLM", tokenizer)
     assert chat.prompt_ids(plain, tokenizer, "What?", None, 0) == tokenizer.encode("What?")
 
 
 def test_a_template_of_strings_gets_the_image_token(folders: Path) -> None:
     """As of a language model that is joined with an encoder."""
     tokenizer = tokenizers.read_tokenizer(folders / "chatml", {}, ("<image>",))
-    chat_format = chat.ChatFormat("template", "<|im_start|>{{ messages[0].content }}<|im_end|>", "<image>")
+    chat_format = chat_formats.ChatFormat("template", "<|im_start|>{{ messages[0].content }}<|im_end|>", "<image>")
     start, end = map(tokenizer.encode_without_special, ("<|im_start|>", "\nHi<|im_end|>"))
     assert chat.prompt_ids(chat_format, tokenizer, "Hi", 999, 3) == [*start, 999, 999, 999, *end]
 
@@ -110,12 +120,12 @@ def test_a_template_of_strings_gets_the_image_token(folders: Path) -> None:
 def test_a_template_of_parts_gets_parts(folders: Path, name: str, kind: str) -> None:
     """String messages and messages of parts render as transformers renders parts."""
     tokenizer = tokenizers.read_tokenizer(folders / name, {}, ("<image>",))
-    chat_format = chat.ChatFormat("template", peers.PART_TEMPLATES[kind], "<image>")
+    chat_format = chat_formats.ChatFormat("template", peers.PART_TEMPLATES[kind], "<image>")
     rendered = iter(CASES[name]["rendered_parts"][kind])
     for messages in peers.TALKS:
         for images in (0, 1):
             expected = next(rendered)
-            ids = chat.expand_image_tokens(tokenizer.encode(expected), tokenizer.id("<image>"), 999, 2, images)
+            ids = expanded(tokenizer.encode(expected), tokenizer.id("<image>"), 999, 2, images)
             assert ids.count(999) == 2 * images
             for given in (messages, peers.in_parts(messages, 0), peers.in_parts(messages, images)):
                 assert chat.prompt_ids(chat_format, tokenizer, given, 999, 2 * images) == ids, expected
@@ -135,27 +145,27 @@ def test_text_of_a_template_is_not_taken_for_a_part(folders: Path) -> None:
         ('{"type": "object"} ' + loop, '{"type": "object"} Hi'),
         ("{{ messages[0].content | upper }}", "HI"),
     ):
-        chat_format = chat.ChatFormat("template", template, "<image>")
+        chat_format = chat_formats.ChatFormat("template", template, "<image>")
         assert chat.prompt_ids(chat_format, tokenizer, "Hi", None, 0) == tokenizer.encode_without_special(expected)
 
 
 def test_parts_become_a_string_for_a_template_of_strings(folders: Path) -> None:
     """LLaVA's family template, and a template of parts with another image token."""
     tokenizer = tokenizers.read_tokenizer(folders / "llama2", {}, ("<image>",))
-    chat_format = chat.chat_format_of("LlavaForConditionalGeneration", tokenizer)
+    chat_format = chat_formats.chat_format_of("LlavaForConditionalGeneration", tokenizer)
     seen = [{"type": "text", "text": "Look:"}, {"type": "image"}, "well"]
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be kind."}]},
         {"role": "user", "content": seen},
     ]
     expected = tokenizer.encode("Be kind. USER: Look:\n<image>\nwell ASSISTANT:")
-    assert chat.prompt_ids(chat_format, tokenizer, messages, 999, 2) == chat.expand_image_tokens(
+    assert chat.prompt_ids(chat_format, tokenizer, messages, 999, 2) == expanded(
         expected, tokenizer.id("<image>"), 999, 2
     )
     other = peers.PART_TEMPLATES["parts"].replace("<image>", "<soft>")
-    chat_format, messages = chat.ChatFormat("template", other, "<image>"), peers.in_parts(peers.TALKS[0], 1)
+    chat_format, messages = chat_formats.ChatFormat("template", other, "<image>"), peers.in_parts(peers.TALKS[0], 1)
     expected = tokenizer.encode("USER: <image>\n What is this? ASSISTANT:")
-    assert chat.prompt_ids(chat_format, tokenizer, messages, 999, 2) == chat.expand_image_tokens(
+    assert chat.prompt_ids(chat_format, tokenizer, messages, 999, 2) == expanded(
         expected, tokenizer.id("<image>"), 999, 2
     )
 
@@ -173,7 +183,7 @@ def test_invalid_parts_are_rejected(folders: Path, messages: list, message: str)
     tokenizer = load(folders / "chatml")
     for template in (peers.TEMPLATES["chatml"], peers.PART_TEMPLATES["parts"]):
         with pytest.raises(UserError, match=message):
-            chat.prompt_ids(chat.ChatFormat("template", template, "<image>"), tokenizer, messages, 999, 0)
+            chat.prompt_ids(chat_formats.ChatFormat("template", template, "<image>"), tokenizer, messages, 999, 0)
 
 
 def test_a_prompt_has_one_bos_token(folders: Path) -> None:
@@ -185,15 +195,17 @@ def test_a_prompt_has_one_bos_token(folders: Path) -> None:
     begin = tokenizer.id("<s>")
     assert rendered.startswith("<s>")
     assert tokenizer.encode("a")[0] == begin
-    chat_format = chat.ChatFormat("template", peers.TEMPLATES["marks"], "<image>")
+    chat_format = chat_formats.ChatFormat("template", peers.TEMPLATES["marks"], "<image>")
     assert chat.prompt_ids(chat_format, tokenizer, peers.TALKS[0], None, 0) == tokenizer.encode_without_special(
         rendered
     )
     for template in (peers.TEMPLATES["marks"], peers.PART_TEMPLATES["parts"]):
         for visual in (0, 2):
-            ids = chat.prompt_ids(chat.ChatFormat("template", template, "<image>"), tokenizer, "Hi", 999, visual)
+            ids = chat.prompt_ids(
+                chat_formats.ChatFormat("template", template, "<image>"), tokenizer, "Hi", 999, visual
+            )
             assert (ids[0], ids.count(begin), ids.count(999)) == (begin, 1, visual)
-    chat_format = chat.ChatFormat("template", peers.PART_TEMPLATES["parts"], "<image>")
+    chat_format = chat_formats.ChatFormat("template", peers.PART_TEMPLATES["parts"], "<image>")
     assert begin not in chat.prompt_ids(chat_format, tokenizer, "Hi", None, 0)
 
 
@@ -293,7 +305,7 @@ def test_an_added_special_token_may_have_no_embedding(folders: Path, tmp_path: P
 )
 def test_template_errors_are_user_errors(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        chat.render(template, [{"role": "user", "content": "x"}], {})
+        template_process.render(template, [{"role": "user", "content": "x"}], {}, True)
 
 
 def test_a_sentencepiece_file_alone_equals_its_library(folders: Path, tmp_path: Path) -> None:

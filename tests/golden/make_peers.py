@@ -20,6 +20,11 @@ TORCH = "torch==2.13.0"
 TORCH_OF_CPU = "https://download.pytorch.org/whl/cpu"
 BIG_VISION = "https://github.com/google-research/big_vision"
 COMMIT = "0127fb6b337ee2a27bf4e54dea79cff176527356"
+# Named by the environment variables that `peers_conversations` reads.
+LLAVA = {
+    "LLAVA": ("https://github.com/haotian-liu/LLaVA", "c121f0432da27facab705978f83c4ada465e46fd"),
+    "LLAVA_NEXT": ("https://github.com/LLaVA-VL/LLaVA-NeXT", "df179663ae8b83207df100a1f7af24caec633ff9"),
+}
 _HUGGING_FACE = (TORCH, "transformers==5.23.0")
 
 
@@ -35,6 +40,8 @@ GROUPS = {
     "decoders": Group("hf_decoders.npz", ("peers_decoders",), _HUGGING_FACE),
     "vision": Group("peers_vision_hf.npz", ("peers_vision", "hf"), _HUGGING_FACE),
     "text": Group("peers_text.json.gz", ("peers_text",), _HUGGING_FACE),
+    "files": Group("peers_files.json.gz", ("peers_files",), _HUGGING_FACE),
+    "conversations": Group("peers_conversations.json.gz", ("peers_conversations",), _HUGGING_FACE),
     "answers": Group("peers_answers.json.gz", ("peers_answers",), _HUGGING_FACE),
     # Of all that big_vision's models import, only these are not ours already.
     "big_vision": Group("peers_vision_bv.npz", ("peers_vision", "big_vision"), ("tensorflow-cpu==2.21.0", "einops")),
@@ -85,14 +92,14 @@ def install(venv: Path, peers: list[str]) -> Path:
     return python
 
 
-def clone(folder: Path) -> None:
-    """big_vision at the commit that the golden file was made with; it cannot be installed, only imported from here."""
+def clone(folder: Path, url: str, commit: str) -> None:
+    """A repository at the commit that a golden file was made with; it cannot be installed, only imported from here."""
     git = ("git", "-C", folder)
     if not (folder / ".git").is_dir():
-        step("a folder for big_vision", "git", "init", "--quiet", folder)
-    if subprocess.run([*git, "cat-file", "-e", COMMIT], capture_output=True).returncode:
-        step("big_vision", *git, "fetch", "--quiet", "--depth", "1", BIG_VISION, COMMIT)
-    step("big_vision's files", *git, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--force", COMMIT)
+        step(f"a folder for {folder.name}", "git", "init", "--quiet", folder)
+    if subprocess.run([*git, "cat-file", "-e", commit], capture_output=True).returncode:
+        step(folder.name, *git, "fetch", "--quiet", "--depth", "1", url, commit)
+    step(f"{folder.name}'s files", *git, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--force", commit)
 
 
 def main(argv: list[str]) -> int:
@@ -104,13 +111,17 @@ def main(argv: list[str]) -> int:
     try:
         python = install(venv, sorted({peer for name in args.only for peer in GROUPS[name].peers}))
         if "big_vision" in args.only:
-            clone(venv / "big_vision")
+            clone(venv / "big_vision", BIG_VISION, COMMIT)
+        if "conversations" in args.only:
+            for name, (url, commit) in LLAVA.items():
+                clone(venv / name.lower(), url, commit)
     except Failed as error:
         print(f"make_peers: {error} (it wants a network; the same command goes on from here)", file=sys.stderr)
         return 2
     # A run on CPU, whatever else the machine has: the golden files are float32 of the CPU.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     env |= {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(venv / "big_vision")}
+    env |= {name: str(venv / name.lower()) for name in LLAVA}
     for name in args.only:
         group = GROUPS[name]
         golden = ROOT / "tests" / "golden" / group.golden

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 import vlm_jax
 from tests import builders
@@ -18,7 +19,7 @@ from tests.golden.drawn import weights
 from vlm_jax import predict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
-from vlm_jax.data import chat
+from vlm_jax.data import chat, chat_formats
 from vlm_jax.distributed import partitioning
 from vlm_jax.inference import api, token_maps
 from vlm_jax.models.decoder import stack_layers, unstack_layers
@@ -79,6 +80,29 @@ def test_a_compressor_may_read_the_question() -> None:
     np.testing.assert_allclose(found, read(params, trained_rows(loaded, text, image)), atol=2e-5)
 
 
+def test_padding_without_an_embedding_loads_and_is_refused_in_a_prompt(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Llama 2's `<pad>`, one beyond the table: neither a token of text nor an image's place."""
+    folder = shutil.copytree(folders["llava"], tmp_path / "llm")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    size = backend.get_vocab_size()
+    backend.add_special_tokens([f"<extra{i}>" for i in range(384 - size)] + ["[PAD]"])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "[PAD]"}))
+    config = json.loads((folder / "config.json").read_text())
+    del config["image_token_index"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = vlm_jax.load(folders["llava"], llm=folder, tokenizer=folder)
+    assert model.pad == model.spec.decoder.vocab == 384
+    assert model.image_token != model.pad
+    [answer] = vlm_jax.generate(model, None, ["What is this?"], 4)
+    assert vlm_jax.generate(model, None, ["What is this?", "What"], 4)[0] == answer
+    with pytest.raises(UserError, match=r"row 1: expected ids below the vocabulary of 384, got 384 .*without an emb"):
+        vlm_jax.generate(model, None, ["What", "What [PAD] is"], 4)
+
+
 def test_two_images_in_a_prompt(folders: dict[str, Path]) -> None:
     """As messages, as a text that names them, and by ids; each image is read where its place is."""
     model = vlm_jax.load(folders["llava"])
@@ -105,7 +129,7 @@ def test_two_images_in_a_prompt(folders: dict[str, Path]) -> None:
 
 def test_what_is_asked_is_the_bare_question() -> None:
     """Without the template, whatever form the prompt has (QueCC's own reading of LLaVA's prompts)."""
-    layout = chat.ChatFormat("template", "", "<image>")
+    layout = chat_formats.ChatFormat("template", "", "<image>")
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},

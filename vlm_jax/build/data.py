@@ -12,7 +12,7 @@ from vlm_jax.build.published import load_tokenizer, tokenizer_folder
 from vlm_jax.compress import catalog
 from vlm_jax.core import specs
 from vlm_jax.core.specs import DataSpec, RunSpec, SourceSpec
-from vlm_jax.data import chat, conversations, tokenized
+from vlm_jax.data import chat_formats, conversations, tokenized
 from vlm_jax.data import features as feature_store
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.examples import Turn
@@ -48,7 +48,7 @@ def row_layout(model: Vlm, spec: DataSpec) -> RowLayout:
 
 def open_data(network: Network, spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path) -> Data:
     """Tokenized sources as one mixture, with stored features where the encoder is frozen. Raises `UserError`."""
-    mixture = open_mixture(spec, sources, cache_dir)
+    mixture = open_mixture(spec, sources, cache_dir, blind=not network.model.visual_tokens)
     encoder = network.model.spec.encoder
     encoder = dataclasses.replace(encoder, resize=spec.resize or encoder.resize)  # a stage may have its own
     data = Data(mixture, spec, row_layout(network.model, spec), encoder, BadImages(mixture, spec.max_bad_share))
@@ -59,14 +59,17 @@ def open_data(network: Network, spec: DataSpec, sources: Sequence[SourceSpec], c
     )
 
 
-def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path) -> Mixture:
-    """The tokenized conversations of some sources. Raises `UserError`."""
+def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path, blind: bool = False) -> Mixture:
+    """The tokenized conversations of some sources, without their images for a model without visual tokens. Raises
+    `UserError`.
+    """
     tokenizer = load_tokenizer(spec.tokenizer)
-    chat_format = chat.format_named(spec.format, tokenizer)
-    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format}"
+    chat_format = chat_formats.format_named(spec.format, tokenizer)
+    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format} {blind}"
 
-    def tokenize(turns: Sequence[Turn]) -> Conversation:
-        return conversations.tokenize(chat_format, tokenizer, turns)
+    def tokenize(turns: Sequence[Turn], images: int) -> Conversation:
+        turns, images = (conversations.without_images(turns), 0) if blind else (turns, images)
+        return conversations.tokenize(chat_format, tokenizer, turns, images)
 
     def bare_ids(turns: Sequence[Turn]) -> list[int]:
         return tokenizer.encode(conversations.bare_question(turns))

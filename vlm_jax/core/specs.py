@@ -173,7 +173,7 @@ class DataSpec:
 
     train: tuple[SourceSpec, ...]
     test: tuple[SourceSpec, ...]  # (): no evaluation
-    format: str  # "template" (the tokenizer's own), or a name of `data.chat.FORMATS`
+    format: str  # "template" (the tokenizer's own), or a name of `data.chat_formats`
     pack: str  # "none": one example a row; "fit": as many conversations as fit
     batch_rows: int
     row_tokens: int  # L: positions of a row, visual tokens included
@@ -184,7 +184,6 @@ class DataSpec:
     long: str = "cut"  # conversations beyond a row: "cut" after the last turn that fits, or "drop"
     max_bad_share: float = 0.0  # of unusable items; beyond it the run stops
     question_tokens: int = 128  # of a question that a compressor reads; the rest is cut
-    learn_headers: bool = False  # LLaVA-NeXT's Qwen recipe: also learn the headers and newlines of ChatML
     resize: str = ""  # image preparation, "crop" or "pad"; "": as the encoder's checkpoint says
 
     @property

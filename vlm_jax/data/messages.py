@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.data.template_process import TemplateLimit
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "What is this?"}
 Part = Mapping[str, Any]
@@ -37,11 +38,16 @@ def is_conversation(prompt: Any) -> bool:
 
 
 def detect_content_format(render: Callable[[Sequence[Message]], str], image_token: str) -> ContentFormat:
-    """The content format of a template, from trial renders; strings where every trial raises."""
+    """The content format of a template, from trial renders; strings where every trial raises.
+
+    Raises `TemplateLimit`.
+    """
 
     def rendered(content: str | list[Part]) -> str:
         try:
             return render([{"role": "user", "content": content}])
+        except TemplateLimit:
+            raise
         except UserError:
             return ""
 
@@ -103,7 +109,19 @@ def _format(message: Message, parts: list[Part] | None, content_format: ContentF
         return message
     if not content_format.parts:
         return {**message, "content": "\n".join(part.get("text", image_token) for part in parts)}
-    if not content_format.images:
-        image = {"type": "text", "text": f"{image_token}\n"}
-        parts = [image if part["type"] == "image" else part for part in parts]
-    return {**message, "content": parts}
+    if content_format.images:
+        return {**message, "content": [one for part in parts for one in _split_at_images(part, image_token)]}
+    image = {"type": "text", "text": f"{image_token}\n"}
+    return {**message, "content": [image if part["type"] == "image" else part for part in parts]}
+
+
+def _split_at_images(part: Part, image_token: str) -> list[Part]:
+    """A text's image tokens as image parts. The newline behind an image is left to the template that renders it."""
+    if part["type"] == "image" or image_token not in part["text"]:
+        return [part]
+    first, *rest = part["text"].split(image_token)
+    out: list[Part] = [{**part, "text": first}] if first else []
+    for text in rest:
+        text = text.removeprefix("\n")
+        out += [{"type": "image"}, *([{**part, "text": text}] if text else [])]
+    return out

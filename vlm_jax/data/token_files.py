@@ -18,6 +18,8 @@ from vlm_jax.core.errors import UserError
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _MAX_ID = 2**31
+_FOLDER = "additional_chat_templates"
+_WITH_PROCESSOR = ("llava", "paligemma")  # model types
 
 
 class TokenizerFiles(NamedTuple):
@@ -44,7 +46,7 @@ def read(folder: Path, config: Mapping[str, Any], extra: Sequence[str] = ()) -> 
     added, flags = _added_tokens(folder, settings, (*special.values(), *extra))
     # A token with a role is special even where its entry says special=false.
     flags |= {token: {**flags[token], "special": True} for token in special.values() if token in flags}
-    template, model_type = _template(folder, settings), config.get("model_type")
+    template, model_type = _template(folder, config, settings), config.get("model_type")
     return TokenizerFiles(file, model_type, settings, special, added, flags, eos_ids(folder, config), template)
 
 
@@ -163,17 +165,60 @@ def _added_tokens(
     return {token: number for token, number in added.items() if token}, flags
 
 
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, chat_template.json, or the entry of tokenizer_config.json (of several, the default one)."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable as UTF-8 ({error})") from error
-    template = _read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+def _template(folder: Path, config: Mapping[str, Any], settings: dict[str, Any]) -> str | None:
+    """The chat template of the first of these that has one, as transformers 5.23 takes it.
+
+    AutoProcessor: processor_config.json, chat_template.json, the .jinja files. AutoTokenizer: the .jinja files. Of a
+    folder without any, tokenizer_config.json. Of several named templates, "default".
+
+    Raises `UserError` for files that transformers refuses together.
+    """
+    files = _jinja_files(folder)
+    if _has_processor(folder, config, settings):
+        legacy, where = folder / "chat_template.json", folder / "processor_config.json"
+        template = _template_of(_read_json(where), where)
+        if legacy.is_file() and any(path.parent != folder for path in files.values()):
+            raise UserError(f"{legacy}: expected no {_FOLDER} beside it (transformers refuses both: delete one)")
+        # In the file itself wins here; `_jinja_files` has AutoTokenizer's order.
+        file = folder / "chat_template.jinja"
+        template = (
+            template or _template_of(_read_json(legacy), legacy) or (_read_text(file) if file.is_file() else None)
+        )
+        if template is not None:
+            return template
+    if files:
+        return _read_text(files["default"]) if "default" in files else None
+    return _template_of(settings, folder / "tokenizer_config.json")
+
+
+def _has_processor(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer belongs to a vision-language model; without a config.json, whether files say so."""
+    if "model_type" in config:
+        return "vision_config" in config or config["model_type"] in _WITH_PROCESSOR
+    names = ("processor_config.json", "chat_template.json")
+    return "processor_class" in settings or any((folder / name).is_file() for name in names)
+
+
+def _jinja_files(folder: Path) -> dict[str, Path]:
+    """Name -> file of the folder's templates."""
+    files = {"default": folder / "chat_template.jinja", **{p.stem: p for p in (folder / _FOLDER).glob("*.jinja")}}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as UTF-8 ({error})") from error
+
+
+def _template_of(content: Mapping[str, Any], where: Path) -> str | None:
+    """The entry `chat_template` of a JSON file: a text, or a list of named ones, of which the last of a name counts."""
+    template = content.get("chat_template")
     if isinstance(template, list) and all(isinstance(one, dict) for one in template):
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
+        template = {str(one.get("name")): one.get("template") for one in template}
+    if isinstance(template, dict):
+        template = template.get("default")
     if not isinstance(template, str | None):
-        raise UserError(f"{folder}: chat_template: expected a string, or a list of objects with `name` and `template`")
+        raise UserError(f"{where}: chat_template: expected a string, or a list of objects with `name` and `template`")
     return template

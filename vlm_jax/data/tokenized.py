@@ -27,7 +27,7 @@ from vlm_jax.core.files import atomic_write, remove_partial
 from vlm_jax.data.conversations import IMAGE, Conversation
 from vlm_jax.data.examples import BadItem, Source, Turn
 
-Tokenize = Callable[[Sequence[Turn]], Conversation]
+Tokenize = Callable[[Sequence[Turn], int], Conversation]  # (turns, number of images)
 BareIds = Callable[[Sequence[Turn]], list[int]]  # the question that a compressor reads
 
 # Flat arrays on disk; the bounds of conversation i are [bounds[i], bounds[i + 1]).
@@ -171,17 +171,16 @@ def conversations(
         parts = [(*system, *_with_images(rest[i : i + 2], images)) for i in range(0, len(rest), 2)]
     out = []
     for turns in parts:
+        images = len(example.images)
         try:
-            conversation = tokenize(turns)
+            conversation = tokenize(turns, images)
         except UserError as error:
-            raise BadItem("cannot be rendered", example.id, str(error)) from error
-        count = conversation.ids.count(IMAGE)
-        if count != len(example.images):
-            reason = "placeholder without an image" if count > len(example.images) else "image without a placeholder"
-            raise BadItem(reason, example.id, f"{count} placeholders, {len(example.images)} images")
+            count = sum(turn.text.count("<image>") for turn in turns)
+            reason = "placeholder without an image" if count > images else "image without a placeholder"
+            raise BadItem(reason if count != images else "cannot be rendered", example.id, str(error)) from error
         if not any(conversation.target):
             raise BadItem("nothing to learn", example.id)
-        out.append((conversation, bare_ids(turns), count))
+        out.append((conversation, bare_ids(turns), conversation.ids.count(IMAGE)))
     return out
 
 

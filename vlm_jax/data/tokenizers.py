@@ -9,9 +9,10 @@ Reads `tokenizer.json` (tokenizers library) and SentencePiece's `*.model`; `data
 them, `data.chat` builds prompts.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ _SPACE = "\u2581"  # SentencePiece's space
 _LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 _Encode = Callable[[str], list[int]]
+_WithOffsets = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 
 class Tokenizer(NamedTuple):
@@ -37,12 +39,17 @@ class Tokenizer(NamedTuple):
 
     encode: _Encode
     encode_without_special: _Encode
+    encode_with_offsets: _WithOffsets  # without special tokens: ids, and the characters [start, end) of each
     decode: Callable[[Sequence[int]], str]
-    size: int  # highest id + 1, without the caller's extra tokens and special tokens that have no role
+    begin: tuple[int, ...]  # that `encode` puts before the ids of a text
+    end: tuple[int, ...]  # and behind them
+    size: int  # highest id + 1, without the caller's extra tokens, added padding, and added tokens that have no role
     pad: int | None
     eos_ids: tuple[int, ...]
     special: dict[str, str]
+    special_tokens: tuple[str, ...]  # all that are matched whole and left out of decoded text
     template: str | None  # chat template of the folder
+    without_extra: Callable[[], "Tokenizer"]  # the same without the caller's extra tokens
 
     def id(self, token: str) -> int | None:
         """The id of a special token, None where the tokenizer does not have it."""
@@ -62,20 +69,32 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], extra: Sequence[str]
     files = token_files.read(folder, config, extra)
     special = files.special
     backend = (_from_json if files.file.suffix == ".json" else _from_sentencepiece)(files)
-    # An added special token without a role may have no embedding, so that it does not count for the size.
-    uncounted = (backend.added | set(extra)) - {special[name] for name in token_files.ROLES if name in special}
+    # An added special token may have no embedding (Llama 2's <pad>): it does not count for the size unless it has a
+    # role in rows of tokens.
+    roles = {special[name] for name in token_files.ROLES if name in special and name != "pad_token"}
+    uncounted = (backend.added | set(extra)) - roles
     eos_ids = files.eos_ids
     if eos_ids is None:
         eos_ids = [backend.ids[special["eos_token"]]] if special.get("eos_token") in backend.ids else []
+
+    @functools.cache
+    def without_extra() -> Tokenizer:
+        return read_tokenizer(folder, config)
+
     return Tokenizer(
         encode=lambda text: backend.encode(check_utf8(text)),
         encode_without_special=lambda text: backend.encode_without_special(check_utf8(text)),
+        encode_with_offsets=lambda text: backend.encode_with_offsets(check_utf8(text)),
         decode=backend.decode,
+        begin=backend.begin,
+        end=backend.end,
         size=max((number for token, number in backend.ids.items() if token not in uncounted), default=-1) + 1,
         pad=backend.ids.get(special.get("pad_token")),
         eos_ids=tuple(eos_ids),
         special=special,
+        special_tokens=tuple(sorted({*special.values(), *backend.added})),
         template=files.template,
+        without_extra=without_extra,
     )
 
 
@@ -84,7 +103,10 @@ class _Backend(NamedTuple):
 
     encode: _Encode
     encode_without_special: _Encode
+    encode_with_offsets: _WithOffsets
     decode: Callable[[Sequence[int]], str]
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
     ids: Mapping[str, int]  # of all tokens
     added: set[str]  # special tokens added to the model's own vocabulary
 
@@ -109,31 +131,47 @@ def _from_json(files: TokenizerFiles) -> _Backend:
     ids = backend.get_vocab(with_added_tokens=True)
 
     def encode_without_special(text: str) -> list[int]:
-        return _encode(backend, text, add_special_tokens=False)
+        return _encode(backend, text, add_special_tokens=False).ids
 
     def encode(text: str) -> list[int]:
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            return _with_bos_eos(encode_without_special(text), settings, special, ids)
-        return _encode(backend, text)
+        # The file's post-processor decides; transformers ignores `add_bos_token` and `add_eos_token` beside it.
+        return _encode(backend, text).ids
+
+    def encode_with_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = _encode(backend, text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(numbers: Sequence[int]) -> str:
         text = backend.decode([int(n) for n in numbers], skip_special_tokens=True)
         return _clean_up(text) if settings.get("clean_up_tokenization_spaces") and not is_bpe else text
 
     added_special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    return _Backend(encode, encode_without_special, decode, ids, added_special)
+    begin, end = _added_around(backend)
+    return _Backend(encode, encode_without_special, encode_with_offsets, decode, begin, end, ids, added_special)
 
 
-def _encode(backend: HfTokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+def _encode(backend: HfTokenizer, text: str, add_special_tokens: bool = True) -> Any:
     """Raises `UserError` for a word outside a closed vocabulary, one without an unknown token."""
     try:
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return backend.encode(text, add_special_tokens=add_special_tokens)
     except Exception as error:  # the library raises plain Exception
         known = backend.get_vocab(with_added_tokens=True)
         word = next((word for word in text.split() if word not in known), None)
         if word is None:
             raise UserError(f"text {text[:80]!r}: cannot be encoded ({error})") from error
         raise unknown("word", word, known) from error
+
+
+def _added_around(backend: HfTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a post-processor puts before a text, and behind it."""
+    if backend.post_processor is None:
+        return (), ()
+    encoding = backend.encode("a")
+    is_text = [not added for added in encoding.special_tokens_mask]
+    if not any(is_text):
+        return (), ()
+    first, last = is_text.index(True), len(is_text) - is_text[::-1].index(True)
+    return tuple(encoding.ids[:first]), tuple(encoding.ids[last:])
 
 
 def _prepend_scheme(settings: Mapping[str, Any]) -> str:
@@ -151,16 +189,6 @@ def _set_llama_spaces(backend: HfTokenizer, scheme: str) -> None:
     backend.pre_tokenizer = Metaspace(_SPACE, prepend_scheme=scheme, split=False)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps if scheme == "never" else [*steps, decoders.Strip(" ", 1, 0)])
-
-
-def _with_bos_eos(
-    ids: list[int], settings: Mapping[str, Any], special: Mapping[str, str], vocabulary: Mapping[str, int]
-) -> list[int]:
-    bos, eos = (
-        [vocabulary[special[name]]] if settings.get(f"add_{name}") and special.get(name) in vocabulary else []
-        for name in ("bos_token", "eos_token")
-    )
-    return [*bos, *ids, *eos]
 
 
 def _clean_up(text: str) -> str:
@@ -195,21 +223,49 @@ def _from_sentencepiece(files: TokenizerFiles) -> _Backend:
     by_length = sorted(whole, key=len, reverse=True)
     pattern = re.compile("|".join(f"({re.escape(token)})" for token in by_length) or r"(?!)")
 
-    def encode_without_special(text: str) -> list[int]:
-        out, start = [], 0
+    def pieces(text: str) -> Iterator[tuple[Any, str, int]]:
+        """(model, or None for a special token; text; its first character)"""
+        start = 0
         for match in (*pattern.finditer(text), None):
             piece = text[start : match.start() if match else None]
             # A model without a tokenizer_config.json prepends a space to each piece, as its library does.
-            has_space = scheme == "never" or piece[:1] in (" ", _SPACE) or bool(out and scheme == "first")
+            has_space = scheme == "never" or piece[:1] in (" ", _SPACE) or bool(start and scheme == "first")
             if piece:
-                out += (without_prefix if settings and has_space else model).encode(piece)
+                yield without_prefix if settings and has_space else model, piece, start
             if match:
-                out.append(whole[match.group()])
+                yield None, match.group(), match.start()
                 start = match.end()
+
+    def encode_without_special(text: str) -> list[int]:
+        out = []
+        for one, piece, _ in pieces(text):
+            out += [whole[piece]] if one is None else one.encode(piece)
         return out
 
+    def encode_with_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        out, offsets = [], []
+        for one, piece, start in pieces(text):
+            if one is None:
+                out.append(whole[piece])
+                offsets.append((start, start + len(piece)))
+                continue
+            found = one.encode(piece, return_type="offset_mapping")
+            out += found["ids"]
+            end, marked = len(piece), []
+            # A space that the model prepends, and all bytes of a letter but the last, have no characters.
+            for begin, stop in reversed(found["offsets"]):
+                end = stop if stop > begin else end
+                marked.append((start + begin, start + end))
+            offsets += marked[::-1]
+        return out, offsets
+
+    begin, end = (
+        (ids[special[name]],) if settings.get(f"add_{name}", default) and special.get(name) in ids else ()
+        for name, default in (("bos_token", True), ("eos_token", False))
+    )
+
     def encode(text: str) -> list[int]:
-        return _with_bos_eos(encode_without_special(text), {"add_bos_token": True, **settings}, special, ids)
+        return [*begin, *encode_without_special(text), *end]
 
     not_special = {token for token, flags in files.flags.items() if not flags.get("special", True)}
     names = {number: token for token, number in whole.items()}
@@ -225,7 +281,8 @@ def _from_sentencepiece(files: TokenizerFiles) -> _Backend:
                 out += "".join(names[n] if n in names else model.id_to_piece(n).replace(_SPACE, " ") for n in run)
         return out.removeprefix(" ") if adds_prefix and scheme != "never" else out
 
-    return _Backend(encode, encode_without_special, decode, ids, set(whole) - not_special)
+    added = set(whole) - not_special
+    return _Backend(encode, encode_without_special, encode_with_offsets, decode, begin, end, ids, added)
 
 
 def _read_sentencepiece(file: Path) -> tuple[Any, Any, bool]:

@@ -26,7 +26,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
-from vlm_jax.data import chat, token_files, tokenizers
+from vlm_jax.data import chat_formats, token_files, tokenizers
 from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import sampling
@@ -46,7 +46,7 @@ class Model(NamedTuple):
     params: Any  # {"encoder", "connector", "decoder"}, or {"decoder"}
     plan: Plan
     tokenizer: tokenizers.Tokenizer | None = None  # only `generate` needs one
-    chat_format: chat.ChatFormat | None = None
+    chat_format: chat_formats.ChatFormat | None = None
     image_token: int | None = None  # the placeholder id in `tokens`, once for each visual token
     pad: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -222,7 +222,10 @@ def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | No
         if tokenizer.size > vocab:
             raise UserError(f"{folder}: expected tokenizer ids below {vocab} (vocabulary), got {tokenizer.size - 1}")
         image_token = tokenizer.special.get("image_token", IMAGE_TEXT)
-        chat_format = chat.chat_format_of(llm_info.kind, tokenizer, image_token)
+        if model.spec.encoder is not None and llm_info.image_token is None:
+            # Other than an added token without embedding (Llama 2's <pad>).
+            model = model._replace(image_token=max(vocab, tokenizer.id(image_token) or 0))
+        chat_format = chat_formats.chat_format_of(llm_info.kind, tokenizer, image_token)
         model = model._replace(
             tokenizer=tokenizer, chat_format=chat_format, pad=tokenizer.pad, eos_ids=tokenizer.eos_ids
         )
@@ -254,6 +257,6 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     params["decoder"] = unstack_layers(params.pop("decoder"), run.model.decoder.depth)
     tokenizer = build.load_tokenizer(run.data.tokenizer)
     return Model(
-        spec, compute, params, plan, tokenizer, chat.format_named(run.data.format, tokenizer), decoder.vocab,
+        spec, compute, params, plan, tokenizer, chat_formats.format_named(run.data.format, tokenizer), decoder.vocab,
         tokenizer.pad, tokenizer.eos_ids, run.evaluation.max_new_tokens,
     )  # fmt: skip

@@ -92,10 +92,13 @@ def inputs_of(
     valid = _find_valid(tokens, pad) if mask is None else _as_mask("mask", mask, tokens.shape)
     answers = np.zeros(tokens.shape, bool) if answer is None else _as_mask("answer", answer, tokens.shape)
     is_image = valid & (tokens == (-1 if model.image_token is None else model.image_token))
-    outside = np.flatnonzero((valid & ~is_image & ((tokens < 0) | (tokens >= model.spec.decoder.vocab))).any(axis=1))
+    vocab = model.spec.decoder.vocab
+    outside = np.argwhere(valid & ~is_image & ((tokens < 0) | (tokens >= vocab)))
     if outside.size:
+        row, column = outside[0].tolist()
         raise UserError(
-            f"row {outside[0]}: expected ids below the vocabulary of {model.spec.decoder.vocab}, got another"
+            f"row {row}: expected ids below the vocabulary of {vocab}, got {tokens[row, column]} (a token without an "
+            "embedding)"
         )
     if not valid.any(axis=1).all():
         raise UserError(f"row {np.flatnonzero(~valid.any(axis=1))[0]}: expected a token, got padding alone")
