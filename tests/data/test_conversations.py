@@ -257,7 +257,8 @@ def test_questions_and_turns_without_images() -> None:
 @pytest.mark.parametrize(
     ("kind", "row", "images", "message"),
     [
-        ("v1", turns("only a question"), None, "expected an answer"),
+        ("v1", turns("only a question"), None, "expected an answer .*, got none"),
+        ("v1", turns("a question", " \n"), None, "expected an answer .*, got an empty one"),
         ("v1", turns("<image>\n<image>\nWhat?", "A cat."), 1, "expected 1 image placeholders, .* got 2"),
         ("prefix", turns("<image>\n<image>\nWhat?", "A cat."), 3, "expected 3 image placeholders, .* got 2"),
         ("v1", turns("<image>\nWhat?", "<image>"), 1, "expected 1 image placeholders, .* got 2"),

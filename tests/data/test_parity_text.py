@@ -1,11 +1,12 @@
 """Beside transformers itself (tests/parity.py)."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from tests.golden import peers_answers, peers_files, peers_text
+from tests.golden import peers_answers, peers_conversations, peers_files, peers_text
 from tests.parity import MARKS, with_transformers
 
 pytestmark = [*MARKS, with_transformers]
@@ -27,6 +28,10 @@ def test_the_golden_answers_are_what_transformers_says(kind: str) -> None:
 
 
 def test_the_golden_choices_of_files_are_what_transformers_makes() -> None:
-    golden = peers_files.read()
-    assert json.loads(json.dumps(peers_files.all_templates())) == golden["templates"]
-    assert json.loads(json.dumps(peers_files.all_begin_end())) == golden["begin_end"]
+    assert json.loads(json.dumps(peers_files.everything())) == peers_files.read()
+
+
+def test_the_golden_conversations_are_what_llava_makes() -> None:
+    if not {"LLAVA", "LLAVA_NEXT"} <= os.environ.keys():
+        pytest.skip("LLAVA and LLAVA_NEXT name no repositories")
+    assert json.loads(json.dumps(peers_conversations.all_cases())) == peers_conversations.read()

@@ -93,6 +93,15 @@ def test_generation_tags_are_not_rendered() -> None:
     assert render(template, messages[:1]) == "QxA"
 
 
+def test_a_process_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    template_process.close()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(UserError, match="cannot start '/nowhere/python'"):
+        render("x")
+    monkeypatch.undo()
+    assert render("x") == "x"
+
+
 def test_a_forked_process_has_its_own() -> None:
     """And the interpreter ends without a word, whether it rendered, was refused, or forked."""
     code = (

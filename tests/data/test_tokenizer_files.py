@@ -56,6 +56,12 @@ def test_the_chat_template_is_that_of_the_reference(tmp_path: Path, case: dict[s
     assert found == case["rendered"]
 
 
+@pytest.mark.parametrize("case", GOLDEN["special"], ids=str)
+def test_special_tokens_are_those_of_the_reference(tmp_path: Path, case: dict[str, Any]) -> None:
+    peers_files.write_special(tmp_path, TEMPLATES["files"], case["parts"], case["map"])
+    assert token_files.read(tmp_path, {}).special == case["special"]
+
+
 def test_without_a_config_the_files_of_a_processor_count(tmp_path: Path) -> None:
     files = {"chat_template.json": peers_files.FILES["chat_template.json"]}
     peers_files.write_templates(tmp_path, files, None, TEMPLATES["files"])

@@ -267,6 +267,16 @@ def test_errors_name_the_field_of_the_wrong_type(
         tokenizers.read_tokenizer(folder, {})
 
 
+def test_a_placeholder_without_an_image_is_rejected(folders: Path) -> None:
+    """By a model with an encoder; for a language model it is ordinary text."""
+    tokenizer = tokenizers.read_tokenizer(folders / "chatml", {}, ("<image>",))
+    for kind, template in (("template", peers.TEMPLATES["chatml"]), ("text", None)):
+        chat_format = chat_formats.ChatFormat(kind, template, "<image>")
+        with pytest.raises(UserError, match=r"expected 0 image placeholders, .* got 1"):
+            chat.prompt_ids(chat_format, tokenizer, "a <image> b", 999, 2, images=0)
+        assert tokenizer.id("<image>") not in chat.prompt_ids(chat_format, tokenizer, "a <image> b", None, 0)
+
+
 def test_invalid_utf8_is_rejected(folders: Path, tmp_path: Path) -> None:
     """In a command line, and in a template file."""
     for name in ("llama3", "pieces"):

@@ -148,10 +148,51 @@ def all_templates() -> list[dict[str, Any]]:
 PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
 
 
+# Parts of tokenizer_config.json and of the older special_tokens_map.json beside it.
+SPECIAL_PARTS = {
+    "roles": {"bos_token": "</s>", "pad_token": "<unk>"},
+    "null": {"unk_token": None, "sep_token": None},
+    "decoder": {
+        "added_tokens_decoder": {str(i): {"content": t, "special": True} for i, t in enumerate(["<unk>", "<s>"])}
+    },
+    "own": {"boi_token": "<s>"},
+}
+SPECIAL_MAPS = (None, {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "pad_token": "</s>"})
+
+
+def write_special(folder: Path, base: dict[str, str], parts: list[str], older: dict[str, Any] | None) -> None:
+    peers_text.write({"tokenizer.json": base["tokenizer.json"]}, folder)
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in parts:
+        settings |= SPECIAL_PARTS[name]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if older:
+        (folder / "special_tokens_map.json").write_text(json.dumps(older))
+
+
+def all_special(base: dict[str, str]) -> list[dict[str, Any]]:
+    """Which tokens have which role."""
+    from transformers import AutoTokenizer
+
+    kept = []
+    for count in range(len(SPECIAL_PARTS) + 1):
+        for parts, older in itertools.product(itertools.combinations(SPECIAL_PARTS, count), SPECIAL_MAPS):
+            with tempfile.TemporaryDirectory() as place:
+                write_special(Path(place), base, list(parts), older)
+                found = AutoTokenizer.from_pretrained(place).special_tokens_map
+            kept.append({"parts": parts, "map": older, "special": {name: str(token) for name, token in found.items()}})
+    return kept
+
+
+def everything() -> dict[str, Any]:
+    templates = all_templates()
+    return {"templates": templates, "begin_end": all_begin_end(), "special": all_special(templates["files"])}
+
+
 def read() -> dict[str, Any]:
     """The golden file."""
     return peers_text.read(PATH)
 
 
 if __name__ == "__main__":
-    peers_text.save(PATH, {"templates": all_templates(), "begin_end": all_begin_end()})
+    peers_text.save(PATH, json.loads(json.dumps(everything())))

@@ -65,6 +65,8 @@ def prompt_ids(
             text = render(chat_format, tokenizer, messages, images)
         else:
             text = prompt if image_token in prompt else f"{image_token}\n" * images + prompt
+        if image_token_id is not None and not images and image_token in text:
+            raise image_count_error(text.count(image_token), images)
         ids = encode(chat_format, tokenizer, text, images).ids
         if not has_template or adds_begin(chat_format, tokenizer, text, image_token_id is not None):
             ids = [*tokenizer.begin, *ids, *tokenizer.end]

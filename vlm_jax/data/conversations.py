@@ -41,8 +41,9 @@ def tokenize(
     Raises `UserError` for turns without an answer, as many placeholders as there are not images, or turns that the
     template rejects.
     """
-    if not any(turn.role == "assistant" for turn in turns):
-        raise UserError("turns: expected an answer (role 'assistant'), got none")
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    if not answers or not all(map(str.strip, answers)):
+        raise UserError(f"turns: expected an answer (role 'assistant'), got {'an empty one' if answers else 'none'}")
     images = sum(turn.text.count(PLACEHOLDER) for turn in turns) if images is None else images
     messages = messages_of(turns, chat_format.image_token if images else PLACEHOLDER)
     if chat_format.kind == "prefix":

@@ -110,9 +110,11 @@ def _start() -> subprocess.Popen[bytes]:
     # With this package and the modules that this process can import, and nothing of its environment.
     path = [str(Path(__file__).parents[2]), *(path or os.getcwd() for path in sys.path)]
     command = [sys.executable, "-I", "-S", "-c", _COMMAND.format(path=path)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=none, start_new_session=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat template: cannot start {sys.executable!r}, which renders it ({error})") from error
 
 
 def _resident(pid: int) -> int:

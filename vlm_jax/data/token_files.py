@@ -137,13 +137,16 @@ def _token_group(settings: dict[str, Any], name: str, where: Path) -> dict[Any, 
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Name -> token; tokenizer_config.json overrides special_tokens_map.json."""
-    both = {**_read_json(folder / "special_tokens_map.json"), **settings}
+    """Name -> token. special_tokens_map.json overrides tokenizer_config.json, and does not count beside its
+    `added_tokens_decoder`, as in transformers 5.
+    """
+    older = {} if "added_tokens_decoder" in settings else _read_json(folder / "special_tokens_map.json")
+    both = {**settings, **older}
     extra = _token_group(both, "extra_special_tokens", folder)
     tokens = {name: token for name, token in extra.items() if isinstance(name, str)}
-    for name in (*ROLES, "image_token"):
-        if both.get(name) is not None:
-            tokens[name] = _content(both[name], f"{folder}: {name}")
+    for name, token in both.items():
+        if token is not None and (name in ROLES or (name.endswith("_token") and isinstance(token, str | dict))):
+            tokens[name] = _content(token, f"{folder}: {name}")
     return {name: token for name, token in tokens.items() if token}
 
 
