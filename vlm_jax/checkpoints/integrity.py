@@ -14,7 +14,7 @@ from vlm_jax.core.files import write_json
 _DIGESTS = "sha256.json"
 # Written by Orbax after the digests, and not needed to restore.
 _UNSIGNED = ("_CHECKPOINT_METADATA", "commit_success.txt")
-_REQUIRED = ("state", "cursor")
+_REQUIRED = ("state", "progress")
 
 
 def sign(folder: Path) -> None:
