@@ -21,7 +21,7 @@ def saved(tmp_path: Path) -> Path:
     """A workdir with checkpoints of steps 1, 2 and 3."""
     store = Checkpoints(tmp_path, keep=9)
     for step in (1, 2, 3):
-        store.save(step, placed(boxed(step), plan("fsdp", 1, 2, 1)), {})
+        store.save(step, placed(boxed(step), plan("fsdp", 1, 2, 1)), {"secs": 2.5})
     store.close()
     return tmp_path
 

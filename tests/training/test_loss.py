@@ -15,7 +15,7 @@ from vlm_jax.ops import cross_entropy
 from vlm_jax.training import loss
 
 WORDS, WIDTH = 48, 16
-END = 7
+END = 33
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_end_tokens_are_learned_but_not_counted() -> None:
     inputs = problem()[2]
     predicted = np.where(targets(inputs) == END, 3, targets(inputs))
     states = jnp.asarray(predicted[..., None] == np.arange(WORDS), jnp.float32)
-    sums = loss.sums(states, Head(table, None), inputs, (END, 9))
+    sums = loss.sums(states, Head(table, None), inputs, (END, 40))
     assert (float(sums.hits), float(sums.answers)) == (15, 15)
     np.testing.assert_allclose((sums.nll, sums.count), (3 * 40, 18), rtol=1e-5)
     everything = loss.sums(states, Head(table, None), inputs)
