@@ -22,6 +22,7 @@ FLOORS = {
     "inference.sampling": 6,
     "training": 6,
     "scaling": 6,
+    "studies": 6,
     "inference.programs": 7,
     "evaluation": 7,
     "build": 7,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import pytest
 
-from tests.checkpoints.test_orbax import CURSOR, boxed, placed, plan
+from tests.checkpoints.test_orbax import boxed, placed, plan
 from vlm_jax.checkpoints import integrity
 from vlm_jax.checkpoints.orbax import Checkpoints, restore_params
 from vlm_jax.core import tree
@@ -21,7 +21,7 @@ def saved(tmp_path: Path) -> Path:
     """A workdir with checkpoints of steps 1, 2 and 3."""
     store = Checkpoints(tmp_path, keep=9)
     for step in (1, 2, 3):
-        store.save(step, placed(boxed(step), plan("fsdp", 1, 2, 1)), CURSOR, {})
+        store.save(step, placed(boxed(step), plan("fsdp", 1, 2, 1)), {"secs": 2.5})
     store.close()
     return tmp_path
 
@@ -52,15 +52,15 @@ def test_every_file_that_holds_data_is_signed(saved: Path) -> None:
 
 def test_the_one_before_is_used(saved: Path) -> None:
     (saved / "checkpoints" / "3" / "sha256.json").write_text("{")
-    (saved / "checkpoints" / "2" / "cursor" / "metadata").write_text("{}")
+    (saved / "checkpoints" / "2" / "progress" / "metadata").write_text("{}")
     step, told = newest(saved)
     assert step == 1
     assert "sha256.json cannot be read" in told[3]
-    assert "cursor/metadata has 2 bytes" in told[2]
+    assert "progress/metadata has 2 bytes" in told[2]
     store = Checkpoints(saved, keep=9)
     assert store.set_aside(3) == saved / "damaged" / "3"
     assert (saved / "damaged" / "3" / "state").is_dir()
-    store.save(3, placed(boxed(7), plan("fsdp", 1, 2, 1)), CURSOR, {})  # its step is free again
+    store.save(3, placed(boxed(7), plan("fsdp", 1, 2, 1)), {})  # its step is free again
     store.close()
     assert newest(saved)[0] == 3
 
@@ -76,10 +76,10 @@ def test_where_none_is_sound_it_is_told(saved: Path) -> None:
 def test_a_half_written_one_is_skipped(saved: Path) -> None:
     """Without digests, whether or not data is gone too; or without a whole part."""
     (saved / "checkpoints" / "2" / "sha256.json").unlink()
-    for path in sorted((saved / "checkpoints" / "3" / "cursor").rglob("*"), reverse=True):
+    for path in sorted((saved / "checkpoints" / "3" / "progress").rglob("*"), reverse=True):
         path.unlink()
-    (saved / "checkpoints" / "3" / "cursor").rmdir()
-    told = {3: "half-written: cursor is missing", 2: "half-written: sha256.json is missing"}
+    (saved / "checkpoints" / "3" / "progress").rmdir()
+    told = {3: "half-written: progress is missing", 2: "half-written: sha256.json is missing"}
     assert newest(saved) == (1, told)
     (saved / "checkpoints" / "2" / "state" / "manifest.ocdbt").unlink()
     assert newest(saved) == (1, told)
@@ -110,7 +110,7 @@ def test_parameters_come_back_alone(saved: Path) -> None:
 def test_some_are_kept_for_good(tmp_path: Path) -> None:
     store, where = Checkpoints(tmp_path, keep=1, keep_every_steps=4), plan("replicated", 1, 1, 1)
     for step in range(1, 11):
-        store.save(step, placed(boxed(step), where), CURSOR, {})
+        store.save(step, placed(boxed(step), where), {})
     store.close()
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10]
 

@@ -18,8 +18,8 @@ from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.structs import TrainState
 from vlm_jax.distributed import partitioning
 
-SPEC = {"seed": 0, "data": {"dataset": "glyph_ocr", "batch_examples": 32}, "stages": [{"name": "both", "train": ["a"]}]}
-CURSOR = {"next_index": 17, "nested": {"position": [1, 2]}}
+SPEC = {"seed": 0, "data": {"format": "prefix", "batch_rows": 32}, "stages": [{"name": "both", "train": ["a"]}]}
+PROGRESS = {"secs": 2.5, "nested": {"numbers": [1, 2]}}
 
 
 def plan(strategy: str, *mesh: int) -> partitioning.Plan:
@@ -41,19 +41,19 @@ def placed(state: TrainState, where: partitioning.Plan) -> TrainState:
 
 
 def test_restored_on_another_mesh_it_is_the_same(tmp_path) -> None:
-    """Bit for bit, in the shardings that were asked for, with its cursor."""
+    """Bit for bit, in the shardings that were asked for, with its progress."""
     store = Checkpoints(tmp_path)
-    store.save(4, placed(boxed(), plan("fsdp_tensor", 2, 2, 2)), CURSOR, {"secs": 2.5})
+    store.save(4, placed(boxed(), plan("fsdp_tensor", 2, 2, 2)), PROGRESS)
     store.close()
     for where in (plan("fsdp_tensor", 2, 2, 2), plan("fsdp", 1, 8, 1), plan("replicated", 1, 1, 1)):
         store, shardings = Checkpoints(tmp_path), where.shardings(boxed())
-        state, cursor, progress = store.restore(4, jax.eval_shape(lambda: nn.meta.unbox(boxed())), shardings)
+        state, progress = store.restore(4, jax.eval_shape(lambda: nn.meta.unbox(boxed())), shardings)
         store.close()
         assert tree.sha256(state) == tree.sha256(nn.meta.unbox(boxed()))
         assert jax.tree.all(
             jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings)
         )
-        assert (cursor, progress) == (CURSOR, {"secs": 2.5})
+        assert progress == PROGRESS
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path) -> None:
@@ -61,7 +61,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path) -> None:
     store, where = Checkpoints(tmp_path), plan("replicated", 1, 1, 1)
     state = placed(boxed(1), where)
     overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)
-    store.save(1, state, CURSOR, {"secs": 2.5})
+    store.save(1, state, PROGRESS)
     overwrite(state)
     store.close()
     store = Checkpoints(tmp_path)
@@ -75,7 +75,7 @@ def test_the_newest_are_kept_and_the_incomplete_do_not_count(tmp_path) -> None:
     store = Checkpoints(tmp_path, keep=2)
     assert store.latest_intact(print) is None
     for step in (2, 4, 6):
-        store.save(step, placed(boxed(step), where), CURSOR, {"secs": 2.5})
+        store.save(step, placed(boxed(step), where), PROGRESS)
     store.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
@@ -92,15 +92,15 @@ def test_a_workdir_belongs_to_one_spec(tmp_path) -> None:
     assert [path.name for path in workdir.iterdir()] == ["spec.json"]
     lock_workdir(workdir, copy.deepcopy(SPEC))
     other = copy.deepcopy(SPEC)
-    other["data"]["batch_examples"] = 64
+    other["data"]["batch_rows"] = 64
     other["stages"][0]["train"].append("b")
     with pytest.raises(UserError) as told:
         lock_workdir(workdir, other)
     message = str(told.value)
-    assert "data.batch_examples: expected 32, got 64" in message
+    assert "data.batch_rows: expected 32, got 64" in message
     assert "stages.0.train.1: expected None, got 'b'" in message
     assert "seed" not in message
-    assert "dataset" not in message
+    assert "format" not in message
     assert read_spec(workdir) == SPEC
 
 

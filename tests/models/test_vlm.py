@@ -46,8 +46,8 @@ def test_packed_equals_alone(compressor: str, tokens: int, views: int, mask: str
         expected = hidden(one).reshape(-1, together.shape[-1])
         np.testing.assert_allclose(together[packed.segment == segment], expected, atol=2e-6)
     sums = loss_sums(model)
-    parts = zip(*(sums(params, one) for one in alone), strict=True)
-    for whole, each in zip(sums(params, packed), parts, strict=True):
+    parts = zip(*(jax.tree.leaves(sums(params, one)) for one in alone), strict=True)
+    for whole, each in zip(jax.tree.leaves(sums(params, packed)), parts, strict=True):
         np.testing.assert_allclose(whole, sum(each), rtol=1e-5)
 
 

@@ -17,7 +17,7 @@ GOOD = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
 
 def forward(params: dict, batch: jnp.ndarray) -> LossSums:
     """Loss 2 + w . x: its gradient is the batch."""
-    return LossSums(2 + params["decoder"]["w"] @ batch, jnp.ones(()), jnp.ones(()))
+    return LossSums(2 + params["decoder"]["w"] @ batch, *[jnp.ones(())] * 3)
 
 
 def after(optimiser: optax.GradientTransformation, batches: list) -> tuple:
@@ -72,7 +72,7 @@ def test_the_default_is_the_optimiser_itself() -> None:
 
 def steps(*of: tuple[float, float, int | None]) -> list[guard.StepRecord]:
     return [
-        guard.StepRecord(n, LossSums(nll, 0.0, 2.0), Norms(grad, 0.0, skipped))
+        guard.StepRecord(n, LossSums(nll, 2.0, 0.0, 2.0), Norms(grad, 0.0, skipped))
         for n, (nll, grad, skipped) in enumerate(of, 5)
     ]
 

@@ -15,6 +15,7 @@ from vlm_jax.ops import cross_entropy
 from vlm_jax.training import loss
 
 WORDS, WIDTH = 48, 16
+END = 33
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,7 @@ def problem(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, Inputs]:
     """States, table and batch; `scale` makes logits large."""
     rng = np.random.default_rng(0)
     inputs = builders.inputs(rows=3, visual_tokens=0)
+    inputs.tokens[:, 4] = END  # the last word of the first answer
     states = scale * rng.standard_normal((*inputs.tokens.shape, WIDTH)).astype(np.float32)
     return states, rng.standard_normal((WORDS, WIDTH)).astype(np.float32), inputs
 
@@ -37,7 +39,7 @@ def targets(inputs: Inputs) -> np.ndarray:
 
 
 def reference(states: np.ndarray, table: np.ndarray, inputs: Inputs, softcap: float | None) -> tuple:
-    """(nll, hits, count), d nll / d states, d nll / d table."""
+    """(nll, count, hits, answers), d nll / d states, d nll / d table."""
     states, table = states.astype(np.float64), table.astype(np.float64)
     z = states @ table.T
     slope = np.ones_like(z)
@@ -50,7 +52,8 @@ def reference(states: np.ndarray, table: np.ndarray, inputs: Inputs, softcap: fl
     nll = -np.log(p[truth > 0]).reshape(inputs.tokens.shape)
     hits = z.argmax(-1) == targets(inputs)
     pull = (p - truth) * slope * inputs.weight[..., None]
-    sums = tuple((x * inputs.weight).sum() for x in (nll, hits, 1.0))
+    answers = inputs.weight * (targets(inputs) != END)
+    sums = ((nll * inputs.weight).sum(), inputs.weight.sum(), (hits * answers).sum(), answers.sum())
     return sums, pull @ table, np.einsum("btw,btd->wd", pull, states)
 
 
@@ -61,14 +64,45 @@ def test_sums_and_gradients_against_numpy(scale: float, softcap: float | None) -
     wanted, to_states, to_table = reference(states, table, inputs, softcap)
 
     def nll(states: jax.Array, table: jax.Array) -> tuple:
-        sums = loss.sums(states, Head(table, softcap), inputs)
+        sums = loss.sums(states, Head(table, softcap), inputs, (END,))
         return sums.nll, sums
 
     (_, sums), gradients = jax.jit(jax.value_and_grad(nll, argnums=(0, 1), has_aux=True))(states, table)
-    np.testing.assert_allclose(sums, wanted, rtol=1e-5)
+    np.testing.assert_allclose(sums[:4], wanted, rtol=1e-5)
     np.testing.assert_allclose(gradients[0], to_states, atol=2e-5)
     np.testing.assert_allclose(gradients[1], to_table, atol=2e-5 * scale)
-    assert sums.count == 3 * 2 * 3
+    assert sums.count == 3 * 2 * 3 > sums.answers > 0
+
+
+def test_end_tokens_are_learned_but_not_counted() -> None:
+    """Of answers that are predicted except for their end, the error is 0 and the loss is not."""
+    table = 40 * jnp.eye(WORDS)
+    inputs = problem()[2]
+    predicted = np.where(targets(inputs) == END, 3, targets(inputs))
+    states = jnp.asarray(predicted[..., None] == np.arange(WORDS), jnp.float32)
+    sums = loss.sums(states, Head(table, None), inputs, (END, 40))
+    assert (float(sums.hits), float(sums.answers)) == (15, 15)
+    np.testing.assert_allclose((sums.nll, sums.count), (3 * 40, 18), rtol=1e-5)
+    everything = loss.sums(states, Head(table, None), inputs)
+    assert (float(everything.hits), float(everything.answers)) == (15, 18)
+
+
+def test_sums_by_source_add_up() -> None:
+    """One source has no row here; padding belongs to none."""
+    states, table, inputs = problem()
+    states, table = jnp.asarray(states), jnp.asarray(table)
+    part = np.where(inputs.segment == 2, 2, 0).astype(np.int32)
+    whole = loss.sums(states, Head(table, None), inputs, (END,))
+    sums = jax.jit(loss.sums, static_argnums=(3, 4))(states, Head(table, None), inputs._replace(part=part), (END,), 3)
+    for number in range(3):
+        mine = inputs._replace(weight=inputs.weight * (part == number))
+        alone = loss.sums(states, Head(table, None), mine, (END,))
+        np.testing.assert_allclose(
+            (sums.part_nll[number], sums.part_count[number]), (alone.nll, alone.count), rtol=1e-5, atol=1e-5
+        )
+    np.testing.assert_allclose((sums.part_nll.sum(), sums.part_count.sum()), (whole.nll, whole.count), rtol=1e-5)
+    np.testing.assert_allclose(sums[:4], whole[:4], rtol=1e-5)
+    assert whole.part_nll is None
 
 
 def test_of_equal_logits_the_first_word_is_the_answer() -> None:
@@ -82,8 +116,8 @@ def test_16_bit_states_give_32_bit_logits() -> None:
     """The products' factors are rounded, their sums are not."""
     states, table, inputs = problem()
     states, table = (x.astype(jnp.bfloat16).astype(np.float32) for x in (states, table))
-    sums = jax.jit(loss.sums)(states.astype(jnp.bfloat16), Head(table, None), inputs)
-    np.testing.assert_allclose(sums, reference(states, table, inputs, None)[0], rtol=1e-5)
+    sums = jax.jit(loss.sums, static_argnums=3)(states.astype(jnp.bfloat16), Head(table, None), inputs, (END,))
+    np.testing.assert_allclose(sums[:4], reference(states, table, inputs, None)[0], rtol=1e-5)
 
 
 def test_no_buffer_holds_the_logits_of_every_word() -> None:

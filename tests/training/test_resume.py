@@ -28,7 +28,6 @@ from vlm_jax.models.vlm import Vlm
 pytestmark = pytest.mark.xdist_group("resume")  # of one training
 # Two stages of three and four steps, the connector's first; every step is saved but the last of a stage.
 OVERRIDES = {
-    "data.config": "rows4_tiny",
     "stages.0.total_steps": "3",
     "stages.0.warmup_steps": "1",
     "stages.1.total_steps": "4",
@@ -40,8 +39,14 @@ OVERRIDES = {
 
 
 def tiny_spec() -> RunSpec:
-    """The study's recipe on a data set of 64 images, with a small encoder."""
-    spec = resolve(load_config("configs/vlm.py:llm=d24,tokens=4,compressor=pool,stages=2", OVERRIDES))
+    """A mixture of two sources of 64 images, packed into rows of which an epoch has fewer than the run; and a small
+    encoder.
+    """
+    spec = resolve(load_config("configs/vlm.py:llm=d24,tokens=4,compressor=pool,stages=2,data=rows4_tiny", OVERRIDES))
+    (ocr,) = spec.data.train
+    facts = dataclasses.replace(ocr, path="facts", config="facts_tiny", name="facts", weight=0.5)
+    data = dict(train=(ocr, facts), pack="fit", row_tokens=64, questions_per_example=2, row_images=3)
+    spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, **data))
     encoder = EncoderSpec("tiny", image_size=64, patch_size=16, width=16, depth=1, heads=2, mlp_width=16)
     compressor = dataclasses.replace(spec.model.compressor, grid=encoder.grid, encoder_width=16)
     return dataclasses.replace(spec, model=dataclasses.replace(spec.model, encoder=encoder, compressor=compressor))
@@ -106,11 +111,21 @@ def cut(whole, workdir, step: int):
     return workdir
 
 
+def test_the_run_passes_the_end_of_an_epoch(run) -> None:
+    for batches in run.train:
+        rows = batches.epoch(0)
+        assert len(rows) < 4 * 32
+        assert rows.examples == 64 + 32
+        assert len(rows) < rows.examples  # several examples share a row
+    assert len(run.train[0].data.mixture.parts) == 2
+
+
 def test_a_run_writes_what_it_promises(run, whole) -> None:
     """Logs count over both stages, and each stage's last step has one; the summary's fingerprint is the parameters'."""
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
     assert all(np.isfinite(line["loss"]) for line in lines)
+    assert all({"loss/ocr", "loss/facts", "accuracy"} <= set(line) for line in lines)
     assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [1, 2, 4, 5, 6, 7]
     end = job.restore(run.network, whole)
     assert summary(whole)["params_sha256"] == tree.sha256(jax.device_get(end))
@@ -234,18 +249,29 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, tmp_path) -> None
 
 
 def poisoned(run: build.Run, **fields: object) -> tuple[build.Run, str, list[int]]:
-    """A run of the second stage alone, with features that are not numbers for one example; its id, and its steps."""
-    spec = dataclasses.replace(run.network.spec, stages=run.network.spec.stages[1:], **fields)
-    drawn = {step: pipeline.drawn_ids(run.train, spec.data, spec.seed, step) for step in range(1, 5)}
-    name = next(name for name in drawn[2] if name not in drawn[1])
-    index, read = run.train.ids.index(name), run.train_features
+    """A run of the second stage alone, with features that are not numbers for one image; the id of its item, and its
+    steps.
+    """
+    spec, (_, batches) = dataclasses.replace(run.network.spec, stages=run.network.spec.stages[1:], **fields), run.train
+    mixture = batches.data.mixture
+    items = {
+        step: {mixture.locate(n) for plan in batches.rows(step - 1) for n in plan.conversation} for step in range(1, 5)
+    }
+    items = {step: {(part, mixture.parts[part].item[i]) for part, i in there} for step, there in items.items()}
+    part, item = min(items[2] - items[1])
+    dataset, read = mixture.parts[part], batches.data.features[part]
+    index = int(np.flatnonzero(dataset.item == item)[0])
 
-    def features(indices: np.ndarray) -> Visual:
-        visual = read(indices)
-        return visual._replace(tokens=np.where((indices == index)[:, None, None], np.float16(np.nan), visual.tokens))
+    def features(numbers: np.ndarray) -> Visual:
+        visual, poison = read(numbers), (numbers == dataset.first_image[index])[:, None, None]
+        return visual._replace(tokens=np.where(poison, np.float16(np.nan), visual.tokens))
 
-    bad = run._replace(network=run.network._replace(spec=spec), train_features=features)
-    return bad, name, [step for step, ids in drawn.items() if name in ids]
+    replaced = tuple(features if number == part else f for number, f in enumerate(batches.data.features))
+    data = batches.data._replace(features=replaced)
+    bad = run._replace(
+        network=run.network._replace(spec=spec), train=(pipeline.Batches(data, batches.seed, batches.slots),)
+    )
+    return bad, dataset.id_of(index), [step for step, there in items.items() if (part, item) in there]
 
 
 def test_a_bad_step_stops_the_run(run, tmp_path) -> None:

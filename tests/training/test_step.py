@@ -26,7 +26,14 @@ class Rows(NamedTuple):
 def forward(params: dict, rows: Rows) -> LossSums:
     """Sum of w (x A b - y)^2: "encoder" is not used, A is the connector and b the decoder."""
     error = rows.x @ params["connector"]["a"] @ params["decoder"]["b"] - rows.y
-    return LossSums(jnp.sum(rows.weight * error**2), jnp.sum(rows.weight * (error > 0)), jnp.sum(rows.weight))
+    return LossSums(
+        nll=jnp.sum(rows.weight * error**2),
+        count=jnp.sum(rows.weight),
+        hits=jnp.sum(rows.weight * (error > 0)),
+        answers=jnp.sum(rows.weight),
+        part_nll=jnp.sum(rows.weight * error**2, axis=0),  # two sources
+        part_count=jnp.sum(rows.weight, axis=0),
+    )
 
 
 def problem() -> tuple[dict, Rows]:
@@ -58,9 +65,9 @@ def test_a_step_against_gradients_by_hand(microbatches: int) -> None:
     by_hand = {"a": rows.x.T @ pull @ b.T, "b": (rows.x @ a).T @ pull}
 
     state, sums, norms = one_step(params, rows, optax.sgd(0.1), ("connector", "decoder"), microbatches)
-    np.testing.assert_allclose(
-        sums, ((rows.weight * error**2).sum(), (rows.weight * (error > 0)).sum(), rows.weight.sum()), rtol=1e-5
-    )
+    nll, count = rows.weight * error**2, rows.weight.sum()
+    expected = (nll.sum(), count, (rows.weight * (error > 0)).sum(), count, nll.sum(axis=0), rows.weight.sum(axis=0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), tuple(sums), expected)
     np.testing.assert_allclose(state.params["connector"]["a"], a - 0.1 * by_hand["a"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.params["decoder"]["b"], b - 0.1 * by_hand["b"], rtol=1e-5, atol=1e-6)
     size = np.sqrt((by_hand["a"] ** 2).sum() + (by_hand["b"] ** 2).sum())
@@ -104,4 +111,4 @@ def test_two_stages() -> None:
     assert int(second.step) == 2
     np.testing.assert_array_equal(first.params["decoder"]["b"], params["decoder"]["b"])
     assert np.all(np.asarray(second.params["decoder"]["b"]) != np.asarray(params["decoder"]["b"]))
-    np.testing.assert_allclose(sums, jax.jit(forward)(first.params, rows), rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, jax.jit(forward)(first.params, rows))
