@@ -148,7 +148,9 @@ def _with_steps(stage: StageSpec, data: DataSpec, batches: Batches) -> StageSpec
         rows = batches.epoch(0)
         epochs = stage.epochs or stage.examples / rows.examples
         steps = max(1, math.ceil(round(epochs * len(rows) / data.batch_rows, 6)))
-    warmup = stage.warmup_steps or round(stage.warmup_share * steps)
+    warmup = stage.warmup_steps or min(round(stage.warmup_share * steps), steps - 1)
+    if warmup >= steps:
+        raise UserError(f"stage {stage.name}: expected warmup_steps below its {steps} steps, got {warmup}")
     return dataclasses.replace(stage, total_steps=steps, warmup_steps=warmup)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from vlm_jax.data.sources import Split
 
 import vlm_jax
 from tests import builders
@@ -24,7 +25,6 @@ from vlm_jax import export
 from vlm_jax.checkpoints.huggingface import exporting, processors
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images
-from vlm_jax.data.sources import Split
 from vlm_jax.inference import prompts
 from vlm_jax.models.vlm import Vlm
 
