@@ -94,7 +94,7 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
         (
             VLM,
             {"stages.0.total_steps": "0"},
-            ("expected one of total_steps, epochs and examples above 0", "total_steps=0"),
+            ("one of total_steps, epochs and examples above 0", "total_steps=0"),
         ),
         (VLM, {"compute.microbatches": "0"}, ("compute.microbatches", "at least 1, got 0")),
         (VLM, {"optim.peaklr": "1.0"}, ("peaklr", "peak_lr")),
