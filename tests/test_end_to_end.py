@@ -22,7 +22,7 @@ from vlm_jax.evaluation import results
 
 pytestmark = pytest.mark.xdist_group("end to end")  # of one training
 ROOT = Path(__file__).parents[1]
-TINY = ("--config.data.config=rows4_tiny", "--config.stages.0.total_steps=6", "--config.stages.0.warmup_steps=1")
+TINY = ("--config.stages.0.total_steps=6", "--config.stages.0.warmup_steps=1")
 TWO_SAVED = ("--config.save_every_steps=3", "--config.keep_checkpoints=2")
 GRID = """
 from vlm_jax.config.sweep import Grid, param, product
@@ -57,7 +57,7 @@ def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def trained(home: Path) -> Path:
-    workdir, config = home / "run", "configs/vlm.py:llm=d24,tokens=2"
+    workdir, config = home / "run", "configs/vlm.py:llm=d24,tokens=2,data=rows4_tiny"
     done = run(home, "vlm_jax.train", "--config", config, *TINY, *TWO_SAVED, "--workdir", str(workdir))
     assert done.returncode == 0, done.stderr
     return workdir
@@ -75,7 +75,15 @@ def test_train_leaves_a_summary_and_metrics(trained: Path) -> None:
 
 def test_training_again_changes_nothing(home: Path, trained: Path) -> None:
     before = (trained / "summary.json").read_text()
-    done = run(home, "vlm_jax.train", "--config", "configs/vlm.py:llm=d24,tokens=2", *TINY, "--workdir", str(trained))
+    done = run(
+        home,
+        "vlm_jax.train",
+        "--config",
+        "configs/vlm.py:llm=d24,tokens=2,data=rows4_tiny",
+        *TINY,
+        "--workdir",
+        str(trained),
+    )
     assert done.returncode == 0, done.stderr
     assert (trained / "summary.json").read_text() == before
 
@@ -136,14 +144,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (half / "rows.jsonl").write_text('{"cell": "a", "spec_ha')
     (home / "text.png").write_text("text")
     shutil.copytree(trained, home / "lost")
-    shutil.rmtree(home / "lost" / "checkpoints" / "6" / "cursor")
+    shutil.rmtree(home / "lost" / "checkpoints" / "6" / "progress")
     (home / "lost" / "rows.jsonl").unlink(missing_ok=True)
     cases = {
         ("vlm_jax.train", "--config", "configs/vlm.py:llm=d25", "--workdir", workdir): "d24",
         ("vlm_jax.train", "--config", tiny, "--workdir", str(trained)): "another spec",
         ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
         ("vlm_jax.train", "--config", config, "--config.encoder_checkpoint=no.npz", "--workdir", workdir): "no.npz",
-        ("vlm_jax.train", "--config", tiny, "--config.data.text_tokens=5", "--workdir", workdir): "set it to 32",
+        ("vlm_jax.train", "--config", tiny, "--config.data.row_tokens=5", "--workdir", workdir): "row_tokens: expected at least 3",
         ("vlm_jax.train", "--config", tiny, "--config.compute.attention=cudnn", "--workdir", workdir): "NVIDIA",
         ("vlm_jax.train", "--workdir", workdir): "--config",
         ("vlm_jax.evaluate", "--workdir", workdir): "spec.json",

@@ -13,14 +13,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests import builders
-from vlm_jax import build, job
+from vlm_jax import build
 from vlm_jax.checkpoints.huggingface import exporting
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec, RunSpec
-from vlm_jax.data import pipeline
+from vlm_jax.data.conversations import IMAGE
 from vlm_jax.models.vlm import Vlm
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -49,10 +49,8 @@ def published(tmp_path_factory) -> tuple[RunSpec, dict]:
     for part in ("encoder", "decoder"):
         exporting.save_folder(root / part, exporting.part_of(spec, part), params)
     write_tokenizer(root / "decoder")
-    run = resolve(load_config("configs/vlm.py:smoke", {}))
-    data = dataclasses.replace(
-        run.data, config="rows4_tiny", tokenizer=str(root / "decoder"), text_tokens=256, frozen_features=False
-    )
+    run = resolve(load_config("configs/vlm.py:smoke,data=rows4_tiny", {}))
+    data = dataclasses.replace(run.data, tokenizer=str(root / "decoder"), row_tokens=256, frozen_features=False)
     run = dataclasses.replace(
         run, model=spec, data=data, encoder_checkpoint=str(root / "encoder"), decoder_checkpoint=str(root / "decoder")
     )
@@ -70,13 +68,13 @@ def test_training_starts_from_the_published_weights(published) -> None:
 
 
 def test_questions_and_answers_use_the_models_tokenizer(published, tmp_path) -> None:
-    run = build.open_run(published[0], build.default_cache())
-    asked = run.train.question_tokens[0, 0, : run.train.question_lengths[0, 0]]
-    answer = run.train.answer_tokens[0, 0, : run.train.answer_lengths[0, 0]]
-    spelled = "".join(BYTES[i] for i in asked).replace("Ġ", " ").replace("Ċ", "\n")
+    (batches,) = build.open_run(published[0], build.default_cache()).train
+    ids, target = batches.data.mixture.parts[0].conversation(0)
+    assert ids[0] == IMAGE
+    spelled = "".join(BYTES[i] for i in ids[1:][~target[1:]]).replace("Ġ", " ").replace("Ċ", "\n")
     assert spelled.startswith("read row ")
     assert spelled.endswith("\n")
-    assert answer.tolist().index(END) == len(answer) - 1
+    assert ids[target].tolist().index(END) == target.sum() - 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -92,10 +90,10 @@ def test_a_run_sees_as_its_encoders_folder_says(published, tmp_path, frozen: boo
     run = build.open_run(
         dataclasses.replace(spec, encoder_checkpoint=str(tmp_path / "encoder"), data=data), build.default_cache()
     )
-    layout = job.row_layout(run.network.model)
-    inputs, _ = next(pipeline.train_batches(run.train, data, 0, layout, features=run.train_features))
-    shown = [run.train.ids.index(i) for i in pipeline.drawn_ids(run.train, data, 0, 1)]
-    pages = [Image.open(io.BytesIO(run.train.pngs[i])) for i in shown]
+    (batches,) = run.train
+    inputs, (dataset,) = batches[0], batches.data.mixture.parts
+    shown = [int(dataset.item[plan.conversation[0]]) for plan in batches.rows(0)]
+    pages = [Image.open(io.BytesIO(dataset.source[i].images[0])) for i in shown]
     small = np.stack([np.asarray(page.resize((16, 16), Image.Resampling.BOX)) for page in pages])
     encode = jax.jit(run.network.model.encode)
     wanted = encode(params, ((small / 255 - 0.2) / 0.3).astype(np.float32)).tokens

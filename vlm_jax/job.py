@@ -162,7 +162,10 @@ def _train_stages(
         if metrics is not None:
             metrics.write(step, lambda: logbook.evaluation_numbers(result))
 
+    elsewhere = 0  # steps of earlier stages on data of their own
     for batches, (stage, first, last) in zip(run.train, stages(spec), strict=True):
+        data_first = first if stage.data else elsewhere  # stages without data of their own share those of the run
+        elsewhere += stage.total_steps if stage.data else 0
         if restored > last:
             continue
         update = build.train_step(network, stage)
@@ -178,7 +181,6 @@ def _train_stages(
             init = functools.partial(training_step.init_state, **parts)
             state = plan.jit(init, out_shardings=update.shardings, donate_argnums=0)(params)
         step = max(first, restored)
-        data_first = first if stage.data else 0  # its own data start with the stage; those of the run go on
         end = loop.run(
             state,
             step,

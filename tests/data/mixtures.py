@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tests import builders
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec
 from vlm_jax.core.structs import Visual
 from vlm_jax.data import tokenized
@@ -44,7 +45,7 @@ def words(text: str) -> list[int]:
     return [IMAGE if word == "<image>" else int(word) for word in text.split()]
 
 
-def tokenize(turns: Sequence[Turn]) -> Conversation:
+def tokenize(turns: Sequence[Turn], images: int) -> Conversation:
     ids, target, turn_ends = [], [], []
     for turn in turns:
         answer = turn.role == "assistant"
@@ -52,6 +53,8 @@ def tokenize(turns: Sequence[Turn]) -> Conversation:
         ids += new
         target += [answer] * len(new)
         turn_ends += [len(ids)] * answer
+    if ids.count(IMAGE) != images:
+        raise UserError(f"expected {images} images, got {ids.count(IMAGE)}")
     return Conversation(ids, target, turn_ends)
 
 

@@ -82,10 +82,10 @@ def test_items_that_cannot_be_used_are_skipped_and_named(text: str, images: int,
 
 
 def test_an_item_that_the_template_refuses_is_skipped(tmp_path) -> None:
-    def tokenize(turns):
+    def tokenize(turns, images):
         if turns[0].text == "13":
             raise UserError("roles must alternate")
-        return mixtures.tokenize(turns)
+        return mixtures.tokenize(turns, images)
 
     source = mixtures.Listed([mixtures.example("a", "5 | 6"), mixtures.example("b", "13 | 6")])
     dataset = tokenized.open_tokenized(source, False, tokenize, mixtures.bare_ids, "key", tmp_path)
@@ -103,7 +103,7 @@ def test_a_source_without_a_usable_item_is_an_error() -> None:
 def test_the_second_open_tokenizes_nothing(items, tmp_path) -> None:
     first = mixtures.dataset(items, folder=tmp_path)
 
-    def fails(turns):
+    def fails(turns, images):
         raise AssertionError("tokenized again")
 
     source = mixtures.Listed(items)
@@ -178,7 +178,7 @@ def test_a_damaged_folder_is_one_line(damage, items, tmp_path) -> None:
 
 
 def test_an_interrupted_write_leaves_no_tokens(items, tmp_path) -> None:
-    def fails(turns):
+    def fails(turns, images):
         raise KeyboardInterrupt
 
     source = mixtures.Listed(items)

@@ -19,12 +19,17 @@ from vlm_jax.data.sources import Split
 
 import vlm_jax
 from tests import builders
+from tests.data import mixtures
 from tests.golden import peers_answers, peers_text, peers_vision
 from tests.golden.drawn import weights
 from vlm_jax import export
 from vlm_jax.checkpoints.huggingface import exporting, processors
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images
+<<<<<<< HEAD
+=======
+from vlm_jax.data.views import read_pixels
+>>>>>>> coretests
 from vlm_jax.inference import prompts
 from vlm_jax.models.vlm import Vlm
 
@@ -59,12 +64,9 @@ def sideways(path: Path) -> Path:
 
 
 def by_training(path: Path, model: vlm_jax.Model) -> np.ndarray:
-    """Row 1 of a batch of a split that holds this file."""
-    lengths = np.zeros((2, 1), np.int32)
-    texts = (lengths[..., None], lengths) * 2
-    pngs = (path.read_bytes(),) * 2
-    split = Split("made/up", "ocr", "", ("a", "b"), pngs, *texts, lengths[..., None], model.spec.encoder)
-    return split.images(np.array([1]))
+    """The second image of a data set, by path."""
+    dataset = mixtures.dataset([mixtures.example("a", "<image> <image> 5 | 6", [path.read_bytes(), path])])
+    return read_pixels(dataset, np.array([1]), model.spec.encoder)
 
 
 def prepared(model: vlm_jax.Model, given: Any) -> np.ndarray:

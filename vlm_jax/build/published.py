@@ -32,7 +32,7 @@ def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
     """The tokenizer of a language model's folder; "" is that of the glyph suite."""
     path = tokenizer_folder(folder)
     config = inspection.read_config(path) if (path / "config.json").is_file() else {}
-    tokenizer = tokenizers.read_tokenizer(path, config)
+    tokenizer = tokenizers.read_tokenizer(path, config, ("<image>",))
     if not tokenizer.eos_ids:
         raise UserError(f"{folder}: expected an eos_token for training, got none")
     return tokenizer

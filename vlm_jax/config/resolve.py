@@ -134,8 +134,20 @@ def _check_length(stage: StageSpec) -> None:
         )
     if not 0 <= stage.warmup_share <= 1:
         raise UserError(f"stage {stage.name}: expected warmup_share from 0 to 1, got {stage.warmup_share}")
-    if stage.total_steps and not 0 <= stage.warmup_steps <= stage.total_steps:
-        raise UserError(f"stage {stage.name}: expected warmup_steps <= total_steps, got {stage.warmup_steps}")
+    if stage.warmup_steps and stage.warmup_share:
+        raise UserError(
+            f"stage {stage.name}: expected warmup_steps or warmup_share, got both ({stage.warmup_steps} and "
+            f"{stage.warmup_share:g})"
+        )
+    if stage.warmup_steps < 0 or (stage.total_steps and stage.warmup_steps >= stage.total_steps):
+        raise UserError(
+            f"stage {stage.name}: expected warmup_steps from 0 to below its steps, got {stage.warmup_steps} of "
+            f"{stage.total_steps or 'those of its data'}"
+        )
+    if stage.data is not None and stage.data.resize not in _CHOICES["data.resize"]:
+        raise unknown(f"stages ({stage.name}) data.resize:", stage.data.resize, _CHOICES["data.resize"])
+    if stage.data is not None and stage.data.batch_rows < 0:
+        raise UserError(f"stages ({stage.name}) data.batch_rows: expected at least 0, got {stage.data.batch_rows}")
 
 
 def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> None:
