@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from vlm_jax.data.sources import Split
 
 import vlm_jax
 from tests import builders
@@ -26,10 +25,7 @@ from vlm_jax import export
 from vlm_jax.checkpoints.huggingface import exporting, processors
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images
-<<<<<<< HEAD
-=======
 from vlm_jax.data.views import read_pixels
->>>>>>> coretests
 from vlm_jax.inference import prompts
 from vlm_jax.models.vlm import Vlm
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from vlm_jax.build.data import open_data
 from vlm_jax.build.network import Network, open_network
 from vlm_jax.core import specs
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
 from vlm_jax.data.pipeline import Batches
 from vlm_jax.data.views import Data
@@ -43,5 +44,7 @@ def _with_steps(stage: StageSpec, data: DataSpec, batches: Batches) -> StageSpec
         rows = batches.epoch(0)
         epochs = stage.epochs or stage.examples / rows.examples
         steps = max(1, math.ceil(round(epochs * len(rows) / data.batch_rows, 6)))
-    warmup = stage.warmup_steps or round(stage.warmup_share * steps)
+    warmup = stage.warmup_steps or min(round(stage.warmup_share * steps), steps - 1)
+    if warmup >= steps:
+        raise UserError(f"stage {stage.name}: expected warmup_steps below its {steps} steps, got {warmup}")
     return dataclasses.replace(stage, total_steps=steps, warmup_steps=warmup)
