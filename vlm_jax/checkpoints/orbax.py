@@ -5,7 +5,6 @@ processes write their shards to one shared folder; process 0 writes and verifies
 """
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +18,7 @@ from vlm_jax.checkpoints import integrity
 from vlm_jax.checkpoints.huggingface.fields import read_json
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import RunStopped, UserError
-from vlm_jax.core.files import write_json
-
-_DISK_TEXTS = (
-    "No space left",
-    "Read-only file system",
-    "Permission denied",
-    "Disk quota exceeded",
-    "File too large",
-)
-_DISK_CODES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-
+from vlm_jax.core.files import disk_problem, write_json
 
 OnDamage = Callable[[int, str], None]
 
@@ -185,10 +174,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except (UserError, RunStopped):
         raise
     except Exception as error:
-        text = str(error)
-        reason = next((message for message in _DISK_TEXTS if message.lower() in text.lower()), None)
-        if reason is None and isinstance(error, OSError) and error.errno in _DISK_CODES:
-            reason = error.strerror
+        reason = disk_problem(error)
         if reason is None:
             raise
         raise UserError(

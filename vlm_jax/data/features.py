@@ -6,6 +6,7 @@ written atomically, under a lock: one process computes, others wait.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from filelock import FileLock
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write
+from vlm_jax.core.files import atomic_write, remove_stale
 from vlm_jax.core.structs import Visual
 
 Encode = Callable[[np.ndarray], Visual]  # uint8[B,H,H,3] -> Visual
 _BATCH = 128
+_STORES = ("tokens.npy", "taps.npy")
 
 
 def key(images_sha256: str, encoder_sha256: str, settings: dict[str, Any]) -> str:
@@ -46,8 +48,8 @@ def open_or_compute(
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if not (folder / "meta.json").exists():
-            for stale in root.glob(f"{name}.partial-*"):
-                shutil.rmtree(stale)  # of a killed process; they are large
+            remove_stale(folder)  # of a killed process; they are large
+            _remove_incomplete(folder)
             with atomic_write(folder) as new:
                 new.mkdir()
                 _compute(new, images, count, encode, label)
@@ -64,6 +66,15 @@ def open_or_compute(
     return read
 
 
+def _remove_incomplete(folder: Path) -> None:
+    """Removes a folder of features without `meta.json`. Raises `UserError` where it holds anything else."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= set(_STORES):
+        raise UserError(f"{folder}: expected features with their meta.json, got something else: move it away")
+    shutil.rmtree(folder)
+
+
 def _compute(folder: Path, images: Callable[[np.ndarray], np.ndarray], count: int, encode: Encode, label: str) -> None:
     stores: dict[str, np.ndarray] = {}
     for start in track(range(0, count, _BATCH), description=f"features of {label}", transient=True):
@@ -75,13 +86,20 @@ def _compute(folder: Path, images: Callable[[np.ndarray], np.ndarray], count: in
                 continue
             array = np.asarray(value).astype(np.float16)
             if field not in stores:
-                stores[field] = np.lib.format.open_memmap(
-                    folder / f"{field}.npy", mode="w+", dtype=np.float16, shape=(count, *array.shape[1:])
-                )
+                stores[field] = _new_store(folder / f"{field}.npy", (count, *array.shape[1:]))
             stores[field][start : start + _BATCH] = array[: min(_BATCH, count - start)]
     for store in stores.values():
         store.flush()
     (folder / "meta.json").write_text(json.dumps({"examples": count, "source": label}) + "\n")
+
+
+def _new_store(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A writable memory map whose disk space is reserved: writing to a map of a full disk ends the process."""
+    store = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return store
 
 
 def _check(
