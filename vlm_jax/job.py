@@ -29,6 +29,7 @@ from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
 from vlm_jax.distributed import processes
+from vlm_jax.distributed.ownership import own_workdir
 from vlm_jax.evaluation import harness
 from vlm_jax.inference import sampling
 from vlm_jax.models.decoder import unstack_layers
@@ -68,9 +69,23 @@ def train(
     metrics, `on_notice` for a damaged checkpoint, `on_start` once the workdir has been checked.
 
     Raises:
-        UserError: `workdir` belongs to another spec or is not writable, or none of its checkpoints is intact.
+        UserError: another process trains in `workdir`, it belongs to another spec or is not writable, or none of its
+            checkpoints is intact.
         RunStopped: `stop(step)` was True, and the state is saved; or a bad step, see `bad_steps`.
     """
+    with own_workdir(workdir):
+        return _train(run, workdir, on_log, stop, on_notice, on_start)
+
+
+def _train(
+    run: Run,
+    workdir: Path,
+    on_log: OnLog,
+    stop: Callable[[int], bool],
+    on_notice: Callable[[str], None],
+    on_start: Callable[[], object],
+) -> Any:
+    """`train` of a workdir that this run owns."""
     spec, started = run.network.spec, time.monotonic()
     lock_workdir(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
     with disk_errors(workdir), contextlib.ExitStack() as stack:

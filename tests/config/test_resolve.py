@@ -91,7 +91,7 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
             ("splash", "model.mask=causal", "prefix", "attention=xla"),
         ),
         (VLM, {"stages.0.warmup_steps": "99999"}, ("warmup_steps",)),
-        (VLM, {"stages.0.total_steps": "0"}, ("total_steps of at least 1", "got 0")),
+        (VLM, {"stages.0.total_steps": "0"}, ("stages.0.total_steps", "at least 1, got 0")),
         (VLM, {"compute.microbatches": "0"}, ("compute.microbatches", "at least 1, got 0")),
         (VLM, {"optim.peaklr": "1.0"}, ("peaklr", "peak_lr")),
         (f"{VLM}:stages=3", {}, ("stages", "2")),
@@ -118,15 +118,6 @@ def test_a_missing_file_suggests_config_files(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"unknown config file '{tmp_path}/vml.py': did you mean '{tmp_path}/vlm.py'? valid: {tmp_path}/vlm.py"
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("def get_config(:\n", r"vlm\.py:1: expected Python"), ("def get_config(arg): 1\n", "NoneType")]
-)
-def test_a_file_that_makes_no_config_is_reported_in_one_line(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "vlm.py").write_text(text)
-    with pytest.raises(UserError, match=words):
-        load_config(str(tmp_path / "vlm.py"))
 
 
 @pytest.mark.parametrize("name", ["vlm", "llava"])
@@ -174,15 +165,3 @@ def test_grid_algebra() -> None:
         "llm=b,tokens=2",
         "llm=c",
     ]
-
-
-def test_a_repeated_cell_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "grid.py"
-    path.write_text(
-        "from vlm_jax.config.sweep import Grid, param\ndef get_grid(arg):\n    return Grid('x.py', param('a', 1, 1))\n"
-    )
-    with pytest.raises(UserError, match="'a=1' 2 times"):
-        load_grid(str(path))
-    path.write_text("def get_grid(arg):\n    return 3\n")
-    with pytest.raises(UserError, match="expected get_grid to return a Grid, got int"):
-        load_grid(str(path))
