@@ -6,7 +6,6 @@ row = evaluate(run, params, cell, workdir)  # a ResultRow
 
 import contextlib
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -297,9 +296,7 @@ def evaluate(
     """Evaluates `params` on the test split; returns the cell's row of errors and costs. Raises `UserError` unless the
     training of `workdir` is complete.
     """
-    if not (workdir / "summary.json").exists():
-        raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = logbook.read_summary(workdir / "summary.json")
     spec, model = run.network.spec, run.network.spec.model
     result = make_evaluator(run)(params, on_batch)
     return ResultRow(

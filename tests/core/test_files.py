@@ -139,6 +139,7 @@ def test_an_interrupted_process_removes_what_it_has_written(tmp_path: Path) -> N
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "Not a directory"),
+        (FileExistsError(errno.EEXIST, "File exists", "checkpoints"), "File exists: checkpoints"),
         (ValueError("INTERNAL: write failed: No space left on device [/run]"), "No space left"),
         (ValueError("broken"), None),
         (FileNotFoundError(errno.ENOENT, "No such file"), None),

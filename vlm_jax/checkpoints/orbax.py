@@ -14,11 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vlm_jax.checkpoints import integrity
+from vlm_jax.checkpoints import background, integrity
 from vlm_jax.checkpoints.huggingface.fields import read_json
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import RunStopped, UserError
-from vlm_jax.core.files import disk_problem, write_json
+from vlm_jax.core.files import disk_problem, is_full, write_json
 
 OnDamage = Callable[[int, str], None]
 
@@ -35,6 +35,7 @@ class Checkpoints:
     """The checkpoints of a workdir. `save` is asynchronous; `wait` and `close` block until it is on disk."""
 
     def __init__(self, workdir: Path, keep: int = 1, keep_every_steps: int = 0):
+        background.hold_back()
         self.directory = workdir.absolute() / "checkpoints"
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,8 @@ def restore_params(
 
 def _latest_intact(directory: Path, on_damage: OnDamage) -> int | None:
     """See `Checkpoints.latest_intact`. Process 0 verifies and broadcasts the result."""
-    steps = sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+    names = [path.name for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
+    steps = sorted(map(int, names), reverse=True)
     intact, damage = 0, [""] * len(steps)
     if jax.process_index() == 0:
         while intact < len(steps) and (problem := integrity.damage(directory / str(steps[intact]))):
@@ -168,7 +170,7 @@ def save_state(folder: Path, state: Any) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of a disk (full, read-only, no permission) into a `UserError`."""
+    """Turns errors of a disk (`core.files.disk_problem`) into a `UserError`."""
     try:
         yield
     except (UserError, RunStopped):
@@ -177,9 +179,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = disk_problem(error)
         if reason is None:
             raise
+        fix = "free disk space" if is_full(reason) else "mend it"
         raise UserError(
-            f"{path}: cannot write here ({reason}): earlier checkpoints are intact; free disk space or choose another "
-            "--workdir, and run again"
+            f"{path}: cannot write here ({reason}): earlier checkpoints are intact; {fix} or choose another --workdir, "
+            "and run again"
         ) from error
 
 

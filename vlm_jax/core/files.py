@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 _MARK = ".vlm_jax-"  # in the name of each temporary file or folder, before 16 random hex digits
-_DISK_CODES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-_DISK_TEXTS = (
-    "No space left",
-    "Read-only file system",
-    "Permission denied",
-    "Disk quota exceeded",
-    "File too large",
-)
+_FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_CODES = (
+    *_FULL_CODES, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE,
+)  # fmt: skip
+_FULL_TEXTS = ("No space left", "Disk quota exceeded", "File too large")
+_DISK_TEXTS = (*_FULL_TEXTS, "Read-only file system", "Permission denied")
 _open: set[Path] = set()  # temporary paths of running `atomic_write` blocks
 
 
@@ -73,12 +72,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """The reason if `error` comes from a disk (full, read-only, no permission), also one that a library passes on as
-    text; else None."""
+    """The reason if `error` comes from a disk (full, read-only, no permission, a file in the place of a folder), also
+    one that a library passes on as text; else None."""
     text = str(error).lower()
     if reason := next((message for message in _DISK_TEXTS if message.lower() in text), None):
         return reason
-    return error.strerror if isinstance(error, OSError) and error.errno in _DISK_CODES else None
+    if not isinstance(error, OSError) or error.errno not in _DISK_CODES:
+        return None
+    name = error.filename2 or error.filename
+    return f"{error.strerror}: {name}" if name else error.strerror
+
+
+def is_full(reason: str) -> bool:
+    """Whether a reason of `disk_problem` is one of space."""
+    return reason.startswith(_FULL_TEXTS)
 
 
 def _remove(path: Path) -> None:

@@ -61,7 +61,9 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> UserError | None:
         return UserError(f"{workdir}: {_owner(workdir)} trains here: wait for it, end it, or choose another --workdir")
     except OSError as error:
         reason = error.strerror or str(error)
-        return UserError(f"{error.filename or workdir}: cannot write here ({reason}): choose another --workdir")
+        return UserError(
+            f"{error.filename2 or error.filename or workdir}: cannot write here ({reason}): choose another --workdir"
+        )
     return None
 
 
