@@ -4,10 +4,13 @@ network = open_network(spec)            # without data: enough for inference
 run = open_run(spec, cache_dir)         # with data and features, cached in cache_dir
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import disk_problem, is_full
 from vlm_jax.core.specs import PREPARATION, ComputeSpec, DecoderSpec, EncoderSpec, RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
 from vlm_jax.data import features as feature_store
@@ -59,14 +63,38 @@ class Run(NamedTuple):
 
 
 def default_cache() -> Path:
-    """The folder of data sets, features and compiled programs: `$VLM_JAX_CACHE`, else `~/.cache/vlm_jax`."""
-    return Path(os.environ.get("VLM_JAX_CACHE", "~/.cache/vlm_jax")).expanduser()
+    """The folder of data sets, features and compiled programs: `$VLM_JAX_CACHE`, else `~/.cache/vlm_jax`. Raises
+    `UserError` for a user without a home directory."""
+    try:
+        return Path(os.environ.get("VLM_JAX_CACHE") or "~/.cache/vlm_jax").expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no cache: {error} (set VLM_JAX_CACHE=FOLDER or HOME=FOLDER)") from error
 
 
 def use_compilation_cache(cache_dir: Path) -> None:
-    """Turns on JAX's persistent compilation cache."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir / "programs"))
+    """Turns on JAX's persistent compilation cache. Raises `UserError` if `cache_dir` cannot be created or written."""
+    programs = cache_dir / "programs"
+    with cache_errors(cache_dir):
+        programs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=programs).close()
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextlib.contextmanager
+def cache_errors(cache_dir: Path) -> Iterator[None]:
+    """Turns errors of the cache's disk into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        fix = "free disk space, or " if is_full(reason) else ""
+        raise UserError(
+            f"{cache_dir}: the cache cannot be written ({reason}): {fix}set VLM_JAX_CACHE to another folder"
+        ) from error
 
 
 def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Network:
@@ -109,6 +137,11 @@ def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     """The network with its splits and features, built under `cache_dir` if missing. Raises `UserError`."""
     network = open_network(spec)
+    with cache_errors(cache_dir):
+        return _open_run(spec, network, cache_dir)
+
+
+def _open_run(spec: RunSpec, network: Network, cache_dir: Path) -> Run:
     data, encoder = spec.data, network.model.spec.encoder
     train, test = (
         _split(data.dataset, data.config, name, cache_dir / "data", data.tokenizer)._replace(encoder=encoder)

@@ -171,7 +171,7 @@ def watch_sigterm() -> Callable[[int], bool]:
             print("stopped by SIGTERM, without saving: no step ended in time", file=sys.stderr, flush=True)
             os._exit(STOPPED)
 
-    interrupts.watch(signal.SIGTERM, threading.Thread(target=end, name="sigterm", daemon=True).start)
+    interrupts.watch(signal.SIGTERM, lambda: threading.Thread(target=end, name="sigterm", daemon=True).start())
 
     def stop(step: int) -> bool:
         del step
