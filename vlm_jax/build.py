@@ -74,15 +74,17 @@ def default_cache() -> Path:
 def use_compilation_cache(cache_dir: Path) -> None:
     """Turns on JAX's persistent compilation cache. Raises `UserError` if `cache_dir` cannot be created or written."""
     programs = cache_dir / "programs"
-    with cache_errors(cache_dir):
+    try:
         programs.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=programs).close()
+    except OSError as error:
+        raise _cache_error(cache_dir, disk_problem(error) or str(error)) from error
     jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @contextlib.contextmanager
-def cache_errors(cache_dir: Path) -> Iterator[None]:
+def _cache_errors(cache_dir: Path) -> Iterator[None]:
     """Turns errors of the cache's disk into a `UserError`."""
     try:
         yield
@@ -91,10 +93,12 @@ def cache_errors(cache_dir: Path) -> Iterator[None]:
     except Exception as error:
         if (reason := disk_problem(error)) is None:
             raise
-        fix = "free disk space, or " if is_full(reason) else ""
-        raise UserError(
-            f"{cache_dir}: the cache cannot be written ({reason}): {fix}set VLM_JAX_CACHE to another folder"
-        ) from error
+        raise _cache_error(cache_dir, reason) from error
+
+
+def _cache_error(cache_dir: Path, reason: str) -> UserError:
+    fix = "free disk space, or " if is_full(reason) else ""
+    return UserError(f"{cache_dir}: the cache cannot be written ({reason}): {fix}set VLM_JAX_CACHE to another folder")
 
 
 def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Network:
@@ -137,7 +141,7 @@ def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     """The network with its splits and features, built under `cache_dir` if missing. Raises `UserError`."""
     network = open_network(spec)
-    with cache_errors(cache_dir):
+    with _cache_errors(cache_dir):
         return _open_run(spec, network, cache_dir)
 
 

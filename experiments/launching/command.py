@@ -126,7 +126,7 @@ def main(argv: list[str], description: str | None = None) -> int:
     try:
         return _run(args)
     except OSError as error:
-        where = error.filename2 or error.filename or args.workdir
+        where = error.filename2 or error.filename or f"{args.workdir}, or where the output goes"
         raise UserError(f"{where}: {error.strerror or error} (mend it, or choose another --workdir)") from error
 
 
