@@ -74,6 +74,23 @@ def test_export_never_overwrites_and_never_leaves_partial_files(tmp_path, publis
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_export_touches_nothing_beside_its_target(tmp_path, published: Path) -> None:
+    """Folders with names like temporary ones stay; a link is refused, and what it points to stays empty."""
+    for name in ("X.partial", "X.tmp", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "X.partial" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(UserError, match=f"{name}: is a symbolic link"):
+            export.main(["--model", str(published), "--out", str(tmp_path / name)])
+    export.main(["--model", str(published), "--out", str(tmp_path / "X")])
+    assert (tmp_path / "X.partial" / "notes.txt").read_text() == "mine"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    names = {"X", "X.partial", "X.tmp", "dangling", "elsewhere", "in", "link"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_a_run_gives_its_decoder_and_its_encoder(tmp_path, monkeypatch) -> None:
     """The whole model has a compressor, which no class of transformers has."""
     model = builders.model()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from vlm_jax.core import interrupts
 from vlm_jax.core.errors import BAD_STEP, LOST, STOPPED, RunStopped, UserError
 
 EXIT_CODES = f"""exit codes:
@@ -12,6 +13,7 @@ EXIT_CODES = f"""exit codes:
   2    bad input, a disk that is full or read-only, no intact checkpoint: one line says which
   {LOST}    another process was lost; the same command, in all processes, resumes
   {BAD_STEP}    stopped at a bad step (bad_step.policy): see WORKDIR/bad_step
+  {interrupts.INTERRUPTED}  stopped by Ctrl-C; the same command resumes from the newest checkpoint
   {STOPPED}  stopped by SIGTERM and saved; the same command resumes"""
 
 
@@ -31,7 +33,8 @@ def make_parser(command: str, doc: str | None, epilog: str | None = None) -> Arg
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Calls `main(argv)` and exits with its result; `UserError` is one line and exit code 2, Ctrl-C is 130."""
+    """Calls `main(argv)` and exits with its result; `UserError` is one line and exit code 2, Ctrl-C is one and 130."""
+    interrupts.exit_on_interrupt()
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -41,5 +44,5 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
         print(f"stopped: {' '.join(str(stop).split())}", file=sys.stderr)
         code = stop.code
     except KeyboardInterrupt:
-        code = 130
+        interrupts.exit_interrupted()
     sys.exit(code or 0)

@@ -6,7 +6,6 @@ row = evaluate(run, params, cell, workdir)  # a ResultRow
 
 import contextlib
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from vlm_jax.core.structs import TrainState
 from vlm_jax.data import pipeline
 from vlm_jax.data.views import Data
 from vlm_jax.distributed import processes
+from vlm_jax.distributed.ownership import own_workdir
 from vlm_jax.evaluation import harness
 from vlm_jax.inference import sampling
 from vlm_jax.models.decoder import unstack_layers
@@ -69,9 +69,23 @@ def train(
     metrics, `on_notice` for a damaged checkpoint, `on_start` once the workdir has been checked.
 
     Raises:
-        UserError: `workdir` belongs to another spec or is not writable, or none of its checkpoints is intact.
+        UserError: another process trains in `workdir`, it belongs to another spec or is not writable, or none of its
+            checkpoints is intact.
         RunStopped: `stop(step)` was True, and the state is saved; or a bad step, see `bad_steps`.
     """
+    with own_workdir(workdir):
+        return _train(run, workdir, on_log, stop, on_notice, on_start)
+
+
+def _train(
+    run: Run,
+    workdir: Path,
+    on_log: OnLog,
+    stop: Callable[[int], bool],
+    on_notice: Callable[[str], None],
+    on_start: Callable[[], object],
+) -> Any:
+    """`train` of a workdir that this run owns."""
     spec, started = run.network.spec, time.monotonic()
     lock_workdir(workdir, specs.to_dict(spec), specs.MAY_CHANGE)
     with disk_errors(workdir), contextlib.ExitStack() as stack:
@@ -305,9 +319,7 @@ def evaluate(
     """Evaluates `params` on the test split; returns the cell's row of errors and costs. Raises `UserError` unless the
     training of `workdir` is complete.
     """
-    if not (workdir / "summary.json").exists():
-        raise UserError(f"{workdir}: its training has not ended (no summary.json); run vlm_jax.train on it again")
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = logbook.read_summary(workdir / "summary.json")
     spec, model, mixture = run.network.spec, run.network.spec.model, _test(run).mixture
     result = harness.summarise(make_evaluator(run)(params, on_batch))
     return ResultRow(

@@ -1,6 +1,7 @@
 """The numbers of a run: metrics of a log, and `summary.json`."""
 
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlm_jax.checkpoints.huggingface.fields import read_json
 from vlm_jax.core import specs
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_json
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import LossSums
@@ -105,3 +108,18 @@ def write_summary(
         "spec": specs.to_dict(spec),
     }
     write_json(path, summary)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The contents of `summary.json`. Raises `UserError` where it is missing or damaged."""
+    values = read_json(path)
+    if values is None:
+        raise UserError(f"{path.parent}: its training has not ended (no summary.json); run vlm_jax.train on it again")
+    for name, kind in (("train_flops", float), ("secs", float), ("params_sha256", str)):
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+            raise UserError(
+                f"{path}: {name}: expected a {'number' if kind is float else 'text'}, got {reprlib.repr(value)} "
+                "(delete the file and run vlm_jax.train again)"
+            )
+    return values

@@ -12,6 +12,7 @@ def main(argv: list[str]) -> None:
     from vlm_jax.config.arguments import load_config, split_overrides
     from vlm_jax.config.resolve import resolve
     from vlm_jax.distributed import processes
+    from vlm_jax.distributed.ownership import own_workdir
 
     parser = make_parser("train", __doc__, EXIT_CODES)
     parser.add_argument("--config", required=True, help="FILE.py:name=value,...; fields: --config.optim.clip_norm=0.5")
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
     argv, overrides = split_overrides(argv)
     args = parser.parse_args(argv)
     spec = resolve(load_config(args.config, overrides))
-    with processes.init_distributed(args):
+    with processes.init_distributed(args), own_workdir(args.workdir):
         _train(spec, args.workdir)
 
 

@@ -54,7 +54,10 @@ def row_of(cell: Cell) -> ResultRow | None:
     path = cell.folder / "row.json"
     if not path.exists():
         return None
-    (row,) = results.read(path)
+    rows = results.read(path)
+    if len(rows) != 1:
+        raise UserError(f"{path}: expected one row, got {len(rows)} (delete it and run the cell again)")
+    (row,) = rows
     return row if row.spec_hash == cell.spec_hash else None
 
 

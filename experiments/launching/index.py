@@ -19,6 +19,7 @@ from experiments.launching import states
 from experiments.launching.attempt import attempt, with_checkpoints
 from experiments.launching.cells import Cell, rows_of
 from vlm_jax.core.errors import STOPPED, RunStopped, UserError
+from vlm_jax.core.interrupts import INTERRUPTED
 from vlm_jax.distributed import processes
 
 _NONE = -1  # in place of an index
@@ -34,15 +35,21 @@ def parse(text: str, cells: list[Cell]) -> list[Cell]:
         return cells
     number, slash, shares = text.partition("/")
     if slash:
-        if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
-            raise UserError(f"--index {text}: expected share I/N with I from 0 to N - 1, as in 0/4")
+        if not (_is_index(number) and _is_index(shares) and int(number) < int(shares)):
+            raise UserError(f"--index {text[:80]}: expected share I/N with I from 0 to N - 1, as in 0/4")
         return sorted(cells, key=lambda cell: -cell.flops)[int(number) :: int(shares)]
     chosen = []
     for item in text.split(","):
-        if not item.isdecimal() or int(item) >= len(cells):
-            raise UserError(f"--index {text}: the grid has cells 0 to {len(cells) - 1} (several: 3,7 or 0/4 or all)")
+        if not _is_index(item) or int(item) >= len(cells):
+            raise UserError(
+                f"--index {text[:80]}: the grid has cells 0 to {len(cells) - 1} (several: 3,7 or 0/4 or all)"
+            )
         chosen.append(cells[int(item)])
     return chosen
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console: Console) -> int:
@@ -67,6 +74,7 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
 
 
 def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends the process of the cell too
     failed = 0
     flags = ["--grid", args.grid, "--workdir", str(args.workdir), "--processes", args.processes]
     flags += [] if args.process is None else ["--process", str(args.process), "--coordinator", args.coordinator]
@@ -74,7 +82,7 @@ def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -
         console.print(f"cell {cell.index}, {number} of {len(left)}: {cell.name}", soft_wrap=True)
         command = [sys.executable, "-m", "experiments.launch", *flags, "--index", str(cell.index)]
         code = subprocess.run(command, check=False).returncode
-        if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+        if code in (STOPPED, INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
             return STOPPED
         failed += code != 0
     console.print(f"{len(left) - failed} of {len(left)} cells done" if left else "nothing to do")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def run(left: list[Cell], grid: str, workdir: Path, workers: int, console: Conso
         with open(log, "ab") as output:
             return subprocess.Popen([*prefix, *command], stdout=output, stderr=output, env=os.environ | environment)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # workers end their step and save first
     running = {index: start(index) for index in range(workers)}
     try:
         follow(left, workdir, _tender(running, left, start, log), console, _LOOK_EVERY_SECS)

@@ -1,5 +1,7 @@
 """A TPU slice before it is paid for: how fast cells train on it, and whether it can run them at all."""
 
+import re
+
 from experiments.launching.cells import Cell
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.distributed import partitioning
@@ -15,8 +17,8 @@ def parse(accelerator: str) -> tuple[chips.Chip, int]:
     if kind not in _KINDS:
         raise unknown("accelerator", accelerator, [f"{name}-16" for name in _KINDS])
     chip, cores = _KINDS[kind]
-    if not count.isdecimal() or int(count) < cores:
-        raise UserError(f"--accelerator: expected a type with its size, such as {kind}-16, got {accelerator}")
+    if not re.fullmatch("[0-9]{1,6}", count) or int(count) < cores:
+        raise UserError(f"--accelerator: expected a type with its size, such as {kind}-16, got {accelerator[:80]}")
     return chips.chip(chip), int(count) // cores
 
 

@@ -12,6 +12,7 @@ its progress file is recent.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -78,10 +79,13 @@ def reporter(cell: Cell) -> Report:
 
 
 def progress_of(cell: Cell) -> dict[str, Any] | None:
-    """The contents of `progress.json`, or None."""
+    """The contents of `progress.json`; None where there is none, or a damaged one."""
     try:
-        return json.loads((cell.folder / "progress.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        values = json.loads((cell.folder / "progress.json").read_text())
+        times = values["share"], values["time"]
+        fits = isinstance(values["doing"], str) and isinstance(values["host"], str) and isinstance(values["pid"], int)
+        return values if fits and all(math.isfinite(float(value)) for value in times) else None
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 
@@ -110,12 +114,15 @@ def error_of(cell: Cell) -> list[str]:
         return (cell.folder / "error.txt").read_text(errors="replace").strip().splitlines() or ["failed"]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        return [f"{error.filename}: {error.strerror} (delete it)"]
 
 
 def task_of(cell: Cell) -> str:
     """The Slurm task that last got the cell; empty where none has."""
-    path = cell.folder / "job.txt"
-    return path.read_text().strip() if path.exists() else ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (cell.folder / "job.txt").read_text().strip()
+    return ""
 
 
 def fail(cell: Cell, text: str) -> None:

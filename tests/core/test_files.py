@@ -1,13 +1,20 @@
 """A file or folder is replaced in one step, or stays as it was."""
 
+import contextlib
+import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-from vlm_jax.core.files import atomic_write, write_json, write_text
+from vlm_jax.core.files import atomic_write, disk_problem, remove_stale, remove_temporary, write_json, write_text
+
+ROOT = Path(__file__).parents[2]
 
 
 def names(folder: Path) -> list[str]:
@@ -27,14 +34,36 @@ def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert names(tmp_path) == ["figure.png"]
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def write_folder(path: Path, content: str) -> None:
+    with atomic_write(path) as new:
+        new.mkdir()
+        (new / content).write_text(content)
+
+
+def test_a_folder_appears_when_the_block_ends_and_replaces_an_empty_one_alone(tmp_path: Path) -> None:
+    """What somebody writes into the target while the block runs is not lost."""
     path = tmp_path / "model.v1"
-    for content in ("old", "new"):
-        with atomic_write(path) as new:
-            new.mkdir()
-            (new / content).write_text(content)
+    path.mkdir()
+    write_folder(path, "new")
     assert names(tmp_path) == ["model.v1"]
+    with pytest.raises(OSError, match="not empty"):
+        write_folder(path, "newer")
     assert names(path) == ["new"]
+    assert names(tmp_path) == ["model.v1"]
+
+
+def test_a_link_is_replaced_and_its_target_is_not_touched(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("precious")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert (target.read_text(), link.read_text(), link.is_symlink()) == ("precious", "new", False)
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    with pytest.raises(OSError, match="directory"):
+        write_folder(link, "new")
+    assert not names(folder)
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
@@ -54,10 +83,70 @@ def test_a_block_that_fails_changes_nothing(tmp_path: Path, error: BaseException
     assert names(tmp_path) == ["rows.json"]
 
 
-def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / f"a.partial-{os.getpid()}.txt").mkdir()
-    write_text(tmp_path / "a.txt", "new")
-    assert names(tmp_path) == ["a.txt"]
+THEIRS = (
+    "law.partial", "law.json.new", "law.json.tmp", f"law.partial-{os.getpid()}.json", ".law.json", ".law.vlm_jax-.json",
+    ".law.vlm_jax-0123.json", "law.vlm_jax-0123456789abcdef.json", ".law.vlm_jax-0123456789abcdef.json.old",
+)  # fmt: skip
+
+
+def test_files_with_names_like_temporary_ones_stay(tmp_path: Path) -> None:
+    """Also where the write fails, and where leftovers of killed processes are removed."""
+    for name in THEIRS:
+        (tmp_path / name).write_text("mine")
+    write_text(tmp_path / "law.json", "new")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "law.json", "\ud800")
+    remove_stale(tmp_path / "law.json")
+    assert names(tmp_path) == sorted((*THEIRS, "law.json"))
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from vlm_jax.core.files import atomic_write
+
+with atomic_write(pathlib.Path(sys.argv[1])) as new:
+    new.write_text("half") if sys.argv[2] == "file" else new.mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, kind: str) -> None:
+    """A block that still runs keeps its file."""
+    path = tmp_path / "a.npy"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), kind], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = names(tmp_path)
+    assert left != "a.npy"
+    with atomic_write(path) as new:
+        new.write_text("new")
+        remove_stale(path)
+    assert names(tmp_path) == ["a.npy"]
+
+
+def test_an_interrupted_process_removes_what_it_has_written(tmp_path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), atomic_write(tmp_path / "a") as new:
+        new.mkdir()
+        (new / "half").write_text("half")
+        remove_temporary()
+        assert not names(tmp_path)
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "Not a directory"),
+        (FileExistsError(errno.EEXIST, "File exists", "checkpoints"), "File exists: checkpoints"),
+        (ValueError("INTERNAL: write failed: No space left on device [/run]"), "No space left"),
+        (ValueError("broken"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file"), None),
+    ],
+)
+def test_errors_of_a_disk_are_recognised(error: Exception, reason: str | None) -> None:
+    assert disk_problem(error) == reason
 
 
 def test_content_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

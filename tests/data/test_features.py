@@ -1,6 +1,8 @@
 """Stored features are the live encoder's, computed once."""
 
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -83,14 +85,35 @@ def test_of_two_at_once_one_computes(tmp_path) -> None:
 
 
 def test_what_was_half_written_is_ignored(tmp_path) -> None:
-    """Neither the folder of an interrupted computation nor a folder without its last file is taken for features."""
-    for name in ("key.partial-1", "key"):
+    """Neither the folder of an interrupted computation nor a folder without its last file is taken for features; a
+    user's folder stays, whatever its name."""
+    for name in (".key.vlm_jax-0123456789abcdef", "key.partial-1", "key"):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "tokens.npy", np.zeros((COUNT, 16, 48), np.float16))
     counted = Counted(brightness)
     read = counted.open(tmp_path)
     np.testing.assert_array_equal(read(np.arange(COUNT)).tokens, brightness(counted.pixels).tokens.astype(np.float16))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock", "key.partial-1"]
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path) -> None:
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"key: expected features with their meta\.json"):
+        Counted(brightness).open(tmp_path)
+    assert (tmp_path / "key" / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_an_error_before_the_memory_map_is_written(tmp_path, monkeypatch) -> None:
+    """Without space for its pages, writing to a map ends the process with SIGBUS."""
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Counted(brightness).open(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
 
 
 def test_an_encoder_that_fails_leaves_no_features(tmp_path) -> None:

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import jax
 import pytest
+from filelock import FileLock
 
 from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job
 from vlm_jax.checkpoints import big_vision
-from vlm_jax.cli import ArgumentParser
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core import tree
 from vlm_jax.core.errors import LOST, STOPPED, UserError
 from vlm_jax.core.specs import RunSpec
 from vlm_jax.distributed import processes
+from vlm_jax.distributed.ownership import own_workdir
 
 pytestmark = pytest.mark.xdist_group("processes")  # of one training
 ROOT = Path(__file__).parents[2]
@@ -50,10 +52,14 @@ def main(argv: list[str]) -> None:
     processes.add_flags(parser)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--lost", type=int)
+    parser.add_argument("--own", action="store_true")
     args = parser.parse_args(argv)
     with processes.init_distributed(args):
         if args.lost is not None:
             return lose(args.lost)
+        if args.own:
+            with own_workdir(args.folder):
+                return
         run = build.open_run(spec(args.folder), args.folder)
         params = job.train(run, args.folder / "two", lambda log, values: None)
         again = job.restore(run.network, args.folder / "two")
@@ -180,6 +186,16 @@ def test_where_one_process_is_lost_the_other_exits_and_says_how_to_resume(lost: 
     assert "start all processes again, they resume from the newest checkpoint" in output[1 - lost]
 
 
+@pytest.mark.slow
+def test_where_another_run_owns_the_workdir_all_processes_end_at_once(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "run.lock"):
+        codes, output = end_both(start_both("--own", "--folder", str(tmp_path), devices=1), 60)
+    assert codes == [2, 2], output
+    assert "trains here: wait for it, end it, or choose another --workdir" in output[0]
+    assert "process 0 cannot lock it, its message says why" in output[1]
+    assert all("Traceback" not in text for text in output)
+
+
 SIGTERM = """
 import os, signal, threading
 from vlm_jax.distributed import processes
@@ -225,4 +241,4 @@ def test_inconsistent_flags_are_an_error(argv: list[str], message: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -2,11 +2,15 @@
 
 import json
 import math
+import struct
 import threading
 from pathlib import Path
 
 import pytest
+from tensorboardX import RecordWriter
+from tensorboardX.proto import event_pb2
 
+from vlm_jax.core.errors import UserError
 from vlm_jax.training.metrics import MetricWriter
 
 
@@ -98,3 +102,68 @@ def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def events(workdir: Path) -> list[event_pb2.Event]:
+    """TFRecords: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    (path,) = (workdir / "tensorboard").iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    """A resumed run starts a session at its first step, so that TensorBoard drops what an earlier one logged later."""
+    writer = MetricWriter(tmp_path, 3)
+    for step in (4, 5):
+        writer.write(step, lambda step=step: {"loss": step / 2, "token_error": 0.25})
+    writer.close()
+    version, start, *scalars = events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (4, event_pb2.SessionLog.START)
+    values = [(event.step, event.summary.value[0].tag, event.summary.value[0].simple_value) for event in scalars]
+    assert values == [(4, "loss", 2.0), (4, "token_error", 0.25), (5, "loss", 2.5), (5, "token_error", 0.25)]
+
+
+@pytest.mark.parametrize("full", ["_lines", "_board"])
+def test_a_full_disk_is_the_error_of_the_next_call(tmp_path: Path, full: str) -> None:
+    """No thread of its own dies of it, and `close` closes the other file and returns."""
+    writer = MetricWriter(tmp_path)
+    writer._lines.close()
+    writer._board.close()
+    if full == "_lines":
+        writer._lines = open("/dev/full", "a")  # noqa: SIM115 - closed by close()
+        writer._board = RecordWriter(str(tmp_path / "events"))
+    else:
+        writer._lines = open(tmp_path / "lines", "a")  # noqa: SIM115 - closed by close()
+        writer._board = RecordWriter("/dev/full")
+        writer._flushed = -math.inf
+    writer.write(1, lambda: {"loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert writer._lines.closed
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_folder_or_file_in_the_place_of_the_other_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "metrics.jsonl").mkdir() if name == "metrics.jsonl" else (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=rf"{name}: metrics cannot be written here \(.*\): move it"):
+        MetricWriter(tmp_path, 2)
+
+
+def test_damaged_lines_are_dropped(tmp_path: Path) -> None:
+    good = '{"step": 1, "loss": 1.5, "grad_norm": null, "skipped": 2}'
+    lines = [
+        good, '{"step": "2", "loss": 1.0}', '{"step": 2, "loss": "x"}', "[" * 100_000, "3", "\0", '{"loss": 1}',
+        '{"step": 2, "loss": ' + "9" * 5000 + "}", '{"step": 2, "loss": 1' + "0" * 400 + "}", '{"step": 2, "a": {}}',
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    writer = MetricWriter(tmp_path, 2)
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == good + "\n"
+    assert (writer.last["loss"], writer.last["skipped"]) == (1.5, 2.0)

@@ -1,7 +1,10 @@
 """The model of a `RunSpec` on a mesh, its initial parameters and its train step."""
 
+import contextlib
 import dataclasses
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import disk_problem, is_full
 from vlm_jax.core.specs import (
     PREPARATION,
     ComputeSpec,
@@ -47,14 +51,42 @@ class TrainStep(NamedTuple):
 
 
 def default_cache() -> Path:
-    """The folder of data sets, features and compiled programs: `$VLM_JAX_CACHE`, else `~/.cache/vlm_jax`."""
-    return Path(os.environ.get("VLM_JAX_CACHE", "~/.cache/vlm_jax")).expanduser()
+    """The folder of data sets, features and compiled programs: `$VLM_JAX_CACHE`, else `~/.cache/vlm_jax`. Raises
+    `UserError` for a user without a home directory."""
+    try:
+        return Path(os.environ.get("VLM_JAX_CACHE") or "~/.cache/vlm_jax").expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no cache: {error} (set VLM_JAX_CACHE=FOLDER or HOME=FOLDER)") from error
 
 
 def use_compilation_cache(cache_dir: Path) -> None:
-    """Turns on JAX's persistent compilation cache."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir / "programs"))
+    """Turns on JAX's persistent compilation cache. Raises `UserError` if `cache_dir` cannot be created or written."""
+    programs = cache_dir / "programs"
+    try:
+        programs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=programs).close()
+    except OSError as error:
+        raise _cache_error(cache_dir, disk_problem(error) or str(error)) from error
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextlib.contextmanager
+def cache_errors(cache_dir: Path) -> Iterator[None]:
+    """Turns errors of the cache's disk into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        raise _cache_error(cache_dir, reason) from error
+
+
+def _cache_error(cache_dir: Path, reason: str) -> UserError:
+    fix = "free disk space, or " if is_full(reason) else ""
+    return UserError(f"{cache_dir}: the cache cannot be written ({reason}): {fix}set VLM_JAX_CACHE to another folder")
 
 
 def open_network(spec: RunSpec, plan: partitioning.Plan | None = None) -> Network:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlm_jax.build.data import open_data
-from vlm_jax.build.network import Network, open_network
+from vlm_jax.build.network import Network, cache_errors, open_network
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
@@ -25,6 +25,11 @@ class Run(NamedTuple):
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     """The network with its data and features, which are made under `cache_dir` if missing. Raises `UserError`."""
     network = open_network(spec)
+    with cache_errors(cache_dir):
+        return _open_run(spec, network, cache_dir)
+
+
+def _open_run(spec: RunSpec, network: Network, cache_dir: Path) -> Run:
     train, stages = [], []
     for stage in spec.stages:
         data_spec = specs.data_of(spec, stage)

@@ -5,7 +5,6 @@ processes write their shards to one shared folder; process 0 writes and verifies
 """
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vlm_jax.checkpoints import integrity
+from vlm_jax.checkpoints import background, integrity
 from vlm_jax.checkpoints.huggingface.fields import read_json
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import RunStopped, UserError
-from vlm_jax.core.files import write_json
-
-_DISK_TEXTS = (
-    "No space left",
-    "Read-only file system",
-    "Permission denied",
-    "Disk quota exceeded",
-    "File too large",
-)
-_DISK_CODES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-
+from vlm_jax.core.files import disk_problem, is_full, write_json
 
 OnDamage = Callable[[int, str], None]
 
@@ -45,6 +34,7 @@ class Checkpoints:
     """The checkpoints of a workdir. `save` is asynchronous; `wait` and `close` block until it is on disk."""
 
     def __init__(self, workdir: Path, keep: int = 1, keep_every_steps: int = 0):
+        background.hold_back()
         self.directory = workdir.absolute() / "checkpoints"
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -151,7 +141,8 @@ def restore_params(
 
 def _latest_intact(directory: Path, on_damage: OnDamage) -> int | None:
     """See `Checkpoints.latest_intact`. Process 0 verifies and broadcasts the result."""
-    steps = sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+    names = [path.name for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
+    steps = sorted(map(int, names), reverse=True)
     intact, damage = 0, [""] * len(steps)
     if jax.process_index() == 0:
         while intact < len(steps) and (problem := integrity.damage(directory / str(steps[intact]))):
@@ -177,21 +168,19 @@ def save_state(folder: Path, state: Any) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of a disk (full, read-only, no permission) into a `UserError`."""
+    """Turns errors of a disk (`core.files.disk_problem`) into a `UserError`."""
     try:
         yield
     except (UserError, RunStopped):
         raise
     except Exception as error:
-        text = str(error)
-        reason = next((message for message in _DISK_TEXTS if message.lower() in text.lower()), None)
-        if reason is None and isinstance(error, OSError) and error.errno in _DISK_CODES:
-            reason = error.strerror
+        reason = disk_problem(error)
         if reason is None:
             raise
+        fix = "free disk space" if is_full(reason) else "mend it"
         raise UserError(
-            f"{path}: cannot write here ({reason}): earlier checkpoints are intact; free disk space or choose another "
-            "--workdir, and run again"
+            f"{path}: cannot write here ({reason}): earlier checkpoints are intact; {fix} or choose another --workdir, "
+            "and run again"
         ) from error
 
 

@@ -5,9 +5,13 @@ defaults; overrides of single fields are applied afterwards.
 """
 
 import ast
+import contextlib
 import importlib.util
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,64 +41,121 @@ def _typed(name: str, text: str, default: Any) -> Any:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         value = text
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     if isinstance(default, tuple) and isinstance(value, list):
         value = tuple(value)
     if default is not None and type(value) is not type(default):
-        raise UserError(f"{name}: expected a {type(default).__name__} such as {default!r}, got {text!r}")
+        raise UserError(
+            f"{name}: expected a {type(default).__name__} such as {reprlib.repr(default)}, got {reprlib.repr(text)}"
+        )
     return value
 
 
-def load_file(path: str | Path) -> ModuleType:
-    """Imports a config or grid file. Raises `UserError` if there is none."""
-    path = Path(path)
-    if not path.is_file():
-        configs = [str(p) for p in path.parent.glob("*.py") if p.is_file() and _DEFINES.search(p.read_bytes())]
-        raise unknown("config file", str(path), configs) if configs else UserError(f"no config file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+def call_function(path: str | Path, name: str, arg: str) -> Any:
+    """The result of the function `name` of a config or grid file.
+
+    Raises `UserError` with file and line for whatever goes wrong in the file, and where there is no such function.
+    """
+    module = _load_file(Path(path))
+    function = getattr(module, name, None)
+    if not callable(function):
+        got = "none" if function is None else type(function).__name__
+        raise UserError(f"{path}: expected a function {name}(arg), got {got}")
     try:
+        inspect.signature(function).bind(arg)
+    except (TypeError, ValueError) as error:
+        line = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", None)
+        where = path if line is None else f"{path}:{line}"
+        raise UserError(f"{where}: expected a function {name}(arg), got one of other parameters ({error})") from error
+    with _errors_of(Path(path)):
+        return function(arg)
+
+
+def _load_file(path: Path) -> ModuleType:
+    try:
+        is_file = path.is_file()
+        others = [] if is_file else [str(p) for p in path.parent.glob("*.py") if p.is_file() and _defines(p)]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"config file {reprlib.repr(str(path))}: cannot be read ({error.__class__.__name__})"
+        ) from error
+    if not is_file:
+        raise unknown("config file", str(path), others) if others else UserError(f"no config file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: expected a Python file, whose name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    with _errors_of(path):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: expected Python, got {error.msg}") from error
     return module
+
+
+def _defines(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return _DEFINES.search(path.read_bytes()) is not None
+    return False
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turns an exception of a user's config file into one line: the file, the line that raised or called what raised,
+    and the error."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # also SystemExit: the file ends no command
+        if isinstance(error, SyntaxError) and error.filename:
+            file, line, text = error.filename, error.lineno, f"expected Python, got {error.msg}"
+        else:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            file, line, text = path, lines[-1] if lines else None, f"{type(error).__name__}: {str(error)[:300]}"
+        where = f"{file}:{line}" if line else file
+        raise UserError(f"{where}: {' '.join(text.split())}") from error
 
 
 def load_config(location: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """`"configs/vlm.py:llm=d48"` and `{"optim.clip_norm": "0.5"}` -> the unresolved ConfigDict.
 
-    Raises `UserError` for a missing file, an unknown argument or field, or a value of another type.
+    Raises `UserError` for a missing file, an error in it, an unknown argument or field, or a value of another type.
     """
     path, _, arg = location.partition(":")
-    module = load_file(path)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path}: expected a function get_config(arg), got none")
-    config = module.get_config(arg)
+    config = call_function(path, "get_config", arg)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
     for name, text in (overrides or {}).items():
-        _override(config, name, text)
+        try:
+            _replace(config, name.split("."), text, name)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:  # of a ConfigDict with rules of its own
+            raise UserError(f"--config.{name}: cannot be set ({error})") from error
     return config
 
 
-def _override(config: ConfigDict, name: str, text: str) -> None:
-    node: Any = config
-    keys = name.split(".")
-    for i, key in enumerate(keys):
-        if isinstance(node, Sequence) and not isinstance(node, str) and key.isdigit() and int(key) < len(node):
-            node = node[int(key)]
-            continue
-        if not isinstance(node, ConfigDict | dict) or key not in node:
-            if isinstance(node, str) or not isinstance(node, ConfigDict | dict | Sequence):
-                raise UserError(f"--config.{name}: expected a field, got one inside {'.'.join(keys[:i])}={node!r}")
-            valid = list(node) if isinstance(node, ConfigDict | dict) else map(str, range(len(node)))
-            raise unknown(f"config field {'.'.join(keys[: i + 1])!r}:", key, valid)
-        if i == len(keys) - 1:
-            node[key] = _typed(name, text, node[key])
-        node = node[key]
+def _replace(node: Any, keys: Sequence[str], text: str, name: str) -> Any:
+    """`node` with the value at `keys` replaced by `text`: groups are changed in place, tuples are made anew."""
+    if not keys:
+        if isinstance(node, ConfigDict | Mapping):
+            raise UserError(
+                f"--config.{name}: expected a field, got a group (set {name}.{next(iter(node), 'FIELD')}=...)"
+            )
+        return _typed(name, text, node)
+    key, *rest = keys
+    where = name.split(".")[: -len(keys)]
+    if isinstance(node, ConfigDict | dict):
+        if key not in node:
+            raise unknown(f"config field {'.'.join([*where, key])!r}:", key, list(node))
+        node[key] = _replace(node[key], rest, text, name)
+        return node
+    if not isinstance(node, tuple | list):
+        raise UserError(f"--config.{name}: expected a field, got one inside {'.'.join(where)}={reprlib.repr(node)}")
+    if key not in (valid := [str(i) for i in range(len(node))]):
+        raise unknown(f"config field {'.'.join([*where, key])!r}:", key, valid)
+    items = list(node)
+    items[int(key)] = _replace(items[int(key)], rest, text, name)
+    return type(node)(items)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -4,19 +4,31 @@ Encoder and decoder are names of `sizing.zoo`.
 
 import dataclasses
 import operator
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
+from vlm_jax.config import ranges
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, StageSpec, from_dict
+from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, StageSpec, from_dict, total_steps
 from vlm_jax.sizing import zoo
 
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
+_MODEL_TYPES = {
+    "encoder": str,
+    "llm": str,
+    "projector": str,
+    "mask": str,
+    "taps": tuple,
+    "feature_layer": int,
+    "vocab": int,
+}
 _CHOICES = {
+    "model.projector": ("linear", "mlp"),
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("none", "dots", "block"),
@@ -27,15 +39,6 @@ _CHOICES = {
     "data.long": ("cut", "drop"),
     "data.resize": ("", "squash", "crop", "pad"),
 }
-_POSITIVE = (
-    "compute.microbatches", "compute.slices", "data.batch_rows", "data.row_tokens", "data.row_images",
-    "data.question_tokens",
-    "evaluation.batch_examples", "evaluation.max_new_tokens", "evaluation.subset_examples", "log_every_steps",
-    "keep_checkpoints", "bad_step.skip_limit",
-)  # fmt: skip
-_MINIMUM = dict.fromkeys(
-    ("save_every_steps", "keep_every_steps", "evaluate_every_steps", "data.questions_per_example"), 0
-) | dict.fromkeys(_POSITIVE, 1)
 PARTS = ("encoder", "connector", "decoder")
 
 
@@ -44,41 +47,62 @@ def resolve(config: ConfigDict) -> RunSpec:
     values = config.to_dict()
     if "model" not in values:
         raise UserError("config field model is missing")
-    spec = from_dict(RunSpec, {**_with_rates(values), "model": _model(values["model"])}, "config field ")
+    model = _model(_group(values, "model"))
+    spec = from_dict(RunSpec, {**_with_rates(values), "model": model}, "config field ")
     _check(spec)
     return spec
 
 
 def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
     """Replaces `optim.peak_lr` and the `lr_factor` of each stage by a `peak_lr` of each stage."""
-    optim = dict(values.get("optim", {}))
-    if "peak_lr" not in optim:
-        raise UserError("config field optim.peak_lr is missing")
-    peak, stages = optim.pop("peak_lr"), []
-    for i, stage in enumerate(values.get("stages", ())):
-        if "lr_factor" not in stage:
-            raise UserError(f"config field stages.{i}.lr_factor is missing")
+    optim, given = dict(_group(values, "optim")), values.get("stages")
+    peak, stages = _rate(optim, "optim.peak_lr"), []
+    if not isinstance(given, list | tuple):
+        raise UserError(f"config field stages: expected a tuple of stages, got {reprlib.repr(given)}")
+    del optim["peak_lr"]
+    for i in range(len(given)):
+        stage = _group(given, str(i), "stages.")
+        _rate(stage, f"stages.{i}.lr_factor")
         rest = {name: value for name, value in stage.items() if name != "lr_factor"}
         stages.append({**rest, "peak_lr": peak * stage["lr_factor"]})
     return {**values, "optim": optim, "stages": tuple(stages)}
 
 
+def _group(values: Any, name: str, where: str = "") -> Mapping[str, Any]:
+    """The group `name` of a group or tuple. Raises `UserError` where it is something else."""
+    group = values[int(name)] if isinstance(values, list | tuple) else values.get(name)
+    if not isinstance(group, Mapping):
+        raise UserError(f"config field {where}{name}: expected a group of fields, got {reprlib.repr(group)}")
+    return group
+
+
+def _rate(group: Mapping[str, Any], field: str) -> float:
+    """The rate of that dotted name, the last part of which is in `group`."""
+    name = field.rpartition(".")[2]
+    if name not in group:
+        raise UserError(f"config field {field} is missing")
+    ranges.check_number(f"config field {field}", group[name], ranges.RATE)
+    return group[name]
+
+
 def _model(values: Mapping[str, Any]) -> ModelSpec:
     _keys("model", values, _MODEL_KEYS)
-    _keys("model.compressor", values["compressor"], _COMPRESSOR_KEYS)
+    _keys("model.compressor", _group(values, "compressor", "model."), _COMPRESSOR_KEYS)
+    for name, kind in _MODEL_TYPES.items():
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            raise UserError(f"config field model.{name}: expected {kind.__name__}, got {reprlib.repr(values[name])}")
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
-    taps = tuple(values["taps"])
-    if any(not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
+    taps, layer = values["taps"], values["feature_layer"]
+    if any(type(tap) is not int or not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
         raise UserError(f"config field model.taps: expected distinct blocks, 1 to {encoder.depth}, got {list(taps)}")
-    layer = values["feature_layer"]
-    if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
+    if not 0 <= layer <= encoder.depth:
         raise UserError(f"config field model.feature_layer: expected a block, 0 to {encoder.depth}, got {layer!r}")
     encoder = dataclasses.replace(encoder, taps=taps, feature_layer=layer)
+    ranges.check_number("config field model.vocab", values["vocab"], ranges.COUNT_OR_NONE)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
-    compressor = CompressorSpec(
-        grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width, **values["compressor"]
-    )
+    sizes = dict(grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width)
+    compressor = from_dict(CompressorSpec, {**values["compressor"], **sizes}, "config field model.compressor.")
     catalog.check(compressor)
     return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
 
@@ -96,15 +120,18 @@ def model_group(spec: ModelSpec) -> dict[str, Any]:
 
 def _check(spec: RunSpec) -> None:
     """Raises `UserError` for invalid values and combinations."""
+    for part in ("encoder", "compressor", "decoder"):
+        if getattr(spec.model, part) is None:
+            raise UserError(f"config field model.{part} is missing")
+    ranges.check(spec, "config field ")
+    for i, (pattern, _) in enumerate(spec.optim.lr_scale):
+        ranges.check_regex(f"config field optim.lr_scale.{i}.0", pattern)
     for field, valid in _CHOICES.items():
         if (value := operator.attrgetter(field)(spec)) not in valid:
             raise unknown(f"config field {field}:", value, valid)
     bands = spec.model.decoder.rope_bands
     if bands is not None and bands.ramp not in RAMPS:
         raise unknown("config field model.decoder.rope_bands.ramp:", bands.ramp, RAMPS)
-    for field, minimum in _MINIMUM.items():
-        if (value := operator.attrgetter(field)(spec)) < minimum:
-            raise UserError(f"config field {field}: expected at least {minimum}, got {value}")
     if (factor := spec.bad_step.spike_factor) and not factor > 1:
         raise UserError(f"config field bad_step.spike_factor: expected a number above 1, or 0 for none, got {factor}")
     if spec.compute.attention == "splash" and spec.model.mask != "causal":
@@ -113,6 +140,8 @@ def _check(spec: RunSpec) -> None:
             "compute.attention=xla"
         )
     for stage in spec.stages:
+        if not stage.train:
+            raise UserError(f"stages ({stage.name}) train: expected some of {', '.join(PARTS)}, got none")
         for part in stage.train:
             if part not in PARTS:
                 raise unknown(f"stages ({stage.name}) train:", part, PARTS)
@@ -123,31 +152,31 @@ def _check(spec: RunSpec) -> None:
         raise UserError("config field data.train: expected at least one source, got none")
     if not spec.stages:
         raise UserError("config field stages: expected at least one stage, got none")
+    if total_steps(spec) > ranges.COUNT.high:
+        raise UserError(f"config field stages: expected at most {ranges.COUNT.high} steps in all")
+    if 0 in spec.compute.mesh:
+        raise UserError(f"config field compute.mesh: expected sizes of 1 or more, or one -1, got {spec.compute.mesh}")
 
 
 def _check_length(stage: StageSpec) -> None:
     lengths = {name: getattr(stage, name) for name in ("total_steps", "epochs", "examples")}
-    if any(value < 0 for value in lengths.values()) or sum(value > 0 for value in lengths.values()) != 1:
+    if sum(value > 0 for value in lengths.values()) != 1:
         raise UserError(
             f"stage {stage.name}: expected one of total_steps, epochs and examples above 0, got "
             f"{', '.join(f'{name}={value}' for name, value in lengths.items())}"
         )
-    if not 0 <= stage.warmup_share <= 1:
-        raise UserError(f"stage {stage.name}: expected warmup_share from 0 to 1, got {stage.warmup_share}")
     if stage.warmup_steps and stage.warmup_share:
         raise UserError(
             f"stage {stage.name}: expected warmup_steps or warmup_share, got both ({stage.warmup_steps} and "
             f"{stage.warmup_share:g})"
         )
-    if stage.warmup_steps < 0 or (stage.total_steps and stage.warmup_steps >= stage.total_steps):
+    if stage.total_steps and stage.warmup_steps >= stage.total_steps:
         raise UserError(
             f"stage {stage.name}: expected warmup_steps from 0 to below its steps, got {stage.warmup_steps} of "
             f"{stage.total_steps or 'those of its data'}"
         )
     if stage.data is not None and stage.data.resize not in _CHOICES["data.resize"]:
         raise unknown(f"stages ({stage.name}) data.resize:", stage.data.resize, _CHOICES["data.resize"])
-    if stage.data is not None and stage.data.batch_rows < 0:
-        raise UserError(f"stages ({stage.name}) data.batch_rows: expected at least 0, got {stage.data.batch_rows}")
 
 
 def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> None:
@@ -161,4 +190,6 @@ def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> N
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
     """The inverse of `core.specs.to_dict`, for a spec stored with a checkpoint. Raises `UserError`."""
-    return from_dict(RunSpec, values, "config field ")
+    spec = from_dict(RunSpec, values, "config field ")
+    _check(spec)
+    return spec

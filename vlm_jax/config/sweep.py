@@ -1,11 +1,13 @@
 """Grids: `product(param("llm", "d24", "d48"), param("tokens", 1, 4)) + product(...)` is a tuple of cells."""
 
 import itertools
+import reprlib
 from typing import Any, NamedTuple
 
-from vlm_jax.config.arguments import load_file
+from vlm_jax.config.arguments import call_function
 from vlm_jax.core.errors import UserError
 
+_NAME_BYTES = 255  # of a folder
 Cells = tuple[dict[str, Any], ...]
 
 
@@ -32,14 +34,20 @@ def cell_name(cell: dict[str, Any]) -> str:
 
 
 def load_grid(location: str) -> Grid:
-    """`"configs/grids/size_by_tokens.py:arg"` -> its grid. Raises `UserError` for a missing file or a repeated cell."""
+    """`"configs/grids/size_by_tokens.py:arg"` -> its grid. Raises `UserError` for a missing file, an error
+    in it, a repeated cell or one whose name is no folder's."""
     path, _, arg = location.partition(":")
-    module = load_file(path)
-    if not hasattr(module, "get_grid"):
-        raise UserError(f"{path}: expected a function get_grid(arg), got none")
-    grid = module.get_grid(arg)
+    grid = call_function(path, "get_grid", arg)
     if not isinstance(grid, Grid):
         raise UserError(f"{path}: expected get_grid to return a Grid, got {type(grid).__name__}")
+    if not isinstance(grid.config, str) or not isinstance(grid.cells, tuple | list):
+        raise UserError(f"{path}: expected Grid(CONFIG, CELLS), got {reprlib.repr(tuple(grid))}")
+    for i, cell in enumerate(grid.cells):
+        if not isinstance(cell, dict):
+            raise UserError(f"{path}: cell {i}: expected a dict of arguments, got {reprlib.repr(cell)}")
+        name = cell_name(cell)
+        if "/" in name or not name.isprintable() or len(name.encode(errors="replace")) > _NAME_BYTES:
+            raise UserError(f"{path}: cell {i}: expected arguments that make the name of a folder, got {name[:80]!a}")
     names = [cell_name(cell) for cell in grid.cells]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

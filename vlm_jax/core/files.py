@@ -1,46 +1,69 @@
 """Atomic writes of files and folders."""
 
 import contextlib
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_MARK = ".vlm_jax-"  # in the name of each temporary file or folder, before 16 random hex digits
+_FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_CODES = (
+    *_FULL_CODES, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE,
+)  # fmt: skip
+_FULL_TEXTS = ("No space left", "Disk quota exceeded", "File too large")
+_DISK_TEXTS = (*_FULL_TEXTS, "Read-only file system", "Permission denied")
+_open: set[Path] = set()  # temporary paths of running `atomic_write` blocks
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path with the suffix of `path`; its file or folder replaces `path` when the block ends.
+    """Yields a temporary path with the suffix of `path`; its file or folder gets the name `path` when the block ends.
 
-    Contents are synced to disk before the rename. If the block raises, they are removed and `path` is unchanged.
+    A file replaces a file or a symbolic link (not its target); a folder replaces an empty folder alone. Contents are
+    synced to disk before the rename. If the block raises, they are removed and `path` is unchanged. The temporary name
+    is new: no file of anybody else is overwritten.
     """
-    new = path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
-    _remove(new)  # left by a killed process with the same pid
+    new = path.with_name(f".{path.stem[:64]}{_MARK}{secrets.token_hex(8)}{path.suffix}")
+    _open.add(new)
     try:
         yield new
         for file in [new, *new.rglob("*")]:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle)
-        if new.is_dir() and path.is_dir():  # os.replace needs an empty target folder
-            shutil.rmtree(path)
         os.replace(new, path)
     except BaseException:
         _remove(new)
         raise
+    finally:
+        _open.discard(new)
 
 
-def remove_partial(path: Path) -> None:
-    """Removes what killed processes left of `path`. For the holder of its lock."""
-    for left in path.parent.glob(f"{path.stem}.partial-*{path.suffix}"):
-        _remove(left)
+def remove_temporary() -> None:
+    """Removes what running `atomic_write` blocks have written, before the process is ended at once."""
+    for path in list(_open):
+        _remove(path)
+
+
+def remove_stale(path: Path) -> None:
+    """Removes what killed processes left of `path`. The caller holds a lock that every writer of `path` takes."""
+    pattern = re.compile(rf"\.{re.escape(path.stem[:64])}{re.escape(_MARK)}[0-9a-f]{{16}}{re.escape(path.suffix)}")
+    for other in path.parent.iterdir():
+        if pattern.fullmatch(other.name) and other not in _open and not other.is_symlink():
+            _remove(other)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` atomically."""
     with atomic_write(path) as new:
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,9 +71,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def disk_problem(error: BaseException) -> str | None:
+    """The reason if `error` comes from a disk (full, read-only, no permission, a file in the place of a folder), also
+    one that a library passes on as text; else None."""
+    text = str(error).lower()
+    if reason := next((message for message in _DISK_TEXTS if message.lower() in text), None):
+        return reason
+    if not isinstance(error, OSError) or error.errno not in _DISK_CODES:
+        return None
+    name = error.filename2 or error.filename
+    return f"{error.strerror}: {name}" if name else error.strerror
+
+
+def is_full(reason: str) -> bool:
+    """Whether a reason of `disk_problem` is one of space."""
+    return reason.startswith(_FULL_TEXTS)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        with contextlib.suppress(OSError):  # keeps the first error
+    with contextlib.suppress(OSError):  # keeps the first error
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
             path.unlink()

@@ -8,6 +8,8 @@ under a lock: one process computes, others wait.
 import contextlib
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,12 @@ from jaxtyping import Int, UInt8
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write, remove_partial
+from vlm_jax.core.files import atomic_write, remove_stale
 from vlm_jax.core.structs import Visual
 
 Encode = Callable[[UInt8[np.ndarray, "B H H 3"]], Visual]
 _BATCH = 128
+_STORES = ("tokens.npy", "taps.npy", "index.npy", "bad.json")
 
 
 class Images(NamedTuple):
@@ -57,7 +60,8 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if not (folder / "meta.json").exists():
-            remove_partial(folder)
+            remove_stale(folder)  # of a killed process; they are large
+            _remove_incomplete(folder)
             with atomic_write(folder) as new:
                 new.mkdir()
                 _compute(new, images, encode)
@@ -78,6 +82,15 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
     return stored
 
 
+def _remove_incomplete(folder: Path) -> None:
+    """Removes a folder of features without `meta.json`. Raises `UserError` where it holds anything else."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= set(_STORES):
+        raise UserError(f"{folder}: expected features with their meta.json, got something else: move it away")
+    shutil.rmtree(folder)
+
+
 def _compute(folder: Path, images: Images, encode: Encode) -> None:
     index, firsts = _unique(images)
     stores: dict[str, np.ndarray] = {}
@@ -90,9 +103,7 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
                 continue
             array = np.asarray(value).astype(np.float16)
             if field not in stores:
-                shape = (len(firsts), *array.shape[1:])
-                file = folder / f"{field}.npy"
-                stores[field] = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+                stores[field] = _new_store(folder / f"{field}.npy", (len(firsts), *array.shape[1:]))
             stores[field][start : start + _BATCH] = array[: len(mine)]
     unusable = np.isin(index, [index[number] for number in bad])
     for store in stores.values():
@@ -102,6 +113,15 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
     reasons = {int(number): bad[int(firsts[index[number]])] for number in np.flatnonzero(unusable)}
     (folder / "bad.json").write_text(json.dumps(reasons))
     (folder / "meta.json").write_text(json.dumps({"images": images.count, "source": images.label}) + "\n")
+
+
+def _new_store(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A writable memory map whose disk space is reserved: writing to a map of a full disk ends the process."""
+    store = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return store
 
 
 def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"]]:

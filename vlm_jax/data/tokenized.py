@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write, remove_partial
+from vlm_jax.core.files import atomic_write, remove_stale
 from vlm_jax.data.conversations import IMAGE, Conversation
 from vlm_jax.data.examples import BadItem, Source, Turn
 
@@ -122,7 +122,7 @@ def open_tokenized(
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            remove_partial(folder)
+            remove_stale(folder)
             with atomic_write(folder) as new:
                 new.mkdir()
                 _write(new, source, separate, tokenize, bare_ids)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vlm_jax.core import interrupts
 from vlm_jax.core.errors import LOST, STOPPED, RunStopped, UserError
 
 _HEARTBEAT_SECS = 30  # a process silent for this long is lost
@@ -60,8 +61,8 @@ def init_distributed(args: argparse.Namespace) -> Iterator[None]:
 
 def _initialize(args: argparse.Namespace) -> None:
     automatic, flags = args.processes == "auto", (args.process, args.coordinator)
-    if not automatic and not args.processes.isdigit():
-        raise UserError(f"--processes: expected a number or auto, got {args.processes!r}")
+    if not automatic and not re.fullmatch("[0-9]{1,6}", args.processes):
+        raise UserError(f"--processes: expected a number or auto, got {args.processes[:80]!r}")
     if automatic or int(args.processes) == 1:
         if flags != (None, None):
             raise UserError("--process and --coordinator need --processes N (how many there are)")
@@ -109,8 +110,8 @@ def _abort(error: BaseException) -> NoReturn:
     """Reports the error and exits without waiting for the other processes."""
     code = 1
     if isinstance(error, KeyboardInterrupt):
-        code = 130
-    elif isinstance(error, Exception) and _LOST.search(str(error)):
+        interrupts.exit_interrupted()
+    if isinstance(error, Exception) and _LOST.search(str(error)):
         code = LOST
         what = f"process {jax.process_index()} lost another process ({_line(error)})"
         print(f"error: {_RESUME.format(what)}", file=sys.stderr)
@@ -157,26 +158,20 @@ def barrier(name: str) -> None:
 def watch_sigterm() -> Callable[[int], bool]:
     """`stop(step)` -> True at the same step in all processes, once one of them has received SIGTERM.
 
-    A single process exits without saving if no step ends in time (compilation). A thread watches for it, because Python
-    runs signal handlers in the busy main thread.
+    A single process exits without saving if no step ends in time (compilation).
     """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point
     requested, noticed = threading.Event(), threading.Event()
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
     signal.signal(signal.SIGTERM, lambda *_: requested.set())
-    signal.set_wakeup_fd(writer)
 
-    def watch() -> None:
-        while signal.SIGTERM not in os.read(reader, 64):
-            pass
+    def end() -> None:
         requested.set()
         if not noticed.wait(_GRACE_SECS):
             print("stopped by SIGTERM, without saving: no step ended in time", file=sys.stderr, flush=True)
             os._exit(STOPPED)
 
-    threading.Thread(target=watch, name="sigterm", daemon=True).start()
+    interrupts.watch(signal.SIGTERM, lambda: threading.Thread(target=end, name="sigterm", daemon=True).start())
 
     def stop(step: int) -> bool:
         del step

@@ -107,10 +107,11 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             cause = "a half-written last line" if number == len(lines) else "a broken line"
             raise UserError(
-                f"{path}:{number}: {cause} ({error.msg}); the lines before it are whole: delete it, run its cell again"
+                f"{path}:{number}: {cause} ({getattr(error, 'msg', error)}); the lines before it are whole: delete "
+                "it, run its cell again"
             ) from error
         if not isinstance(values, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, got {type(values).__name__}")

@@ -6,6 +6,7 @@
 Weights are read tensor by tensor into their shardings.
 """
 
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -90,7 +91,8 @@ def load(
         seed: of random weights.
         on_read: called after each tensor with (bytes read, total bytes).
 
-    Uses the compilation cache of `build.default_cache` unless `jax_compilation_cache_dir` is set.
+    Uses the compilation cache of `build.default_cache`, where it can be written, unless `jax_compilation_cache_dir` is
+    set.
 
     Raises `UserError` for files that are missing, unsupported or inconsistent.
     """
@@ -102,7 +104,8 @@ def load(
     if not isinstance(plan, Plan | None):
         raise UserError(f"plan: expected a Plan of partitioning.make_plan, got {str(plan)[:80]}")
     if jax.config.jax_compilation_cache_dir is None:
-        build.use_compilation_cache(build.default_cache())
+        with contextlib.suppress(UserError):
+            build.use_compilation_cache(build.default_cache())
     if (path / "spec.json").is_file():
         if llm or compressor or tokens is not None or image_size is not None:
             raise UserError(f"{path}: a run has its own llm, compressor, tokens and image_size: leave them out")

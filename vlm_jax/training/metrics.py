@@ -1,30 +1,48 @@
 """Metrics to `metrics.jsonl` and TensorBoard, written by a thread that waits for the device."""
 
+import contextlib
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
+
+_FLUSH_SECS = 30.0  # of TensorBoard's file
 
 
 class MetricWriter:
     """`write(step, make)` calls `make()` on the writer's thread; `close()` waits for pending writes.
 
     Lines after `step`, from which the run resumes, are dropped. After `close()`, `last` has the newest value of each
-    metric, also of an earlier process.
+    metric, also of an earlier process. Raises `UserError` where a folder or a file is in the place of the other.
     """
 
     def __init__(self, workdir: Path, step: int | None = None):
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        kept = [] if step is None else keep_until(path, step)
-        self._lines = open(path, "a")  # noqa: SIM115 - closed by close()
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=None if step is None else step + 1)
+        path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
+        try:
+            board.mkdir(parents=True, exist_ok=True)
+            kept = [] if step is None else keep_until(path, step)
+            self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except (IsADirectoryError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{error.filename}: metrics cannot be written here ({error.strerror}): move it") from error
+        # Not SummaryWriter: its thread dies of a full disk, and `close` waits for it forever.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._board = RecordWriter(str(board / name))
+        self._write_event(file_version="brain.Event:2")
+        if step is not None:
+            self._write_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._flushed = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._outstanding: list[Future[None]] = []
         before = {name: value for line in kept for name, value in line.items() if name != "step"}
@@ -42,7 +60,13 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._write_event(step=step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed > _FLUSH_SECS:
+            self._board.flush()
+            self._flushed = time.monotonic()
+
+    def _write_event(self, **fields: Any) -> None:
+        self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def wait(self) -> None:
         """Waits for pending writes, as before a checkpoint: its steps are not logged again."""
@@ -50,12 +74,12 @@ class MetricWriter:
             future.result()
 
     def close(self) -> None:
-        """Closes the files, then raises what `make` raised unless `write` or `wait` did."""
+        """Closes the files, then raises what `make` or a full disk raised unless `write` or `wait` did."""
         self._thread.shutdown(wait=True)
-        self._lines.close()
-        self._board.close()
-        for future in self._outstanding:
-            future.result()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another raises
+            stack.callback(self.wait)
+            stack.callback(self._board.close)
+            stack.callback(self._lines.close)
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -63,12 +87,23 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(values, dict) and values.get("step", math.inf) <= step:
+        if _is_line(values) and values["step"] <= step:
             kept.append(values)
     write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
     return kept
+
+
+def _is_line(values: Any) -> bool:
+    """Whether this is a step with numbers or nulls, or with lists (the ids of `skipped.jsonl`)."""
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return False
+    return all(value is None or isinstance(value, float | list) or _is_float(value) for value in values.values())
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 2**1023

@@ -124,6 +124,8 @@ def check(out: Path, spec: ModelSpec, image_token: int | None) -> None:
 
 
 def check_vacant(out: Path) -> None:
-    """Raises `UserError` where `out` is a file or a folder that is not empty."""
+    """Raises `UserError` where `out` is a file, a link or a folder that is not empty."""
+    if out.is_symlink():
+        raise UserError(f"{out}: is a symbolic link (choose a new folder)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists (choose a new folder)")
