@@ -92,7 +92,7 @@ def test_a_plan_as_a_page_and_as_figures(law, tmp_path, capsys):
         (["--family", "reasoning", "--tflops", "1", "--cache-mb", "1"], "not allowed with"),
         (["--family", "reasoning", "--tflops", "0.001"], "the least is"),
         (["--family", "reasoning", "--tflops", "1", "--top", "0"], "--top: expected 1 or more, got 0"),
-        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot read"),
+        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot be read"),
         (["--family", "reasoning", "--tflops", "1", "--chip", "tpu"], "unknown chip"),
     ],
 )

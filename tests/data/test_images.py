@@ -240,7 +240,7 @@ def test_only_image_formats_are_opened(tmp_path) -> None:
 
 
 def test_errors_of_bad_image_files_are_one_line(tmp_path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="cannot be read: no such file"):
         images.read_image(tmp_path / "none.png")
     whole = tmp_path / "whole.png"
     Image.fromarray(peers.pictures()[0]).save(whole)

@@ -55,7 +55,7 @@ def open_regular(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
         size = os.fstat(file.fileno()).st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         cause = "a link to a file that does not exist" if os.path.islink(path) else "no such file"
-        raise UserError(f"{path}: {cause}") from error
+        raise UserError(f"{path}: cannot be read: {cause}") from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if max_bytes is not None and size > max_bytes:
@@ -183,7 +183,7 @@ def reason(error: Exception) -> str:
 
 
 def _unreadable(path: str | Path, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({reason(error)})")
+    return UserError(f"{path}: cannot be read: {reason(error)}")
 
 
 def _kind_of(mode: int) -> str:
