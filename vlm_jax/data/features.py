@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from rich.markup import escape
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
@@ -66,7 +67,7 @@ def open_or_compute(
 
 def _compute(folder: Path, images: Callable[[np.ndarray], np.ndarray], count: int, encode: Encode, label: str) -> None:
     stores: dict[str, np.ndarray] = {}
-    for start in track(range(0, count, _BATCH), description=f"features of {label}", transient=True):
+    for start in track(range(0, count, _BATCH), description=f"features of {escape(label)}", transient=True):
         # The last batch is padded so that all have one shape.
         indices = np.minimum(np.arange(start, start + _BATCH), count - 1)
         visual = encode(images(indices))
