@@ -131,7 +131,7 @@ def _npy(rng: random.Random) -> tuple[str, bytes]:
     version = rng.choice((b"\1\0", b"\2\0", b"\3\0", b"\7\7"))
     size = len(header).to_bytes(2 if version == b"\1\0" else 4, "little")
     body = bytes(rng.choice((0, 8, 100, 10**6, 4 * 10**7)))
-    name = rng.choice(("a.npy", "../../escaped.npy", "params/img/b.npy", "", "/a.npy", "x" * 900, "\x1b[31m.npy"))
+    name = rng.choice(("a.npy", "../../escaped.npy", "params/img/b.npy", "/a.npy", "x" * 900, "\x1b[31m.npy"))
     return name, b"\x93NUMPY" + version + size + header.encode() + body
 
 

@@ -68,7 +68,10 @@ def _write_error(path: str | Path, error: OSError) -> UserError:
 
 def _lock(path: str | Path) -> FileLock:
     """Held from before the file is opened until after it is closed: NFS guarantees consistency only then."""
-    return FileLock(f"{path}.lock", poll_interval=0.01)
+    lock = Path(f"{path}.lock")
+    if lock.is_symlink() or (lock.exists() and not lock.is_file()):
+        raise UserError(f"{lock}: expected a lock file, got a link or a folder (remove it)")
+    return FileLock(lock, poll_interval=0.01)
 
 
 def _append(path: str | Path, line: bytes) -> None:
@@ -99,7 +102,7 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of all lines that are not blank, read under the lock if this user can take it."""
     lock = Path(f"{path}.lock")
     try:
-        with _lock(path) if lock.exists() and os.access(lock, os.W_OK) else contextlib.nullcontext():
+        with _lock(path) if (lock.exists() or lock.is_symlink()) and os.access(lock, os.W_OK) else contextlib.nullcontext():
             content = reading.read_text(path, _MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as rows: {reading.reason(error)}") from error
