@@ -129,7 +129,7 @@ def test_bad_rows_exit_2_with_one_line_and_write_nothing(tmp_path, capsys, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bootstraps", "5"], "--bootstraps: expected 20 or more, got 5"),
+        (["--bootstraps", "5"], "--bootstraps: expected 20 or more, up to 100,000, got 5"),
         (["--seed", "-1"], "--seed: expected 0 or more, got -1"),
         (["--fixed-d", "nan"], "expected a finite number, got nan"),
         (["--out", "."], "expected a file, got the folder"),

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from vlm_jax.core import text
 from vlm_jax.core.errors import UserError
 
-CPU_SECS, WALL_SECS, MEMORY_BYTES, FILE_BYTES = 8, 30, 2 * 2**30, 2**28
+CPU_SECS, WALL_SECS, MEMORY_BYTES, FILE_BYTES = 8, 20, 2 * 2**30, 2**28
 COUNTED = ("escape", "hang", "memory", "breach")
 KINDS = ("refused", "accepted", *COUNTED)
 

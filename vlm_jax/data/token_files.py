@@ -8,11 +8,11 @@
 the wrong type.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -83,15 +83,7 @@ def check_utf8(text: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
+    return reading.read_object(path) if reading.kind(path) else {}
 
 
 def _content(token: Any, where: str) -> str:
@@ -166,11 +158,8 @@ def _added_tokens(
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     """chat_template.jinja, chat_template.json, or the entry of tokenizer_config.json (of several, the default one)."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable as UTF-8 ({error})") from error
+    if reading.kind(path):
+        return reading.read_text(path)
     template = _read_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list) and all(isinstance(one, dict) for one in template):
         template = next((one.get("template") for one in template if one.get("name") == "default"), None)
