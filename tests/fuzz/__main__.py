@@ -12,10 +12,10 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.fuzz import folders, numbers, running
+from tests.fuzz import asking, folders, numbers, running
 from vlm_jax.core.files import write_text
 
-ENTRIES = {**folders.ENTRIES, **numbers.ENTRIES}
+ENTRIES = {**folders.ENTRIES, **asking.ENTRIES, **numbers.ENTRIES}
 SHOWN = 40
 
 
@@ -24,13 +24,14 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=10_000, help="in all, spread evenly over the entries")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--entry", action="append", choices=sorted(ENTRIES), help="only this one")
+    parser.add_argument("--skip", action="append", default=[], choices=sorted(ENTRIES), help="not this one")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="where to write the table")
     args = parser.parse_args()
-    entries = {name: ENTRIES[name] for name in args.entry or ENTRIES}
+    entries = {name: ENTRIES[name] for name in args.entry or ENTRIES if name not in args.skip}
     each, started = -(-args.cases // len(entries)), time.monotonic()
     cases = [(name, seed) for seed in range(args.first, args.first + each) for name in entries]
-    folders.warm()
+    asking.warm()
     results = running.run(entries, cases, args.processes)
     counted = [one for one in results if one.kind in running.COUNTED]
     kinds: dict[str, running.Result] = {}

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 TEXTS = (
-    "", " ", "\n", "\0", "a\0b", "\x1b[31mred\x1b[0m", "\x07\x08\r", "\u202egnp.exe", "\ud800", "\udcff", "²", "१२", "½",
+    "", " ", "\n", "\0", "a\0b", "\x1b[31mred\x1b[0m", "\x07\x08\r", "\u202egnp.exe", "\ud800", "\udcff", "²", "१२",
+    "½",
     "../../escaped", "/etc/passwd", "..", ".", "-", "--help", "a/b\\c", "CON", "[/bold]", "[link=file:///]x", ":smile:",
-    "$\\frac$", "$x_{$", "_hidden", "{}", "{0.__class__}", "%s%n", '"><img src=x onerror=alert(1)>', "</script><script>",
-    "<!--", "$DATA", "nan", "inf", "-inf", "1e400", "1e308", "-0", "0x10", "1_000", "9" * 25, "9" * 5000, "true", "null",
-    "日本語", "😀", "a\u0301" * 50, "x" * 300, "y" * 5000, "z" * 140_000, "=1+1", "@SUM(1)", "\ufeff", "a,b;c\t", "'\"`",
+    "$\\frac$", "$x_{$", "_hidden", "{}", "{0.__class__}", "%s%n", '"><img src=x onerror=alert(1)>',
+    "</script><script>",
+    "<!--", "$DATA", "nan", "inf", "-inf", "1e400", "1e308", "-0", "0x10", "1_000", "9" * 25, "9" * 5000, "true",
+    "null",
+    "日本語", "😀", "a\u0301" * 50, "x" * 300, "y" * 5000, "z" * 140_000, "=1+1", "@SUM(1)", "\ufeff", "a,b;c\t",
+    "'\"`",
 )  # fmt: skip
 NUMBERS = (
-    0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e-320, 1e308, -1e308, float("nan"), float("inf"), float("-inf"), 2**31, 2**63, -(2**63),
+    0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e-320, 1e308, -1e308, float("nan"), float("inf"), float("-inf"), 2**31, 2**63,
+    -(2**63),
     2**64, 10**30, 10**299, 10**400, 1e16, 255, 256, 65536, 1e-9, 4.5,
 )  # fmt: skip
 _LETTERS = string.ascii_letters + string.digits + "._-/ "

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,18 @@ def calibration_table(rng: random.Random, path: Path) -> None:
     table = [["v6e", "1", "1e15", "1e9", "2"], ["v6e", "4", "1e12", "1e12", "1.5"]]
     content = hostile.csv_bytes(list(calibration.CALIBRATION), table, rng)
     found = calibration.calibrate(hostile.maybe_no_file(hostile.write(path / "measured.csv", content), rng))
-    assert 0 < found.compute <= 1 and 0 < found.bandwidth <= 1
+    assert all(0 < share <= 1 for share in (found.compute, found.bandwidth))
 
 
 def names(rng: random.Random, path: Path) -> None:
     """Names of families in paths, pages, tables and figures."""
     name = rng.choice((hostile.text(rng), "".join(hostile.text(rng) for _ in range(3))))
     for folded in (text.slug(name), text.slug(name + "x")):
-        assert len(folded) <= 64 and "/" not in folded and folded.isascii() and folded.isprintable()
+        assert re.fullmatch(r"[\w+=,-][\w.+=,-]{0,63}", folded, re.ASCII)
         (path / folded).write_text("")
     assert len(list(path.iterdir())) == 2
-    assert not set("<>\"'") & set(text.to_html(name)) and "<img" not in study.html_table([[name], [name]])
+    assert not set("<>\"'") & set(text.to_html(name))
+    assert "<img" not in study.html_table([[name], [name]])
     if text.is_printable(name) and rng.random() < 0.1:
         values = json.loads(json.dumps(_law(_LAWS[0])))
         values["families"] = {name: values["families"]["ocr"]}
@@ -158,8 +160,10 @@ def append(rng: random.Random, path: Path) -> None:
 _ARGUMENTS = ("llm", "tokens", "compressor", "family", "recipe", "smoke", "data", "steps", "lr", "stages", "seed", "x")
 _FIELDS = (
     "seed", "optim.clip_norm", "optim.lr_scale", "optim.lr_scale.0.1", "stages.0.train.0", "compute.mesh.0", "stages",
-    "compute.mesh", "model.llm", "model.compressor.tokens", "data.text_tokens", "evaluation.examples", "stages.²", "optim",
-    "data.batch_examples", "optim.peak_lr", "optim.b1", "bad_step.policy", "compute.strategy", "model.taps", "", "..", "a.b",
+    "compute.mesh", "model.llm", "model.compressor.tokens", "data.text_tokens", "evaluation.examples", "stages.²",
+    "optim",
+    "data.batch_examples", "optim.peak_lr", "optim.b1", "bad_step.policy", "compute.strategy", "model.taps", "", "..",
+    "a.b",
 )  # fmt: skip
 
 
@@ -191,11 +195,16 @@ def config(rng: random.Random, path: Path) -> None:
 
 
 _SOURCES = (
-    "", "def get_config(arg):\n    return None\n", "def get_config(:\n", "import missing_module\n", "def get_config():\n    return 1\n",
-    "def get_config(arg):\n    raise ValueError('x' * 9000)\n", "get_config = 3\n", "def get_config(arg):\n    return {}['a']\n",
-    "def get_config(arg):\n    from ml_collections import ConfigDict\n    return ConfigDict({'model': 1})\n", "\0", "x = '\ud800'",
-    "def get_config(arg):\n    return get_config(arg)\n", "raise SystemExit\n", "def get_grid(arg):\n    return None\n", "(" * 500,
-    "def get_config(arg):\n    from ml_collections import ConfigDict\n    return ConfigDict()\n", "# -*- coding: nope -*-\n", "1/0\n",
+    "", "def get_config(arg):\n    return None\n", "def get_config(:\n", "import missing_module\n",
+    "def get_config():\n    return 1\n",
+    "def get_config(arg):\n    raise ValueError('x' * 9000)\n", "get_config = 3\n",
+    "def get_config(arg):\n    return {}['a']\n",
+    "def get_config(arg):\n    from ml_collections import ConfigDict\n    return ConfigDict({'model': 1})\n", "\0",
+    "x = '\ud800'",
+    "def get_config(arg):\n    return get_config(arg)\n", "raise SystemExit\n",
+    "def get_grid(arg):\n    return None\n", "(" * 500,
+    "def get_config(arg):\n    from ml_collections import ConfigDict\n    return ConfigDict()\n",
+    "# -*- coding: nope -*-\n", "1/0\n",
 )  # fmt: skip
 
 
@@ -230,8 +239,10 @@ def metrics_file(rng: random.Random, path: Path) -> None:
 
 _FLAGS = {
     fit_law: ("--rows", "--out", "--family", "--form", "--loss", "--floor", "--fixed-d", "--bootstraps", "--seed"),
-    plan: ("--law", "--family", "--tflops", "--latency-ms", "--chip", "--chips", "--batch", "--calibrate", "--llms", "--tokens",
-           "--top", "--mode", "--question-tokens", "--answer-tokens", "--encoders", "--compressors", "--offsets", "--json"),
+    plan: ("--law", "--family", "--tflops", "--latency-ms", "--chip", "--chips", "--batch", "--calibrate", "--llms",
+    "--tokens",
+           "--top", "--mode", "--question-tokens", "--answer-tokens", "--encoders", "--compressors", "--offsets",
+           "--json"),
     predict: ("--model", "--image", "--prompt", "--tokens", "--seed", "--temperature", "--show-tokens", "--top-p"),
     export: ("--model", "--out", "--part", "--dtype", "--max-shard-gb"),
 }  # fmt: skip
@@ -244,9 +255,10 @@ def command(rng: random.Random, path: Path) -> None:
     module = rng.choice(list(_FLAGS))
     argv = {fit_law: ["--rows", "scores.csv", "--out", "out.json", "--form", "semilog", "--bootstraps", "20"],
             plan: ["--law", "law.json", "--family", "ocr", "--tflops", "2"],
-            predict: ["--model", "missing", "--prompt", "hi"], export: ["--model", "missing", "--out", "out"]}[module]  # fmt: skip
+            predict: ["--model", "missing", "--prompt", "hi"], export: ["--model", "missing", "--out",
+            "out"]}[module]  # fmt: skip
     for _ in range(rng.choice((1, 1, 2, 3))):
-        argv += [rng.choice(_FLAGS[module])] + [rng.choice((hostile.text(rng), str(rng.choice(hostile.NUMBERS[:-2]))))]
+        argv += [rng.choice(_FLAGS[module]), rng.choice((hostile.text(rng), str(rng.choice(hostile.NUMBERS[:-2]))))]
     argv = [one.replace("\0", "") for one in argv]  # no command line has one
     if not any(one in ("-h", "--help") for one in argv):
         (predict._parse if module is predict else module.main)(argv)
@@ -254,6 +266,7 @@ def command(rng: random.Random, path: Path) -> None:
 
 ENTRIES = {
     "result rows": rows, "scores": score_table, "law.json": law_file, "values of a law": law_values,
-    "offsets": offset_table, "calibration": calibration_table, "names": names, "appended rows": append, "config": config,
+    "offsets": offset_table, "calibration": calibration_table, "names": names, "appended rows": append,
+    "config": config,
     "config files": config_file, "cells of a grid": states_of_cells, "metrics.jsonl": metrics_file, "commands": command,
 }  # fmt: skip

@@ -154,10 +154,9 @@ def _run_case(name: str, entry: Entry, seed: int, folder: Path, watch: "_Watch")
     try:
         os.chdir(inside)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECS)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                entry(random.Random(f"{name}:{seed}"), inside)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            entry(random.Random(f"{name}:{seed}"), inside)
     except UserError as error:
         message = str(error)
         fits = message and len(message) <= text.MAX_MESSAGE and "\n" not in message and text.is_printable(message)
@@ -197,7 +196,7 @@ def _virtual_bytes() -> int:
 class _Watch:
     """An audit hook that notes writes outside the folder, processes and sockets."""
 
-    _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "pty.spawn")
+    _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")
     _SOCKETS = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
     _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
 
@@ -207,16 +206,17 @@ class _Watch:
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.armed:
             return
-        if event in self._STARTS or event in self._SOCKETS or event == "pickle.find_class":
-            self.breaches.append(f"{event} {str(args)[:100]}")
+        if event in (*self._STARTS, *self._SOCKETS):
+            outside = not str(args[0]).startswith("tensorboardX.")  # which pickles its own events
         elif event == "open":
             path, mode, flags = args
-            writes = (mode and set(mode) & set("wax+")) or (not mode and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            if writes and not self._is_inside(path):
-                self.breaches.append(f"{event} {str(path)[:100]} {mode}")
-        elif event in ("os.link", "os.symlink") and not self._is_inside(os.path.dirname(args[1]) or "."):
-            self.breaches.append(f"{event} {str(args)[:100]}")
-        elif event in self._CHANGES and not self._is_inside(args[0]):
+            writes = set(mode) & set("wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            outside = writes and not self._is_inside(path)
+        elif event in ("os.link", "os.symlink"):
+            outside = not self._is_inside(os.path.dirname(args[1]) or ".")
+        else:
+            outside = event in self._CHANGES and not self._is_inside(args[0])
+        if outside:
             self.breaches.append(f"{event} {str(args)[:100]}")
 
     def _is_inside(self, path: Any) -> bool:
