@@ -7,16 +7,17 @@ Everything in the page is computed from WORKDIR/rows.jsonl.
 
 import argparse
 import base64
-import html
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from rich.text import Text
 
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 from vlm_jax.core.rows import ResultRow
+from vlm_jax.core.text import slug, to_html
 from vlm_jax.evaluation import results
 from vlm_jax.scaling import fit, frontier, lawfile, plots, scores
 from vlm_jax.scaling import report as scaling_report
@@ -90,8 +91,8 @@ def plans(law: LawFit, rows: list[ResultRow], family: str) -> list[list[str]]:
 
 def html_table(lines: list[list[str]]) -> str:
     head, *body = lines
-    cells = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-    rest = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in body)
+    cells = "".join(f"<th>{to_html(c)}</th>" for c in head)
+    rest = "".join("<tr>" + "".join(f"<td>{to_html(c)}</td>" for c in line) + "</tr>" for line in body)
     return f"<table><tr>{cells}</tr>{rest}</table>"
 
 
@@ -107,19 +108,19 @@ def write_page(workdir: Path, rows: list[ResultRow], law: LawFit) -> Path:
     parts.append(
         "<h1>How large a language model, how many visual tokens?</h1>"
         f"<p>{len(rows)} trained models, seeds {', '.join(map(str, seeds))}; {secs / 60:.0f} minutes of training on "
-        f"{html.escape(rows[0].device)}; encoder {html.escape(rows[0].encoder)}, frozen. Error is the share of wrong "
+        f"{to_html(rows[0].device)}; encoder {to_html(rows[0].encoder)}, frozen. Error is the share of wrong "
         "answer tokens on held-out images, greedy decoding; ± one standard error over images; (n) is the number of "
         "seeds.</p>"
     )
     for family in law.families:
-        parts.append(f"<h2>{html.escape(family)}</h2><p>{html.escape(contrast(law, family))}.</p>")
+        parts.append(f"<h2>{to_html(family)}</h2><p>{to_html(contrast(law, family))}.</p>")
         parts.append(html_table(error_table(rows, family)))
         for kind in ("by_tokens", "by_params"):
-            picture = base64.b64encode((workdir / "figures" / f"{family}_{kind}.png").read_bytes()).decode()
-            parts.append(f'<img alt="{family}: error {kind}" src="data:image/png;base64,{picture}">')
+            picture = base64.b64encode((workdir / "figures" / f"{slug(family)}_{kind}.png").read_bytes()).decode()
+            parts.append(f'<img alt="{to_html(family)}: error {kind}" src="data:image/png;base64,{picture}">')
         parts.append("<p>What the law chooses from this ladder at a budget of FLOPs a question:</p>")
         parts.append(html_table(plans(law, rows, family)))
-        warnings = "".join(f"<li>{html.escape(w.partition(': ')[2])}</li>" for w in law.family(family).warnings)
+        warnings = "".join(f"<li>{to_html(w.partition(': ')[2])}</li>" for w in law.family(family).warnings)
         parts.append(f'<p class="note">Warnings:</p><ul class="note">{warnings}</ul>')
     path = workdir / "report.html"
     write_text(path, "\n".join(parts) + "\n")
@@ -142,10 +143,10 @@ def report(workdir: Path, loss: str = "squared") -> None:
     (workdir / "figures").mkdir(exist_ok=True)
     console = scaling_report.console()
     for family in law.families:
-        plots.error_curves(rows, law, family, workdir / "figures" / f"{family}_by_tokens.png")
-        plots.error_by_params(rows, law, family, workdir / "figures" / f"{family}_by_params.png")
+        plots.error_curves(rows, law, family, workdir / "figures" / f"{slug(family)}_by_tokens.png")
+        plots.error_by_params(rows, law, family, workdir / "figures" / f"{slug(family)}_by_params.png")
         for title, lines in (("error", error_table(rows, family)), ("plan", plans(law, rows, family))):
-            console.print(f"\n[bold]{family}[/bold]: {title}")
+            console.print(Text.assemble("\n", (family, "bold"), f": {title}"))
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
             for line in lines:
                 console.print("  " + "   ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)))

@@ -92,7 +92,7 @@ def test_a_plan_as_a_page_and_as_figures(law, tmp_path, capsys):
         (["--family", "reasoning", "--tflops", "1", "--cache-mb", "1"], "not allowed with"),
         (["--family", "reasoning", "--tflops", "0.001"], "the least is"),
         (["--family", "reasoning", "--tflops", "1", "--top", "0"], "--top: expected 1 or more, got 0"),
-        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot read"),
+        (["--family", "reasoning", "--tflops", "1", "--offsets", "none.csv"], r"none\.csv: cannot be read"),
         (["--family", "reasoning", "--tflops", "1", "--chip", "tpu"], "unknown chip"),
     ],
 )
@@ -129,7 +129,7 @@ def test_bad_rows_exit_2_with_one_line_and_write_nothing(tmp_path, capsys, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bootstraps", "5"], "--bootstraps: expected 20 or more, got 5"),
+        (["--bootstraps", "5"], "--bootstraps: expected 20 or more, up to 100,000, got 5"),
         (["--seed", "-1"], "--seed: expected 0 or more, got -1"),
         (["--fixed-d", "nan"], "expected a finite number, got nan"),
         (["--out", "."], "expected a file, got the folder"),

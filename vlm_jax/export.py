@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     exporting.check_vacant(args.out)
     screen = Console(stderr=True)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        reading = progress.add_task(f"reading {args.model}", total=None)
-        writing = progress.add_task(f"writing {args.out}", total=None)
+        reading = progress.add_task("reading", total=None)
+        writing = progress.add_task("writing", total=None)
 
         def on_read(size: int, total: int) -> None:
             progress.update(reading, advance=size, total=total)

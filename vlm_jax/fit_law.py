@@ -9,6 +9,8 @@ from pathlib import Path
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 
+MAX_BOOTSTRAPS = 100_000
+
 
 def parser() -> ArgumentParser:
     flags = ArgumentParser(prog="python -m vlm_jax.fit_law", description=__doc__)
@@ -27,8 +29,8 @@ def parser() -> ArgumentParser:
 def main(argv: list[str]) -> int:
     """Fits the rows, writes the law and prints it."""
     flags = parser().parse_args(argv)
-    if flags.bootstraps < 20:
-        raise UserError(f"--bootstraps: expected 20 or more, got {flags.bootstraps}")
+    if not 20 <= flags.bootstraps <= MAX_BOOTSTRAPS:
+        raise UserError(f"--bootstraps: expected 20 or more, up to {MAX_BOOTSTRAPS:,}, got {flags.bootstraps}")
     if flags.seed < 0:
         raise UserError(f"--seed: expected 0 or more, got {flags.seed}")
     if not math.isfinite(flags.fixed_d):

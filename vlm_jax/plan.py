@@ -6,8 +6,6 @@ law was measured with, any V, any LLM of the measured family. --encoders, --llms
 extrapolations are marked * and rank last. Touches no accelerator.
 """
 
-import sys
-
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 
@@ -64,7 +62,7 @@ def main(argv: list[str]) -> int:
     limits["offsets"] = offsets.read(flags.offsets) if flags.offsets else {}
     plan = frontier.plan(law, budget, request, family=flags.family, mode=flags.mode, top=flags.top, **limits)
     if flags.json:
-        sys.stdout.write(report.plan_json(plan, budget, request, flags.mode))
+        print(report.plan_json(plan, budget, request, flags.mode), end="")
     else:
         report.print_plan(plan, budget, request, flags.mode, report.console())
     if flags.html:

@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
 
     import vlm_jax
     from vlm_jax.compress import catalog
+    from vlm_jax.core.text import printable
     from vlm_jax.data.images import fit, read_image
     from vlm_jax.inference import api, token_maps
 
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> None:
         with console.status("generating (compiles first)") if console.is_terminal else nullcontext():
             sampling = (args.max_new_tokens, args.temperature, args.top_p, args.seed)
             (answer,) = vlm_jax.generate(model, [images] if images else None, [args.prompt], *sampling)
-        print(answer)
+        print(printable(answer))  # a model may write control characters
 
 
 @contextmanager

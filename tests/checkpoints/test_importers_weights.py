@@ -198,8 +198,8 @@ def _whole_numbers(path) -> None:
 NESTED = "[" * 10**5
 BROKEN = {
     "q_proj.weight: expected floating-point weights, got int8": _whole_numbers,
-    "config.json: not valid JSON (maximum recursion": lambda path: _config(path, NESTED),
-    "index.json: not an index of weights (maximum": lambda path: _index(path, NESTED),
+    "config.json: not valid JSON (nested too deeply": lambda path: _config(path, NESTED),
+    "index.json: not valid JSON (nested too deeply": lambda path: _index(path, NESTED),
     "expected names of files beside it, got 1": lambda path: _index(path, '{"weight_map": {"x": 1}}'),
     "expected names of files beside it, got None": lambda path: _index(path, '{"weight_map": {"x": null}}'),
     "num_hidden_layers=10000000, but": lambda path: _config(path, json.dumps({**CONFIG, "num_hidden_layers": 10**7})),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_only_image_formats_are_opened(tmp_path) -> None:
 
 
 def test_errors_of_bad_image_files_are_one_line(tmp_path) -> None:
-    with pytest.raises(UserError, match="no such image"):
+    with pytest.raises(UserError, match="cannot be read: no such file"):
         images.read_image(tmp_path / "none.png")
     whole = tmp_path / "whole.png"
     Image.fromarray(peers.pictures()[0]).save(whole)
@@ -251,7 +252,7 @@ def test_errors_of_bad_image_files_are_one_line(tmp_path) -> None:
         assert "\n" not in str(message.value)
         with pytest.raises(UserError, match=r"^image: not a readable image"):
             images.read_image(content)
-    with pytest.raises(UserError, match="not a readable image"):
+    with pytest.raises(UserError, match="expected a file, got a folder"):
         images.read_image(tmp_path)
 
 
@@ -264,3 +265,45 @@ def test_a_giant_image_is_rejected_unread(tmp_path, side: int) -> None:
     path.write_bytes(path.read_bytes()[:12] + header + struct.pack(">I", zlib.crc32(header)) + path.read_bytes()[33:])
     with pytest.raises(UserError, match=r"giant\.png: .*pixels"):
         images.read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+def test_large_images_are_converted_in_bands(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Of three rows each, with the levels of the whole image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 4)).astype(np.uint8)
+    deep = Image.frombytes("I;16", (14, 10), pixels[..., :2].tobytes())
+    image = deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    image.getexif()[0x0112] = 6
+    whole = images.read_image(image)
+    monkeypatch.setattr(images, "_BAND_PIXELS", 30)
+    np.testing.assert_array_equal(images.read_image(image), whole)
+
+
+@pytest.mark.parametrize("size", [(1, 2**27), (2**27, 1), (1, 1001), (2002, 2)])
+def test_a_long_thin_image_is_rejected_unread(size: tuple[int, int]) -> None:
+    """A file of 74 bytes; decoding it would take gigabytes."""
+    with pytest.raises(UserError, match=f"^image: {size[0]} x {size[1]} is too long and thin, expected at most 1000:1"):
+        images.read_image(f"P6 {size[0]} {size[1]} 255\n".encode() + bytes(60))
+    assert images.read_image(np.zeros((1000, 1, 3), np.uint8)).shape == (1000, 1, 3)
+
+
+def test_a_colour_outside_the_levels_is_clipped() -> None:
+    """The border of "pad" is the mean colour of a preprocessor_config.json, which may be any number."""
+    spec = dataclasses.replace(encoder("clip"), resize="pad", image_size=4, pixel_mean=(9.0, -9.0, 1e30))
+    (found,) = images.fit([np.full((2, 4, 3), 7, np.uint8)], spec)
+    assert found[0].tolist() == [[255, 0, 255]] * 4
+    assert found[1].tolist() == [[7, 7, 7]] * 4
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "ICO", "TGA", "PCX", "SGI", "JPEG2000"])
+def test_other_formats_are_not_opened_under_any_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "page.png"
+    Image.fromarray(peers.pictures()[0]).save(path, kind)
+    with pytest.raises(UserError, match="not a readable image"):
+        images.read_image(path)
+
+
+def test_a_pipe_is_not_opened_as_an_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match="expected a file, got a named pipe"):
+        images.read_image(tmp_path / "a.png")

@@ -284,7 +284,7 @@ def test_invalid_utf8_is_rejected(folders: Path, tmp_path: Path) -> None:
             load(folders / name).encode("caf\udce9")
     folder = shutil.copytree(folders / "llama3", tmp_path / "one")
     (folder / "chat_template.jinja").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(UserError, match=r"chat_template\.jinja: not readable"):
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not valid UTF-8"):
         load(folder)
 
 

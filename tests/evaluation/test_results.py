@@ -68,7 +68,7 @@ def test_a_half_written_line_is_named_and_swallows_nothing(tmp_path):
     results.append(path, row(spec_hash="x"))
     with path.open("a") as file:
         file.write('{"cell": "half')
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: a half-written last line .* delete it"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: a half-written last line: .* delete it"):
         results.read(path)
     results.append(path, row(spec_hash="y"))
     with pytest.raises(UserError, match=r"rows\.jsonl:2"):

@@ -73,8 +73,8 @@ def test_a_law_file_round_trips(tmp_path, law):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected JSON"),
-        ("[]", "expected version 2, got None"),
+        ("{", "not valid JSON"),
+        ("[]", "expected an object, got list"),
         ('{"version": 99}', "expected version 2, got 99"),
         ('{"version": 2}', "expected a complete law"),
     ],

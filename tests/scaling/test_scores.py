@@ -54,7 +54,7 @@ def test_a_bad_table_raises_with_row_and_fix(tmp_path, text, message):
 
 
 def test_unreadable_files_raise(tmp_path):
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         scores.read(tmp_path / "none.csv")
     with pytest.raises(UserError, match=r"expected \.jsonl .* or \.csv"):
         scores.read(write(tmp_path, HEAD, "rows.txt"))

@@ -21,7 +21,7 @@ def test_calibration_recovers_planted_efficiencies(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("chip,flops\nv6e,1\n", "expected a header chip,chips,flops,bytes,secs"),
+        ("chip,flops\nv6e,1\n", "expected columns chip,chips,flops,bytes,secs, missing chips,bytes,secs"),
         ("chip,chips,flops,bytes,secs\nv6e,1,x,1,1\n", r"measured\.csv:2: expected numbers in"),
         ("chip,chips,flops,bytes,secs\nv6e,1,1e15,1,0.1\n", "expected at most the peak of v6e"),
         ("chip,chips,flops,bytes,secs\nv6e,1,1,1,0\n", "expected chips,flops,bytes,secs above 0"),

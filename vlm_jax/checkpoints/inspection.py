@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from vlm_jax.checkpoints import big_vision, tensor_tables
+from vlm_jax.checkpoints import big_vision, foreign, tensor_tables
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm
 from vlm_jax.checkpoints.huggingface.fields import config_path
 from vlm_jax.checkpoints.info import CheckpointInfo
@@ -36,7 +36,9 @@ def inspect(path: str | Path) -> CheckpointInfo:
     if weights.path.suffix == ".npz":
         info = big_vision.inspect_npz(weights)
     else:
+        foreign.check_names(weights.shapes, weights.path)
         config = read_config(path)
+        foreign.check_config(config, config_path(path))
         kind, rows = architecture(config, path), architectures()
         if kind not in rows:
             raise UserError(f"{config_path(path)}: {unknown('architecture', kind, rows, cutoff=0.8)}")

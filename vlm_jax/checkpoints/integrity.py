@@ -5,13 +5,15 @@ folder file by file, and a run may die in between.
 """
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_json
+from vlm_jax.core.reading import read_object
 
 _DIGESTS = "sha256.json"
+_MAX_BYTES = 2**28
 # Written by Orbax after the digests, and not needed to restore.
 _UNSIGNED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _REQUIRED = ("state", "progress")
@@ -27,21 +29,21 @@ def damage(folder: Path) -> str:
     for name in _REQUIRED:
         if not (folder / name).is_dir():
             return f"half-written: {name} is missing"
+    if not (folder / _DIGESTS).exists():
+        return f"half-written: {_DIGESTS} is missing"
     try:
-        expected = sorted(json.loads((folder / _DIGESTS).read_bytes()).items())
+        expected = sorted(read_object(folder / _DIGESTS, _MAX_BYTES).items())
         sizes = {name: int(entry["bytes"]) for name, entry in expected}
         digests = {name: entry["sha256"] for name, entry in expected}
-    except FileNotFoundError:
-        return f"half-written: {_DIGESTS} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, KeyError, OverflowError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
     try:
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, expected {size}"
         actual = _digests(folder, list(digests))
     except OSError as error:
         return f"{error.filename}: {error.strerror}"

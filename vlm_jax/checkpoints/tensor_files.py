@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from vlm_jax.checkpoints import foreign
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 
@@ -32,6 +34,8 @@ _DTYPES = {
 }  # fmt: skip
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FOLDER_FILES = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first one is read
+_MAX_EXPANSION, _SMALL_BYTES = 64, 2**24  # an .npz holds at most 64 times its file's bytes, or 16 MiB
+_MAX_AXIS = 2**48
 # RuntimeError is raised for an archive with a password and a header that is nested too deeply.
 _NPZ_ERRORS = (
     ValueError, OSError, EOFError, KeyError, SyntaxError, TypeError, MemoryError, RuntimeError, struct.error,
@@ -54,15 +58,16 @@ def open_weights(path: str | Path) -> TensorFiles:
     Raises `UserError` for what is missing, truncated or corrupt.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if not path.is_dir():
+    found = reading.kind(path)
+    if not found:
+        raise foreign.missing(path)
+    if found == "file":
         return _open_file(path)
     for name in _FOLDER_FILES:
-        if (path / name).exists():
+        if reading.kind(path / name):
             opened = _open_shards(path / name) if name.endswith(".json") else _open_file(path / name)
             return opened._replace(path=path)
-    raise UserError(f"{path}: no weights (expected {', '.join(_FOLDER_FILES[:-1])} or {_FOLDER_FILES[-1]})")
+    raise foreign.no_weights(path, _FOLDER_FILES)
 
 
 def _open_file(path: Path) -> TensorFiles:
@@ -70,22 +75,21 @@ def _open_file(path: Path) -> TensorFiles:
         ".safetensors": open_safetensors, ".npz": open_npz, ".bin": open_torch, ".pt": open_torch, ".pth": open_torch,
     }  # fmt: skip
     if path.suffix not in openers:
-        raise UserError(f"{path}: expected .safetensors, .npz or .bin, got {path.suffix or 'no suffix'}")
+        raise foreign.unknown_format(path)
+    foreign.check_content(path)
     return openers[path.suffix](path)
 
 
 def _open_shards(index: Path) -> TensorFiles:
     """All files of an index as one."""
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(shard_of.values()), key=str)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: not an index of weights ({error})") from error
-    folder = index.parent
-    for name in files:
+    shard_of = reading.read_object(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(f"{index}: not an index of weights (expected weight_map, an object of tensor -> file)")
+    folder, files = index.parent, sorted(set(map(str, shard_of.values())))
+    for name in shard_of.values():
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise UserError(f"{index}: expected names of files beside it, got {name!r}")
-    missing = [name for name in files if not (folder / name).exists()]
+    missing = [name for name in files if not reading.kind(folder / name)]
     if missing:
         raise UserError(f"{index}: {missing[0]} does not exist ({len(missing)} of {len(files)} files missing)")
     shards = {name: _open_file(folder / name) for name in files}
@@ -101,7 +105,7 @@ def open_safetensors(path: Path) -> TensorFiles:
     import safetensors
 
     try:
-        with path.open("rb") as file:
+        with reading.open_regular(path) as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
         # The library checks the header against the file's length: no overlap, no gap, no missing end.
         with safetensors.safe_open(path, framework="numpy") as archive:
@@ -112,7 +116,7 @@ def open_safetensors(path: Path) -> TensorFiles:
     start, shapes, offsets = 8 + header_bytes, {}, {}
     for name, shape, kind in described:
         if kind not in _DTYPES:
-            raise UserError(f"{path}: {name}: expected a dtype of {', '.join(_DTYPES)}, got {kind}")
+            raise foreign.unknown_dtype(path, name, kind, _DTYPES)
         shapes[name], offsets[name] = (shape, _DTYPES[kind]), start
         start += math.prod(shape) * _DTYPES[kind].itemsize
 
@@ -141,14 +145,9 @@ def cores() -> int:
 
 def open_npz(path: Path) -> TensorFiles:
     """numpy's archive, without unpickling. numpy stores bfloat16 as the dtype V2."""
-    shapes: Shapes = {}
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive, or its end is missing")
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as file:
-                    shapes[member.removesuffix(".npy")] = _npy_header(file)
+        with reading.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            shapes = _npz_shapes(archive, os.fstat(file.fileno()).st_size)
     except _NPZ_ERRORS as error:
         raise UserError(f"{path}: not a readable .npz ({error})") from error
 
@@ -164,13 +163,35 @@ def open_npz(path: Path) -> TensorFiles:
     return TensorFiles(path, shapes, read)
 
 
+def _npz_shapes(archive: zipfile.ZipFile, file_bytes: int) -> Shapes:
+    """Shapes and dtypes of all arrays. Raises `ValueError` where the archive claims more than its file can hold, or an
+    array more than its entry: nothing is unpacked before both are known.
+    """
+    entries = archive.infolist()
+    packed, unpacked = sum(one.compress_size for one in entries), sum(one.file_size for one in entries)
+    if packed > file_bytes or unpacked > max(_MAX_EXPANSION * file_bytes, _SMALL_BYTES):
+        raise ValueError(
+            f"{file_bytes:,} bytes that claim to hold {unpacked:,}: expected at most {_MAX_EXPANSION} times as many"
+        )
+    shapes: Shapes = {}
+    for entry in entries:
+        name = entry.filename.removesuffix(".npy")
+        with archive.open(entry) as file:
+            shape, dtype = _npy_header(file)
+            held, expected = entry.file_size - file.tell(), math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or max(shape, default=0) > _MAX_AXIS or held != expected:
+            raise ValueError(f"{name}: shape {list(shape)} of {dtype} does not fit its {held:,} bytes")
+        shapes[name] = shape, _BF16 if dtype == np.dtype("V2") else dtype
+    return shapes
+
+
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
-    return tuple(shape), _BF16 if dtype == np.dtype("V2") else dtype
+    return tuple(shape), dtype
 
 
 def open_torch(path: Path) -> TensorFiles:

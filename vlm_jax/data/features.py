@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 from jaxtyping import Int, UInt8
+from rich.markup import escape
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
@@ -95,7 +96,9 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
     index, firsts = _unique(images)
     stores: dict[str, np.ndarray] = {}
     bad: dict[int, str] = {}
-    for start in track(range(0, len(firsts), _BATCH), description=f"features of {images.label}", transient=True):
+    for start in track(
+        range(0, len(firsts), _BATCH), description=f"features of {escape(images.label)}", transient=True
+    ):
         mine = firsts[start : start + _BATCH]
         visual = encode(_batch(images, mine, bad))
         for field, value in (("tokens", visual.tokens), ("taps", visual.taps)):
@@ -128,7 +131,7 @@ def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"
     """(row of each image, number of the first image of each row); images with equal bytes share a row."""
     rows: dict[Any, int] = {}
     index, firsts = np.zeros(images.count, np.int64), []
-    for number in track(range(images.count), description=f"images of {images.label}", transient=True):
+    for number in track(range(images.count), description=f"images of {escape(images.label)}", transient=True):
         content: Any = number
         with contextlib.suppress(UserError):
             encoded = images.encoded(number)

@@ -7,6 +7,7 @@ The fields of `EncoderSpec` decide how; they are read with the weights. Resizing
 Hugging Face's processors that use Pillow; those that use torchvision differ by a level or two.
 """
 
+import contextlib
 import io
 import struct
 import threading
@@ -17,13 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.reading import open_regular
 from vlm_jax.core.specs import EncoderSpec
 from vlm_jax.ops.pixels import normalise as normalise
 
-MAX_PIXELS = 2**27  # of one image, as stored and as resized
+MAX_PIXELS = 2**27  # of one image, as stored, padded and resized
+MAX_ASPECT = 1000  # longer side over the shorter one
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # by content, not by file name
 RESIZING = ("squash", "crop", "pad")
 INTERPOLATION = {filter.name.lower(): filter for filter in Image.Resampling}
@@ -31,6 +34,7 @@ INTERPOLATION = {filter.name.lower(): filter for filter in Image.Resampling}
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, struct.error, Warning)
 _WARNINGS_LOCK = threading.Lock()  # warning filters are global, and training reads in threads
 _16_BIT = ("PNG", "PPM")  # formats whose mode "I" holds 16 bits
+_BAND_PIXELS = 2**22  # larger images are converted in bands of rows, whose temporary copies are small
 
 
 def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
@@ -44,13 +48,12 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | Path | bytes):
         name = name if isinstance(image, bytes) else str(image)
         try:
-            with _WARNINGS_LOCK, warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-                opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
-            with opened:
-                return _rgb(opened, name)
-        except FileNotFoundError:
-            raise UserError(f"{name}: no such image") from None
+            with contextlib.ExitStack() as stack:
+                file = io.BytesIO(image) if isinstance(image, bytes) else stack.enter_context(open_regular(image))
+                with _WARNINGS_LOCK, warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
+                    opened = Image.open(file, formats=FORMATS)
+                return _rgb(stack.enter_context(opened), name)
         except Image.DecompressionBombError:
             raise UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more (scale it down)") from None
         except UnidentifiedImageError:
@@ -61,25 +64,29 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not all(shape):
         actual = type(image).__name__ if dtype is None else f"{dtype}{list(shape)} (levels are 0 to 255)"
         raise UserError(f"{name}: expected a path, a PIL image or uint8[h, w, 3], got {actual}")
-    if shape[0] * shape[1] > MAX_PIXELS:
-        raise _too_large(shape[1], shape[0], name)
+    _check_pixels(shape[1], shape[0], name)
     return np.asarray(image)
 
 
-def _too_large(width: int, height: int, name: str) -> UserError:
-    return UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height} (scale it down)")
+def _check_pixels(width: int, height: int, name: str) -> None:
+    """Raises `UserError` for an image that is too large, or too long and thin, to be decoded."""
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height} (scale it down)")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(f"{name}: {width} x {height} is too long and thin, expected at most {MAX_ASPECT}:1 (crop it)")
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    return UserError(f"{name}: not a readable image ({' '.join(str(error).split())[:200]})")
+    return UserError(f"{name}: not a readable image ({str(error)[:200]})")
 
 
 def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(*image.size, name)
+    _check_pixels(*image.size, name)
     file_format = image.format  # lost by exif_transpose
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and file_format in _16_BIT)
         if image.mode in ("F", "I") and not is_16_bit:
             kind = {"F": "float", "I": "integer"}[image.mode]
@@ -87,13 +94,14 @@ def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
                 f"{name}: expected 8 or 16 bits, got {kind} grey of 32 bits, mode {image.mode}, whose range is unknown "
                 "(scale it to 0 ... 255 and convert it to mode L)"
             )
-        if is_16_bit:
-            levels = np.clip(np.asarray(image, np.float64), 0, 65535) * (255 / 65535)
-            image = Image.fromarray(np.rint(levels).astype(np.uint8))
-        if image.mode != "RGB" and image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        rows = max(_BAND_PIXELS // image.width, 1)
+        if image.height <= rows:
+            return _levels(image, is_16_bit)
+        out = np.empty((image.height, image.width, 3), np.uint8)
+        for top in range(0, image.height, rows):
+            bottom = min(top + rows, image.height)
+            out[top:bottom] = _levels(image.crop((0, top, image.width, bottom)), is_16_bit)
+        return out
     except _BROKEN as error:
         raise _unreadable(name, error) from error
 
@@ -111,10 +119,24 @@ def header(image: str | Path | bytes) -> Header:
     """The header of a file, without decoding its pixels. Raises `UserError` for what is no image."""
     name = "image" if isinstance(image, bytes) else str(image)
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+        with (
+            io.BytesIO(image) if isinstance(image, bytes) else open_regular(image) as file,
+            Image.open(file, formats=FORMATS) as opened,
+        ):
             return Header(opened.format or "", opened.mode, *opened.size)
     except _BROKEN as error:
         raise _unreadable(name, error) from error
+
+
+def _levels(image: Image.Image, is_16_bit: bool) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB levels of an image of any mode but 32-bit grey."""
+    if is_16_bit:
+        levels = np.clip(np.asarray(image, np.float64), 0, 65535) * (255 / 65535)
+        image = Image.fromarray(np.rint(levels).astype(np.uint8))
+    if image.mode != "RGB" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def fit(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], encoder: EncoderSpec) -> UInt8[np.ndarray, "B H H 3"]:
@@ -131,46 +153,46 @@ def fit(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], encoder: EncoderSpec) -> U
     side = encoder.image_size
     out = np.empty((len(images), side, side, 3), np.uint8)
     for row, image in zip(out, images, strict=True):
-        row[...] = _resized(image, side, side, encoder) if encoder.resize == "squash" else _cropped(image, encoder)
+        if encoder.resize != "squash":
+            row[...] = _cropped(image, encoder)
+        elif image.shape[:2] == (side, side):
+            row[...] = image
+        else:
+            row[...] = _resized(Image.fromarray(image), side, side, encoder)
     return out
 
 
 def _cropped(image: UInt8[np.ndarray, "h w 3"], encoder: EncoderSpec) -> UInt8[np.ndarray, "H H 3"]:
-    size, (height, width) = encoder.image_size, image.shape[:2]
+    size, (height, width), picture = encoder.image_size, image.shape[:2], Image.fromarray(image)
     if encoder.resize == "pad":
         side = max(height, width)
-        corner = [(side - n) // 2 for n in (height, width)]
-        _check_size(image, side, side)
-        image = _padded(image, side, side, corner, [int(x * 255) for x in encoder.pixel_mean])
-        height = width = side
+        _check_size(picture, side, side)
+        square = Image.new("RGB", (side, side), tuple(min(max(int(x * 255), 0), 255) for x in encoder.pixel_mean))
+        square.paste(picture, ((side - width) // 2, (side - height) // 2))
+        picture, height, width = square, side, side
     edge, short = encoder.shortest_edge or size, min(height, width)
     width, height = (
         edge if width == short else edge * width // height,
         edge if height == short else edge * height // width,
     )
-    image = _resized(image, width, height, encoder)
+    image = _resized(picture, width, height, encoder)
     if min(height, width) < size:  # a crop larger than the resized image: black border
-        corner = [max(0, -(-(size - n) // 2)) for n in (height, width)]
-        height, width = max(height, size), max(width, size)
-        image = _padded(image, height, width, corner, (0, 0, 0))
+        top, left = (max(0, -(-(size - n) // 2)) for n in (height, width))
+        resized, height, width = image, max(height, size), max(width, size)
+        image = np.zeros((height, width, 3), np.uint8)
+        image[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 
 
-def _resized(image: np.ndarray, width: int, height: int, encoder: EncoderSpec) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    _check_size(image, width, height)
-    return np.asarray(Image.fromarray(image).resize((width, height), INTERPOLATION[encoder.interpolation]))
+def _resized(picture: Image.Image, width: int, height: int, encoder: EncoderSpec) -> UInt8[np.ndarray, "_ _ 3"]:
+    _check_size(picture, width, height)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), INTERPOLATION[encoder.interpolation])
+    return np.asarray(picture)
 
 
-def _check_size(image: np.ndarray, width: int, height: int) -> None:
+def _check_size(picture: Image.Image, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        old = f"{image.shape[1]} x {image.shape[0]}"
+        old = f"{picture.width} x {picture.height}"
         raise UserError(f"image: {old} is too long and thin to be resized to {width} x {height} (crop it first)")
-
-
-def _padded(image: np.ndarray, height: int, width: int, corner: Sequence[int], colour: Sequence[int]) -> np.ndarray:
-    out = np.full((height, width, 3), colour, np.uint8)
-    out[corner[0] : corner[0] + image.shape[0], corner[1] : corner[1] + image.shape[1]] = image
-    return out

@@ -8,11 +8,11 @@
 the wrong type.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -85,15 +85,7 @@ def check_utf8(text: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
+    return reading.read_object(path) if reading.kind(path) else {}
 
 
 def _content(token: Any, where: str) -> str:
@@ -185,12 +177,14 @@ def _template(folder: Path, config: Mapping[str, Any], settings: dict[str, Any])
         # In the file itself wins here; `_jinja_files` has AutoTokenizer's order.
         file = folder / "chat_template.jinja"
         template = (
-            template or _template_of(_read_json(legacy), legacy) or (_read_text(file) if file.is_file() else None)
+            template
+            or _template_of(_read_json(legacy), legacy)
+            or (reading.read_text(file) if file.is_file() else None)
         )
         if template is not None:
             return template
     if files:
-        return _read_text(files["default"]) if "default" in files else None
+        return reading.read_text(files["default"]) if "default" in files else None
     return _template_of(settings, folder / "tokenizer_config.json")
 
 
@@ -206,13 +200,6 @@ def _jinja_files(folder: Path) -> dict[str, Path]:
     """Name -> file of the folder's templates."""
     files = {"default": folder / "chat_template.jinja", **{p.stem: p for p in (folder / _FOLDER).glob("*.jinja")}}
     return {name: path for name, path in files.items() if path.is_file()}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 ({error})") from error
 
 
 def _template_of(content: Mapping[str, Any], where: Path) -> str | None:

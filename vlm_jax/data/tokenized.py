@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 from jaxtyping import Bool, Int
+from rich.markup import escape
 from rich.progress import track
 
 from vlm_jax.core.errors import UserError
@@ -225,7 +226,7 @@ def _write(folder: Path, source: Source, separate: bool, tokenize: Tokenize, bar
 
 
 def _progress(source: Source) -> Iterator[int]:
-    return iter(track(range(len(source)), description=f"tokens of {source.name}", transient=True))
+    return iter(track(range(len(source)), description=f"tokens of {escape(source.name)}", transient=True))
 
 
 class Mixture(NamedTuple):

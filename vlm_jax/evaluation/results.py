@@ -15,11 +15,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from vlm_jax.core import specs
+from vlm_jax.core import reading, specs, text
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.rows import FIELDS, ResultRow
 from vlm_jax.core.specs import ModelSpec
 
+_MAX_BYTES = 2**28
+_LARGEST, _LONGEST = 1e100, 2000  # number and text of a row
 _TYPES = {field.name: field.type for field in dataclasses.fields(ResultRow)}
 
 
@@ -39,7 +42,7 @@ def append(path: str | Path, row: ResultRow) -> None:
 
 def to_line(row: ResultRow, path: str | Path) -> str:
     """The row as a line of the file `path`. Raises `UserError` for a number that is not finite."""
-    values = dataclasses.asdict(row)
+    values = {name: text.printable(v) if isinstance(v, str) else v for name, v in dataclasses.asdict(row).items()}
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: row {row.cell!r}: expected a finite number, got {name}={value} (fix its run)")
@@ -65,7 +68,10 @@ def _write_error(path: str | Path, error: OSError) -> UserError:
 
 def _lock(path: str | Path) -> FileLock:
     """Held from before the file is opened until after it is closed: NFS guarantees consistency only then."""
-    return FileLock(f"{path}.lock", poll_interval=0.01)
+    lock = Path(f"{path}.lock")
+    if lock.is_symlink() or (lock.exists() and not lock.is_file()):
+        raise UserError(f"{lock}: expected a lock file, got a link or a folder (remove it)")
+    return FileLock(lock, poll_interval=0.01)
 
 
 def _append(path: str | Path, line: bytes) -> None:
@@ -96,23 +102,24 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of all lines that are not blank, read under the lock if this user can take it."""
     lock = Path(f"{path}.lock")
     try:
-        with _lock(path) if lock.exists() and os.access(lock, os.W_OK) else contextlib.nullcontext():
-            text = Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as rows: {error}") from error
-    lines = text.split("\n")
+        with (
+            _lock(path)
+            if (lock.exists() or lock.is_symlink()) and os.access(lock, os.W_OK)
+            else contextlib.nullcontext()
+        ):
+            content = reading.read_text(path, _MAX_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as rows: {reading.reason(error)}") from error
+    lines = content.split("\n")
     objects = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        cause = "a half-written last line" if number == len(lines) else "a broken line"
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            cause = "a half-written last line" if number == len(lines) else "a broken line"
-            raise UserError(
-                f"{path}:{number}: {cause} ({getattr(error, 'msg', error)}); the lines before it are whole: delete "
-                "it, run its cell again"
-            ) from error
+            values = reading.parse_json(line, f"{path}:{number}: {cause}")
+        except UserError as error:
+            raise UserError(f"{error}; the lines before it are whole: delete it, run its cell again") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, got {type(values).__name__}")
         objects.append((number, values))
@@ -133,6 +140,7 @@ def parse(values: Mapping[str, Any], where: str) -> ResultRow:
             raise UserError(f"{where}: model: expected the row's {name} {getattr(row, name)!r}, got {got!r}")
     if row.model.compressor.tokens != row.visual_tokens:
         raise UserError(f"{where}: model: expected {row.visual_tokens} tokens, got {row.model.compressor.tokens}")
+    check_model(row.model, f"{where}: model.")
     return row
 
 
@@ -140,12 +148,14 @@ def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec:
     expected = _TYPES[name]
     if expected is ModelSpec:
         return specs.from_dict(ModelSpec, value, f"{where}: {name}.")
-    if expected is str and isinstance(value, str):
+    if expected is str and isinstance(value, str) and len(value) <= _LONGEST and text.is_printable(value):
         return value
-    if expected is not str and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if expected is not str and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
         if expected is float:
             return float(value)
         if value == int(value):
             return int(value)
-    kind = "text" if expected is str else f"a finite {expected.__name__}"
+    kind = f"a finite {expected.__name__}"
+    if expected is str:
+        kind = f"printable text of at most {_LONGEST} characters" if isinstance(value, str) else "text"
     raise UserError(f"{where}: {name}: expected {kind}, got {value!r}")

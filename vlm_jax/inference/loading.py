@@ -25,6 +25,7 @@ from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.checkpoints.inspection import CheckpointInfo, inspect, load_parts, with_encoder
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.data import chat_formats, token_files, tokenizers
@@ -156,6 +157,7 @@ def _dtype(dtype: Any) -> str | None:
 def _path(name: str, value: Any) -> Path:
     if not isinstance(value, str | Path):
         raise UserError(f"{name}: expected the name of a folder or file, got {str(value)[:80]}")
+    reading.kind(value)  # raises for a device, and for a name that no file can have
     return Path(value)
 
 
@@ -253,7 +255,8 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     unboxed, shardings = nn.meta.unbox(abstract), plan.shardings(abstract)
 
     def on_damaged(step: int, reason: str) -> None:
-        print(f"note: checkpoint {step} is damaged ({reason}): the one before is used", file=sys.stderr)
+        note = f"note: checkpoint {step} is damaged ({reason}): the one before is used"
+        print(text.one_line(note), file=sys.stderr)
 
     params = orbax.restore_params(workdir, unboxed, shardings, on_damaged)
     params = {"encoder": jax.device_put(network.encoder, plan.replicated), **params}

@@ -18,7 +18,7 @@ form's (D >= 0); they determine the optimal V, and are identified where the expo
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -46,6 +46,52 @@ def distinct(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
     return tuple(found.values())
 
 
+class Unit(TypedDict):
+    """What N counts."""
+
+    llm_params: float
+    params_are: str
+
+
+class Noise(TypedDict):
+    """Of replicates; None without any."""
+
+    replicates: int
+    stdev: float | None
+    lack_of_fit_p: float | None
+
+
+class RowsSummary(TypedDict):
+    """The rows of a family."""
+
+    cells: int
+    sizes: list[float]  # N in billions, ascending
+    tokens: list[int]  # V, ascending
+    lowest_error: float
+    blind: dict[str, float]
+    noise: Noise
+    harness: list[str]
+
+
+class Ratio(TypedDict):
+    """alpha / beta of the multiplicative form; None is unbounded."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    low_cases: float | None
+    high_cases: float | None
+    form: str
+
+
+class Difference(TypedDict):
+    """alpha - beta of the multiplicative form."""
+
+    value: float
+    low: float
+    high: float
+
+
 class FormFit(NamedTuple):
     """Fit of one form to one family."""
 
@@ -63,13 +109,13 @@ class FormFit(NamedTuple):
 class FamilyFit(NamedTuple):
     """Fits of all forms to one family, and the chosen form."""
 
-    rows: dict[str, Any]
+    rows: RowsSummary
     models: tuple[ModelSpec, ...]
     forms: dict[str, FormFit]
     chosen: str
     selection: str
-    ratio: dict[str, Any]
-    difference: dict[str, float]
+    ratio: Ratio
+    difference: Difference
     d_profile: list[dict[str, float]]
     warnings: list[str]
 
@@ -99,7 +145,7 @@ class LawFit(NamedTuple):
     """Fits of all families."""
 
     version: int
-    unit: dict[str, Any]
+    unit: Unit
     loss: str
     seed: int
     bootstraps: int

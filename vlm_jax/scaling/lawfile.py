@@ -1,17 +1,23 @@
 """Reads and writes `law.json` (`scaling.fitted`). The same law gives the same bytes."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.core import specs
-from vlm_jax.core.errors import UserError
+from vlm_jax.core import reading, specs, text
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.files import write_text
+from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.specs import ModelSpec
-from vlm_jax.scaling.fitted import VERSION, FamilyFit, FormFit, LawFit
+from vlm_jax.scaling import laws
+from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, LawFit
 
 _DIGITS = 10  # significant; draws need fewer
 _DRAW_DIGITS = 6
+PARAMS_ARE = ("non_embedding", "nominal")
+_LOWEST = {"sizes": 1e-9, "tokens": 1}
+_MAX_EXPONENT, _MAX_COEFFICIENT = 10.0, 1e30  # beyond what `solve` finds for any rows
 
 
 def write(path: str | Path, law: LawFit) -> None:
@@ -62,26 +68,65 @@ def read(path: str | Path) -> LawFit:
     """The law of a file. Raises `UserError` with file and fix if it is missing, broken or of another version."""
     again = "write it again with `python -m vlm_jax.fit_law`"
     try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror} ({again})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error} ({again})") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise UserError(f"{path}: expected version {VERSION}, got {version!r} ({again})")
+        values = reading.read_object(path)
+    except UserError as error:
+        raise UserError(f"{error} ({again})") from error
+    if values.get("version") != VERSION:
+        raise UserError(f"{path}: expected version {VERSION}, got {values.get('version')!r} ({again})")
     try:
-        families = {name: _read_family(one) for name, one in values.pop("families").items()}
-        return LawFit(**values, families=families)
-    except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{path}: expected a complete law, got {kind}{error} ({again})") from error
+        law = specs.from_dict(LawFit, values, "")
+        _check(law)
+    except UserError as error:
+        raise UserError(f"{path}: expected a complete law, got {error} ({again})") from error
+    return law
 
 
-def _read_family(values: dict[str, Any]) -> FamilyFit:
-    forms = {name: FormFit(**form) for name, form in values["forms"].items()}
-    models = tuple(specs.from_dict(ModelSpec, one, f"models.{i}.") for i, one in enumerate(values["models"]))
-    family = FamilyFit(**{**values, "forms": forms, "models": models})
-    if not family.forms[family.chosen].draws:
-        raise ValueError(f"no draws for {family.chosen}")
-    return family
+def _check(law: LawFit) -> None:
+    """Raises `UserError` for values of the right types that no fit writes."""
+    if law.unit["params_are"] not in PARAMS_ARE:
+        raise unknown("unit.params_are", law.unit["params_are"], PARAMS_ARE)
+    if not law.families:
+        raise UserError("no families")
+    for name, family in law.families.items():
+        where = f"families.{name}."
+        _check_names((name, family.selection, *family.warnings, *family.rows["harness"]), where)
+        for field in ("sizes", "tokens"):
+            numbers = family.rows[field]
+            if not numbers or numbers != sorted(set(numbers)) or not _LOWEST[field] <= numbers[0] <= numbers[-1] <= 1e7:
+                raise UserError(f"{where}rows.{field}: expected ascending numbers above 0, got {numbers}")
+        for kind in (family.chosen, BASIC):
+            if kind not in family.forms:
+                raise unknown(f"{where}form", kind, family.forms)
+            if not family.forms[kind].draws:
+                raise UserError(f"{where}forms.{kind}.draws is empty")
+        for kind, form in family.forms.items():
+            _check_form(form, laws.form(kind).params, f"{where}forms.{kind}.")
+        for i, model in enumerate(family.models):
+            _check_model(model, f"{where}models.{i}.")
+
+
+def _check_form(form: FormFit, names: tuple[str, ...], where: str) -> None:
+    counts = {len(draws) for draws in form.draws.values()}
+    if set(form.params) != set(names) or (form.draws and set(form.draws) != set(names)) or len(counts) > 1:
+        raise UserError(f"{where}params: expected {', '.join(names)} and as many draws of each")
+    if counts == {0}:
+        raise UserError(f"{where}draws: expected some, got none")
+    for name in names:
+        limit = _MAX_EXPONENT if name in ("alpha", "beta") else _MAX_COEFFICIENT
+        if not all(abs(value) <= limit for value in (form.params[name], *form.draws.get(name, ()))):
+            raise UserError(f"{where}{name}: expected numbers from {-limit:g} to {limit:g}")
+
+
+def _check_model(model: ModelSpec, where: str) -> None:
+    for part in ("encoder", "compressor", "decoder"):
+        spec = getattr(model, part)
+        if spec is None:
+            raise UserError(f"{where}{part}: expected a group of fields, got None")
+        _check_names((spec.name,), f"{where}{part}.name")
+    check_model(model, where)
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if not text.is_printable(name):
+            raise UserError(f"{where}: expected printable text, got {name!r}")

@@ -3,10 +3,10 @@
 They come from one LLM and one recipe; applying them to others is an assumption, which the plan notes.
 """
 
-import csv
 from pathlib import Path
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.reading import read_csv
 
 MME_POINTS = 2000  # maximum of MME's perception part
 
@@ -17,19 +17,18 @@ def read(path: str | Path, reference: str = "tokenpacker") -> dict[tuple[str, in
     The file is a CSV `method,visual_tokens,<benchmark>,...` of scores in percent (MME in points); the mean is over the
     benchmarks that both methods have.
     """
-    try:
-        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read: {error}") from error
-    if not rows or {"method", "visual_tokens"} - set(rows[0]):
+    rows = read_csv(path, ("method", "visual_tokens"))
+    if not rows:
         raise UserError(f"{path}: expected a header method,visual_tokens,<benchmark>,... and at least one row")
     scores: dict[tuple[str, int], dict[str, float]] = {}
-    for number, row in enumerate(rows, start=2):
+    for where, row in rows:
         try:
             key = (row["method"].lower(), int(row["visual_tokens"]))
             given = {name: float(v) for name, v in row.items() if name not in ("method", "visual_tokens") and v}
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: expected numbers or empty fields, got {error}") from error
+        except ValueError as error:
+            raise UserError(f"{where}: expected numbers or empty fields, got {error}") from error
+        if not all(abs(value) <= MME_POINTS for value in given.values()):
+            raise UserError(f"{where}: expected scores of at most {MME_POINTS}, got {max(given.values())}")
         scores[key] = {name: v / MME_POINTS if name == "mme" else v / 100 for name, v in given.items()}
     out = {}
     for (method, tokens), given in scores.items():

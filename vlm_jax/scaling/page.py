@@ -6,8 +6,8 @@ length, batch and cost axis. The page selects one of the tables computed here.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
+from vlm_jax.core.reading import reason
+from vlm_jax.core.text import to_html
 from vlm_jax.scaling import candidates, frontier
 from vlm_jax.scaling.candidates import Candidate
 from vlm_jax.scaling.fitted import FamilyFit, LawFit
@@ -51,12 +53,16 @@ def write(path: str | Path, law: LawFit, family: str | None, request: Request, l
         "question": f"{request.question_tokens:g}", "batch": str(request.batch), "parts": PARTS,
     }  # fmt: skip
     title = f"{name}: error against cost, {request.answer_tokens:g} answer tokens, {request.chips} x {on.name}"
-    text = _PAGE.replace("$TITLE", escape(title)).replace("$NOTE", escape(_note(fitted)))
-    text = text.replace("$DATA", json.dumps(data, allow_nan=False).replace("</", "<\\/"))
+    parts = {
+        "$TITLE": to_html(title), "$NOTE": to_html(_note(fitted)), "$PLOTLY": get_plotlyjs(),
+        "$DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),  # no tag ends or starts in a script
+    }  # fmt: skip
+    # All at once: a name may contain "$DATA".
+    text = re.sub(r"\$(TITLE|NOTE|PLOTLY|DATA)", lambda match: parts[match[0]], _PAGE)
     try:
-        write_text(Path(path), text.replace("$PLOTLY", get_plotlyjs()))
+        write_text(Path(path), text)
     except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def _note(fitted: FamilyFit) -> str:
@@ -77,10 +83,10 @@ def _table(
     order = frontier.ranked(priced, priced.each("secs"), fits)
     choices = frontier.choices(fitted, priced, order, request, offsets)
     return {
-        "llm": [c.llm for c in choices],
+        "llm": [to_html(c.llm) for c in choices],  # shown by Plotly, which reads some HTML
         "n": _short([c.llm_params_billion for c in choices]),
         "v": [c.visual_tokens for c in choices],
-        "side": [f"{c.encoder} + {c.compressor}" for c in choices],
+        "side": [to_html(f"{c.encoder} + {c.compressor}") for c in choices],
         "error": _short([c.predicted_error for c in choices]),
         "low": _short([c.low for c in choices]),
         "high": _short([c.high for c in choices]),

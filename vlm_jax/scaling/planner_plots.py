@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.text import slug, to_label
 from vlm_jax.scaling import budgets, candidates, frontier, plots
 from vlm_jax.scaling.candidates import names_of
 from vlm_jax.scaling.fitted import LawFit, visual_side
@@ -47,11 +48,11 @@ def cost_shares(law: LawFit, family: str | None, request: Request, path: str | P
         for x, value in enumerate(total):
             axes.text(x, 101, _short(value / unit), ha="center", va="bottom", fontsize=8, color=FAINT)
         axes.set_xticks(range(len(tokens)), map(str, tokens))
-        axes.set(title=llm, xlabel="V", ylim=(0, 108))
+        axes.set(title=to_label(llm), xlabel="V", ylim=(0, 108))
         axes.grid(visible=False)
     panels[0].set_ylabel(f"share of FLOPs, %  ({unit_name} above)")
     panels[-1].legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    _subtitle(figure, f"{first.encoder.name} + {first.compressor.name}", request)
+    _subtitle(figure, to_label(f"{first.encoder.name} + {first.compressor.name}"), request)
     return save(figure, path)
 
 
@@ -118,7 +119,7 @@ def planner_figures(
     out = []
     for name in law.families:
         progress(f"cost_frontier, {name}")
-        out.append(plots.cost_frontier(law, rows, name, folder / f"cost_frontier-{name}.png"))
+        out.append(plots.cost_frontier(law, rows, name, folder / f"cost_frontier-{slug(name)}.png"))
     progress("optimal_tokens")
     out.append(plots.optimal_tokens(law, folder / "optimal_tokens.png"))
     progress("cost_shares")

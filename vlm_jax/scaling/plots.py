@@ -1,6 +1,7 @@
 """Figures of laws. Each function writes one PNG and returns its path."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
+from vlm_jax.core.reading import reason
 from vlm_jax.core.rows import ResultRow
+from vlm_jax.core.text import to_label
 from vlm_jax.scaling import frontier, scores
 from vlm_jax.scaling.fitted import BASIC, FamilyFit, LawFit
 from vlm_jax.scaling.scores import Measurement, Scores, params_label
@@ -37,7 +40,8 @@ STYLE = {
 def styled(draw: Callable[..., Path]) -> Callable[..., Path]:
     @functools.wraps(draw)
     def run(*args: Any, **kwargs: Any) -> Path:
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
             return draw(*args, **kwargs)
 
     return run
@@ -51,7 +55,7 @@ def save(figure: Figure, path: str | Path) -> Path:
         with atomic_write(path) as new:
             figure.savefig(new, dpi=160, bbox_inches="tight", metadata={"Software": None})
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
     return path
 
 
@@ -87,7 +91,7 @@ def error_curves(
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     _draw_errors(axes, cells, fitted, across)
-    axes.set_title(family)
+    axes.set_title(to_label(family))
     return save(figure, path)
 
 
@@ -168,7 +172,7 @@ def cost_frontier(
         axes.set_xscale("log")
         log_axis(axes.xaxis)
         axes.set_xlabel(f"{word} of the paper's cost, 2 N (Q + V)")
-        axes.set_title(f"{family}, Q = {question:g}")
+        axes.set_title(f"{to_label(family)}, Q = {question:g}")
     panels[0].set_ylabel("predicted error")
     panels[-1].legend(title="V", bbox_to_anchor=(1.0, 1.0), loc="upper left")
     return save(figure, path)
@@ -188,8 +192,8 @@ def optimal_tokens(law: LawFit, path: str | Path, highest: Number = 1000) -> Pat
         clip = functools.partial(np.clip, a_min=tokens[0], a_max=tokens[-1])
         ends = clip(np.quantile(drawn, (0.025, 0.975), axis=0, method="nearest"))
         axes.fill_between(question, *ends, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(question, clip(value), color=colour, label=name)
-        axes.text(question[-1] * 1.08, clip(value)[-1], name, color=colour, va="center", fontsize=10)
+        axes.plot(question, clip(value), color=colour, label=to_label(name))
+        axes.text(question[-1] * 1.08, clip(value)[-1], to_label(name), color=colour, va="center", fontsize=10)
     axes.set_xscale("log")
     axes.set_yscale("log")
     log_axis(axes.xaxis, (1, 3, 10, 30, 100, 300, 1000))

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from vlm_jax.core.specs import to_dict
 from vlm_jax.scaling.budgets import Budget
@@ -20,15 +21,18 @@ from vlm_jax.sizing.roofline import Request
 
 
 def console() -> Console:
-    """A console for stdout, wide enough for the tables if it is a file."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=120)
+    """A console for stdout, wide enough for the tables if it is a file. Text is printed as it is: names come from files
+    and may look like markup.
+    """
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    out = Console(**plain)
+    return out if out.is_terminal else Console(width=120, **plain)
 
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar on stderr for `total` stages; call the result at the start of each."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     screen = Console(stderr=True)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=-1)
@@ -55,7 +59,7 @@ def print_law(law: LawFit, console: Console) -> None:
         console.print(f"{twice}, {family.chosen} predicts {', '.join(parts)}")
         for warning in family.warnings:
             code, _, text = warning.partition(": ")
-            console.print(f"[yellow]{code}[/yellow]: {text}")
+            console.print(Text.assemble((code, "yellow"), f": {text}"))
         console.print()
 
 
@@ -77,7 +81,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "(unbounded)" if low is None or high is None else rf"\[{low:.3g}, {high:.3g}]"
+    return "(unbounded)" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
 
 
 def plan_json(plan: Ranking, budget: Budget, request: Request, mode: str) -> str:
@@ -103,12 +107,11 @@ def _choice_values(choice: Choice) -> dict[str, Any]:
 
 def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, console: Console) -> None:
     """Prints the ranking, the cost of each part, the best choice of both modes, warnings and notes."""
-    console.print(
-        f"[bold]{budget.kind} <= {budget.amount:g}[/bold], Q = {request.question_tokens:g} ({request.question}),"
-        f" {request.answer_tokens:g} answer tokens, batch {request.batch}"
-        + (f", {request.chips} x {request.on.name}" if request.on else "")
-        + f"; {plan.feasible:,} of {plan.candidates:,} candidates are within it ({mode} mode)"
-    )
+    limit = Text(f"{budget.kind} <= {budget.amount:g}", style="bold")
+    terms = f", Q = {request.question_tokens:g} ({request.question}), {request.answer_tokens:g} answer tokens"
+    terms += f", batch {request.batch}" + (f", {request.chips} x {request.on.name}" if request.on else "")
+    counts = f"; {plan.feasible:,} of {plan.candidates:,} candidates are within it ({mode} mode)"
+    console.print(limit + Text(terms + counts))
     console.print(_ranking(plan))
     console.print(_parts(plan, "GFLOPs a request", [c.flops_by_part for c in plan.choices], 1e-9))
     if plan.choices[0].latency_ms_by_part is not None:
@@ -127,7 +130,7 @@ def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, conso
     marks = [warning for choice in plan.choices for warning in choice.warnings]
     for warning in dict.fromkeys(marks):
         count = marks.count(warning)
-        console.print(f"[yellow]{warning}[/yellow]" + (f" ({count} choices)" if count > 1 else ""))
+        console.print(Text(warning, "yellow") + Text(f" ({count} choices)" if count > 1 else ""))
     for note in plan.notes:
         console.print(f"note: {note}", style="dim")
 
@@ -151,7 +154,7 @@ def _ranking(plan: Ranking) -> Table:
     for rank, c in enumerate(plan.choices, start=1):
         cells = [str(rank), _marked(c.llm, c, "family", "params"), _marked(str(c.visual_tokens), c, "tokens")]
         cells += [_marked(c.compressor, c, "compressor"), _marked(c.encoder, c, "encoder"), f"{c.predicted_error:.4f}"]
-        cells += [rf"\[{c.low:.4f}, {c.high:.4f}]", "-" if c.beats_next is None else f"{c.beats_next:.0%}"]
+        cells += [f"[{c.low:.4f}, {c.high:.4f}]", "-" if c.beats_next is None else f"{c.beats_next:.0%}"]
         cells += [_amount(c.flops / 1e12), _amount(c.latency_ms or 0), _amount(c.cache_bytes / 1e6), c.binds]
         table.add_row(*cells, style="bold green" if rank == 1 else None)
     return table

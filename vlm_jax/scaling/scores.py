@@ -10,8 +10,6 @@ N is the number of non-embedding parameters in result rows and the nominal size 
 `Scores.params_are` records which.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import ModelSpec
@@ -27,6 +26,8 @@ from vlm_jax.sizing import zoo
 
 COLUMNS = ("family", "llm_params_billion", "visual_tokens", "mean_score")
 BILLION = 1e9
+MIN_PARAMS, MAX_PARAMS = 1e-9, 1e6  # N, in billions
+MAX_TOKENS = 10**7  # V
 
 
 class Measurement(NamedTuple):
@@ -84,35 +85,28 @@ def of_rows(rows: "Iterable[ResultRow] | Scores") -> Scores:
 
 def from_row(row: ResultRow, where: str) -> Measurement:
     """A result row as a measurement."""
-    if row.llm_params <= 0 or row.visual_tokens < 0:
-        got = f"{row.llm_params}, {row.visual_tokens}"
-        raise UserError(f"{where}: expected llm_params above 0 and visual_tokens of 0 or more, got {got}")
-    _check_fraction(row.error, "error", where)
     params = row.llm_params / BILLION
+    _check_params(params, "llm_params in billions", where)
+    if not 0 <= row.visual_tokens <= MAX_TOKENS:
+        raise UserError(f"{where}: expected visual_tokens of 0 or more, got {row.visual_tokens}")
+    _check_fraction(row.error, "error", where)
+    _check_fraction(row.stderr, "stderr", where)
     return Measurement(row.family, params, row.visual_tokens, row.error, row.stderr, row.seed, where, {}, row.model)
 
 
 def _read_csv(path: str | Path) -> Iterable[Measurement]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read: {error}") from error
-    reader = csv.DictReader(io.StringIO(text))
-    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        raise UserError(f"{path}: expected columns {','.join(COLUMNS)}, missing {','.join(missing)}")
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        if None in row or any(value is None for value in row.values()):
-            raise UserError(f"{where}: expected as many fields as the header has")
+    for where, row in reading.read_csv(path, COLUMNS):
+        _check_name(row["family"], where)
         params, tokens, score = (_number(row[name], name, where) for name in COLUMNS[1:])
-        if params <= 0:
-            raise UserError(f"{where}: expected llm_params_billion above 0, got {params:g}")
-        if tokens < 0 or tokens != int(tokens):
+        _check_params(params, "llm_params_billion", where)
+        if not 0 <= tokens <= MAX_TOKENS or tokens != int(tokens):
             raise UserError(f"{where}: expected an integer visual_tokens (0: blind baseline), got {tokens:g}")
         _check_fraction(score, "mean_score", where)
         extra = {name: value for name, value in row.items() if name not in COLUMNS}
         seed = int(_number(extra["seed"], "seed", where)) if extra.get("seed") else None
         stderr = _number(extra["stderr"], "stderr", where) if extra.get("stderr") else None
+        _check_fraction(stderr or 0, "stderr", where)
+        _check_name(extra.get("harness", ""), where)
         model = _model(extra, params, int(tokens), where)
         yield Measurement(row["family"], params, int(tokens), 1 - score, stderr, seed, where, extra, model)
 
@@ -137,14 +131,26 @@ def _model(row: Mapping[str, str], params: float, tokens: int, where: str) -> Mo
         raise UserError(f"{where}: {error}") from error
 
 
-def _number(text: str, name: str, where: str) -> float:
+def _number(field: str, name: str, where: str) -> float:
     try:
-        value = float(text)
+        value = float(field)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number as {name}, got {text!r}")
+        raise UserError(f"{where}: expected a finite number as {name}, got {field!r}")
     return value
+
+
+def _check_params(params: int | float, name: str, where: str) -> None:
+    if params <= 0:
+        raise UserError(f"{where}: expected {name} above 0, got {params:g}")
+    if not MIN_PARAMS <= params <= MAX_PARAMS:
+        raise UserError(f"{where}: expected {name} from {MIN_PARAMS:g} to {MAX_PARAMS:g}, got {params:g}")
+
+
+def _check_name(name: str, where: str) -> None:
+    if len(name) > text.MAX_NAME or not text.is_printable(name):
+        raise UserError(f"{where}: expected printable text of at most {text.MAX_NAME} characters, got {name!r}")
 
 
 def _check_fraction(value: int | float, name: str, where: str) -> None:

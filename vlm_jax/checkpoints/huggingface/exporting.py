@@ -17,7 +17,7 @@ from vlm_jax.checkpoints import big_vision
 from vlm_jax.checkpoints.huggingface import hf_decoder, hf_encoder, hf_vlm, processors
 from vlm_jax.checkpoints.huggingface.fields import read_json
 from vlm_jax.checkpoints.tensor_tables import MAX_SHARD_BYTES, OnTensor, TensorTable, noop, save_params, tensors
-from vlm_jax.core import tree
+from vlm_jax.core import reading, tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
 from vlm_jax.core.specs import ModelSpec
@@ -28,6 +28,7 @@ _COMPANIONS = (
     "vocab.json", "merges.txt", "generation_config.json", "chat_template.json", "chat_template.jinja",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+_MAX_COMPANION = 2**28  # bytes; tokenizers have some ten million
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -99,9 +100,20 @@ def _companions(source: Path, out: Path) -> dict[str, Any]:
     text = config.get("text_config")
     config = {**(text if isinstance(text, dict) else {}), **config}
     for name in _COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
+        if reading.kind(source / name):
+            _check_inside(source / name)
+            with reading.open_regular(source / name, _MAX_COMPANION) as file, (out / name).open("wb") as copy:
+                shutil.copyfileobj(file, copy)
     return {name: config[name] for name in _TOKEN_IDS if name in config}
+
+
+def _check_inside(path: Path) -> None:
+    """Raises `UserError` for a link out of the folder (or, in the Hub's cache of a model, out of that cache): what it
+    points to is not the model's to give away."""
+    folder, target = path.parent.resolve(), path.resolve()
+    cache = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if not target.is_relative_to(cache):
+        raise UserError(f"{path}: a link out of its folder, to {target}, which is not copied (remove the link)")
 
 
 def save_npz(out: Path, spec: ModelSpec, params: Mapping[str, Any]) -> None:

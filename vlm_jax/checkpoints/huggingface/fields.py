@@ -1,12 +1,12 @@
 """Fields of a config.json: each is read, has a supported value, is harmless, or raises an error with its name."""
 
-import json
 import re
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 
 Fixed = Mapping[str, tuple[Any, ...]]  # field -> its supported values
@@ -42,17 +42,7 @@ _HARMLESS_KINDS = re.compile(
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None where there is no such file. Raises `UserError` for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
+    return reading.read_object(path) if reading.kind(path) else None
 
 
 def config_path(path: Path) -> Path:
