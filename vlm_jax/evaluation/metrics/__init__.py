@@ -118,17 +118,17 @@ def _scienceqa(prediction: str, references: Sequence[str], extra: Mapping[str, A
     return float(choices.scienceqa(prediction, given if isinstance(given, int) else len(given)) in references)
 
 
-def _mmbench_letter(read: Callable[[str, choices.Options], str | None]) -> Rule:
+def _mmbench_letter(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     return lambda prediction, references, extra: _letter(read(prediction, choices.as_options(references)))
 
 
-def _mmbench(read: Callable[[str, choices.Options], str | None]) -> Rule:
+def _mmbench(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     return lambda prediction, references, extra: float(
         read(prediction, choices.as_options(extra.get("options") or _LETTERS)) in references
     )
 
 
-def _circular(read: Callable[[str, choices.Options], str | None]) -> Rule:
+def _circular(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     """Rows without `groups` are pairs, a question and its rotation, counted from the last; a first one may be alone."""
 
     def rule(prediction: Sequence[str], references: Sequence[str], extra: Mapping[str, Any]) -> float:
@@ -143,13 +143,13 @@ def _circular(read: Callable[[str, choices.Options], str | None]) -> Rule:
     return rule
 
 
-def _mmbench_lmms_eval(prediction: str, options: choices.Options) -> str | None:
+def _mmbench_lmms_eval(prediction: str, options: Mapping[str, str]) -> str | None:
     """Reads the letter as lmms-eval's `mmbench_en_dev_static` does."""
     letter = choices.mmbench_static(prediction, options)
     return letter or choices.mmbench_fallback(prediction, sorted(options))
 
 
-def _mmmu_letter(read: Callable[[str, choices.Options], str | None]) -> Rule:
+def _mmmu_letter(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     def rule(prediction: str, references: Any, extra: Mapping[str, Any]) -> str | float:
         options = choices.as_options(references)
         if not options:
@@ -161,7 +161,7 @@ def _mmmu_letter(read: Callable[[str, choices.Options], str | None]) -> Rule:
     return rule
 
 
-def _mmmu(read: Callable[[str, choices.Options], str | None]) -> Rule:
+def _mmmu(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     def rule(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> float:
         options = choices.as_options(extra.get("options") or {})
         if not options:
@@ -171,7 +171,7 @@ def _mmmu(read: Callable[[str, choices.Options], str | None]) -> Rule:
     return rule
 
 
-def _expected(letter: str | None, answer: str, options: choices.Options) -> float:
+def _expected(letter: str | None, answer: str, options: Mapping[str, str]) -> float:
     """The scorer draws a letter where it reads none; this is the mean over the draws."""
     return float(letter == answer) if letter else float(answer in options) / len(options)
 

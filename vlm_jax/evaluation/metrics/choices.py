@@ -1,6 +1,6 @@
 """Multiple choice: the letter that a text names, as the scorers of ScienceQA, SEED, AI2D, MMBench and MMMU read it.
 
-Each returns a letter, or None where the scorer fails to read one. Options are a dict from letters to texts.
+Each returns a letter, or None where the scorer fails to read one. Mapping[str, str] are a dict from letters to texts.
 """
 
 import re
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 from vlm_jax.core.errors import UserError
 
-Options = Mapping[str, str]
 
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")  # the period stands for any character in the scorer too
 _LETTER_PERIOD = re.compile(r"\s*([A-Z])\.")
@@ -63,7 +62,7 @@ def ai2d(text: str) -> str:
     return found[1] if found else text
 
 
-def mmbench(text: str, options: Options) -> str | None:
+def mmbench(text: str, options: Mapping[str, str]) -> str | None:
     """VLMEvalKit's `can_infer`, MMBench's own: the only option letter among the last four words, else the only option
     whose text occurs. "Z" for a refusal.
     """
@@ -85,7 +84,7 @@ def mmbench(text: str, options: Options) -> str | None:
 _FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 
-def mmbench_static(text: str, options: Options) -> str | None:
+def mmbench_static(text: str, options: Mapping[str, str]) -> str | None:
     """lmms-eval's `can_infer`: the only letter of A to E among the words, in one of several forms, else the only option
     whose text occurs. A lone "A" in a text of more than three words may be an article and does not count.
     """
@@ -99,7 +98,7 @@ def mmbench_static(text: str, options: Options) -> str | None:
     return _only_text(text, options)
 
 
-def _only_text(text: str, options: Options) -> str | None:
+def _only_text(text: str, options: Mapping[str, str]) -> str | None:
     text = text.lower()
     found = [letter for letter, option in options.items() if option.lower() in text]
     return found[0] if len(found) == 1 else None
@@ -136,19 +135,19 @@ def mmbench_fallback(text: str, letters: Sequence[str]) -> str | None:
     return max(found, key=lambda entry: entry[:2])[2] if found else None
 
 
-def mmmu(text: str, options: Options) -> str | None:
+def mmmu(text: str, options: Mapping[str, str]) -> str | None:
     """MMMU's `eval_utils.py`: the last of "(B)", else of "B" as a word, else, in more than five words, of the options'
     texts. None where the scorer draws a random letter.
     """
     return _mmmu(text, options, ("({})", " {} "))
 
 
-def mmmu_lmms_eval(text: str, options: Options) -> str | None:
+def mmmu_lmms_eval(text: str, options: Mapping[str, str]) -> str | None:
     """lmms-eval's: as `mmmu`, but a letter need not begin a word, and "B." is tried too."""
     return _mmmu(text, options, ("({})", "{} ", "{}."))
 
 
-def _mmmu(text: str, options: Options, forms: Sequence[str]) -> str | None:
+def _mmmu(text: str, options: Mapping[str, str], forms: Sequence[str]) -> str | None:
     for mark in (",", ".", "!", "?", ";", ":", "'"):
         text = text.strip(mark)
     text = f" {text} "
