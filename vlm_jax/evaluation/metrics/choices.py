@@ -1,6 +1,6 @@
 """Multiple choice: the letter that a text names, as the scorers of ScienceQA, SEED, AI2D, MMBench and MMMU read it.
 
-Each returns a letter, or None where the scorer fails to read one. Mapping[str, str] are a dict from letters to texts.
+Each returns a letter, or None where the scorer fails to read one. Options are a dict from letters to texts.
 """
 
 import re
@@ -8,7 +8,6 @@ import string
 from collections.abc import Mapping, Sequence
 
 from vlm_jax.core.errors import UserError
-
 
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")  # the period stands for any character in the scorer too
 _LETTER_PERIOD = re.compile(r"\s*([A-Z])\.")
