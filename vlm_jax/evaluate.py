@@ -20,7 +20,6 @@ from vlm_jax.core.errors import UserError
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from vlm_jax.distributed import processes
     from vlm_jax.evaluation.suites import SUITES, VALUES
 
     options = "; ".join(f"{name}={'|'.join(values)}" for name, values in VALUES.items())
@@ -28,7 +27,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     run, suite = parser.add_argument_group("a run"), parser.add_argument_group("public benchmarks")
     run.add_argument("--workdir", type=Path, help="the workdir of vlm_jax.train")
     run.add_argument("--rows", type=Path, help="append the row here (default: WORKDIR/rows.jsonl)")
-    processes.add_flags(parser)
+    if "--rescore" not in argv:  # which imports no JAX
+        from vlm_jax.distributed import processes
+
+        processes.add_flags(parser)
     add = suite.add_argument
     add("--model", type=Path, help="a Hugging Face folder, a big_vision .npz, or a run's workdir")
     add("--suite", help=f"{', '.join(SUITES)}")

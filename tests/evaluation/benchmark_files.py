@@ -284,9 +284,16 @@ def mmbench(root: Path) -> None:
     (root / "mmbench").mkdir(parents=True)
     (root / "mmbench/mmbench_dev_20230712.tsv").write_text("\n".join(lines) + "\n")
     parquet = [
-        {**row, "index": str(row["index"]), "image": stored(row["index"] % 1_000_000), "L2-category": "perception"}
+        {
+            **row,
+            "index": str(row["index"]),
+            "image": stored(row["index"] % 1_000_000),
+            "L2-category": row.pop("l2-category"),
+        }
         for row in rows
     ]
+    for row in parquet:
+        del row["l2-category"]
     write_parquet(root / "lmms-lab/MMBench/en/dev-00000-of-00001.parquet", parquet, {"image": IMAGE})  # fmt: skip
 
 

@@ -43,9 +43,11 @@ class AnswerFile:
         self.path = path
         self._lines: dict[tuple[str, str], Answer] = {}
         self._by_id: dict[str, list[Answer]] = {}
-        if path.exists():
-            for number, line in enumerate(_whole_lines(path), start=1):
-                self._add(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+        text = _read(path) if path.exists() else b""
+        whole = text.rfind(b"\n") + 1
+        self._cut = whole if whole < len(text) else None  # where a half-written line begins
+        for number, line in enumerate(text[:whole].split(b"\n")[:-1], start=1):
+            self._add(_parse(line, f"{path}:{number}"), f"{path}:{number}")
 
     def _add(self, answer: Answer, where: str) -> None:
         name = answer.question_id, answer.prompt
@@ -72,11 +74,11 @@ class AnswerFile:
         """Adds lines, synced to disk. Raises `UserError` if they cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_half_line(self.path)
+            if self._cut is not None:
+                os.truncate(self.path, self._cut)
+                self._cut = None
             with open(self.path, "a", encoding="utf-8") as file:
-                for answer in answers:
-                    values = {name: value for name, value in answer._asdict().items() if value not in (None, "")}
-                    file.write(json.dumps({"text": "", "prompt": "", **values}, ensure_ascii=False) + "\n")
+                file.writelines(_to_line(answer) for answer in answers)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -85,24 +87,24 @@ class AnswerFile:
             self._add(answer, str(self.path))
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _to_line(answer: Answer) -> str:
+    values = {"question_id": answer.question_id, "prompt": answer.prompt, "text": answer.text}
+    optional = {"tokens": answer.tokens, "note": answer.note}
+    return json.dumps(values | {name: value for name, value in optional.items() if value}, ensure_ascii=False) + "\n"
+
+
+def _read(path: Path) -> bytes:
     try:
-        text = path.read_bytes()
-        return text[: text.rfind(b"\n") + 1].decode().splitlines() if b"\n" in text else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as answers: {error}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as answers: {error.strerror}") from error
 
 
-def _drop_half_line(path: Path) -> None:
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _parse(line: str, where: str) -> Answer:
+def _parse(line: bytes, where: str) -> Answer:
     try:
         values: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: expected a line of JSON, got {error.msg} (delete the line)") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{where}: expected a line of JSON, got {error} (delete the line)") from error
     check_fields(values, ("question_id", "text"), where)
     tokens = values.get("tokens")
     if not isinstance(values["text"], str):

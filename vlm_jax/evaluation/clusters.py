@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """What one unit (a question, a pair, a group of rotations) adds to a ratio."""
 
     value: float  # e
@@ -36,7 +36,7 @@ def ratio(errors: np.ndarray, counts: np.ndarray, cluster: np.ndarray) -> tuple[
     return float(value), float(np.sqrt(m / (m - 1) * np.sum((e - value * n) ** 2)) / n.sum())
 
 
-def mean_of_ratios(parts: Sequence[Part]) -> tuple[float, float]:
+def mean_of_ratios(parts: Sequence[Share]) -> tuple[float, float]:
     """(mean over strata of the ratio of sums, its standard error over clusters); nan with fewer than two clusters."""
     values, counts = (np.array(column, np.float64) for column in zip(*(part[:2] for part in parts), strict=True))
     clusters, strata = (_index([part[i] for part in parts]) for i in (2, 3))

@@ -28,6 +28,8 @@ KINDS = ("answers", "answers_blind")
 
 def load(suite: Suite, data: Path, limit: int) -> dict[str, Loaded]:
     """The items of each benchmark, the first `limit` (0: all). Raises one `UserError` for all that cannot be read."""
+    if not data.is_dir():
+        raise UserError(f"--data {data}: expected a folder of benchmarks, got none")
     out, errors = {}, []
     for name in suite.benchmarks:
         try:
@@ -55,12 +57,10 @@ def begin(out: Path, suite: Suite, model: Mapping[str, Any]) -> None:
             [f"suite: expected {stored['suite']!r}, got {suite.name!r}"] if stored["suite"] != suite.name else []
         )
         for name, value in given["options"].items():
-            if name not in suites.SCORING and stored["options"].get(name, value) != value:
+            if name in suites.ASKING and stored["options"].get(name, value) != value:
                 differing.append(f"option {name}: expected {stored['options'][name]!r}, got {value!r}")
-        if any(stored["model"].get(name) != json_of(model)[name] for name in ("params_sha256", "model", "device")):
-            differing.append(
-                f"model: expected {stored['model']['cell']!r} as it was, got {model['cell']!r} or its like"
-            )
+        if any(stored["model"].get(name) != json_of(model)[name] for name in ("params_sha256", "model")):
+            differing.append(f"model: expected the weights and spec of {stored['model']['cell']!r}")
         if differing:
             raise UserError(f"{out} holds answers of another evaluation ({'; '.join(differing)}): choose another --out")
         given["costs"] = stored["costs"]
@@ -101,13 +101,14 @@ def finish(suite: Suite, loaded: Mapping[str, Loaded], data: Path, out: Path, li
     """
     record, report, lines, rows = read_record(out), {}, [], []
     for kind in KINDS:
-        if kind != KINDS[0] and not (out / kind).is_dir():
+        answers = {name: answer_file(out, kind, name).matched(one.items) for name, one in loaded.items()}
+        if kind != KINDS[0] and any(len(answers[name]) < len(one.items) for name, one in loaded.items()):
+            lines += [f"note: {out / kind} is incomplete (--blind goes on)"] if any(answers.values()) else []
             continue
         scores = []
         for name, one in loaded.items():
-            answers = answer_file(out, kind, name).matched(one.items)
-            scores.append(suite_scores.score(benchmarks.find(name), one, answers, suite.options))
-            if kind == KINDS[0] and (path := submissions.write(name, one, answers, data, out / "submissions")):
+            scores.append(suite_scores.score(benchmarks.find(name), one, answers[name], suite.options))
+            if kind == KINDS[0] and (path := submissions.write(name, one, answers[name], data, out / "submissions")):
                 lines.append(f"wrote {path}")
         total = suite_scores.mean(suite, scores)
         report[kind] = {

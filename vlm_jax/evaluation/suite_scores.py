@@ -12,7 +12,7 @@ from vlm_jax.core.rows import ResultRow
 from vlm_jax.evaluation import metrics, suites
 from vlm_jax.evaluation.answers import Answer
 from vlm_jax.evaluation.benchmarks.items import Answered, Benchmark, Loaded, SuiteOptions
-from vlm_jax.evaluation.clusters import Part, mean_of_ratios
+from vlm_jax.evaluation.clusters import Share, mean_of_ratios
 from vlm_jax.evaluation.suites import Suite
 
 
@@ -62,7 +62,7 @@ def score(benchmark: Benchmark, loaded: Loaded, answers: Mapping[str, Answer], o
     if not parts:
         raise UserError(f"{benchmark.name}: expected questions that its score counts, got none (a larger --limit)")
     value, stderr = mean_of_ratios(parts)
-    exact = mean_of_ratios([Part(float(a.score < 1), 1.0, a.item.image_id) for a in answered])
+    exact = mean_of_ratios([Share(float(a.score < 1), 1.0, a.item.image_id) for a in answered])
     return out._replace(
         score=value, stderr=_finite(stderr), exact_error=exact[0], exact_stderr=_finite(exact[1]),
         sub_scores=benchmark.sub_scores(answered, options),

@@ -26,7 +26,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "scienceqa": ("image", "all"),
     "seed": ("image", "all"),
 }
-SCORING = ("flavour", "mme", "pope")  # options that the answers do not depend on
+ASKING = ("prompt", "system", "ocr_tokens")  # options that answers depend on
 CUSTOM = "custom"  # the name of a list of benchmarks that is no suite
 
 

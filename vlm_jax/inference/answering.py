@@ -98,10 +98,10 @@ def _decoded(queue: Sequence[list[Item]], name: str) -> Iterator[tuple[list[Item
         return [[read_image(files.read_image(i), f"{name}: {item.id}") for i in item.images] for item in batch]
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, queue[0]) if queue else None
-        for batch, following in zip(queue, [*queue[1:], None], strict=True):
-            images = ahead.result()  # type: ignore[union-attr]
-            ahead = pool.submit(read, following) if following else None
+        ahead = [pool.submit(read, batch) for batch in queue[:1]]
+        for number, batch in enumerate(queue, start=1):
+            images = ahead.pop().result()
+            ahead = [pool.submit(read, following) for following in queue[number : number + 1]]
             yield batch, images
 
 

@@ -36,8 +36,6 @@ Layouts = Mapping[str, Mapping[str, Sequence[str]]]  # layout -> role -> alterna
 
 def find(data: Path, folders: Sequence[str], layouts: Layouts) -> Found:
     """Raises `UserError` with every file that was looked for if no layout is complete."""
-    if not data.is_dir():
-        raise UserError(f"--data {data}: expected a folder of benchmarks, got none")
     places = list(_places(data, folders))
     for place in places:
         for layout, roles in layouts.items():

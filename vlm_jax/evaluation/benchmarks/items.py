@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_jax.evaluation.clusters import Part
+from vlm_jax.evaluation.clusters import Share
 from vlm_jax.evaluation.metrics import yes_no
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -73,9 +73,9 @@ class Answered(NamedTuple):
     score: float
 
 
-def item_parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Part]:
+def item_parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Share]:
     """Plain mean of the item scores."""
-    return [Part(answer.score, 1.0, answer.item.image_id) for answer in answers]
+    return [Share(answer.score, 1.0, answer.item.image_id) for answer in answers]
 
 
 def group_means(answers: Sequence[Answered], options: SuiteOptions) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Benchmark(NamedTuple):
     new_tokens: Mapping[str, int]  # by prompt style
     sizes: tuple[int, ...]  # numbers of questions of the official splits
     fails: Callable[[Item, str, SuiteOptions], bool] = is_empty  # whether an answer cannot be read
-    parts: Callable[[Sequence[Answered], SuiteOptions], list[Part]] = item_parts
+    parts: Callable[[Sequence[Answered], SuiteOptions], list[Share]] = item_parts
     sub_scores: Callable[[Sequence[Answered], SuiteOptions], dict[str, float]] = group_means
     baselines: Callable[[Sequence[Item], SuiteOptions], dict[str, float]] = no_baselines  # chance, prior, published
 

@@ -12,7 +12,7 @@ from typing import Any
 from vlm_jax.evaluation.benchmarks import mmbench_files
 from vlm_jax.evaluation.benchmarks.items import LETTER, Answered, Benchmark, Item, Loaded, SuiteOptions, lettered
 from vlm_jax.evaluation.benchmarks.mmbench_files import is_missing
-from vlm_jax.evaluation.clusters import Part
+from vlm_jax.evaluation.clusters import Share
 from vlm_jax.evaluation.metrics import choices
 
 _ROTATION = 1_000_000
@@ -48,9 +48,9 @@ def _grouped(answers: Sequence[Answered]) -> list[list[Answered]]:
     return list(out.values())
 
 
-def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Part]:
+def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Share]:
     """A question adds 1 if all its rotations are right."""
-    return [Part(min(a.score for a in group), 1.0, group[0].item.image_id) for group in _grouped(answers)]
+    return [Share(min(a.score for a in group), 1.0, group[0].item.image_id) for group in _grouped(answers)]
 
 
 def sub_scores(answers: Sequence[Answered], options: SuiteOptions) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation.benchmarks import files, mme_files
 from vlm_jax.evaluation.benchmarks.items import SHORT, Answered, Benchmark, Item, Loaded, SuiteOptions, says_neither
-from vlm_jax.evaluation.clusters import Part
+from vlm_jax.evaluation.clusters import Share
 from vlm_jax.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 
 _ROOT = "MME_Benchmark_release_version"
@@ -44,7 +44,7 @@ def _item(row: dict, number: int) -> Item:
     return Item(f"{key}#{number}", key, prompt, (row["answer"],), row["image"], key, (), {"task": row["category"]})
 
 
-def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Part]:
+def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Share]:
     """An image adds (acc + acc_plus) / 2 to its subtask; the mean of ten subtasks is P / 2000, of 14 (P + C) / 2800."""
     tasks = PERCEPTION if options.mme == "perception" else PERCEPTION + COGNITION
     images: dict[tuple[str, str], list[float]] = {}
@@ -52,7 +52,7 @@ def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Part]:
         if item.extra["task"] in tasks:
             images.setdefault((item.extra["task"], item.image_id), []).append(score)
     pairs = {name: hits for name, hits in images.items() if len(hits) == 2}  # a limit may cut a pair
-    return [Part((sum(hits) / 2 + min(hits)) / 2, 1.0, image, task) for (task, image), hits in pairs.items()]
+    return [Share((sum(hits) / 2 + min(hits)) / 2, 1.0, image, task) for (task, image), hits in pairs.items()]
 
 
 def sub_scores(answers: Sequence[Answered], options: SuiteOptions) -> dict[str, float]:

@@ -1,14 +1,10 @@
-"""POPE: yes/no questions about objects in COCO images, 3,000 in each of three subsets (LLaVA's random one has 2,910).
-
-Labels are joined to questions by image and question, never by position: releases of the random subset have different
-orders, and a wrong join gives a plausible score. Older files spell "an image" as "imange".
-"""
+"""POPE: yes/no questions about objects in COCO images, 3,000 in each of three subsets (2,910 in LLaVA's random one)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.evaluation import metrics
-from vlm_jax.evaluation.benchmarks import files
+from vlm_jax.evaluation.benchmarks import pope_files
 from vlm_jax.evaluation.benchmarks.items import (
     SHORT,
     Answered,
@@ -17,46 +13,13 @@ from vlm_jax.evaluation.benchmarks.items import (
     Loaded,
     SuiteOptions,
     says_neither,
-    without,
 )
-from vlm_jax.evaluation.clusters import Part
-
-_SUBSETS = ("adversarial", "popular", "random")
-_LABELS = {name: (f"coco/coco_pope_{name}.json", f"coco_pope_{name}.json") for name in _SUBSETS}
-_LAYOUTS = {
-    "POPE": {"images": ("val2014",), **_LABELS, "llava?": ("llava_pope_test.jsonl",)},
-    "lmms-lab": {"rows": ("data/test-*.parquet", "Full/*.parquet")},
-}
+from vlm_jax.evaluation.clusters import Share
 
 
 def read(data: Path, options: SuiteOptions) -> Loaded:
-    found = files.find(data, ("pope",), _LAYOUTS)
-    if found.layout == "lmms-lab":
-        rows = files.read_parquet(found.paths["rows"], "question_id", "question", "answer", "image", "category")
-        return Loaded("test", found.layout, [_item(_numbered(row)) for row in rows])
-    truth = {}
-    for category in _SUBSETS:
-        for row in files.read_jsonl(found.path(category), "question_id", "image", "text", "label"):
-            row |= {"category": category, "question": row["text"], "answer": row["label"]}
-            truth[_key(row)] = _numbered(row)
-    rows = list(truth.values())
-    if found.paths["llava"]:
-        asked = files.read_jsonl(found.path("llava"), "question_id", "image", "text", "category")
-        asked = [row | {"question": without(row["text"], SHORT)} for row in asked]
-        labels = files.joined("pope", [_key(row) for row in asked], truth, found.path("random").parent)
-        rows = [row | {"answer": label["answer"]} for row, label in zip(asked, labels, strict=True)]
-    for row in rows:
-        row |= {"image_source": row["image"], "image": (found.path("images") / row["image"],)}
-    return Loaded("test", found.layout, [_item(row) for row in rows])
-
-
-def _numbered(row: dict) -> dict:
-    """The publisher's ids start anew in each subset."""
-    return row | {"question_id": f"{row['category']}/{row['question_id']}"}
-
-
-def _key(row: dict) -> tuple[str, str, str]:
-    return row["category"], row["image"], row["question"].strip().replace("imange", "image")
+    layout, rows = pope_files.read(data)
+    return Loaded("test", layout, [_item(row) for row in rows])
 
 
 def _item(row: dict) -> Item:
@@ -64,16 +27,16 @@ def _item(row: dict) -> Item:
     return Item(key, key, prompt, (row["answer"],), row["image"], str(row["image_source"]), (), extra)
 
 
-def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Part]:
+def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Share]:
     """F1 = 2 TP / (answers "yes" + labels "yes") is a ratio of sums in each subset; accuracy is the plain mean."""
     if options.pope != "f1":
         chosen = [a for a in answers if options.pope == "accuracy" or a.item.extra["subset"] == "random"]
-        return [Part(answer.score, 1.0, answer.item.image_id) for answer in chosen]
+        return [Share(answer.score, 1.0, answer.item.image_id) for answer in chosen]
     out = []
     for item, text, _ in answers:
         said = metrics.score("pope_parse", text, [], options.flavour).lower() == "yes"
         true = item.references[0].lower() == "yes"
-        out.append(Part(2.0 * (said and true), float(said + true), item.image_id, item.extra["subset"]))
+        out.append(Share(2.0 * (said and true), float(said + true), item.image_id, item.extra["subset"]))
     return out
 
 
