@@ -33,14 +33,15 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
     items = []
     for row in rows:
         number = count[row["question_id"]] = count.get(row["question_id"], 0) + 1
-        items.append(_item(row, number))
+        items.append(_item(row, number, options))
     if odd := [key for key in count if count[key] != 2]:
         raise UserError(f"mme: expected 2 questions an image, got {count[odd[0]]} about {odd[0]}")
     return Loaded("test", found.layout, items)
 
 
-def _item(row: dict, number: int) -> Item:
-    key, prompt = row["question_id"], row["question"].strip().replace(f" {mme_files.YES_NO}", "") + SHORT
+def _item(row: dict, number: int, options: SuiteOptions) -> Item:
+    key, question = row["question_id"], row["question"].strip().replace(f" {mme_files.YES_NO}", "")
+    prompt = (question.strip() if options.prompt == "llava" else question) + SHORT  # some have two spaces before it
     return Item(f"{key}#{number}", key, prompt, (row["answer"],), row["image"], key, (), {"task": row["category"]})
 
 

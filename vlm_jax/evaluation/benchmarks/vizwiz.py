@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vlm_jax.evaluation.benchmarks import files
-from vlm_jax.evaluation.benchmarks.items import SHORT, Benchmark, Item, Loaded, SuiteOptions, without
+from vlm_jax.evaluation.benchmarks.items import SHORT, Benchmark, Item, Loaded, SuiteOptions
 
 _UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 _LAYOUTS = {
@@ -22,7 +22,7 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
         return Loaded(split, found.layout, [_item(row | {"name": f"{row['question_id']}.jpg"}) for row in rows])
     if found.layout == "LLaVA":
         rows = files.read_jsonl(found.path("questions"), "question_id", "image", "text")
-        rows = [row | {"question": without(row["text"], SHORT, _UNANSWERABLE)} for row in rows]
+        rows = [row | {"question": row["text"].removesuffix(_UNANSWERABLE + SHORT)} for row in rows]
     else:
         rows = files.read_jsonl(found.path("truth"), "image", "question", "answers")
         rows = [row | {"question_id": row["image"]} for row in rows]
