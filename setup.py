@@ -33,6 +33,7 @@ setup(
         "pillow>=11.3",
         "plotly",
         "protobuf",  # the schema of SentencePiece files
+        "pyarrow",
         "rich",
         "safetensors",
         "scikit-image",

@@ -48,8 +48,9 @@ def _vizwiz(items: Sequence[Item], texts: Sequence[str], data: Path, folder: Pat
 
 
 def _mmbench(items: Sequence[Item], texts: Sequence[str], data: Path, folder: Path) -> Path:
-    """A spreadsheet with index, question, options and prediction, as the server of OpenCompass takes it."""
-    columns = ("index", "question", "A", "B", "C", "D", "answer", "prediction")
+    """A spreadsheet for the server of OpenCompass, with the columns of LLaVA's `convert_mmbench_for_submission.py`."""
+    columns = ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    columns = [name for name in columns if name == "prediction" or name in items[0].extra["row"]]
     table = [columns]
     for item, text in zip(items, texts, strict=True):
         row = item.extra["row"] | {"prediction": text}
