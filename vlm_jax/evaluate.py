@@ -38,7 +38,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, help="folder with a folder for each benchmark")
     add("--out", type=Path, help="where answers and scores are written")
     add("--limit", type=int, default=0, help="only the first N questions of each benchmark")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help=f"options: {options}")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=f"options: {options}; new_tokens=N")
     add("--blind", action="store_true", help="also without images: the blind baseline")
     add("--rescore", action="store_true", help="score the answers in OUT; needs no model")
     add("--batch", type=int, default=16, help="questions a batch (default: 16)")
@@ -141,7 +141,7 @@ def _answer_suite(args: argparse.Namespace, suite: Any, loaded: Any) -> None:
         for name, one in loaded.items():
             file = suite_run.answer_file(args.out, kind, name)
             items = one.items if seen else [item._replace(images=()) for item in one.items]
-            new_tokens = benchmarks.find(name).new_tokens[suite.options.prompt]
+            new_tokens = suite.options.new_tokens or benchmarks.find(name).new_tokens[suite.options.prompt]
             answering.answer(model, name, items, file, new_tokens, suite.options.system, args.batch)
             costs[name] = answering.costs(spec, file.matched(items).values())
         suite_run.add_costs(args.out, kind, costs)

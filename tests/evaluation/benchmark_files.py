@@ -504,9 +504,20 @@ def mathvista(root: Path) -> None:
     write_parquet(root / "MathVista/data/testmini-00000-of-00001-725687bf7a18d64b.parquet", rows, {"decoded_image": IMAGE})  # fmt: skip
 
 
+def easy_vqa(root: Path) -> None:
+    questions = [
+        ["what is the red shape?", "triangle", 0],
+        ["is there a red shape?", "yes", 0],
+        ["what is the color of the shape?", "teal", 1],
+    ]
+    write_json(root / "easy_vqa/data/test/questions.json", questions)
+    for n in range(2):
+        write_image(root / f"easy_vqa/data/test/images/{n}.png", n)
+
+
 WRITERS = (
     gqa, vqav2, textvqa, vizwiz, pope, mme, mmbench, scienceqa, seed, ai2d, chartqa, docvqa, infovqa, ocrbench, mmmu,
-    mathvista,
+    mathvista, easy_vqa,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "scienceqa": ("image", "all"),
     "seed": ("image", "all"),
 }
-ASKING = ("prompt", "system", "ocr_tokens")  # options that answers depend on
+ASKING = ("prompt", "system", "ocr_tokens", "new_tokens")  # options that answers depend on
 CUSTOM = "custom"  # the name of a list of benchmarks that is no suite
 
 
@@ -76,11 +76,13 @@ def with_settings(options: SuiteOptions, settings: Sequence[str]) -> SuiteOption
     """Options changed by "name=value" settings. Raises `UserError`."""
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name not in VALUES:
-            raise unknown("option", name, VALUES)
-        if value not in VALUES[name]:
+        if name not in (*VALUES, "new_tokens"):
+            raise unknown("option", name, (*VALUES, "new_tokens"))
+        if name == "new_tokens" and not (value.isascii() and value.isdigit()):
+            raise UserError(f"option new_tokens: expected an integer of 0 (each benchmark's) or more, got {value!r}")
+        if name != "new_tokens" and value not in VALUES[name]:
             raise unknown(f"value of option {name}", value, VALUES[name])
-        options = dataclasses.replace(options, **{name: value})
+        options = dataclasses.replace(options, **{name: int(value) if name == "new_tokens" else value})
     return options
 
 

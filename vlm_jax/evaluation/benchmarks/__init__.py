@@ -10,6 +10,7 @@ from vlm_jax.evaluation.benchmarks import files
 from vlm_jax.evaluation.benchmarks.ai2d import AI2D
 from vlm_jax.evaluation.benchmarks.chartqa import CHARTQA
 from vlm_jax.evaluation.benchmarks.documents import DOCVQA, INFOVQA
+from vlm_jax.evaluation.benchmarks.easy_vqa import EASY_VQA
 from vlm_jax.evaluation.benchmarks.gqa import GQA
 from vlm_jax.evaluation.benchmarks.items import Benchmark, Loaded, SuiteOptions
 from vlm_jax.evaluation.benchmarks.mathvista import MATHVISTA
@@ -25,8 +26,8 @@ from vlm_jax.evaluation.benchmarks.vizwiz import VIZWIZ
 from vlm_jax.evaluation.benchmarks.vqav2 import VQAV2
 
 _ALL = (
-    AI2D, CHARTQA, DOCVQA, GQA, INFOVQA, MATHVISTA, MMBENCH, MME, MMMU, OCRBENCH, POPE, SCIENCEQA, SEED, TEXTVQA,
-    VIZWIZ, VQAV2,
+    AI2D, CHARTQA, DOCVQA, EASY_VQA, GQA, INFOVQA, MATHVISTA, MMBENCH, MME, MMMU, OCRBENCH, POPE, SCIENCEQA, SEED,
+    TEXTVQA, VIZWIZ, VQAV2,
 )  # fmt: skip
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 

@@ -30,6 +30,7 @@ class SuiteOptions:
     ocr_tokens: str = "none"  # "given": TextVQA's prompt lists the strings that an OCR system read
     scienceqa: str = "image"  # questions with an image; or "all"
     seed: str = "image"  # questions about images; or "all"
+    new_tokens: int = 0  # longest answer; 0: that of the prompt style for each benchmark
 
 
 class ParquetImage(NamedTuple):

@@ -43,8 +43,9 @@ def score(benchmark: str, prediction: Any, references: Any, flavour: str = "offi
         extra: fields of the item that its rule reads. `options`: the texts of a multiple-choice question (`mmbench`,
             `mmmu`, `mmbench_circular`: one for each row). `choices`: MathVista's, or the number of ScienceQA's.
             `answer`: the letter, which makes `mmmu_mc` a number. `question_type`, `answer_type`, `precision`:
-            MathVista's. `dataset`: OCRBench's. `groups`: of `mmbench_circular` and `mme_agg`, the question or image of
-            each row. `types`: of `seed_agg`, the question type of each row. Others are ignored.
+            MathVista's. `dataset`: OCRBench's. `groups`: the question of each row of `mmbench_circular`.
+            `images`: the image of each row of `mme_agg`. `types`: the question type of each row of `seed_agg`. Others
+            are ignored.
 
     Raises `UserError` for an unknown benchmark or flavour, or an item of another form.
     """
@@ -184,8 +185,8 @@ def _mathvista(prediction: str, references: Sequence[str], extra: Mapping[str, A
 
 def _mme(read: Callable[[str], str]) -> Rule:
     def rule(prediction: Sequence[str], references: Sequence[str], extra: Mapping[str, Any]) -> dict[str, float]:
-        """Rows without `groups` are consecutive pairs, as in the files of the official tool."""
-        images = extra.get("groups", [i // 2 for i in range(len(references))])
+        """Rows without `images` are consecutive pairs, as in the files of the official tool."""
+        images = extra.get("images") or extra.get("groups") or [i // 2 for i in range(len(references))]
         return yes_no.mme_aggregate([read(answer) for answer in prediction], references, images)
 
     return rule
