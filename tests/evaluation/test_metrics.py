@@ -1,5 +1,6 @@
 """Metrics against the official scorers: each line of vectors.jsonl is what the scorer named in `source` returned."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import pytest
 
 import vlm_jax
 from vlm_jax.core.errors import UserError
+from vlm_jax.evaluation.metrics import choices
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics"
 VECTORS = [json.loads(line) for line in (GOLDEN / "vectors.jsonl").read_text().splitlines()]
+COMPARED = [json.loads(line) for line in gzip.decompress((GOLDEN / "compared.json.gz").read_bytes()).splitlines()]
 SCIENCEQA = json.loads((GOLDEN / "golden_sqa_llava15_13b.json").read_text())
 
 
@@ -23,6 +26,21 @@ def test_every_scorer_vector(vector: dict[str, Any]) -> None:
     )
     expected = vector["score"]
     assert got == (expected if isinstance(expected, str | bool) else pytest.approx(expected, abs=1e-6))
+
+
+def scored(benchmark: str, flavour: str, prediction: Any, references: Any, extra: dict[str, Any]) -> Any:
+    if benchmark == "mcq_fallback":  # lmms-eval's second rule for MMBench
+        return choices.mmbench_fallback(prediction, list(references)) or False
+    return vlm_jax.score(benchmark, prediction, references, flavour, **extra)
+
+
+@pytest.mark.parametrize("kind", sorted({(row[0], row[1]) for row in COMPARED}), ids="-".join)
+def test_drawn_answers_score_as_the_scorers_say(kind: tuple[str, str]) -> None:
+    """Some 40 answers for each scorer, most of them nasty; `golden/make_metrics.py` ran the scorers on them."""
+    rows = [row for row in COMPARED if (row[0], row[1]) == kind]
+    found = [scored(benchmark, flavour, *item) for benchmark, flavour, _, *item, _ in rows]
+    expected = [value if isinstance(value, str | bool) else pytest.approx(value, abs=1e-6) for *_, value in rows]
+    assert found == expected
 
 
 def test_published_scienceqa_answers_of_llava_13b() -> None:
