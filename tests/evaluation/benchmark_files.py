@@ -515,9 +515,20 @@ def easy_vqa(root: Path) -> None:
         write_image(root / f"easy_vqa/data/test/images/{n}.png", n)
 
 
+def own(root: Path) -> None:
+    write_jsonl(
+        root / "own/questions.jsonl",
+        [
+            {"question_id": 1, "image": "a.png", "text": "read row two", "answer": "4 7", "group": "rows"},
+            {"question_id": 2, "image": "a.png", "text": "who?", "answer": ["Ada", "Ada L."]},
+        ],
+    )
+    write_image(root / "own/a.png", 1)
+
+
 WRITERS = (
     gqa, vqav2, textvqa, vizwiz, pope, mme, mmbench, scienceqa, seed, ai2d, chartqa, docvqa, infovqa, ocrbench, mmmu,
-    mathvista, easy_vqa,
+    mathvista, easy_vqa, own,
 )  # fmt: skip
 
 

@@ -139,7 +139,9 @@ def _model_fields(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _line(one: BenchmarkScore, label: str) -> str:
-    count = f"{one.questions:,} questions" + ("" if one.questions in one.official_questions else ", a part")
+    count = f"{one.questions:,} questions" + (
+        "" if one.questions in (one.official_questions or (one.questions,)) else ", a part"
+    )
     if one.score is None:
         return f"{one.benchmark:14}   hidden answers  {count}{label}"
     stderr = f" ± {100 * one.stderr:.2f}" if one.stderr is not None else ""

@@ -18,6 +18,7 @@ from vlm_jax.evaluation.benchmarks.mmbench import MMBENCH
 from vlm_jax.evaluation.benchmarks.mme import MME
 from vlm_jax.evaluation.benchmarks.mmmu import MMMU
 from vlm_jax.evaluation.benchmarks.ocrbench import OCRBENCH
+from vlm_jax.evaluation.benchmarks.own import OWN
 from vlm_jax.evaluation.benchmarks.pope import POPE
 from vlm_jax.evaluation.benchmarks.scienceqa import SCIENCEQA
 from vlm_jax.evaluation.benchmarks.seed import SEED
@@ -26,7 +27,7 @@ from vlm_jax.evaluation.benchmarks.vizwiz import VIZWIZ
 from vlm_jax.evaluation.benchmarks.vqav2 import VQAV2
 
 _ALL = (
-    AI2D, CHARTQA, DOCVQA, EASY_VQA, GQA, INFOVQA, MATHVISTA, MMBENCH, MME, MMMU, OCRBENCH, POPE, SCIENCEQA, SEED,
+    AI2D, CHARTQA, DOCVQA, EASY_VQA, GQA, INFOVQA, MATHVISTA, MMBENCH, MME, MMMU, OCRBENCH, OWN, POPE, SCIENCEQA, SEED,
     TEXTVQA, VIZWIZ, VQAV2,
 )  # fmt: skip
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
