@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vlm_jax.core.rows import FIELDS, ResultRow
+from vlm_jax.core.rows import DEFAULTS, FIELDS, ResultRow
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec
 
 MODEL = ModelSpec(
@@ -17,7 +17,15 @@ MODEL = ModelSpec(
 def row(**fields: object) -> ResultRow:
     types = {field.name: field.type for field in dataclasses.fields(ResultRow)}
     named = {"encoder": MODEL.encoder.name, "compressor": MODEL.compressor.name, "llm": MODEL.decoder.name}
-    values = {name: types[name](1) for name in FIELDS if name != "model"} | named | fields
+    values = (
+        {
+            name: (types[name] if callable(types[name]) else float)(1)
+            for name in FIELDS
+            if name not in ("model", *DEFAULTS)
+        }
+        | named
+        | fields
+    )
     compressor = dataclasses.replace(MODEL.compressor, name=values["compressor"], tokens=values["visual_tokens"])
     model = dataclasses.replace(
         MODEL,

@@ -7,6 +7,7 @@ The public API, imported lazily so that planning needs neither JAX nor a device:
     vlm_jax.generate(model, images, prompts)      -> texts                            (`inference.api`)
     vlm_jax.fit(rows)                             rows.jsonl's rows -> LawFit         (`scaling.fit`)
     vlm_jax.best(law, budget, question_tokens)    -> ranked choices                   (`scaling.frontier`)
+    vlm_jax.score(benchmark, prediction, references, flavour)     the official metric of one item (`evaluation.metrics`)
     vlm_jax.RunSpec, ModelSpec, ...               the specs of a run                  (`core.specs`)
 """
 
@@ -20,6 +21,7 @@ _WHERE = {
     **dict.fromkeys(("forward", "generate", "generate_tokens"), "vlm_jax.inference.api"),
     "fit": "vlm_jax.scaling.fit",
     "best": "vlm_jax.scaling.frontier",
+    "score": "vlm_jax.evaluation.metrics",
     **dict.fromkeys(("RunSpec", "ModelSpec", "EncoderSpec", "CompressorSpec", "DecoderSpec"), "vlm_jax.core.specs"),
 }
 __all__ = ["__version__", *_WHERE]

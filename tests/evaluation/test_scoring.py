@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.evaluation import scoring
+from vlm_jax.evaluation import clusters, scoring
 
 END = 1
 
@@ -44,7 +44,7 @@ def test_ratio_of_equal_clusters_has_the_textbook_standard_error() -> None:
         np.append(cluster[shuffled], [-1, -1]),
     )
     means = errors.mean(axis=1) / tokens
-    assert scoring.ratio(*filled) == pytest.approx((means.mean(), means.std(ddof=1) / math.sqrt(images)))
+    assert clusters.ratio(*filled) == pytest.approx((means.mean(), means.std(ddof=1) / math.sqrt(images)))
 
 
 def test_ratio_of_unequal_clusters_against_a_bootstrap() -> None:
@@ -59,7 +59,7 @@ def test_ratio_of_unequal_clusters_against_a_bootstrap() -> None:
     cluster = np.repeat(np.arange(images), rows)
     counts = rng.integers(1, 5, len(cluster))
     errors = rng.binomial(counts, np.repeat(rng.beta(0.5, 1.0, images), rows))
-    value, stderr = scoring.ratio(errors, counts, cluster)
+    value, stderr = clusters.ratio(errors, counts, cluster)
     assert value == errors.sum() / counts.sum()
 
     e, n = np.zeros(images), np.zeros(images)
@@ -68,10 +68,10 @@ def test_ratio_of_unequal_clusters_against_a_bootstrap() -> None:
     draws = rng.integers(0, images, (4000, images))
     bootstrap = (e[draws].sum(1) / n[draws].sum(1)).std(ddof=1)
     assert stderr == pytest.approx(bootstrap, rel=0.05)
-    assert scoring.ratio(errors, counts, np.arange(len(cluster)))[1] < 0.85 * stderr
+    assert clusters.ratio(errors, counts, np.arange(len(cluster)))[1] < 0.85 * stderr
 
 
 def test_one_cluster_has_no_standard_error() -> None:
-    value, stderr = scoring.ratio(np.ones(3), np.full(3, 2), np.zeros(3, int))
+    value, stderr = clusters.ratio(np.ones(3), np.full(3, 2), np.zeros(3, int))
     assert value == 0.5
     assert math.isnan(stderr)

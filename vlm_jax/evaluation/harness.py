@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.data.pipeline import Questions
-from vlm_jax.evaluation import scoring
+from vlm_jax.evaluation import clusters, scoring
 from vlm_jax.inference import sampling
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.ops.cross_entropy import token_scores
@@ -85,10 +85,10 @@ def summarise(questions: QuestionScores) -> Result:
     rows, example, question_tokens = questions
     valid = example >= 0
     return Result(
-        error=scoring.ratio(rows.wrong, rows.tokens, example),
-        exact=scoring.ratio(rows.inexact, rows.valid, example),
-        forced=scoring.ratio(rows.forced_wrong, rows.tokens, example),
-        forced_nll=scoring.ratio(rows.nll, rows.tokens, example)[0],
+        error=clusters.ratio(rows.wrong, rows.tokens, example),
+        exact=clusters.ratio(rows.inexact, rows.valid, example),
+        forced=clusters.ratio(rows.forced_wrong, rows.tokens, example),
+        forced_nll=clusters.ratio(rows.nll, rows.tokens, example)[0],
         images=len(np.unique(example[valid])),
         questions=int(valid.sum()),
         question_tokens=float(question_tokens[valid].mean()),

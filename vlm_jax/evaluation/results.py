@@ -18,7 +18,7 @@ from filelock import FileLock
 from vlm_jax.core import reading, specs, text
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.model_ranges import check_model
-from vlm_jax.core.rows import FIELDS, ResultRow
+from vlm_jax.core.rows import DEFAULTS, FIELDS, ResultRow
 from vlm_jax.core.specs import ModelSpec
 
 _MAX_BYTES = 2**28
@@ -42,7 +42,8 @@ def append(path: str | Path, row: ResultRow) -> None:
 
 def to_line(row: ResultRow, path: str | Path) -> str:
     """The row as a line of the file `path`. Raises `UserError` for a number that is not finite."""
-    values = {name: text.printable(v) if isinstance(v, str) else v for name, v in dataclasses.asdict(row).items()}
+    values = {name: value for name, value in dataclasses.asdict(row).items() if value != DEFAULTS.get(name, ...)}
+    values = {name: text.printable(value) if isinstance(value, str) else value for name, value in values.items()}
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: row {row.cell!r}: expected a finite number, got {name}={value} (fix its run)")
@@ -128,11 +129,11 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 
 def parse(values: Mapping[str, Any], where: str) -> ResultRow:
     """The row of a JSON object. Raises `UserError` for missing, unknown or mistyped fields."""
-    if missing := [name for name in FIELDS if name not in values]:
+    if missing := [name for name in FIELDS if name not in values and name not in DEFAULTS]:
         raise UserError(f"{where}: missing field(s) {', '.join(missing)}; evaluate the cell again with this version")
     if extra := sorted(set(values) - set(FIELDS)):
         raise UserError(f"{where}: unknown field(s) {', '.join(extra)}; read with the version that wrote them")
-    row = ResultRow(**{name: _typed(values[name], name, where) for name in FIELDS})
+    row = ResultRow(**{name: _typed(value, name, where) for name, value in values.items()})
     parts = {"encoder": row.model.encoder, "compressor": row.model.compressor, "llm": row.model.decoder}
     for name, part in parts.items():
         if part is None or part.name != getattr(row, name):
@@ -144,8 +145,12 @@ def parse(values: Mapping[str, Any], where: str) -> ResultRow:
     return row
 
 
-def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec:
+def _typed(value: Any, name: str, where: str) -> str | int | float | ModelSpec | None:
     expected = _TYPES[name]
+    if expected == float | None:
+        if value is None:
+            return None
+        expected = float
     if expected is ModelSpec:
         return specs.from_dict(ModelSpec, value, f"{where}: {name}.")
     if expected is str and isinstance(value, str) and len(value) <= _LONGEST and text.is_printable(value):

@@ -1,15 +1,8 @@
-"""Errors as sums over questions; ratios and standard errors outside jit.
-
-Questions about one image are not independent, so the standard error is that of a ratio of sums over images
-(Cochran, Sampling Techniques, eq. 2.39):
-
-    r = sum_i e_i / sum_i n_i,    se(r)^2 = m/(m-1) * sum_i (e_i - r n_i)^2 / (sum_i n_i)^2
-"""
+"""Errors as sums over questions; ratios and standard errors are formed outside jit (`clusters`)."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -45,15 +38,3 @@ def score(
     tokens = per_row(counted)
     inexact, valid = ((count > 0).astype(jnp.float32) for count in (per_row(wrong), tokens))
     return Score(per_row(wrong), inexact, per_row(~hits), per_row(nll), tokens, valid)
-
-
-def ratio(errors: np.ndarray, counts: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
-    """(ratio of sums, its standard error over clusters), without rows of a negative cluster."""
-    kept = cluster >= 0
-    _, index = np.unique(cluster[kept], return_inverse=True)
-    e = np.bincount(index, errors[kept].astype(np.float64))
-    n = np.bincount(index, counts[kept].astype(np.float64))
-    value, m = e.sum() / n.sum(), len(e)
-    if m < 2:
-        return float(value), float("nan")
-    return float(value), float(np.sqrt(m / (m - 1) * np.sum((e - value * n) ** 2)) / n.sum())
