@@ -44,10 +44,7 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | Path | bytes):
         name = name if isinstance(image, bytes) else str(image)
         try:
-            with _WARNINGS_LOCK, warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-                opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
-            with opened:
+            with _open(image) as opened:
                 return _rgb(opened, name)
         except FileNotFoundError:
             raise UserError(f"{name}: no such image") from None
@@ -64,6 +61,23 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if shape[0] * shape[1] > MAX_PIXELS:
         raise _too_large(shape[1], shape[0], name)
     return np.asarray(image)
+
+
+def count_pixels(image: str | Path | bytes) -> int:
+    """Pixels by the header of a file, which is not decoded; 0 for one that `read_image` refuses as unreadable."""
+    try:
+        with _open(image) as opened:
+            return opened.width * opened.height
+    except Image.DecompressionBombError:
+        return 2 * MAX_PIXELS
+    except _BROKEN:
+        return 0
+
+
+def _open(image: str | Path | bytes) -> Image.Image:
+    with _WARNINGS_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked by the callers
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
 
 
 def _too_large(width: int, height: int, name: str) -> UserError:

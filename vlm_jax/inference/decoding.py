@@ -36,15 +36,17 @@ def sampling_params(rows: int, count: int, temperature: Any, top_p: Any, seed: A
     return SamplingParams(*(np.full(rows, value) for value in columns), np.arange(rows, dtype=np.int32))
 
 
-def new_tokens(model: Model, inputs: Inputs, count: int | None) -> int:
-    """`max_new_tokens`. Raises `UserError` for more than the context allows after the longest prompt."""
+def new_tokens(model: Model, inputs: Inputs, count: int | None, name: str = "max_new_tokens") -> int:
+    """The number of new tokens; None: the model's `answer_tokens`, within its context. `name` is that of the argument.
+
+    Raises `UserError` for more than the context allows after the longest prompt."""
     longest = int((inputs.segment != 0).sum(axis=1).max())
     limit = (model.spec.decoder.context or _MAX_CONTEXT) - longest
     if limit < 1:
         raise UserError(f"a prompt of {longest} tokens fills this model's context: shorten it")
-    count = as_int("max_new_tokens", min(model.answer_tokens, limit) if count is None else count)
+    count = as_int(name, min(model.answer_tokens, limit) if count is None else count)
     if not 1 <= count <= limit:
-        raise UserError(f"max_new_tokens: expected 1 to {limit} after a prompt of {longest} tokens, got {count}")
+        raise UserError(f"{name}: expected 1 to {limit} after a prompt of {longest} tokens, got {count}")
     return count
 
 
