@@ -3,9 +3,9 @@
     python -m vlm_jax.train --config configs/vlm.py:recipe=demo,family=facts --workdir workdirs/facts
     python -m experiments.lmms_eval.run --model workdirs/facts
 
-Installs lmms-eval in an environment of its own (several GB, torch among them), writes a task over the run's test images,
-serves the run, evaluates it with lmms-eval's model `openai`, and compares answer by answer. Writes results.json and the
-table of README.md. Exit code 2 where an answer or a score differs, or a request failed.
+Installs lmms-eval in an environment of its own (several GB, torch among them), writes a task over the run's test
+images, serves the run, evaluates it with lmms-eval's model `openai`, and compares answer by answer. Writes results.json
+and the table of README.md. Exit code 2 where an answer or a score differs, or a request failed.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from typing import Any
 
 import vlm_jax
 from experiments.lmms_eval import task
+from experiments.readme import write_block
+from experiments.report import markdown_table
 from vlm_jax import build
 from vlm_jax.checkpoints.orbax import read_spec
 from vlm_jax.cli import make_parser, run_main
@@ -34,7 +36,6 @@ HERE = Path(__file__).parent
 LMMS_EVAL = "lmms-eval==0.7.3"
 _PINS = ("filelock<4",)  # it patches a private module that filelock 4 does not have
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval scores as the answer of a request that failed
-_MARKS = ("<!-- table: written by python -m experiments.lmms_eval.run -->", "<!-- end of table -->")
 
 
 def main(argv: list[str]) -> None:
@@ -167,11 +168,8 @@ def write_table(row: dict[str, Any]) -> None:
         "lmms-eval's exact match": f"{row['lmms_eval_score']:.4f}",
         "ours": f"{row['our_score']:.4f}",
     }
-    lines = [" | ".join(map(str, cells)) for cells in (columns, ["---"] * len(columns), columns.values())]
-    table = "\n".join(f"| {line} |" for line in lines)
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text().partition(_MARKS[0])
-    files.write_text(readme, f"{before}{_MARKS[0]}\n\n{table}\n\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+    table = markdown_table([list(columns), list(map(str, columns.values()))])
+    write_block(HERE / "README.md", "table", table, "experiments.lmms_eval.run")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Batches of requests: one thread takes those of one shape that arrive within a short window and decodes them together.
+"""Batches of requests: one thread takes those that arrive within a short window and decodes them together.
 
     engine = Engine(model, spec)
     engine.start()
@@ -6,7 +6,8 @@
     engine.close()              # waiting jobs fail with 503, the running batch finishes
     engine.join()
 
-Rows of a batch have their own sampling parameters and limits, and do not affect each other.
+A batch has one shape (number of images, padded length, padded answer). Its rows have their own sampling parameters and
+limits, and do not affect each other.
 """
 
 import itertools
@@ -97,16 +98,17 @@ class Engine:
             self._run(batch)
 
     def _next_batch(self) -> list[Job]:
-        """The oldest job and those that share its shape; [] when closing."""
+        """The oldest job with those of its shape, then smaller ones; [] when closing."""
         with self._changed:
             while True:
                 self._waiting = [job for job in self._waiting if not job.is_done]
                 if self._waiting:
                     oldest = self._waiting[0]
-                    same = [job for job in self._waiting if job.shape == oldest.shape]
+                    fitting = [job for job in self._waiting if job.shape.fits(oldest.shape)]
+                    fitting.sort(key=lambda job: job.shape != oldest.shape)
                     remaining = oldest.arrived + self.spec.window_secs - time.monotonic()
-                    if remaining <= 0 or len(same) >= self.spec.max_batch:
-                        batch = same[: _rows_to_take(len(same), self.spec.max_batch)]
+                    if remaining <= 0 or len(fitting) >= self.spec.max_batch:
+                        batch = fitting[: _rows_to_take(len(fitting), self.spec.max_batch)]
                         self._waiting = [job for job in self._waiting if job not in batch]
                         return batch
                     self._changed.wait(remaining)
@@ -126,8 +128,8 @@ class Engine:
             else:
                 self._fail(batch, str(error))
         except Exception as error:  # the server goes on
-            self._fail(batch, f"{type(error).__name__} while decoding")
             log_bug(f"a batch of {len(batch)}", error)
+            self._fail(batch, f"{type(error).__name__} while decoding")
 
     def _fail(self, batch: list[Job], message: str) -> None:
         for job in batch:
@@ -135,7 +137,7 @@ class Engine:
                 job.fail(RequestError(500, message))
 
     def _decode(self, batch: list[Job]) -> None:
-        shape, model = batch[0].shape, self.model
+        model, shape = self.model, Shape(*map(max, *(job.shape for job in batch), batch[0].shape))
         size = next(size for size in sizes(self.spec.max_batch) if size >= len(batch))
         sampling = [_Sampling(job.prompt.limit, job.request.temperature, job.request.top_p, job.request.seed)
                     for job in batch]  # fmt: skip

@@ -15,6 +15,8 @@ from vlm_jax.inference.loading import Model
 from vlm_jax.inference.serving.answers import Answer, answer_of
 from vlm_jax.inference.serving.requests import ChatRequest, RequestError, ServingSpec, prompt_of
 
+_LEAST = 64  # padded length of prompts and of answers
+
 
 class Prompt(NamedTuple):
     """A request as a row of a batch."""
@@ -31,6 +33,10 @@ class Shape(NamedTuple):
     images: int
     text_tokens: int
     max_new: int
+
+    def fits(self, other: "Shape") -> bool:
+        """Whether a row of this shape can be padded to `other`."""
+        return self.images == other.images and self.text_tokens <= other.text_tokens and self.max_new <= other.max_new
 
 
 def prepare(model: Model, request: ChatRequest, spec: ServingSpec) -> Prompt:
@@ -75,11 +81,10 @@ def _check_pixels(images: list[bytes], limit: int) -> None:
 
 
 def shape_of(model: Model, prompt: Prompt) -> Shape:
-    """Powers of two, for few programs: every one is compiled for each batch size."""
+    """Prompts of 64, 128, 256, ... tokens, answers of 64, 256, 1024, ...: a program for each shape and batch size."""
     visual = model.visual_tokens
     images = len(prompt.images) if visual else 0
-    text = max(len(prompt.tokens) - images * visual, 16)
-    new = max(prompt.limit, 16)
+    text, new = max(len(prompt.tokens) - images * visual, _LEAST), max(prompt.limit, _LEAST)
     return Shape(images, 1 << (text - 1).bit_length(), 4 ** -(-(new - 1).bit_length() // 2))
 
 

@@ -13,6 +13,7 @@ from vlm_jax.inference.serving.batching import Engine
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_SECS = 75
+_GRACE_SECS = 300  # for the running requests at the end; a client that does not read must not hold the process
 
 
 class _Server(uvicorn.Server):
@@ -50,7 +51,8 @@ def run(
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     app = make_app(engine, name, api_key)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", ws="none", timeout_keep_alive=_KEEP_ALIVE_SECS
-    )
+        app, log_level="warning", access_log=False, lifespan="on", ws="none", timeout_keep_alive=_KEEP_ALIVE_SECS,
+        timeout_graceful_shutdown=_GRACE_SECS,
+    )  # fmt: skip
     _Server(config, engine, lambda: on_line(f"serving {name} at {url}")).run(sockets=[listener])
     on_line("stopped")
