@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=500, help="of all clients")
     parser.add_argument("--distinct", type=int, default=50, help="requests that the others are drawn from")
-    parser.add_argument("--image-share", type=float, default=0.5, help="of the requests")
-    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--image-share", type=float, default=0.25, help="of the requests")
+    parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--note", default="", help="about the machine, for the table")
     args = parser.parse_args(argv)
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         with served(encoder, *flags) as url:
             print("compiling", flush=True)
             for clients in (1, args.clients):
-                ask_all(url, [distinct[i] for i in order[: 3 * clients]], clients)
+                ask_all(url, [distinct[i] for i in order[: 2 * clients]], clients)
             alone, alone_secs = ask_all(url, distinct, 1)
             print(f"one at a time: {len(distinct) / alone_secs:.2f} requests/s", flush=True)
             together, together_secs = ask_all(url, [distinct[i] for i in order], args.clients)
@@ -89,8 +89,8 @@ def main(argv: list[str]) -> None:
 
 
 def draw_request(rng: np.random.Generator, has_image: bool) -> dict[str, Any]:
-    """8 to 100 words, 8 to 48 new tokens; half of them greedy."""
-    words = " ".join(f"w{i}" for i in rng.integers(10, 49_000, rng.integers(8, 101)))
+    """8 to 60 words, 16 to 64 new tokens; half of them greedy."""
+    words = " ".join(f"w{i}" for i in rng.integers(10, 49_000, rng.integers(8, 61)))
     content: list[dict[str, Any]] = [{"type": "text", "text": words}]
     if has_image:
         side = rng.integers(64, 640, 2)
@@ -99,7 +99,7 @@ def draw_request(rng: np.random.Generator, has_image: bool) -> dict[str, Any]:
         url = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     sampling = {} if rng.random() < 0.5 else {"temperature": 0.8, "top_p": 0.95, "seed": int(rng.integers(2**31))}
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": int(rng.integers(8, 49)), **sampling}
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": int(rng.integers(16, 65)), **sampling}
 
 
 def ask_all(url: str, requests: list[dict[str, Any]], clients: int) -> tuple[list[str | None], float]:

@@ -82,6 +82,23 @@ def test_greedy_equals_the_naive_loop(case: str) -> None:
     np.testing.assert_array_equal(greedy(inputs), expected)
 
 
+def test_the_nucleus_of_a_vocabulary_is_that_of_the_sorted_probabilities() -> None:
+    """numpy, in float64; ties are kept together. Rows have their own `top_p`."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 5000)).astype(np.float32) * np.float32([[1], [3], [1e-3], [30], [1], [2]])
+    logits[4] = np.round(logits[4])
+    top_p = np.float32([[0.5], [0.9], [0.25], [0.99], [0.7], [1.0]])
+    found = np.isfinite(sampling.nucleus(jnp.asarray(logits), jnp.asarray(top_p)))
+    probability = np.exp(logits.astype(np.float64))
+    probability /= probability.sum(axis=1, keepdims=True)
+    for row, limit, kept in zip(probability, top_p[:, 0], found, strict=True):
+        more_likely = np.array([row[row > each].sum() for each in row])
+        differs = kept != (more_likely < limit)
+        assert np.all(np.abs(more_likely[differs] - limit) < 1e-5)
+        assert kept[np.argmax(row)]
+    assert found[5].all()
+
+
 def test_draws_have_the_probabilities_of_the_softmax() -> None:
     logits = jnp.tile(jnp.log(jnp.array([0.5, 0.3, 0.2])) * 2, (20_000, 1))
     drawn = sampling.sampler(jax.random.split(jax.random.key(0), 20_000), 2.0)(logits, jnp.int32(4))

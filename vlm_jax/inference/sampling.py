@@ -151,13 +151,14 @@ def sampler(
     """Sampling from softmax(logits / temperature) restricted to the nucleus of probability `top_p` (arXiv 1904.09751);
     greedy where `temperature` is 0. Each row's key is folded with the number of tokens so far.
     """
-    temperature, top_p = jnp.reshape(temperature, (-1, 1)), jnp.reshape(top_p, (-1, 1))
+    temperature, top_p = (jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 1)) for x in (temperature, top_p))
 
     def pick(logits: Float[Array, "B W"], count: Any) -> Int[Array, " B"]:
         folded = jax.vmap(lambda key: jax.random.fold_in(key, count))(keys)
         # Relative to the largest: with a tiny temperature the quotient would overflow.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature == 0, 1, temperature)
-        drawn = jax.vmap(jax.random.categorical)(folded, nucleus(scaled, top_p))
+        kept = jax.lax.cond(jnp.any(top_p < 1), nucleus, lambda logits, _: logits, scaled, top_p)
+        drawn = jax.vmap(jax.random.categorical)(folded, kept)
         return jnp.where(temperature[:, 0] == 0, greedy(logits, count), drawn)
 
     return pick
@@ -169,9 +170,21 @@ def row_keys(seed: UInt[Array, " B"], row: Int[Array, " B"]) -> Key[Array, " B"]
 
 
 def nucleus(logits: Float[Array, "B W"], top_p: float | Float[Array, "..."]) -> Float[Array, "B W"]:
-    """Logits with -inf outside the smallest set of most likely tokens whose probability reaches `top_p`."""
-    ranked = -jnp.sort(-logits, axis=-1)
-    probability = jax.nn.softmax(ranked, axis=-1)
-    kept = (jnp.cumsum(probability, axis=-1) - probability < top_p).at[:, 0].set(True)
-    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    """Logits with -inf outside the smallest set of most likely tokens whose probability reaches `top_p`.
+
+    A token is kept if those more likely than it do not reach `top_p`. The least logit of such a token is found by
+    bisection over the bits of a float32, which costs less than sorting a vocabulary.
+    """
+    probability, logits = jax.nn.softmax(logits, axis=-1), logits.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    ranks = jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)  # integers in the order of the logits
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        is_kept = jnp.sum(jnp.where(ranks > middle, probability, 0), axis=-1, keepdims=True) < top_p
+        return jnp.where(is_kept, low, middle + 1), jnp.where(is_kept, middle, high)
+
+    highest = jnp.max(ranks, axis=-1, keepdims=True)
+    _, least = jax.lax.fori_loop(0, 32, halve, (jnp.full_like(highest, -(2**31)), highest))
+    return jnp.where((ranks >= least) | (top_p >= 1), logits, -jnp.inf)
