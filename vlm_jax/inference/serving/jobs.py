@@ -100,7 +100,7 @@ class Job:
         self._publish, self._cancelled = publish, threading.Event()
 
     def cancel(self) -> None:
-        """Nobody reads the answer any more: a waiting job is dropped, a running one ends early."""
+        """Without a reader, a waiting job is dropped and a running one ends early."""
         self._cancelled.set()
 
     @property

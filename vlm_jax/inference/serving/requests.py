@@ -213,7 +213,7 @@ def _error(message: str, param: str | None = None) -> RequestError:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, without the length or the surprises of a stranger's JSON."""
+    """A value in a message: the size of a list or an object, else at most 80 ASCII characters."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     return "nothing" if value is None else ascii(value)[:80]
