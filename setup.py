@@ -49,6 +49,16 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "slurm": ["submitit>=1.5.2"],
-        "dev": ["beartype", "pytest", "pytest-xdist", "ruff", "submitit>=1.5.2"],
+        "serve": ["starlette>=1.10", "uvicorn>=0.40"],
+        "dev": [
+            "beartype",
+            "httpx2",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "starlette>=1.10",
+            "submitit>=1.5.2",
+            "uvicorn>=0.40",
+        ],
     },
 )

@@ -61,12 +61,12 @@ def test_the_compiled_program_is_the_one_that_generate_runs(spec: RunSpec, mode:
     plan = partitioning.make_plan(compute, jax.devices()[:1])
     key = (spec.model, sampling.compute_for_decoding(compute), plan)
     room = spec.evaluation.max_new_tokens
-    cached = inference.prefill_program if mode == "prefill" else inference.sample_program
+    cached = inference.prefill_program if mode == "prefill" else inference.decode_program
     cached.cache_clear()
     program = programs.compile_program(spec, spec.stages[0], plan, mode)
     assert program.text.startswith("HloModule")
     assert cached.cache_info().currsize == 1
-    cached(*key, room) if mode == "prefill" else cached(*key, (0,), room, "greedy")
+    cached(*key, room) if mode == "prefill" else cached(*key, (0,), "greedy")
     assert cached.cache_info().hits == 1
 
 

@@ -174,7 +174,8 @@ def test_prompts_of_a_bucket_share_their_programs(models: dict[str, vlm_jax.Mode
         compiled = (
             programs.hidden_program(*config),
             programs.prefill_program(*config, 16),
-            programs.sample_program(*config, model.eos_ids, 16, "greedy"),
+            programs.start_program(*config, model.eos_ids, 16, "greedy"),
+            programs.decode_program(*config, model.eos_ids, "greedy"),
         )
         counts.append([program._cache_size() for program in compiled])
     assert counts[0] == counts[1] == counts[2]

@@ -82,9 +82,26 @@ def test_greedy_equals_the_naive_loop(case: str) -> None:
     np.testing.assert_array_equal(greedy(inputs), expected)
 
 
+def test_the_nucleus_of_a_vocabulary_is_that_of_the_sorted_probabilities() -> None:
+    """numpy, in float64; ties are kept together. Rows have their own `top_p`."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 5000)).astype(np.float32) * np.float32([[1], [3], [1e-3], [30], [1], [2]])
+    logits[4] = np.round(logits[4])
+    top_p = np.float32([[0.5], [0.9], [0.25], [0.99], [0.7], [1.0]])
+    found = np.isfinite(sampling.nucleus(jnp.asarray(logits), jnp.asarray(top_p)))
+    probability = np.exp(logits.astype(np.float64))
+    probability /= probability.sum(axis=1, keepdims=True)
+    for row, limit, kept in zip(probability, top_p[:, 0], found, strict=True):
+        more_likely = np.array([row[row > each].sum() for each in row])
+        differs = kept != (more_likely < limit)
+        assert np.all(np.abs(more_likely[differs] - limit) < 1e-5)
+        assert kept[np.argmax(row)]
+    assert found[5].all()
+
+
 def test_draws_have_the_probabilities_of_the_softmax() -> None:
     logits = jnp.tile(jnp.log(jnp.array([0.5, 0.3, 0.2])) * 2, (20_000, 1))
-    drawn = sampling.sampler(jax.random.key(0), 2.0)(logits, jnp.int32(4))
+    drawn = sampling.sampler(jax.random.split(jax.random.key(0), 20_000), 2.0)(logits, jnp.int32(4))
     np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.5, 0.3, 0.2], atol=0.015)
 
 
@@ -102,7 +119,8 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, kept: 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1e-30), (1.0, 1e-50), (1.2e-38, 1.0), (1e-30, 0.5)])
 def test_the_smallest_settings_draw_the_likeliest_word(temperature: float, top_p: float) -> None:
     logits = jnp.array([[-30.0, -10.0, -20.0], [5.0, 4.0, 6.0]])
-    drawn = sampling.sampler(jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))(logits, jnp.int32(4))
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = sampling.sampler(keys, jnp.float32(temperature), jnp.float32(top_p))(logits, jnp.int32(4))
     assert drawn.tolist() == [1, 2]
 
 
@@ -132,3 +150,33 @@ def test_decoding_stops_when_every_row_has_ended() -> None:
     jax.effects_barrier()
     assert sorted(calls) == [1, 2, 3, 4]
     np.testing.assert_array_equal(program(2)[:, :2], [[5, 6], [3, 4]])
+
+
+def test_each_row_stops_at_its_limit_and_the_loop_may_run_in_pieces() -> None:
+    """Limits of 2 and 4: what follows a limit is filled; a limit that falls to the count so far ends the row."""
+    calls, zeros = [], jnp.zeros((2, 1), jnp.int32)
+    model = Successor(builders.model(), builders.COMPUTE)
+    cache = Cache((), (), AttentionMetadata(zeros, zeros, zeros), jnp.int32(1))
+    first = sampling.Prefilled(jnp.array([[[20.0]], [[40.0]]]), cache)
+    out, _ = sampling.sample(model, calls, first, sampling.greedy, (9, 7), jnp.array([2, 4]), 6)
+    np.testing.assert_array_equal(out, [[21, 22, 9, 9, 9, 9], [41, 42, 43, 44, 9, 9]])
+    state = sampling.start(model, calls, first, sampling.greedy, (9, 7), 6)
+    for limits, until in (([6, 6], 2), ([6, 6], 3), ([3, 6], 5), ([3, 6], 6)):
+        state = sampling.decode(model, calls, state, sampling.greedy, (9, 7), jnp.array(limits), until)
+        assert int(state.count) == until
+    np.testing.assert_array_equal(state.out, [[21, 22, 23, 9, 9, 9], [41, 42, 43, 44, 45, 46]])
+
+
+def test_a_row_draws_by_its_own_settings_wherever_it_stands_in_a_batch() -> None:
+    """Greedy, warm and nucleus rows in one batch draw what each draws alone."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(4, 50)), jnp.float32)
+    seed, row = jnp.array([3, 3, 8, 3], jnp.uint32), jnp.array([0, 1, 0, 0])
+    heat, top_p = jnp.array([0.0, 1.0, 2.0, 1.0]), jnp.array([1.0, 0.9, 0.3, 1.0])
+    keys = sampling.row_keys(seed, row)
+    drawn = [sampling.sampler(keys, heat, top_p)(logits, jnp.int32(n)) for n in range(30)]
+    for i in (3, 2, 1, 0):
+        key = jax.random.fold_in(jax.random.key(int(seed[i])), int(row[i]))[None]
+        alone = sampling.sampler(key, heat[i], top_p[i]) if i else sampling.greedy
+        np.testing.assert_array_equal([d[i] for d in drawn], [alone(logits[i : i + 1], n)[0] for n in range(30)])
+    assert len({int(d[3]) for d in drawn}) > 5

@@ -22,6 +22,7 @@ from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
+from vlm_jax.inference.sampling import Decoding, SamplingParams
 from vlm_jax.models.cache import CACHE_AXES, init_cache
 from vlm_jax.models.vlm import Vlm
 
@@ -162,14 +163,16 @@ def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model, rows, steps = _decoding_model(spec), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
-    size = (rows, 1, spec.model.decoder.width)
-    hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
-    prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
-    key_dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    dtypes = ("int32", key_dtype, "float32", "float32")  # of limit, key, temperature, top_p
-    scalars = (jax.ShapeDtypeStruct((), dtype, sharding=plan.replicated) for dtype in dtypes)
-    run = inference.sample_program(model.spec, model.compute, plan, (0,), steps, "greedy")
-    return run, (_params(spec, plan, model), prefilled, *scalars)
+
+    def column(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
+        names = (axes.BATCH, *(None,) * len(sizes))
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
+
+    count = jax.ShapeDtypeStruct((), "int32", sharding=plan.replicated)
+    state = Decoding(count, column("int32"), column("bool"), column("int32", steps), cache_shapes(spec, plan))
+    params = SamplingParams(*map(column, ("int32", "float32", "float32", "uint32", "int32")))
+    run = inference.decode_program(model.spec, model.compute, plan, (0,), "greedy")
+    return run, (_params(spec, plan, model), state, params, count)
 
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:

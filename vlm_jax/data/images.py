@@ -12,7 +12,7 @@ import io
 import struct
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +48,8 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | Path | bytes):
         name = name if isinstance(image, bytes) else str(image)
         try:
-            with contextlib.ExitStack() as stack:
-                file = io.BytesIO(image) if isinstance(image, bytes) else stack.enter_context(open_regular(image))
-                with _WARNINGS_LOCK, warnings.catch_warnings():
-                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-                    opened = Image.open(file, formats=FORMATS)
-                return _rgb(stack.enter_context(opened), name)
+            with _opened(image) as opened:
+                return _rgb(opened, name)
         except Image.DecompressionBombError:
             raise UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more (scale it down)") from None
         except UnidentifiedImageError:
@@ -66,6 +62,28 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
         raise UserError(f"{name}: expected a path, a PIL image or uint8[h, w, 3], got {actual}")
     _check_pixels(shape[1], shape[0], name)
     return np.asarray(image)
+
+
+@contextlib.contextmanager
+def _opened(image: str | Path | bytes) -> Iterator[Image.Image]:
+    """An image of a promised format, of which only the header is read so far."""
+    with contextlib.ExitStack() as stack:
+        file = io.BytesIO(image) if isinstance(image, bytes) else stack.enter_context(open_regular(image))
+        with _WARNINGS_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked by the callers
+            opened = Image.open(file, formats=FORMATS)
+        yield stack.enter_context(opened)
+
+
+def count_pixels(image: str | Path | bytes) -> int:
+    """Pixels by the header of a file, which is not decoded; 0 for one that `read_image` refuses as unreadable."""
+    try:
+        with _opened(image) as opened:
+            return opened.width * opened.height
+    except Image.DecompressionBombError:
+        return 2 * MAX_PIXELS
+    except (*_BROKEN, UserError):
+        return 0
 
 
 def _check_pixels(width: int, height: int, name: str) -> None:
@@ -117,15 +135,11 @@ class Header(NamedTuple):
 
 def header(image: str | Path | bytes) -> Header:
     """The header of a file, without decoding its pixels. Raises `UserError` for what is no image."""
-    name = "image" if isinstance(image, bytes) else str(image)
     try:
-        with (
-            io.BytesIO(image) if isinstance(image, bytes) else open_regular(image) as file,
-            Image.open(file, formats=FORMATS) as opened,
-        ):
+        with _opened(image) as opened:
             return Header(opened.format or "", opened.mode, *opened.size)
-    except _BROKEN as error:
-        raise _unreadable(name, error) from error
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        raise _unreadable("image" if isinstance(image, bytes) else str(image), error) from error
 
 
 def _levels(image: Image.Image, is_16_bit: bool) -> UInt8[np.ndarray, "h w 3"]:

@@ -6,9 +6,8 @@
 Prefill and the decoding loop are compiled once for each model, batch size and length bucket.
 """
 
-import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,12 +16,10 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs
 from vlm_jax.data import chat
-from vlm_jax.inference import programs
+from vlm_jax.inference import decoding, programs
 from vlm_jax.inference import prompts as host
-from vlm_jax.inference.loading import Model, as_int, check_seed
+from vlm_jax.inference.loading import Model
 from vlm_jax.models.vlm import Vlm
-
-_MAX_CONTEXT = 2**20  # where a model's context is unknown
 
 
 def forward(
@@ -83,47 +80,15 @@ def generate_tokens(
 def _decode(
     model: Model, inputs: Inputs, max_new_tokens: int | None, temperature: Any, top_p: Any, seed: Any
 ) -> Int[np.ndarray, "B new"]:
-    """Prefill and sample with the cached programs of the model and of the inputs' bucket."""
-    seed, temperature, top_p = check_seed(seed), *_check_sampling(temperature, top_p)
-    max_new_tokens = _new_tokens(model, inputs, max_new_tokens)
-    rows, max_new = inputs.tokens.shape[0], host.bucket(max_new_tokens)
-    config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
-    inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
-    settings = (np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p)
-    try:
-        prefilled = programs.prefill_program(*config, max_new)(model.params, inputs)
-        sample = programs.sample_program(*config, model.eos_ids, max_new, kind)
-        out, prefilled = sample(model.params, prefilled, *settings)
-        out, hidden = jax.device_get((out, prefilled.hidden))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(f"{rows} rows and {max_new_tokens} new tokens do not fit into memory: ask for fewer") from error
-    if not np.isfinite(hidden).all():
-        raise UserError(f"hidden states are not finite: weights are damaged, or out of range for {model.compute.dtype}")
-    return out[:rows, :max_new_tokens]
-
-
-def _check_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:
-    if not isinstance(temperature, numbers.Real) or not temperature >= 0:
-        raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature!r}")
-    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
-        raise UserError(f"top_p: expected a probability above 0, 1 for all tokens, got {top_p!r}")
-    # What is below the smallest normal float32 is 0 on the device: greedy.
-    is_greedy = temperature < np.finfo(np.float32).tiny
-    return np.float32(0 if is_greedy else temperature), np.float32(top_p)
-
-
-def _new_tokens(model: Model, inputs: Inputs, count: int | None) -> int:
-    """`max_new_tokens`. Raises `UserError` for more than the context allows after the longest prompt."""
-    longest = int((inputs.segment != 0).sum(axis=1).max())
-    limit = (model.spec.decoder.context or _MAX_CONTEXT) - longest
-    if limit < 1:
-        raise UserError(f"a prompt of {longest} tokens fills this model's context: shorten it")
-    count = as_int("max_new_tokens", min(model.answer_tokens, limit) if count is None else count)
-    if not 1 <= count <= limit:
-        raise UserError(f"max_new_tokens: expected 1 to {limit} after a prompt of {longest} tokens, got {count}")
-    return count
+    """Prefill and decoding with the cached programs of the model and of the inputs' bucket."""
+    rows, count = len(inputs.tokens), decoding.new_tokens(model, inputs, max_new_tokens)
+    params = decoding.sampling_params(rows, count, temperature, top_p, seed)
+    with decoding.memory_errors(rows, count):
+        state, hidden = decoding.start(model, inputs, params, host.bucket(count))
+        state = decoding.advance(model, state, params, count)
+        out, hidden = jax.device_get((state.out, hidden))
+    decoding.check_finite(model, hidden)
+    return out[:rows, :count]
 
 
 def generate(
@@ -145,13 +110,30 @@ def generate(
 
     Raises `UserError` for prompts that are longer than the model's context, or do not match the images.
     """
+    rows = prompt_rows(model, images, prompts)
+    if not rows.tokens:
+        return []
+    tokens, mask = host.padded(rows.tokens)
+    inputs = host.inputs_of(model, rows.images, tokens, mask, None, rows.questions)
+    out = _decode(model, inputs, max_new_tokens, temperature, top_p, seed)
+    return [answer_text(model, row) for row in out.tolist()]
+
+
+class PromptRows(NamedTuple):
+    """Prompts as token ids, their prepared images, and the questions of a question-dependent compressor."""
+
+    tokens: list[list[int]]
+    images: list[list[np.ndarray]] | None
+    questions: list[list[int]] | None
+
+
+def prompt_rows(model: Model, images: Any | None, prompts: Any) -> PromptRows:
+    """Arguments as in `generate`. Raises `UserError` for invalid ones."""
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         actual = "one text" if isinstance(prompts, str) else type(prompts).__name__
         raise UserError(f"prompts: expected a list of texts, got {actual}")
     by_row = host.images_by_row(model, images, len(prompts))
-    if not prompts:
-        return []
     counts = [0] * len(prompts) if by_row is None else [len(images) for images in by_row]
     rows = [
         chat.prompt_ids(model.chat_format, tokenizer, prompt, model.image_token, model.visual_tokens, count)
@@ -162,11 +144,13 @@ def generate(
     questions = None
     if model.reads_question and any(counts):
         questions = [question_ids(model, prompt) for prompt in prompts]
-    tokens, mask = host.padded(rows)
-    inputs = host.inputs_of(model, by_row, tokens, mask, None, questions)
-    out = _decode(model, inputs, max_new_tokens, temperature, top_p, seed)
-    lengths = [next((i for i, token in enumerate(row) if token in model.eos_ids), len(row)) for row in out.tolist()]
-    return [tokenizer.decode(row[:length]) for row, length in zip(out.tolist(), lengths, strict=True)]
+    return PromptRows(rows, by_row, questions)
+
+
+def answer_text(model: Model, tokens: Sequence[int]) -> str:
+    """The text of generated tokens, up to the first token that ends it."""
+    length = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
+    return _tokenizer(model).decode(tokens[:length])
 
 
 def question_ids(model: Model, prompt: Any) -> list[int]:

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import sampling
+from vlm_jax.inference.sampling import Decoding, SamplingParams
 from vlm_jax.models.vlm import Vlm
 
 
@@ -33,19 +34,39 @@ def prefill_program(spec: ModelSpec, compute: ComputeSpec, plan: Plan, max_new: 
 
 
 @functools.lru_cache(maxsize=32)
-def sample_program(
+def start_program(
     spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], max_new: int, kind: str
 ) -> Callable[..., Any]:
-    """`(params, prefilled, limit, key, temperature, top_p) -> (tokens [B, max_new], prefilled)`; donates `prefilled`.
-    `kind` is "greedy" or "sampled".
+    """`(params, hidden, sampling_params) -> Decoding` after the first token, without its cache. `kind` is "greedy" or
+    "sampled".
     """
     vlm = Vlm(spec, compute)
 
-    def sample(
-        params: Any, prefilled: sampling.Prefilled, limit: Array, key: Array, temperature: Array, top_p: Array
-    ) -> tuple[Array, Any]:
-        pick = sampling.greedy if kind == "greedy" else sampling.sampler(key, temperature, top_p)
-        out, cache = sampling.sample(vlm, params, prefilled, pick, eos_ids, limit, max_new)
-        return out, prefilled._replace(cache=cache)
+    def start(params: Any, hidden: Array, sampling_params: SamplingParams) -> Decoding:
+        prefilled = sampling.Prefilled(hidden, None)
+        return sampling.start(vlm, params, prefilled, _pick(kind, sampling_params), eos_ids, max_new)
 
-    return plan.jit(sample, donate_argnums=1)
+    return plan.jit(start)
+
+
+@functools.lru_cache(maxsize=32)
+def decode_program(
+    spec: ModelSpec, compute: ComputeSpec, plan: Plan, eos_ids: tuple[int, ...], kind: str
+) -> Callable[..., Any]:
+    """`(params, decoding, sampling_params, until) -> Decoding` when all rows have ended or have `until` tokens; donates
+    `decoding`.
+    """
+    vlm = Vlm(spec, compute)
+
+    def decode(params: Any, decoding: Decoding, sampling_params: SamplingParams, until: Array) -> Decoding:
+        pick = _pick(kind, sampling_params)
+        return sampling.decode(vlm, params, decoding, pick, eos_ids, sampling_params.limit, until)
+
+    return plan.jit(decode, donate_argnums=1)
+
+
+def _pick(kind: str, sampling_params: SamplingParams) -> sampling.Pick:
+    if kind == "greedy":
+        return sampling.greedy
+    keys = sampling.row_keys(sampling_params.seed, sampling_params.row)
+    return sampling.sampler(keys, sampling_params.temperature, sampling_params.top_p)

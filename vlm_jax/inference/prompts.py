@@ -191,7 +191,11 @@ def to_bucket(inputs: Inputs, visual_tokens: int) -> Inputs:
     return Inputs(*arrays, np.pad(inputs.visual, padding, constant_values=-1), inputs.views)
 
 
-def put(inputs: Inputs, plan: Plan) -> Inputs:
-    """Global arrays of the rows; the last row is repeated until the batch divides over the mesh."""
-    extra = -inputs.tokens.shape[0] % plan.axis_size(BATCH)
-    return plan.put(jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], extra, axis=0)]), inputs))
+def put(rows: Any, plan: Plan) -> Any:
+    """Global arrays of a tree of rows; the last row is repeated until the batch divides over the mesh."""
+
+    def pad(leaf: np.ndarray) -> np.ndarray:
+        extra = -len(leaf) % plan.axis_size(BATCH)
+        return np.concatenate([leaf, np.repeat(leaf[-1:], extra, axis=0)])
+
+    return plan.put(jax.tree.map(pad, rows))

@@ -1,0 +1,1 @@
+"""lmms-eval as a client of the server."""

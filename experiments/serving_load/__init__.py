@@ -1,0 +1,1 @@
+"""Throughput of the server under concurrent clients."""
