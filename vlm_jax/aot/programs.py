@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -73,7 +73,7 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     if mode == "train":
         train = build.train_step(network, stage)
         state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments = train.step, (state, _inputs(spec, plan, train=True))
+        jitted, arguments = train.step, (state, _train_inputs(spec, stage, plan))
         params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)
@@ -110,18 +110,27 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _inputs(spec: RunSpec, plan: Plan, train: bool) -> Inputs:
-    """Shapes of a training batch, or of a batch of prompts with one image each."""
-    data, length = spec.data, spec.data.row_tokens
-    rows = data.batch_rows if train else spec.evaluation.batch_examples
-    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question) if train else 1
+def _train_inputs(spec: RunSpec, stage: StageSpec, plan: Plan) -> Inputs:
+    """Shapes of a training batch of a stage."""
+    data = specs.data_of(spec, stage)
+    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question)
+    inputs, shape = _inputs(spec, plan, data.batch_rows, views), _shape(plan, data.batch_rows)
+    part = shape(data.row_tokens) if len(data.train) > 1 else None
+    return inputs._replace(weight=shape(data.row_tokens, dtype="float32"), part=part)
 
+
+def _inputs(spec: RunSpec, plan: Plan, rows: int, views: int) -> Inputs:
+    """Shapes of a batch without what training adds."""
+    shape = _shape(plan, rows)
+    return Inputs(*(shape(spec.data.row_tokens) for _ in range(5)), views=_views(spec, shape, views))
+
+
+def _shape(plan: Plan, rows: int) -> Callable[..., jax.ShapeDtypeStruct]:
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
-    weight = shape(length, dtype="float32") if train else None
-    return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, views), weight=weight)
+    return shape
 
 
 def _views(spec: RunSpec, shape: Any, count: int) -> Views | None:
@@ -157,7 +166,7 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model = _decoding_model(spec)
     run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
-    return run, (_params(spec, plan, model), _inputs(spec, plan, train=False))
+    return run, (_params(spec, plan, model), _inputs(spec, plan, spec.evaluation.batch_examples, 1))
 
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from vlm_jax.aot.programs import TOPOLOGIES, Program, mesh_axes
 from vlm_jax.core import axes
-from vlm_jax.core.specs import RunSpec, StageSpec, spec_hash
+from vlm_jax.core.specs import RunSpec, StageSpec, data_of, spec_hash
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.sizing import chips, cost, hlo, roofline
 
@@ -34,7 +34,7 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         "devices": count, "chips": count // chip_of(topology).devices,
         "strategy": spec.compute.strategy, "mesh": list(plan.mesh.devices.shape[1:]), "remat": spec.compute.remat,
         "attention": spec.compute.attention, "microbatches": spec.compute.microbatches, "moments": spec.compute.moments,
-        "batch_examples": spec.data.batch_rows if mode == "train" else spec.evaluation.batch_examples,
+        "batch_examples": data_of(spec, stage).batch_rows if mode == "train" else spec.evaluation.batch_examples,
         "model_params": sizes.total, "llm_params": sizes.decoder + sizes.embedding,
         "params_bytes": memory.params, "optimiser_bytes": memory.optimiser, "inputs_bytes": memory.other_inputs,
         "temporaries_bytes": memory.temporaries, "peak_bytes": memory.peak, "usable_bytes": chip.usable_bytes,
