@@ -22,6 +22,7 @@ from vlm_jax.evaluation import results
 
 pytestmark = pytest.mark.xdist_group("end to end")  # of one training
 ROOT = Path(__file__).parents[1]
+CONFIG = "configs/vlm.py:llm=d24,tokens=2,data=rows4_tiny"
 TINY = ("--config.stages.0.total_steps=6", "--config.stages.0.warmup_steps=1")
 TWO_SAVED = ("--config.save_every_steps=3", "--config.keep_checkpoints=2")
 GRID = """
@@ -57,8 +58,8 @@ def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def trained(home: Path) -> Path:
-    workdir, config = home / "run", "configs/vlm.py:llm=d24,tokens=2,data=rows4_tiny"
-    done = run(home, "vlm_jax.train", "--config", config, *TINY, *TWO_SAVED, "--workdir", str(workdir))
+    workdir = home / "run"
+    done = run(home, "vlm_jax.train", "--config", CONFIG, *TINY, *TWO_SAVED, "--workdir", str(workdir))
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -151,7 +152,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("vlm_jax.train", "--config", tiny, "--workdir", str(trained)): "another spec",
         ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
         ("vlm_jax.train", "--config", config, "--config.encoder_checkpoint=no.npz", "--workdir", workdir): "no.npz",
-        ("vlm_jax.train", "--config", tiny, "--config.data.row_tokens=5", "--workdir", workdir): "row_tokens",
+        ("vlm_jax.train", "--config", tiny, "--config.data.row_tokens=5", "--workdir", workdir): "expected room for",
         ("vlm_jax.train", "--config", tiny, "--config.compute.attention=cudnn", "--workdir", workdir): "NVIDIA",
         ("vlm_jax.train", "--workdir", workdir): "--config",
         ("vlm_jax.evaluate", "--workdir", workdir): "spec.json",

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from tests.data.mixtures import png
 from tests.training.test_resume import cache as cache  # a fixture
 from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job
+from vlm_jax.aot import programs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec, SourceSpec, StageDataSpec, spec_hash
 from vlm_jax.data import pipeline
@@ -115,6 +117,24 @@ def test_broken_images_have_no_weight(cache: Path, frozen: bool) -> None:
     assert sorted(batches.data.bad.found) == [(0, n) for n in (0, 4, 8, 12)]
     with pytest.raises(UserError, match=r"data.max_bad_share=0.2 of unusable items, got 4 of 16: "):
         build.open_run(spec(cache, **data, max_bad_share=0.2), cache).train[0][0]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_compiler_is_given_the_shapes_of_training_batches(cache: Path, frozen: bool) -> None:
+    """Ahead of time, for each stage: its rows, views, questions, and the sources of a mixture."""
+    own = StageDataSpec(train=(pages("good"),), batch_rows=8)
+    asked = spec(cache, [{"data": own}, {}], frozen_features=frozen, question_tokens=2)
+    compressor = dataclasses.replace(
+        asked.model.compressor, name="quecc", width=16, heads=2, depth=1, mlp_width=16, taps=1
+    )
+    encoder = dataclasses.replace(asked.model.encoder, taps=(1,))
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, compressor=compressor, encoder=encoder))
+    run = build.open_run(asked, cache)
+    for batches, stage in zip(run.train, run.network.spec.stages, strict=True):
+        batch, shapes = batches[0], programs._train_inputs(run.network.spec, stage, run.network.plan)
+        assert jax.tree.structure(batch) == jax.tree.structure(shapes)
+        for array, shape in zip(jax.tree.leaves(batch), jax.tree.leaves(shapes), strict=True):
+            assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
 
 
 def test_an_unknown_kind_of_source_names_the_nearest(cache: Path) -> None:

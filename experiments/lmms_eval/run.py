@@ -31,6 +31,7 @@ from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core import files
 from vlm_jax.core.errors import UserError
 from vlm_jax.data.images import read_image
+from vlm_jax.data.readers.open import open_source
 
 HERE = Path(__file__).parent
 LMMS_EVAL = "lmms-eval==0.7.3"
@@ -48,8 +49,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     run = spec_from_dict(read_spec(args.model))
     python = install(args.venv)
-    data = build.default_cache() / "data"
-    questions = task.read(run.data.dataset, run.data.config, data, args.examples)
+    questions = task.read(open_source(run.data.test[0], build.default_cache()), args.examples)
     task.write(args.out / "task", questions, run.evaluation.max_new_tokens)
     with served(args.model) as url:
         started = time.monotonic()

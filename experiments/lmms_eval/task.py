@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from vlm_jax.data.glyph_tokenizer import decode
 
-from vlm_jax.data import sources
+from vlm_jax.data.examples import Source
 
 NAME = "drawn_questions"
 
@@ -61,11 +60,13 @@ class DrawnQuestion(NamedTuple):
     answer: str
 
 
-def read(dataset: str, config: str, data_dir: Path, count: int) -> list[DrawnQuestion]:
-    """The first question of each of the first `count` test images."""
-    split = sources.load(dataset, config, f"test[:{count}]", data_dir)
-    rows = zip(split.pngs, split.question_tokens[:, 0].tolist(), split.answer_tokens[:, 0].tolist(), strict=True)
-    return [DrawnQuestion(png, decode(question), decode(answer)) for png, question, answer in rows]
+def read(source: Source, count: int) -> list[DrawnQuestion]:
+    """The first question of each of the first `count` examples."""
+    found = []
+    for index in range(min(count, len(source))):
+        (image,), (question, answer, *_) = source[index].images, source[index].turns
+        found.append(DrawnQuestion(image, question.text.removeprefix("<image>"), answer.text))
+    return found
 
 
 def write(folder: Path, questions: list[DrawnQuestion], max_new_tokens: int) -> None:

@@ -113,16 +113,14 @@ def test_kernels_are_gathered_over_one_axis_in_2d_and_two_in_3d(topology: str, g
 @with_compiler
 def test_a_program_that_does_not_fit_exits_3_with_advice(spec: RunSpec, tmp_path: Path) -> None:
     """A batch of pixels larger than any chip; the row is written."""
-    overrides = ["data.batch_examples=262144", "data.frozen_features=False", "evaluation.batch_examples=262144"]
+    overrides = ["data.batch_rows=262144", "data.frozen_features=False", "evaluation.batch_examples=262144"]
     flags = [*FLAGS, *(f"--config.{field}" for field in overrides), "--json", str(tmp_path / "rows.json")]
     assert cli.main(flags) == 3
     row = json.loads((tmp_path / "rows.json").read_text())
     assert not row["fits"]
     assert row["peak_bytes"] > row["usable_bytes"]
     assert row["temporaries_bytes"] / 2 > row["usable_bytes"]
-    assert report.advice(row).startswith(
-        "by estimate it would fit with: compute.microbatches=4; or data.batch_examples="
-    )
+    assert report.advice(row).startswith("by estimate it would fit with: compute.microbatches=4; or data.batch_rows=")
 
 
 @with_compiler
@@ -140,7 +138,7 @@ def test_a_chip_may_have_two_devices(spec: RunSpec) -> None:
 def test_decode_holds_the_parameters_and_the_cache(spec: RunSpec) -> None:
     """Parameters in the dtype of the activations, and keys and values of every row."""
     row, _ = variants.compile_row(spec, spec.stages[0], "v5e:2x2", "decode")
-    slots = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
+    slots = spec.data.row_tokens + spec.evaluation.max_new_tokens
     rows = spec.evaluation.batch_examples / 4
     cache = rows * cost.cache_bytes(spec.model.decoder, slots, spec.compute.dtype)
     assert row["optimiser_bytes"] == 0
@@ -227,7 +225,7 @@ def test_the_llava_config_lays_out_on_256_chips() -> None:
     from vlm_jax import build
 
     spec = resolve(load_config("configs/llava.py:llm=qwen1.5-14b,tokens=576"))
-    assert spec.data.text_tokens + spec.model.compressor.tokens == 2048
+    assert spec.data.row_tokens == 2048
     table = tuple(partitioning.TABLES[spec.compute.strategy].items())
     plan = partitioning.Plan(AbstractMesh((1, 1, 16, 16), partitioning.MESH_AXES), table)
     assert [stage.train for stage in build.lay_out(spec, plan).spec.stages] == [

@@ -64,9 +64,18 @@ def main(argv: list[str]) -> None:
         params = job.train(run, args.folder / "two", lambda log, values: None)
         again = job.restore(run.network, args.folder / "two")
         assert tree.sha256(params, processes.fetch) == tree.sha256(again, processes.fetch)
+        resume(run, args.folder)
         row = job.evaluate(run, params, "cell", args.folder / "two")
         if processes.is_primary():
             (args.folder / "row.json").write_text(json.dumps(dataclasses.asdict(row)))
+
+
+def resume(run: build.Run, folder: Path) -> None:
+    """Both go on from the checkpoint of step 2: bit for bit as before."""
+    if processes.is_primary():
+        shutil.copytree(folder / "two", folder / "again", ignore=shutil.ignore_patterns("summary.json", "4"))
+    processes.barrier("copied")
+    job.train(run, folder / "again", lambda log, values: None)
 
 
 def lose(lost: int) -> None:
@@ -150,6 +159,12 @@ def test_losses_are_those_of_one_process(two: Path) -> None:
         for name in ("loss", "grad_norm", "token_error", "learning_rate"):
             assert mine[name] == pytest.approx(theirs[name], rel=ROUNDING), name
     assert len(list((two / "two" / "tensorboard").iterdir())) == 1
+
+
+def test_two_processes_resume_bit_for_bit(two: Path) -> None:
+    assert summary(two / "again")["params_sha256"] == summary(two / "two")["params_sha256"]
+    losses = [[line["loss"] for line in logged(two / name)] for name in ("again", "two")]
+    assert losses[0] == losses[1]
 
 
 def test_what_two_saved_one_restores(one: tuple[build.Run, Path], two: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_accelerators() -> None:
 def test_a_batch_that_a_slice_does_not_divide_is_refused(
     cells: list[Cell], strategy: str, mesh: tuple, microbatches: int, accelerator: str, said: str | None
 ) -> None:
-    assert (cells[0].spec.data.batch_examples, cells[0].spec.evaluation.batch_examples) == (32, 256)
+    assert (cells[0].spec.data.batch_rows, cells[0].spec.evaluation.batch_examples) == (32, 256)
     compute = dataclasses.replace(cells[0].spec.compute, strategy=strategy, mesh=mesh, microbatches=microbatches)
     cell = cells[0]._replace(spec=dataclasses.replace(cells[0].spec, compute=compute))
     if said is None:

@@ -68,6 +68,19 @@ def test_recomputing_costs_a_forward_pass() -> None:
     assert work.flops - work.model_flops == pytest.approx(256 * again)
 
 
+def test_every_view_of_a_row_is_encoded() -> None:
+    """FLOPs and activations of the frozen encoder for each of a packed row's images."""
+    fields = {"data.frozen_features": "False", "data.pack": "fit"}
+    specs = [resolve(load_config("configs/vlm.py", fields | {"data.row_images": str(count)})) for count in (1, 5)]
+    one, five = (roofline.train_work(spec, spec.stages[0], 1) for spec in specs)
+    model, rows = specs[0].model, specs[0].data.batch_rows
+    encoder = cost.encoder_activation_bytes(model.encoder, "float32")
+    assert five.chip_bytes - one.chip_bytes == pytest.approx(4 * rows * encoder)
+    parts = cost.flops(model, 0, 1)
+    image = parts.encoder + 3 * (parts.compressor + parts.projector)
+    assert five.model_flops - one.model_flops == pytest.approx(4 * rows * image)
+
+
 def test_a_decode_step_reads_kernels_and_cache_once() -> None:
     """Kernels that stay cut in sixteen, and the keys and values of a chip's rows."""
     spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16", {"compute.mesh": "(16, 1, 16)"}))

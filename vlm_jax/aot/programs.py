@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +22,6 @@ from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
-from vlm_jax.inference.sampling import Decoding, SamplingParams
 from vlm_jax.models.cache import CACHE_AXES, init_cache
 from vlm_jax.models.vlm import Vlm
 
@@ -74,7 +73,7 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     if mode == "train":
         train = build.train_step(network, stage)
         state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments = train.step, (state, _inputs(spec, plan, stage))
+        jitted, arguments = train.step, (state, _train_inputs(spec, stage, plan))
         params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)
@@ -111,18 +110,27 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _inputs(spec: RunSpec, plan: Plan, stage: StageSpec | None = None) -> Inputs:
-    """Shapes of a training batch of a stage, or of a batch of prompts with one image each."""
-    data = spec.data if stage is None else specs.data_of(spec, stage)
-    rows, length = data.batch_rows if stage else spec.evaluation.batch_examples, data.row_tokens
-    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question) if stage else 1
+def _train_inputs(spec: RunSpec, stage: StageSpec, plan: Plan) -> Inputs:
+    """Shapes of a training batch of a stage."""
+    data = specs.data_of(spec, stage)
+    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question)
+    inputs, shape = _inputs(spec, plan, data.batch_rows, views), _shape(plan, data.batch_rows)
+    part = shape(data.row_tokens) if len(data.train) > 1 else None
+    return inputs._replace(weight=shape(data.row_tokens, dtype="float32"), part=part)
 
+
+def _inputs(spec: RunSpec, plan: Plan, rows: int, views: int) -> Inputs:
+    """Shapes of a batch without what training adds."""
+    shape = _shape(plan, rows)
+    return Inputs(*(shape(spec.data.row_tokens) for _ in range(5)), views=_views(spec, shape, views))
+
+
+def _shape(plan: Plan, rows: int) -> Callable[..., jax.ShapeDtypeStruct]:
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
 
-    weight = shape(length, dtype="float32") if stage else None
-    return Inputs(*(shape(length) for _ in range(5)), views=_views(spec, shape, views), weight=weight)
+    return shape
 
 
 def _views(spec: RunSpec, shape: Any, count: int) -> Views | None:
@@ -158,21 +166,19 @@ def _params(spec: RunSpec, plan: Plan, model: Vlm) -> Any:
 def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model = _decoding_model(spec)
     run = inference.prefill_program(model.spec, model.compute, plan, spec.evaluation.max_new_tokens)
-    return run, (_params(spec, plan, model), _inputs(spec, plan))
+    return run, (_params(spec, plan, model), _inputs(spec, plan, spec.evaluation.batch_examples, 1))
 
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model, rows, steps = _decoding_model(spec), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
-
-    def column(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
-        names = (axes.BATCH, *(None,) * len(sizes))
-        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=plan.sharding(names, (rows, *sizes)))
-
-    count = jax.ShapeDtypeStruct((), "int32", sharding=plan.replicated)
-    state = Decoding(count, column("int32"), column("bool"), column("int32", steps), cache_shapes(spec, plan))
-    params = SamplingParams(*map(column, ("int32", "float32", "float32", "uint32", "int32")))
-    run = inference.decode_program(model.spec, model.compute, plan, (0,), "greedy")
-    return run, (_params(spec, plan, model), state, params, count)
+    size = (rows, 1, spec.model.decoder.width)
+    hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
+    prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
+    key_dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    dtypes = ("int32", key_dtype, "float32", "float32")  # of limit, key, temperature, top_p
+    scalars = (jax.ShapeDtypeStruct((), dtype, sharding=plan.replicated) for dtype in dtypes)
+    run = inference.sample_program(model.spec, model.compute, plan, (0,), steps, "greedy")
+    return run, (_params(spec, plan, model), prefilled, *scalars)
 
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:

@@ -187,7 +187,7 @@ def decode_flops(spec: DecoderSpec, context_tokens: Number, answer_tokens: Numbe
     return pass_flops(spec, steps, context_tokens + (steps + 1) / 2, steps)
 
 
-def _reads_question(spec: CompressorSpec) -> bool:
+def reads_question(spec: CompressorSpec) -> bool:
     from vlm_jax.compress import catalog
 
     return bool(catalog.row(spec.name).query_dependent)
@@ -196,7 +196,7 @@ def _reads_question(spec: CompressorSpec) -> bool:
 def _prefill_tokens(model: ModelSpec, question_tokens: Number, question: Question) -> Number:
     """V, plus the question unless it is cached. Image tokens that depend on the question precede it, so then nothing
     can be cached."""
-    cached = question == "cached" and not _reads_question(model.compressor)
+    cached = question == "cached" and not reads_question(model.compressor)
     return model.compressor.tokens + (0 if cached else question_tokens)
 
 
@@ -216,7 +216,7 @@ def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number, ques
         encoder_flops(model.encoder),
         compressor_flops(model.compressor),
         2.0 * tokens * _projector_kernels(model.projector, model.encoder.width, decoder.width),
-        pass_flops(decoder, question_tokens, question_tokens, 0) if _reads_question(model.compressor) else skipped,
+        pass_flops(decoder, question_tokens, question_tokens, 0) if reads_question(model.compressor) else skipped,
         prefill,
         decode,
     )
@@ -258,7 +258,7 @@ def train_flops(
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
     """Model FLOPs of one train step of a stage: `train_flops` times the batch."""
     data, features = data_of(spec, stage), "stored" if spec.data.frozen_features else "pixels"
-    views = views_of_row(data, _reads_question(spec.model.compressor))
+    views = views_of_row(data, reads_question(spec.model.compressor))
     return data.batch_rows * train_flops(spec.model, data.row_tokens, stage.train, features, question_tokens, views)
 
 
@@ -302,7 +302,7 @@ def moved_bytes(
     return {
         "encoder": encoder_params(encoder) * size + batch * encoder_activation_bytes(encoder, dtype),
         "compressor": (projector + batch * image) * size,
-        "question": asks if _reads_question(model.compressor) else 0.0,
+        "question": asks if reads_question(model.compressor) else 0.0,
         **moved,
     }
 

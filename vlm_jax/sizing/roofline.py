@@ -112,7 +112,8 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     )
     activations = (passes + 2) * _pass_bytes(spec, length, length)
     if not spec.data.frozen_features:
-        activations += cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
+        views = specs.views_of_row(data, cost.reads_question(model.compressor))
+        activations += views * cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     logits = 9 * 4 * decoder.vocab * length
     return Work(useful, useful + examples * recomputed, kernels + (activations + logits) * examples / chips)
 

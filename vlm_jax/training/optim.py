@@ -15,7 +15,7 @@ def schedule(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
         init_value=0.0 if stage.warmup_steps else stage.peak_lr,
         peak_value=stage.peak_lr,
         warmup_steps=stage.warmup_steps,
-        decay_steps=max(stage.total_steps, 1),
+        decay_steps=max(stage.total_steps, stage.warmup_steps + 1),
         end_value=spec.final_lr_share * stage.peak_lr,
     )
 
