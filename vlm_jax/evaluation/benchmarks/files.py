@@ -198,7 +198,7 @@ def check(name: str, items: Sequence[Item]) -> None:
         raise UserError(f"{name}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
 
 
-def joined(name: str, keys: Sequence[Any], truth: Mapping[Any, Any], where: Path) -> list[Any]:
+def look_up(name: str, keys: Sequence[Any], truth: Mapping[Any, Any], where: Path) -> list[Any]:
     """The truth of each key. Raises `UserError` if questions and truth do not match."""
     if missing := [key for key in keys if key not in truth]:
         raise UserError(
