@@ -289,3 +289,11 @@ def test_the_standard_error_of_a_mean_f1_is_that_of_a_bootstrap_over_images() ->
 
     bootstrap = np.std([f1(rng.integers(0, 400, 400)) for _ in range(300)])
     assert stderr == pytest.approx(bootstrap, rel=0.15)
+
+
+def test_a_layout_with_answers_comes_before_one_without(data: Path, tmp_path: Path) -> None:
+    """LLaVA's list of test-dev and the parquet files of validation in one folder, those in Hugging Face's cache."""
+    shutil.copytree(data / "testdev/vqav2", tmp_path / "vqav2")
+    assert load("vqav2", tmp_path).split == "testdev"
+    shutil.copytree(data / "lmms-lab/VQAv2", tmp_path / "datasets--lmms-lab--VQAv2/snapshots/0f1e")
+    assert load("vqav2", tmp_path).split == "validation"
