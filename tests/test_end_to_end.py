@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from experiments import launch
@@ -147,7 +148,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     shutil.copytree(trained, home / "lost")
     shutil.rmtree(home / "lost" / "checkpoints" / "6" / "progress")
     (home / "lost" / "rows.jsonl").unlink(missing_ok=True)
+    (home / "owned").mkdir()
+    (home / "broken.py").write_text("def get_config(arg):\n    return arg.nothing\n")
     cases = {
+        ("vlm_jax.train", "--config", tiny, "--workdir", f"{home}/owned"): "owned: another process (it holds ",
+        ("vlm_jax.train", "--config", f"{home}/broken.py", "--workdir", workdir): "broken.py:2: AttributeError",
+        ("vlm_jax.train", "--config", tiny, "--config.seed=-1", "--workdir", workdir): "seed: expected at least 0",
+        ("vlm_jax.train", "--config", tiny, "--config.compute.mesh.0=7", "--workdir", workdir): "mesh [7, 1, 1]",
         ("vlm_jax.train", "--config", "configs/vlm.py:llm=d25", "--workdir", workdir): "d24",
         ("vlm_jax.train", "--config", tiny, "--workdir", str(trained)): "another spec",
         ("vlm_jax.train", "--config", config, "--config.compute.mesh=(3,1,1)", "--workdir", workdir): "compute.mesh",
@@ -166,7 +173,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.setenv("VLM_JAX_CACHE", str(home / "cache"))
     for (module, *argv), expected in cases.items():
         monkeypatch.setattr(sys, "argv", [module, *argv])
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped, FileLock(home / "owned" / "run.lock"):
             run_main(importlib.import_module(module).main)
         shown, errors = capsys.readouterr()
         assert "compiling" not in shown

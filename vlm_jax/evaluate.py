@@ -54,6 +54,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     needed = ("data", "out") if args.rescore else ("model", "data", "out")
     if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
         raise UserError(f"expected --workdir, or --model, --suite, --data and --out; missing {', '.join(missing)}")
+    if getattr(args, "processes", None):
+        raise UserError("--processes: benchmarks are evaluated by one process (split them with --benchmarks)")
     for name, least in (("limit", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected {least} or more, got {getattr(args, name)}")

@@ -125,7 +125,7 @@ def test_a_parquet_image_is_that_of_its_row(data: Path) -> None:
     assert [files.read_image(image) for image in video.images] == [benchmark_files.png(4), benchmark_files.png(5)]
 
 
-def test_pope_joins_labels_by_image_and_question(data: Path, tmp_path: Path) -> None:
+def test_pope_matches_labels_by_image_and_question(data: Path, tmp_path: Path) -> None:
     """The labels' order does not matter, nor "imange"; the true answers of the other order would be wrong."""
     loaded = load("pope", data)
     assert [item.references[0] for item in loaded.items[:3]] == ["no", "no", "yes"]
@@ -135,11 +135,11 @@ def test_pope_joins_labels_by_image_and_question(data: Path, tmp_path: Path) -> 
 def test_pope_is_the_mean_f1_of_its_subsets(data: Path) -> None:
     """One true positive and one false positive in each subset: precision 1/2, recall 1, F1 2/3."""
     loaded = load("pope", data)
-    says = lambda item: "no" if "cup" in item.prompt else "yes"  # noqa: E731
-    one = scored("pope", loaded, says)
+    answer_of = lambda item: "no" if "cup" in item.prompt else "yes"  # noqa: E731
+    one = scored("pope", loaded, answer_of)
     assert one.score == pytest.approx(2 / 3)
     assert one.sub_scores["random/precision"] == 0.5
-    assert scored("pope", loaded, says, dataclasses.replace(LLAVA, pope="accuracy")).score == pytest.approx(2 / 3)
+    assert scored("pope", loaded, answer_of, dataclasses.replace(LLAVA, pope="accuracy")).score == pytest.approx(2 / 3)
     yes = scored("pope", loaded, lambda item: "yes")
     assert yes.score == pytest.approx(1 / 2)
     assert yes.baselines == {"chance": 0.5, "always_yes": 2 / 3}
@@ -260,8 +260,10 @@ def test_unknown_names_suggest_the_nearest() -> None:
 def test_scores_do_not_depend_on_the_order_of_items(data: Path) -> None:
     for name in benchmarks.BENCHMARKS:
         loaded = load(name, data)
-        says = lambda item: item.references[0] if len(item.prompt) % 2 else "no"  # noqa: E731
-        one, other = (scored(name, loaded._replace(items=items), says) for items in (loaded.items, loaded.items[::-1]))
+        answer_of = lambda item: item.references[0] if len(item.prompt) % 2 else "no"  # noqa: E731
+        one, other = (
+            scored(name, loaded._replace(items=items), answer_of) for items in (loaded.items, loaded.items[::-1])
+        )
         assert one.score == pytest.approx(other.score)
         assert one.stderr == pytest.approx(other.stderr)
 
@@ -287,3 +289,11 @@ def test_the_standard_error_of_a_mean_f1_is_that_of_a_bootstrap_over_images() ->
 
     bootstrap = np.std([f1(rng.integers(0, 400, 400)) for _ in range(300)])
     assert stderr == pytest.approx(bootstrap, rel=0.15)
+
+
+def test_a_layout_with_answers_comes_before_one_without(data: Path, tmp_path: Path) -> None:
+    """LLaVA's list of test-dev and the parquet files of validation in one folder, those in Hugging Face's cache."""
+    shutil.copytree(data / "testdev/vqav2", tmp_path / "vqav2")
+    assert load("vqav2", tmp_path).split == "testdev"
+    shutil.copytree(data / "lmms-lab/VQAv2", tmp_path / "datasets--lmms-lab--VQAv2/snapshots/0f1e")
+    assert load("vqav2", tmp_path).split == "validation"

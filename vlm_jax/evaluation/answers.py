@@ -5,8 +5,8 @@
     {"question_id": "262148000", "prompt": "Where is he looking?\\nAnswer ...", "text": "down"}
 
 An interrupted evaluation goes on from the lines that it finds; a half-written last line is asked again. Files of other
-programs are read too: an answer belongs to the item with its question_id and prompt, or with its question_id alone
-where only one item and one answer have it.
+programs are read too: an answer belongs to the item with its question_id and prompt, or, in a line of another program,
+with its question_id alone where only one item and one answer have it.
 """
 
 import json
@@ -66,7 +66,8 @@ class AnswerFile:
         out = {}
         for item in items:
             alone = self._by_id.get(item.question_id, []) if shared[item.question_id] == 1 else []
-            if answer := self._lines.get(key(item)) or (alone[0] if len(alone) == 1 else None):
+            foreign = [answer for answer in alone if answer.tokens is None and not answer.note and len(alone) == 1]
+            if answer := next((a for a in (self._lines.get(key(item)), *foreign) if a), None):
                 out[item.id] = answer
         return out
 

@@ -31,7 +31,7 @@ def _vqav2(items: Sequence[Item], texts: Sequence[str], data: Path, folder: Path
     """
     by_id = {int(item.question_id): vqa.evalai(text) for item, text in zip(items, texts, strict=True)}
     path, ids = folder / "vqav2_testdev.json", list(by_id)
-    places = [place / file for place in sorted(data.rglob("vqav2")) + sorted(data.rglob("VQAv2")) for file in _TEST_IDS]
+    places = [folder / file for folder in files.find_folders(data, ("vqav2",)) for file in _TEST_IDS]
     if listed := next((place for place in places if place.is_file()), None):
         rows = files.read_json(listed)["questions"] if listed.suffix == ".json" else files.read_jsonl(listed)
         ids = list(dict.fromkeys([*(int(row["question_id"]) for row in rows), *by_id]))

@@ -51,7 +51,10 @@ def answer(
     done = file.matched(items)
     todo = [item for item in items if item.id not in done]
     prompts = {item.id: _prompt(model, item, _SYSTEM[system]) for item in todo}
-    lengths = {item.id: _length(model, prompts[item.id], len(item.images)) for item in todo}
+    try:
+        lengths = {item.id: _length(model, prompts[item.id], len(item.images)) for item in todo}
+    except UserError as error:  # a template may refuse system prompts
+        raise UserError(f"{name}: {error}" + (" (try --set system=none)" if system != "none" else "")) from error
     context = model.spec.decoder.context or 2**20
     too_long = [item for item in todo if lengths[item.id] >= context]
     note = f"the prompt is longer than the context of {context} tokens"

@@ -36,9 +36,9 @@ Layouts = Mapping[str, Mapping[str, Sequence[str]]]  # layout -> role -> alterna
 
 def find(data: Path, folders: Sequence[str], layouts: Layouts) -> Found:
     """Raises `UserError` with every file that was looked for if no layout is complete."""
-    places = list(_places(data, folders))
-    for place in places:
-        for layout, roles in layouts.items():
+    places = list(find_folders(data, folders))
+    for layout, roles in layouts.items():
+        for place in places:
             paths = {role.rstrip("?"): _match(place, patterns) for role, patterns in roles.items()}
             if all(paths[role] for role in roles if not role.endswith("?")):
                 return Found(layout, paths)
@@ -50,11 +50,15 @@ def find(data: Path, folders: Sequence[str], layouts: Layouts) -> Found:
     raise UserError(f"{folders[0]}: expected the files of one layout in {where}, looked for {looked}")
 
 
-def _places(data: Path, folders: Sequence[str]) -> Iterator[Path]:
+def find_folders(data: Path, folders: Sequence[str]) -> Iterator[Path]:
+    """The folders of a benchmark, named in any case, also as Hugging Face's cache names them."""
     names = [folder.lower() for folder in folders]
-    for hub in _HUBS:
-        if (data / hub).is_dir():
-            yield from sorted(path for path in (data / hub).iterdir() if path.name.lower() in names and path.is_dir())
+    for hub in (data / hub for hub in _HUBS if (data / hub).is_dir()):
+        for path in sorted(path for path in hub.iterdir() if path.is_dir()):
+            if path.name.lower() in names:
+                yield path
+            elif path.name.startswith("datasets--") and path.name.lower().split("--")[-1] in names:
+                yield from sorted((path / "snapshots").glob("*"))
     if data.name.lower() in names:
         yield data
 
@@ -198,7 +202,7 @@ def check(name: str, items: Sequence[Item]) -> None:
         raise UserError(f"{name}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
 
 
-def joined(name: str, keys: Sequence[Any], truth: Mapping[Any, Any], where: Path) -> list[Any]:
+def look_up(name: str, keys: Sequence[Any], truth: Mapping[Any, Any], where: Path) -> list[Any]:
     """The truth of each key. Raises `UserError` if questions and truth do not match."""
     if missing := [key for key in keys if key not in truth]:
         raise UserError(

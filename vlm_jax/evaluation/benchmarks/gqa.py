@@ -25,7 +25,7 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
     if found.layout == "lmms-lab":
         pictures = {row["id"]: row["image"] for row in files.read_parquet(found.paths["images"], "id", "image")}
         rows = files.read_parquet(found.paths["truth"], "id", "imageId", "question", "answer")
-        images = files.joined("gqa", [row["imageId"] for row in rows], pictures, found.path("images"))
+        images = files.look_up("gqa", [row["imageId"] for row in rows], pictures, found.path("images"))
     else:
         truth = files.read_json(found.path("truth"))
         ids: Sequence[str] = list(truth)
@@ -33,7 +33,7 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
             ids = [str(row["question_id"]) for row in files.read_jsonl(found.path("llava"), "question_id")]
         rows = [
             row | {"id": key}
-            for key, row in zip(ids, files.joined("gqa", ids, truth, found.path("truth")), strict=True)
+            for key, row in zip(ids, files.look_up("gqa", ids, truth, found.path("truth")), strict=True)
         ]
         images = [(found.path("images") / f"{row['imageId']}.jpg",) for row in rows]
     return Loaded(

@@ -93,7 +93,7 @@ def is_empty(item: Item, text: str, options: SuiteOptions) -> bool:
     return not text.strip()
 
 
-def says_neither(item: Item, text: str, options: SuiteOptions) -> bool:
+def is_neither(item: Item, text: str, options: SuiteOptions) -> bool:
     """Neither of the words yes and no, or both, whatever the flavour makes of it."""
     return yes_no.word_label(text) == "Unknown"
 

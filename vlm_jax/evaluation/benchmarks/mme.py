@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation.benchmarks import files, mme_files
-from vlm_jax.evaluation.benchmarks.items import SHORT, Answered, Benchmark, Item, Loaded, SuiteOptions, says_neither
+from vlm_jax.evaluation.benchmarks.items import SHORT, Answered, Benchmark, Item, Loaded, SuiteOptions, is_neither
 from vlm_jax.evaluation.clusters import Share
 from vlm_jax.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 
@@ -27,7 +27,7 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
         if found.paths["llava"]:
             asked = files.read_jsonl(found.path("llava"), "question_id", "text")
             keys = [mme_files.key(row["question_id"], row["text"]) for row in asked]
-            pairs = zip(asked, files.joined("mme", keys, tree, found.path("tree")), strict=True)
+            pairs = zip(asked, files.look_up("mme", keys, tree, found.path("tree")), strict=True)
             rows = [row | {"question_id": old["question_id"]} for old, row in pairs]
     count: dict[str, int] = {}
     items = []
@@ -71,6 +71,4 @@ def baselines(items: Sequence[Item], options: SuiteOptions) -> dict[str, float]:
     return {"chance": 0.375, "always_yes": 0.25}
 
 
-MME = Benchmark(
-    "mme", "mme", read, {"llava": 128, "lmms-eval": 16}, (2374,), says_neither, parts, sub_scores, baselines
-)
+MME = Benchmark("mme", "mme", read, {"llava": 128, "lmms-eval": 16}, (2374,), is_neither, parts, sub_scores, baselines)

@@ -12,7 +12,7 @@ from vlm_jax.evaluation.benchmarks.items import (
     Item,
     Loaded,
     SuiteOptions,
-    says_neither,
+    is_neither,
 )
 from vlm_jax.evaluation.clusters import Share
 
@@ -34,9 +34,9 @@ def parts(answers: Sequence[Answered], options: SuiteOptions) -> list[Share]:
         return [Share(answer.score, 1.0, answer.item.image_id) for answer in chosen]
     out = []
     for item, text, _ in answers:
-        said = metrics.score("pope_parse", text, [], options.flavour).lower() == "yes"
+        predicted = metrics.score("pope_parse", text, [], options.flavour).lower() == "yes"
         true = item.references[0].lower() == "yes"
-        out.append(Share(2.0 * (said and true), float(said + true), item.image_id, item.extra["subset"]))
+        out.append(Share(2.0 * (predicted and true), float(predicted + true), item.image_id, item.extra["subset"]))
     return out
 
 
@@ -55,4 +55,4 @@ def baselines(items: Sequence[Item], options: SuiteOptions) -> dict[str, float]:
 
 
 _NEW_TOKENS = {"llava": 128, "lmms-eval": 128}
-POPE = Benchmark("pope", "pope", read, _NEW_TOKENS, (9000, 8910), says_neither, parts, sub_scores, baselines)
+POPE = Benchmark("pope", "pope", read, _NEW_TOKENS, (9000, 8910), is_neither, parts, sub_scores, baselines)

@@ -1,7 +1,7 @@
 """POPE's files: a list of labelled questions for each subset, with LLaVA's list of questions beside it, or lmms-lab's.
 
-Labels are joined to LLaVA's questions by image and question, never by position: releases of the random subset have
-different orders, and a wrong join gives a plausible score. Older files spell "an image" as "imange".
+Labels are matched with LLaVA's questions by image and text, never by position: releases of the random subset have
+different orders, and a wrong match gives a plausible score. Older files spell "an image" as "imange".
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def read(data: Path) -> tuple[str, list[dict]]:
     if found.paths["llava"]:
         asked = files.read_jsonl(found.path("llava"), "question_id", "image", "text", "category")
         asked = [row | {"question": without(row["text"], SHORT)} for row in asked]
-        labels = files.joined("pope", [_key(row) for row in asked], truth, found.path("random").parent)
+        labels = files.look_up("pope", [_key(row) for row in asked], truth, found.path("random").parent)
         rows = [row | {"answer": label["answer"]} for row, label in zip(asked, labels, strict=True)]
     for row in rows:
         row |= {"image_source": row["image"], "image": (found.path("images") / row["image"],)}

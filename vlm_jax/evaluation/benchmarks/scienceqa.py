@@ -26,13 +26,13 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
         return Loaded("test", found.layout, _chosen(items, options))
     problems = files.read_json(found.path("problems"))
     ids = [str(key) for key in files.read_json(found.path("splits"))["test"]]
-    rows = files.joined("scienceqa", ids, problems, found.path("problems"))
+    rows = files.look_up("scienceqa", ids, problems, found.path("problems"))
     folder = (found.paths["images"] or [found.path("problems").parent / "images" / "test"])[0]
     images = [(folder / key / row["image"],) if row.get("image") else () for key, row in zip(ids, rows, strict=True)]
     prompts = [_prompt(row) for row in rows]
     if found.layout == "LLaVA":
         asked = {str(row["id"]): row for row in files.read_jsonl(found.path("questions"), "id", "conversations")}
-        given = files.joined("scienceqa", ids, asked, found.path("questions"))
+        given = files.look_up("scienceqa", ids, asked, found.path("questions"))
         prompts = [row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER for row in given]
         images = [(folder / row["image"],) if row.get("image") else () for row in given]
     items = [_item(*parts) for parts in zip(ids, rows, images, prompts, strict=True)]

@@ -23,7 +23,7 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
     else:
         truth = {str(row["question_id"]): row for row in files.read_json(found.path("truth"))["questions"]}
         asked = files.read_jsonl(found.path("questions"), "question_id", "image", "text")
-        matched = files.joined("seed", [str(row["question_id"]) for row in asked], truth, found.path("truth"))
+        matched = files.look_up("seed", [str(row["question_id"]) for row in asked], truth, found.path("truth"))
         root = found.path("questions").parent
         rows = [row | {"image": (root / old["image"],)} for old, row in zip(asked, matched, strict=True)]
     if options.seed == "image":

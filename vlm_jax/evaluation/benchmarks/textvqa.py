@@ -39,12 +39,12 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
 
 
 def _with_llava_tokens(found: files.Found, rows: list[dict]) -> list[dict]:
-    """LLaVA joins its prompts to the truth by (image, question in lower case)."""
+    """LLaVA matches its prompts with the truth by (image, question in lower case)."""
     truth = {(row["image_id"], row["question"].lower()): row for row in rows}
     prompts = files.read_jsonl(found.path("questions"), "question_id", "text")
     lines = [without(row["text"], SHORT).split("\n") for row in prompts]
     keys = [(row["question_id"], parts[0].lower()) for row, parts in zip(prompts, lines, strict=True)]
-    matched = files.joined("textvqa", keys, truth, found.path("truth"))
+    matched = files.look_up("textvqa", keys, truth, found.path("truth"))
     tokens = [parts[1].removeprefix(_OCR).strip() if len(parts) > 1 else "" for parts in lines]
     return [row | {"ocr_tokens": [text] if text else []} for row, text in zip(matched, tokens, strict=True)]
 

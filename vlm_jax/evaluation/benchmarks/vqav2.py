@@ -24,7 +24,7 @@ def read(data: Path, options: SuiteOptions) -> Loaded:
         questions = files.read_json(found.path("questions"))["questions"]
         truth = {row["question_id"]: row for row in files.read_json(found.path("truth"))["annotations"]}
         ids = [row["question_id"] for row in questions]
-        pairs = zip(questions, files.joined("vqav2", ids, truth, found.path("truth")), strict=True)
+        pairs = zip(questions, files.look_up("vqav2", ids, truth, found.path("truth")), strict=True)
         rows = [question | answer for question, answer in pairs]
         for row in rows:
             row["image"] = (found.path("images") / f"COCO_val2014_{row['image_id']:012d}.jpg",)

@@ -29,8 +29,8 @@ def exact_label(text: str) -> str:
 def word_label(text: str) -> str:
     """VLMEvalKit: "Yes" or "No" if exactly one of the words occurs, else "Unknown"."""
     words = vqa.without_marks(text.lower()).split()
-    said = {word for word in ("yes", "no") if word in words}
-    return said.pop().capitalize() if len(said) == 1 else "Unknown"
+    found = {word for word in ("yes", "no") if word in words}
+    return found.pop().capitalize() if len(found) == 1 else "Unknown"
 
 
 def pope_aggregate(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -70,16 +70,16 @@ def pope_aggregate_exact(predictions: Sequence[str], labels: Sequence[str]) -> d
     }
 
 
-def _statistics(said: Sequence[bool], true: Sequence[bool]) -> dict[str, float]:
-    hit = sum(a and b for a, b in zip(said, true, strict=True))
-    right = sum(a == b for a, b in zip(said, true, strict=True))
-    precision, recall = _ratio(hit, sum(said)), _ratio(hit, sum(true))
+def _statistics(predicted: Sequence[bool], true: Sequence[bool]) -> dict[str, float]:
+    hit = sum(a and b for a, b in zip(predicted, true, strict=True))
+    right = sum(a == b for a, b in zip(predicted, true, strict=True))
+    precision, recall = _ratio(hit, sum(predicted)), _ratio(hit, sum(true))
     return {
         "accuracy": _ratio(right, len(true)),
         "precision": precision,
         "recall": recall,
         "f1_score": _ratio(2 * precision * recall, precision + recall),
-        "yes_ratio": _ratio(sum(said), len(said)),
+        "yes_ratio": _ratio(sum(predicted), len(predicted)),
     }
 
 
