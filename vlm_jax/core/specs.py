@@ -7,13 +7,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.typed import from_dict as from_dict
+from vlm_jax.core.typed import to_dict as to_dict
 
 # CLIP's pixel statistics, RGB.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -300,69 +298,6 @@ _ADDED = {
     "compute.scan_layers": True,
 }
 _MAX_FLOAT, _MAX_INT = 1e300, 10**15  # of a number in a file or config
-
-
-def to_dict(spec: Any) -> dict[str, Any]:
-    """A spec as nested plain dicts and lists, ready for JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(spec)))
-
-
-def from_dict(cls: type, values: Any, where: str) -> Any:
-    """The inverse of `to_dict`, also for NamedTuples and TypedDicts. Raises `UserError` for a missing, unknown or
-    mistyped field; messages name it behind the prefix `where`, such as "config field " or "rows.jsonl:3: model."."""
-    if not typing.is_typeddict(cls) and isinstance(values, cls):
-        return values
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where.rstrip('. ')}: expected a group of fields, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise UserError(f"{where}{key}: {unknown('field', key, hints)}")
-    for name in _required(cls):
-        if name not in values:
-            raise UserError(f"{where}{name} is missing")
-    return cls(**{key: _value(hints[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _required(cls: type) -> Iterable[str]:
-    if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-    if typing.is_typeddict(cls):
-        return sorted(cls.__required_keys__)
-    return [name for name in cls._fields if name not in cls._field_defaults]  # type: ignore[attr-defined]
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint) or typing.is_typeddict(hint) or hasattr(hint, "_fields"):
-        return from_dict(typing.cast(type, hint), value, f"{where}.")
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(arg for arg in args if arg is not type(None)), value, where)
-    if hint is Any and isinstance(value, str | int | float | bool | None):
-        return value
-    if origin is tuple and isinstance(value, Mapping):
-        value = tuple(value.items())
-    if origin is dict and isinstance(value, Mapping):
-        return {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is list and isinstance(value, list):
-        return [_value(args[0], item, f"{where}.{i}") for i, item in enumerate(value)]
-    if origin is tuple and isinstance(value, list | tuple):
-        if args[-1] is Ellipsis:
-            return tuple(_value(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
-        if len(args) == len(value):
-            pairs = zip(args, value, strict=True)
-            return tuple(_value(arg, item, f"{where}.{i}") for i, (arg, item) in enumerate(pairs))
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if -_MAX_FLOAT <= value <= _MAX_FLOAT:  # False for NaN
-            return float(value)
-        raise UserError(f"{where}: expected a finite number, got {value}")
-    elif hint in (int, str, bool) and type(value) is hint:
-        if hint is int and not -_MAX_INT <= value <= _MAX_INT:
-            raise UserError(f"{where}: expected an integer of at most 15 digits, got {value}")
-        return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
 def spec_hash(spec: RunSpec) -> str:
