@@ -297,7 +297,6 @@ _ADDED = {
     "evaluation.subset_examples": 256,
     "compute.scan_layers": True,
 }
-_MAX_FLOAT, _MAX_INT = 1e300, 10**15  # of a number in a file or config
 
 
 def spec_hash(spec: RunSpec) -> str:

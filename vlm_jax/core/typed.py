@@ -4,10 +4,12 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlm_jax.core.errors import UserError, unknown
+
+_MAX_FLOAT, _MAX_INT = 1e300, 10**15  # of a number in a file or config
 
 
 def to_dict(spec: Any) -> dict[str, Any]:
