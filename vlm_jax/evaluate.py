@@ -54,7 +54,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     needed = ("data", "out") if args.rescore else ("model", "data", "out")
     if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
         raise UserError(f"expected --workdir, or --model, --suite, --data and --out; missing {', '.join(missing)}")
-    if getattr(args, "processes", None):
+    if str(getattr(args, "processes", 1)) != "1":
         raise UserError("--processes: benchmarks are evaluated by one process (split them with --benchmarks)")
     for name, least in (("limit", 0), ("batch", 1)):
         if getattr(args, name) < least:
