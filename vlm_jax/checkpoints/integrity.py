@@ -35,6 +35,8 @@ def damage(folder: Path) -> str:
         return f"half-written: {_DIGESTS} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
+    if not sizes:
+        return f"{_DIGESTS} lists no files"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():

@@ -91,6 +91,9 @@ class Checkpoints:
         args = ocp.args.Composite(state=state, cursor=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
         with _read_errors(self.directory / str(step)):
             restored = self._manager.restore(step, args=args)
+            secs = restored["progress"].get("secs", 0.0)
+            if not isinstance(secs, int | float):
+                raise ValueError(f"progress: secs: expected a number, got {secs!r:.80}")
         return Restored(restored["state"], restored["cursor"], restored["progress"])
 
     def wait(self) -> None:
