@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
     c.model = model_group(catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear"))
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
-    c.decoder_checkpoint = ""
+    c.decoder_checkpoint = c.connector_checkpoint = ""
     source = dict(source=GLYPHS, path=arg.family, config=arg.data or data, name=arg.family, separate=True)
     c.data = dict(
         train=(dict(source, split="train"),),

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.easy_vqa.source import KINDS, EasyVqa, kind_of
 from vlm_jax.cli import ArgumentParser, run_main
-from vlm_jax.evaluation import results, scoring
+from vlm_jax.evaluation import clusters, results
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- written by experiments.easy_vqa.report -->", "<!-- end -->"
@@ -52,7 +52,7 @@ def _by_kind(right: Any) -> dict[str, tuple[float, float]]:
     test, right = pairs("test"), np.asarray(right, float)
     image, kind = np.array([i for i, _, _ in test]), np.array([kind_of(a) for _, _, a in test])
     chosen = {"all": np.ones(len(test), bool), **{name: kind == name for name in KINDS}}
-    return {name: scoring.ratio(right[mask], np.ones(mask.sum()), image[mask]) for name, mask in chosen.items()}
+    return {name: clusters.ratio(right[mask], np.ones(mask.sum()), image[mask]) for name, mask in chosen.items()}
 
 
 def accuracy(workdir: Path) -> dict[str, tuple[float, float]]:

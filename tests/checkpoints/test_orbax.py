@@ -133,3 +133,28 @@ def test_a_missing_or_broken_spec_is_told(tmp_path) -> None:
     (tmp_path / "spec.json").write_text(json.dumps(SPEC, indent=1)[:-9])
     with pytest.raises(UserError, match=r"spec\.json: not valid JSON .*line \d+"):
         lock_workdir(tmp_path, SPEC)
+
+
+def test_files_and_folders_in_the_place_of_the_other_are_named(tmp_path) -> None:
+    """A step that is a file or that lists no files is damaged; names that are no steps do not count."""
+    where = plan("replicated", 1, 1, 1)
+    store = Checkpoints(tmp_path, keep=9)
+    for step in (1, 2):
+        store.save(step, placed(boxed(step), where), CURSOR, {"secs": 2.5})
+    store.close()
+    (tmp_path / "checkpoints" / "2" / "sha256.json").write_text("{}")
+    (tmp_path / "checkpoints" / "3").write_text("")
+    for name in ("²", "٣", "last", "-4"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "damaged").write_text("")
+    damaged: dict[int, str] = {}
+    store = Checkpoints(tmp_path, keep=9)
+    assert store.latest_intact(damaged.__setitem__) == 1
+    assert damaged == {3: "half-written: state is missing", 2: "sha256.json lists no files"}
+    with pytest.raises(UserError, match=r"cannot write here \(File exists: .*damaged\)"):
+        store.set_aside(2)
+    store.close()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"cannot write here \(File exists: .*checkpoints\): .* mend it or choose"):
+        Checkpoints(tmp_path / "file")

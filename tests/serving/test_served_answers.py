@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from vlm_jax.inference.serving.answers import Answer, answer_of, settled
+from vlm_jax.inference.serving.answers import Completion, answer_of, settled
 
 EOS = 0
 WORDS = dict(enumerate(["", " a", " b", " .", " n't", "c", " abc", "\n", "ab", " ,", ",", " 's"]))
@@ -20,15 +20,15 @@ def decode(tokens: list[int]) -> str:
 @pytest.mark.parametrize(
     ("tokens", "stop", "limit", "expected"),
     [
-        ([1, 2, EOS, 1], (), 9, Answer("a b", 3, "stop")),
-        ([1, 2], (), 9, Answer("a b", 2, None)),
-        ([1, 2], (), 2, Answer("a b", 2, "length")),
-        ([1, EOS], (), 2, Answer("a", 2, "stop")),
-        ([EOS], (), 1, Answer("", 1, "stop")),
-        ([1, 2, 5, 1], ("b", "c"), 9, Answer("a ", 2, "stop")),
-        ([1, 2, 5, 1], ("bc", "c a"), 9, Answer("a ", 3, "stop")),
-        ([1, 2, EOS, 5], ("c",), 9, Answer("a b", 3, "stop")),
-        ([2, 5], ("bc",), 2, Answer("", 2, "stop")),
+        ([1, 2, EOS, 1], (), 9, Completion("a b", 3, "stop")),
+        ([1, 2], (), 9, Completion("a b", 2, None)),
+        ([1, 2], (), 2, Completion("a b", 2, "length")),
+        ([1, EOS], (), 2, Completion("a", 2, "stop")),
+        ([EOS], (), 1, Completion("", 1, "stop")),
+        ([1, 2, 5, 1], ("b", "c"), 9, Completion("a ", 2, "stop")),
+        ([1, 2, 5, 1], ("bc", "c a"), 9, Completion("a ", 3, "stop")),
+        ([1, 2, EOS, 5], ("c",), 9, Completion("a b", 3, "stop")),
+        ([2, 5], ("bc",), 2, Completion("", 2, "stop")),
     ],
 )
 def test_an_answer_ends_at_the_first_of_eos_stop_text_and_limit(tokens, stop, limit, expected) -> None:
@@ -42,7 +42,7 @@ def test_pieces_of_a_stream_are_the_whole_text() -> None:
         tokens = rng.integers(1, len(WORDS), 12).tolist()
         stop = tuple(rng.choice(["abc", "b.", "a b", "c\n", "n't"], rng.integers(0, 3), replace=False).tolist())
         whole = answer_of(tokens, decode, (EOS,), stop, 12)
-        sent, answer, count = "", Answer("", 0), 0
+        sent, answer, count = "", Completion("", 0), 0
         while answer.finish_reason is None:
             count = min(count + int(rng.integers(1, 5)), 12)
             answer = answer_of(tokens[:count], decode, (EOS,), stop, 12, answer.tokens)
@@ -53,6 +53,6 @@ def test_pieces_of_a_stream_are_the_whole_text() -> None:
 
 
 def test_half_a_character_and_the_begin_of_a_stop_text_wait() -> None:
-    assert settled(Answer("one word\ufffd", 3), ()) == "one word"
-    assert settled(Answer("some text STO", 3), ("TOP", "STOP")) == "some text"
-    assert settled(Answer("some textual STO", 3, "length"), ("STOP",)) == "some textual STO"
+    assert settled(Completion("one word\ufffd", 3), ()) == "one word"
+    assert settled(Completion("some text STO", 3), ("TOP", "STOP")) == "some text"
+    assert settled(Completion("some textual STO", 3, "length"), ("STOP",)) == "some textual STO"

@@ -37,9 +37,11 @@ RANGES = {
     **_same("data", COUNT, "batch_rows", "row_tokens", "row_images", "question_tokens"),
     "data.questions_per_example": COUNT_OR_NONE,
     "data.max_bad_share": Range(0, 1),
-    **_same("data.train.*", Range(0, 1e6, "(]"), "weight"),
-    **_same("data.test.*", Range(0, 1e6, "(]"), "weight"),
-    **_same("data.train.*", Range(0, 1), "share"),
+    **{
+        f"{group}.*.{name}": valid
+        for group in ("data.train", "data.test", "stages.*.data.train")
+        for name, valid in (("weight", Range(0, 1e6, "(]")), ("share", Range(0, 1)))
+    },
     **_same("stages.*", COUNT_OR_NONE, "total_steps", "warmup_steps", "examples"),
     **_same("stages.*.data", COUNT_OR_NONE, "batch_rows", "row_images"),
     **_fields("stages.*", peak_lr=RATE, epochs=Range(0, 1e6), warmup_share=Range(0, 1)),

@@ -10,7 +10,7 @@ Decode = Callable[[Sequence[int]], str]
 _UNSETTLED = re.compile(r"(\s*|\s+\S{0,3})\ufffd*\Z")
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
     """An answer so far."""
 
     text: str
@@ -20,7 +20,7 @@ class Answer(NamedTuple):
 
 def answer_of(
     tokens: Sequence[int], decode: Decode, eos_ids: Sequence[int], stop: Sequence[str], limit: int, checked: int = 0
-) -> Answer:
+) -> Completion:
     """The answer of a row's tokens: it ends before a token of `eos_ids` or a text of `stop`, or at `limit`.
 
     Args:
@@ -32,13 +32,13 @@ def answer_of(
         # The fewest tokens whose text holds one of them.
         count = next(n for n in range(min(checked, length), length + 1) if _has_stop(decode(tokens[:n]), stop))
         text = decode(tokens[:count])
-        return Answer(text[: _first_stop(text, stop)], count, "stop")
+        return Completion(text[: _first_stop(text, stop)], count, "stop")
     if length < len(tokens):
-        return Answer(text, length + 1, "stop")
-    return Answer(text, length, "length" if length >= limit else None)
+        return Completion(text, length + 1, "stop")
+    return Completion(text, length, "length" if length >= limit else None)
 
 
-def settled(answer: Answer, stop: Sequence[str]) -> str:
+def settled(answer: Completion, stop: Sequence[str]) -> str:
     """The part of an unfinished answer's text that further tokens do not change, and that begins no text of `stop`."""
     if answer.finish_reason is not None:
         return answer.text

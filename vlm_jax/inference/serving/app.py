@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from vlm_jax.inference.serving import replies, transport
-from vlm_jax.inference.serving.answers import Answer, settled
+from vlm_jax.inference.serving.answers import Completion, settled
 from vlm_jax.inference.serving.batching import Engine, closing_error
 from vlm_jax.inference.serving.jobs import Job, prepare
 from vlm_jax.inference.serving.requests import ChatRequest, RequestError, parse
@@ -94,10 +94,10 @@ class ChatCompletions:
             self.in_progress -= 1
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        engine, updates = self.engine, asyncio.Queue[Answer | RequestError]()
+        engine, updates = self.engine, asyncio.Queue[Completion | RequestError]()
         loop = asyncio.get_running_loop()
 
-        def publish(update: Answer | RequestError) -> None:
+        def publish(update: Completion | RequestError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop ended: nobody waits
                 loop.call_soon_threadsafe(updates.put_nowait, update)
 
@@ -124,7 +124,7 @@ class ChatCompletions:
             job.cancel()
 
 
-async def _next(updates: asyncio.Queue[Answer | RequestError]) -> Answer:
+async def _next(updates: asyncio.Queue[Completion | RequestError]) -> Completion:
     update = await updates.get()
     if isinstance(update, RequestError):
         raise update
@@ -132,17 +132,17 @@ async def _next(updates: asyncio.Queue[Answer | RequestError]) -> Answer:
 
 
 async def _stream(
-    request: ChatRequest, updates: asyncio.Queue[Answer | RequestError], reply: replies.Reply,
+    request: ChatRequest, updates: asyncio.Queue[Completion | RequestError], reply: replies.Reply,
     scope: Scope, receive: Receive, send: Send,
 ) -> None:  # fmt: skip
     """Sends the text as it is decoded. The first update decides the status."""
-    answer: Answer | RequestError = await _next(updates)
+    answer: Completion | RequestError = await _next(updates)
 
     async def events() -> AsyncGenerator[bytes]:
         nonlocal answer
         sent = 0
         yield replies.event(reply.chunk({"role": "assistant", "content": ""}))
-        while isinstance(answer, Answer):
+        while isinstance(answer, Completion):
             text = settled(answer, request.stop)
             if len(text) > sent:
                 yield replies.event(reply.chunk({"content": text[sent:]}))

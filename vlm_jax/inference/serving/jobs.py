@@ -12,7 +12,7 @@ from vlm_jax.data import images as pictures
 from vlm_jax.inference import api, decoding
 from vlm_jax.inference import prompts as host
 from vlm_jax.inference.loading import Model
-from vlm_jax.inference.serving.answers import Answer, answer_of
+from vlm_jax.inference.serving.answers import Completion, answer_of
 from vlm_jax.inference.serving.requests import ChatRequest, RequestError, ServingSpec, prompt_of
 
 _LEAST = 64  # padded length of prompts and of answers
@@ -92,11 +92,11 @@ class Job:
     """A prepared request, and where its answer goes. `publish` is called in the thread of the batches."""
 
     def __init__(
-        self, model: Model, request: ChatRequest, prompt: Prompt, publish: Callable[[Answer | RequestError], None]
+        self, model: Model, request: ChatRequest, prompt: Prompt, publish: Callable[[Completion | RequestError], None]
     ):
         self.request, self.prompt, self.shape = request, prompt, shape_of(model, prompt)
         self.arrived = time.monotonic()
-        self.answer = Answer("", 0)
+        self.answer = Completion("", 0)
         self._publish, self._cancelled = publish, threading.Event()
 
     def cancel(self) -> None:

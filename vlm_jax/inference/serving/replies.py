@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from vlm_jax.inference.serving.answers import Answer
+from vlm_jax.inference.serving.answers import Completion
 from vlm_jax.inference.serving.jobs import Prompt
 from vlm_jax.inference.serving.requests import RequestError
 
@@ -19,7 +19,7 @@ class Reply(NamedTuple):
     model: str
     prompt: Prompt
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answer: Completion) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
         return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(answer)}
@@ -28,13 +28,13 @@ class Reply(NamedTuple):
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+    def usage_chunk(self, answer: Completion) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(answer)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _usage(self, answer: Answer) -> dict[str, int]:
+    def _usage(self, answer: Completion) -> dict[str, int]:
         prompt = len(self.prompt.tokens)  # with its visual tokens
         return {
             "prompt_tokens": prompt,
