@@ -37,17 +37,6 @@ def damage(folder: Path) -> str:
         digests = {name: entry["sha256"] for name, entry in expected}
     except (UserError, ValueError, TypeError, KeyError, OverflowError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
-<<<<<<< HEAD
-=======
-    if not sizes:
-        return f"{_DIGESTS} lists no files"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
->>>>>>> procs
     try:
         for name, size in sizes.items():
             path = folder / name

@@ -89,14 +89,10 @@ class Checkpoints:
         args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
         with _read_errors(self.directory / str(step)):
             restored = self._manager.restore(step, args=args)
-<<<<<<< HEAD
-        return Restored(restored["state"], restored["progress"])
-=======
             secs = restored["progress"].get("secs", 0.0)
             if not isinstance(secs, int | float):
                 raise ValueError(f"progress: secs: expected a number, got {secs!r:.80}")
-        return Restored(restored["state"], restored["cursor"], restored["progress"])
->>>>>>> procs
+        return Restored(restored["state"], restored["progress"])
 
     def wait(self) -> None:
         """Blocks until the last save is on disk. Raises `UserError` if it cannot be written."""
