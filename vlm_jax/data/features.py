@@ -55,7 +55,7 @@ def open_or_compute(
     try:
         tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         taps = np.load(folder / "taps.npy", mmap_mode="r") if (folder / "taps.npy").exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder}: unreadable features ({error}): delete the folder to compute them again") from error
 
     def read(indices: np.ndarray) -> Visual:

@@ -102,7 +102,11 @@ def read_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of all lines that are not blank, read under the lock if this user can take it."""
     lock = Path(f"{path}.lock")
     try:
-        with _lock(path) if (lock.exists() or lock.is_symlink()) and os.access(lock, os.W_OK) else contextlib.nullcontext():
+        with (
+            _lock(path)
+            if (lock.exists() or lock.is_symlink()) and os.access(lock, os.W_OK)
+            else contextlib.nullcontext()
+        ):
             content = reading.read_text(path, _MAX_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as rows: {reading.reason(error)}") from error
