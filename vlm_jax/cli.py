@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+<<<<<<< HEAD
 from vlm_jax.core import interrupts, reading, text
+=======
+from vlm_jax.core import text
+>>>>>>> files
 from vlm_jax.core.errors import BAD_STEP, LOST, STOPPED, RunStopped, UserError
 
 EXIT_CODES = f"""exit codes:
@@ -55,7 +59,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     except BrokenPipeError:
         code = _PIPE_CLOSED  # the reader of our output has what it wants
     except OSError as error:  # a disk, a permission, standard output
-        code = _fail("error", f"{error.filename or 'output'}: {reading.reason(error)}", 2)
+        code = _fail("error", f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
         interrupts.exit_interrupted()
     sys.exit(code or 0)

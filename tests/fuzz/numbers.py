@@ -1,10 +1,13 @@
 """Entries that read rows, scores, laws and tables, configs and command lines."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from experiments.launching.cells import Cell
 from tests.fuzz import hostile
 from tests.result_rows import row
 from tests.scaling.tables import PUBLISHED
-from vlm_jax import export, fit_law, plan, predict
+from vlm_jax import cli, export, fit_law, plan, predict
 from vlm_jax.config import arguments, resolve, sweep
 from vlm_jax.core import text
+from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation import results
 from vlm_jax.scaling import fit, frontier, lawfile, offsets, page, plots, report, scores
 from vlm_jax.scaling.budgets import Budget
@@ -260,8 +264,15 @@ def command(rng: random.Random, path: Path) -> None:
     for _ in range(rng.choice((1, 1, 2, 3))):
         argv += [rng.choice(_FLAGS[module]), rng.choice((hostile.text(rng), str(rng.choice(hostile.NUMBERS[:-2]))))]
     argv = [one.replace("\0", "") for one in argv]  # no command line has one
-    if not any(one in ("-h", "--help") for one in argv):
-        (predict._parse if module is predict else module.main)(argv)
+    errors, code = io.StringIO(), 0
+    sys.argv = ["command", *argv]
+    with contextlib.redirect_stderr(errors):
+        try:
+            cli.run_main((lambda argv: predict._parse(argv) and 0) if module is predict else module.main)
+        except SystemExit as stop:
+            code = stop.code
+    if code == 2:
+        raise UserError(errors.getvalue().removeprefix("error: "))
 
 
 ENTRIES = {

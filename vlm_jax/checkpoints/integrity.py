@@ -37,6 +37,8 @@ def damage(folder: Path) -> str:
         digests = {name: entry["sha256"] for name, entry in expected}
     except (UserError, ValueError, TypeError, KeyError, OverflowError) as error:
         return f"{_DIGESTS} cannot be read ({type(error).__name__})"
+    if not sizes:
+        return f"{_DIGESTS} lists no files"
     try:
         for name, size in sizes.items():
             path = folder / name

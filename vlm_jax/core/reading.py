@@ -26,6 +26,7 @@ _KINDS = (
     (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"),
     (stat.S_ISBLK, "device"),
 )  # fmt: skip
+_LARGE = re.compile(r"[eE]\+?\d{3}")  # of a number that may be out of range
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -97,7 +98,8 @@ def read_object(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text; `where` names it in errors."""
     try:
-        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_refuse)
+        parse_float = _float if _LARGE.search(text) else None
+        value = json.loads(text, parse_int=_int, parse_float=parse_float, parse_constant=_refuse)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -132,16 +134,18 @@ def _refuse(name: str) -> NoReturn:
 
 def _check_depth(value: Any, where: str) -> None:
     level, depth = [value], 0
-    while level:
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-            if isinstance(inner, dict | list)
-        ]
+    while level := [inner for outer in level for inner in _containers(outer)]:
         depth += 1
-        if depth > MAX_DEPTH:
+        if depth >= MAX_DEPTH:
             raise _too_deep(where)
+
+
+def _containers(outer: Any) -> list[Any]:
+    """The lists and objects in a list or object."""
+    members = outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ()
+    if {dict, list}.isdisjoint(map(type, members)):  # most lists are long and hold numbers
+        return []
+    return [inner for inner in members if isinstance(inner, dict | list)]
 
 
 def _too_deep(where: str) -> UserError:

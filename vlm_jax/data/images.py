@@ -9,7 +9,6 @@ Hugging Face's processors that use Pillow; those that use torchvision differ by 
 
 import contextlib
 import io
-import struct
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,8 +29,6 @@ MAX_ASPECT = 1000  # longer side over the shorter one
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # by content, not by file name
 RESIZING = ("squash", "crop", "pad")
 INTERPOLATION = {filter.name.lower(): filter for filter in Image.Resampling}
-# Pillow's errors on bad files; warnings too, for callers that turn them into errors.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, struct.error, Warning)
 _WARNINGS_LOCK = threading.Lock()  # warning filters are global, and training reads in threads
 _16_BIT = ("PNG", "PPM")  # formats whose mode "I" holds 16 bits
 _BAND_PIXELS = 2**22  # larger images are converted in bands of rows, whose temporary copies are small
@@ -48,13 +45,24 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | Path | bytes):
         name = name if isinstance(image, bytes) else str(image)
         try:
+<<<<<<< HEAD
             with _opened(image) as opened:
                 return _rgb(opened, name)
+=======
+            with contextlib.ExitStack() as stack:
+                file = io.BytesIO(image) if isinstance(image, bytes) else stack.enter_context(open_regular(image))
+                with _WARNINGS_LOCK, warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
+                    opened = Image.open(file, formats=FORMATS)
+                return _rgb(stack.enter_context(opened), name)
+        except UserError:
+            raise
+>>>>>>> files
         except Image.DecompressionBombError:
             raise UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more (scale it down)") from None
         except UnidentifiedImageError:
             raise UserError(f"{name}: not a readable image (expected one of {', '.join(FORMATS)})") from None
-        except _BROKEN as error:
+        except Exception as error:  # a decoder may raise anything on a bad file
             raise _unreadable(name, error) from error
     dtype, shape = getattr(image, "dtype", None), tuple(getattr(image, "shape", ()))
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not all(shape):
@@ -120,7 +128,9 @@ def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
             bottom = min(top + rows, image.height)
             out[top:bottom] = _levels(image.crop((0, top, image.width, bottom)), is_16_bit)
         return out
-    except _BROKEN as error:
+    except UserError:
+        raise
+    except Exception as error:  # a decoder may raise anything on a bad file
         raise _unreadable(name, error) from error
 
 

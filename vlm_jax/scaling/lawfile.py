@@ -113,7 +113,7 @@ def _check_form(form: FormFit, names: tuple[str, ...], where: str) -> None:
         raise UserError(f"{where}draws: expected some, got none")
     for name in names:
         limit = _MAX_EXPONENT if name in ("alpha", "beta") else _MAX_COEFFICIENT
-        if not all(abs(value) <= limit for value in (form.params[name], *form.draws.get(name, ()))):
+        if not max(map(abs, (form.params[name], *form.draws.get(name, ())))) <= limit:
             raise UserError(f"{where}{name}: expected numbers from {-limit:g} to {limit:g}")
 
 
