@@ -8,11 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-<<<<<<< HEAD
-from vlm_jax.core import interrupts, reading, text
-=======
 from vlm_jax.core import text
->>>>>>> files
 from vlm_jax.core.errors import BAD_STEP, LOST, STOPPED, RunStopped, UserError
 
 EXIT_CODES = f"""exit codes:

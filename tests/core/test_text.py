@@ -7,12 +7,7 @@ from vlm_jax.core.errors import UserError, unknown
 
 HOSTILE = (
     "../../escaped", "/etc/passwd", "..", ".", "", "a\0b", "a/b", "a\\b", "x" * 300, "y" * 300, "\ud800", "日本語",
-<<<<<<< HEAD
     "日本", '"><img src=x onerror=alert(1)>', "\x1b[31m", "-rf", "a b", "CON ", "$\\frac$", "a-1a2b3c4d", "ocr\n", "²",
-=======
-    "日本",
-    '"><img src=x onerror=alert(1)>', "\x1b[31m", "-rf", "a b", "CON ", "$\\frac$", "a-1a2b3c4d", "ocr\n", "²",
->>>>>>> files
 )  # fmt: skip
 
 

@@ -69,13 +69,9 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
     try:
         tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         taps = np.load(folder / "taps.npy", mmap_mode="r") if (folder / "taps.npy").exists() else None
-<<<<<<< HEAD
         index = np.load(folder / "index.npy")
         bad = {int(number): reason for number, reason in json.loads((folder / "bad.json").read_text()).items()}
-    except (OSError, ValueError) as error:
-=======
     except (OSError, ValueError, EOFError) as error:
->>>>>>> files
         raise UserError(f"{folder}: unreadable features ({error}): delete the folder to compute them again") from error
 
     def read(numbers: Int[np.ndarray, " n"]) -> Visual:

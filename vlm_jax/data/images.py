@@ -45,19 +45,8 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, str | Path | bytes):
         name = name if isinstance(image, bytes) else str(image)
         try:
-<<<<<<< HEAD
             with _opened(image) as opened:
                 return _rgb(opened, name)
-=======
-            with contextlib.ExitStack() as stack:
-                file = io.BytesIO(image) if isinstance(image, bytes) else stack.enter_context(open_regular(image))
-                with _WARNINGS_LOCK, warnings.catch_warnings():
-                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-                    opened = Image.open(file, formats=FORMATS)
-                return _rgb(stack.enter_context(opened), name)
-        except UserError:
-            raise
->>>>>>> files
         except Image.DecompressionBombError:
             raise UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more (scale it down)") from None
         except UnidentifiedImageError:
