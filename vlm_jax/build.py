@@ -38,7 +38,7 @@ from vlm_jax.data import features as feature_store
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.examples import Turn
 from vlm_jax.data.packing import RowLayout
-from vlm_jax.data.pipeline import Batches
+from vlm_jax.data.pipeline import Batches, evaluation_pairs
 from vlm_jax.data.readers.mixture import epoch_counts
 from vlm_jax.data.readers.open import open_source
 from vlm_jax.data.tokenized import Mixture
@@ -138,6 +138,8 @@ def open_run(spec: RunSpec, cache_dir: Path) -> Run:
         train.append(batches)
     network = network._replace(spec=dataclasses.replace(spec, stages=tuple(stages)))
     test = open_data(network, spec.data, spec.data.test, cache_dir) if spec.data.test else None
+    if test is not None:
+        evaluation_pairs(test, spec.evaluation)  # raises before anything is trained
     return Run(network, tuple(train), test)
 
 
@@ -185,6 +187,7 @@ def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path)
         for source, s in zip(opened, sources, strict=True)
     ]
     names = [s.name or source.name for source, s in zip(opened, sources, strict=True)]
+    names = [f"{name} {before + 1}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)]
     items = [part.items for part in parts]
     passes = [count / n for count, n in zip(epoch_counts(sources, items), items, strict=True)]
     return tokenized.mix(parts, names, passes)
