@@ -30,12 +30,11 @@ class Pages(Source):
         return 16
 
     def __getitem__(self, index: int) -> Example:
-        turns = (
-            Turn("user", "<image>read row one" if self.kind != "text" else "read row one"),
-            Turn("assistant", "4 7"),
-        )
+        question = "read row one" if self.kind == "text" else "<image>read row one"
+        question += " red" * (100 if self.kind == "long" else 0)
         encoded = png(index, 64)[: 200 if self.kind == "broken" and index % 4 == 0 else None]
-        return Example(str(index), () if self.kind == "text" else (encoded,), turns)
+        images = () if self.kind == "text" else (encoded,)
+        return Example(str(index), images, (Turn("user", question), Turn("assistant", "4 7")))
 
 
 def pages(kind: str, **fields: Any) -> SourceSpec:
@@ -135,6 +134,16 @@ def test_the_compiler_is_given_the_shapes_of_training_batches(cache: Path, froze
         assert jax.tree.structure(batch) == jax.tree.structure(shapes)
         for array, shape in zip(jax.tree.leaves(batch), jax.tree.leaves(shapes), strict=True):
             assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
+
+
+def test_test_data_that_do_not_fit_are_an_error_before_training(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"^data.row_tokens: expected room for a conversation of long.* got 64"):
+        build.open_run(spec(cache, test=(pages("long"),)), cache)
+
+
+def test_sources_of_one_name_have_two_names(cache: Path) -> None:
+    run = build.open_run(spec(cache, train=(pages("good"), pages("good"))), cache)
+    assert run.train[0].data.mixture.names == ("good", "good 2")
 
 
 def test_an_unknown_kind_of_source_names_the_nearest(cache: Path) -> None:

@@ -117,8 +117,8 @@ def dataset(
     items: Sequence[Example | BadItem] | Source, separate: bool = False, folder: Path | None = None
 ) -> TokenizedDataset:
     source = items if isinstance(items, Source) else Listed(items)
-    folder = Path(tempfile.mkdtemp()) if folder is None else folder
-    return tokenized.open_tokenized(source, separate, tokenize, bare_ids, "key", folder)
+    with tempfile.TemporaryDirectory() as own:  # what is mapped into memory outlives it
+        return tokenized.open_tokenized(source, separate, tokenize, bare_ids, "key", folder or Path(own))
 
 
 def mixture(*parts: TokenizedDataset, passes: Sequence[float] = ()) -> Mixture:
