@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vlm_jax.core import text
+from vlm_jax.core import interrupts, text
 from vlm_jax.core.errors import BAD_STEP, LOST, STOPPED, RunStopped, UserError
 
 EXIT_CODES = f"""exit codes:

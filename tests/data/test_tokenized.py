@@ -186,6 +186,6 @@ def test_an_interrupted_write_leaves_no_tokens(items, tmp_path) -> None:
         tokenized.open_tokenized(source, False, fails, fails, "key", tmp_path)
     assert folders(tmp_path) == []
     (folder,) = {p.name.removesuffix(".lock") for p in tmp_path.iterdir()}
-    (tmp_path / f"{folder}.partial-1").mkdir()  # of a process that was killed
+    (tmp_path / f".{folder}.vlm_jax-{0:016x}").mkdir()  # of a process that was killed
     assert len(mixtures.dataset(items, folder=tmp_path)) == 3
     assert folders(tmp_path) == [folder]

@@ -65,7 +65,7 @@ def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path,
     """
     tokenizer = load_tokenizer(spec.tokenizer)
     chat_format = chat_formats.format_named(spec.format, tokenizer)
-    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format} {blind}"
+    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format} {blind} {VERSION}"
 
     def tokenize(turns: Sequence[Turn], images: int) -> Conversation:
         turns, images = (conversations.without_images(turns), 0) if blind else (turns, images)
@@ -80,11 +80,13 @@ def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path,
         for source, s in zip(opened, sources, strict=True)
     ]
     names = [s.name or source.name for source, s in zip(opened, sources, strict=True)]
+    names = [f"{name} {before + 1}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)]
     items = [part.items for part in parts]
     passes = [count / n for count, n in zip(epoch_counts(sources, items), items, strict=True)]
     return tokenized.mix(parts, names, passes)
 
 
+VERSION = 1  # of rendering and tokenizing: a change makes token files anew
 _STORES: dict[tuple[Path, str], feature_store.Stored] = {}  # open feature stores
 
 

@@ -10,7 +10,7 @@ from vlm_jax.build.network import Network, cache_errors, open_network
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
-from vlm_jax.data.pipeline import Batches
+from vlm_jax.data.pipeline import Batches, evaluation_pairs
 from vlm_jax.data.views import Data
 
 
@@ -38,8 +38,17 @@ def _open_run(spec: RunSpec, network: Network, cache_dir: Path) -> Run:
         stages.append(_with_steps(stage, data_spec, batches))
         train.append(batches)
     network = network._replace(spec=dataclasses.replace(spec, stages=tuple(stages)))
-    test = open_data(network, spec.data, spec.data.test, cache_dir) if spec.data.test else None
-    return Run(network, tuple(train), test)
+    return Run(network, tuple(train), _open_test(network, cache_dir) if spec.data.test else None)
+
+
+def _open_test(network: Network, cache_dir: Path) -> Data:
+    """The test data; what cannot be evaluated raises before anything is trained."""
+    data = network.spec.data
+    if data.format == "qwen_headers":  # of an answer only its text is evaluated
+        data = dataclasses.replace(data, format="chatml")
+    test = open_data(network, data, data.test, cache_dir)
+    evaluation_pairs(test, network.spec.evaluation)
+    return test
 
 
 def _with_steps(stage: StageSpec, data: DataSpec, batches: Batches) -> StageSpec:

@@ -47,6 +47,8 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
         try:
             with _opened(image) as opened:
                 return _rgb(opened, name)
+        except UserError:
+            raise
         except Image.DecompressionBombError:
             raise UserError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more (scale it down)") from None
         except UnidentifiedImageError:
