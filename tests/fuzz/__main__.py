@@ -5,6 +5,7 @@ Writes TABLE.md beside this file (`--out` names another), and exits with 1 where
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -44,11 +45,8 @@ def main() -> int:
     print("slowest:", ", ".join(f"{name} {secs[name]:.0f} s" for name in sorted(secs, key=secs.get)[:-6:-1]))
     print("\n".join(lines), f"\n{time.monotonic() - started:.0f} s; {len(kinds)} kinds got through")
     if args.out:
-        command = f"python -m tests.fuzz --cases {args.cases}"
-        write_text(
-            args.out,
-            f"# Hostile inputs\n\n    {command} --out {args.out}\n\n{running.__doc__}\n" + "\n".join(lines) + "\n",
-        )
+        command = f"    python -m tests.fuzz {shlex.join(sys.argv[1:])}\n\n"
+        write_text(args.out, f"# Hostile inputs\n\n{command}{running.__doc__}\n" + "\n".join(lines) + "\n")
     return int(bool(counted))
 
 

@@ -74,7 +74,7 @@ def changed(original: Any, rng: random.Random, changes: int | None = None) -> An
         if action < 0.65:
             node[key] = nested(rng.choice((20, 100, 600))) if rng.random() < 0.04 else value(rng)
         elif action < 0.75 and isinstance(node[key], int | float) and not isinstance(node[key], bool):
-            node[key] = node[key] * rng.choice((-1, 2, 10, 1000, 0.5, 10**12))
+            node[key] = node[key] * rng.choice((-1, 2, 10, 1000, 10**12))
         elif action < 0.85:
             del node[key]
         elif isinstance(node, dict):

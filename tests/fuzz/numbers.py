@@ -263,7 +263,7 @@ def command(rng: random.Random, path: Path) -> None:
             "out"]}[module]  # fmt: skip
     for _ in range(rng.choice((1, 1, 2, 3))):
         argv += [rng.choice(_FLAGS[module]), rng.choice((hostile.text(rng), str(rng.choice(hostile.NUMBERS[:-2]))))]
-    argv = [one.replace("\0", "") for one in argv]  # no command line has one
+    argv = [one.replace("\0", "").replace("/", "_") for one in argv]  # no NUL, and no other folder to write to
     errors, code = io.StringIO(), 0
     sys.argv = ["command", *argv]
     with contextlib.redirect_stderr(errors):
