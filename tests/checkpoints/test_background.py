@@ -24,7 +24,7 @@ def main(argv):
     for step in range(1, 9):
         size = resource.RLIM_INFINITY if step < 3 else 20_000
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        store.save(step, {f"leaf{i}": jnp.arange(20_000.0) * i for i in range(24)}, {"index": step}, {"secs": 1.0})
+        store.save(step, {f"leaf{i}": jnp.arange(20_000.0) * i for i in range(24)}, {"secs": 1.0})
     store.close()
 
 run_main(main)

@@ -140,7 +140,7 @@ def test_files_and_folders_in_the_place_of_the_other_are_named(tmp_path) -> None
     where = plan("replicated", 1, 1, 1)
     store = Checkpoints(tmp_path, keep=9)
     for step in (1, 2):
-        store.save(step, placed(boxed(step), where), CURSOR, {"secs": 2.5})
+        store.save(step, placed(boxed(step), where), {"secs": 2.5})
     store.close()
     (tmp_path / "checkpoints" / "2" / "sha256.json").write_text("{}")
     (tmp_path / "checkpoints" / "3").write_text("")

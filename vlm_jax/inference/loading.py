@@ -25,7 +25,7 @@ from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.checkpoints.inspection import CheckpointInfo, inspect, load_parts, with_encoder
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
-from vlm_jax.core import reading
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.data import chat_formats, token_files, tokenizers
