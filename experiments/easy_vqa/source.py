@@ -30,12 +30,13 @@ def folder() -> Path:
 
 
 class EasyVqa(Source):
-    """The images of a split, in order, each with all of its questions."""
+    """The images of a split, in order, each with all of its questions, behind `system` if it is given."""
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, system: str = ""):
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         self.name = f"easy_vqa:{split}"
+        self._system = (Turn("system", system),) if system else ()
         self._folder = folder() / split
         self._questions: dict[int, list[tuple[str, str]]] = {}
         for question, answer, image in json.loads((self._folder / "questions.json").read_text()):
@@ -48,4 +49,4 @@ class EasyVqa(Source):
     def __getitem__(self, index: int) -> Example:
         image = self._images[index]
         turns = [turn for q, a in self._questions[image] for turn in (Turn("user", q), Turn("assistant", a))]
-        return Example(str(image), (self._folder / "images" / f"{image}.png",), tuple(turns))
+        return Example(str(image), (self._folder / "images" / f"{image}.png",), (*self._system, *turns))
