@@ -157,13 +157,15 @@ def table(result: dict[str, Any]) -> str:
     step = result["step"]
     fit, none = step["fit"], step["none"]
     each, other = (1e3 * part["secs"] / part["conversations"] for part in (fit, none))
+    slowest = max(one["fit"]["secs"] for one in result["epochs"])
     return (
         f"{result['conversations']:,} conversations (99th percentile of their text: {result['p99']:,} tokens), rows of "
-        f"2,048 positions, {result['epochs'][0]['llm']}; packing them took at most "
-        f"{max(one['fit']['secs'] for one in result['epochs']):.1f} s.\n\n{markdown_table(lines)}\n\n"
-        f"A real step (width 96, V = {step['tokens']}, {step['batch_rows']} rows; median; {result['cores']} core(s), load "
-        f"average {result['load']}): packed {fit['secs']:.2f} s for {fit['conversations']} conversations, {each:.0f} ms "
-        f"each; one a row {none['secs']:.2f} s for {none['conversations']}, {other:.0f} ms each: {other / each:.1f}x."
+        f"2,048 positions, {result['epochs'][0]['llm']}; packing them took at most {slowest:.1f} s.\n\n"
+        f"{markdown_table(lines)}\n\n"
+        f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} rows; median; {result['cores']} "
+        f"core(s), load average {result['load']}): packed {fit['secs']:.2f} s for {fit['conversations']} conversations, "
+        f"{each:.0f} ms each; one a row {none['secs']:.2f} s for {none['conversations']}, {other:.0f} ms each: "
+        f"{other / each:.1f}x."
     )
 
 
