@@ -119,9 +119,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _rows(stage: int, arg: ConfigDict) -> dict[str, int]:
-    """Rows of a batch, and images of a row: those that usually fit, and a quarter more."""
+    """Rows of a batch, and images of a row: those that usually fit, and half more, for rows of short texts."""
     if arg.pack == "none":
         return dict(batch_rows=max(arg.batch or EXAMPLES[stage], arg.devices), row_images=1)
     in_row = arg.sequence / (arg.tokens + TEXT_TOKENS[stage])
     rows = arg.batch or arg.devices * max(1, round(EXAMPLES[stage] / in_row / arg.devices))
-    return dict(batch_rows=rows, row_images=max(1, math.ceil(1.25 * in_row)))
+    return dict(batch_rows=rows, row_images=max(1, math.ceil(1.5 * in_row)))

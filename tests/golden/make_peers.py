@@ -42,6 +42,7 @@ GROUPS = {
     "text": Group("peers_text.json.gz", ("peers_text",), _HUGGING_FACE),
     "files": Group("peers_files.json.gz", ("peers_files",), _HUGGING_FACE),
     "conversations": Group("peers_conversations.json.gz", ("peers_conversations",), _HUGGING_FACE),
+    "llava_json": Group("peers_llava_json.json.gz", ("peers_llava_json",), _HUGGING_FACE),
     "answers": Group("peers_answers.json.gz", ("peers_answers",), _HUGGING_FACE),
     # Of all that big_vision's models import, only these are not ours already.
     "big_vision": Group("peers_vision_bv.npz", ("peers_vision", "big_vision"), ("tensorflow-cpu==2.21.0", "einops")),
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
         python = install(venv, sorted({peer for name in args.only for peer in GROUPS[name].peers}))
         if "big_vision" in args.only:
             clone(venv / "big_vision", BIG_VISION, COMMIT)
-        if "conversations" in args.only:
+        if {"conversations", "llava_json"} & set(args.only):
             for name, (url, commit) in LLAVA.items():
                 clone(venv / name.lower(), url, commit)
     except Failed as error:

@@ -1,0 +1,195 @@
+"""How full packed rows are, and what packing saves: `python -m experiments.data_speed.packing`.
+
+Drawn text lengths like those of LLaVA's mix665k (log-normal: median 120, mean 230), one image a conversation, in the
+rows of `configs/llava.py`. FLOPs are those of stage 2. The step's time is measured with a decoder of width 96, on rows
+of the same 2,048 positions. Renews packing.json and the table of README.md.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.readme import write_block
+from experiments.report import markdown_table
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import DataSpec, RunSpec
+from vlm_jax.data import packing, rows, tokenized
+from vlm_jax.data.conversations import IMAGE
+from vlm_jax.data.examples import Example, Source
+from vlm_jax.data.packing import RowLayout
+from vlm_jax.data.tokenized import Mixture, TokenizedDataset
+from vlm_jax.sizing import cost
+
+HERE = Path(__file__).parent
+TOKENS = (1, 4, 16, 36, 64, 144, 576)
+MEDIAN, MEAN = 120, 230
+_ANSWER = 60  # tokens from one end of an answer to the next, where a conversation may be cut
+_ID = 5  # of every text token
+
+
+class Lengths(Source):
+    """Stands in for the items of a data set of which only lengths matter."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        raise NotImplementedError
+
+
+def drawn(count: int, seed: int = 0) -> Mixture:
+    """Conversations of an image and text of drawn lengths; the second half of the text is learned."""
+    sigma = np.sqrt(2 * np.log(MEAN / MEDIAN))
+    text = np.random.default_rng(seed).lognormal(np.log(MEDIAN), sigma, count).astype(int).clip(8)
+    sizes = text + 1
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    ids = np.full(bounds[-1], _ID, np.int32)
+    ids[bounds[:-1]] = IMAGE
+    offset = np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes)
+    target = offset > np.repeat(sizes // 2, sizes)
+    ends = [np.append(np.arange(_ANSWER, size - _ANSWER // 2, _ANSWER), size) for size in sizes]
+    turn_bounds = np.concatenate([[0], np.cumsum([len(e) for e in ends])])
+    numbers, none = np.arange(count), np.zeros(0, np.int32)
+    dataset = TokenizedDataset(
+        source=Lengths(count), ids=ids, target=target, bounds=bounds, turn_ends=np.concatenate(ends),
+        turn_bounds=turn_bounds, questions=none, question_bounds=np.zeros(count + 1, int),
+        images=np.ones(count, np.int32), first_image=numbers, item=numbers, skipped={},
+    )  # fmt: skip
+    return tokenized.mix([dataset], ["drawn"], [1.0])
+
+
+def recipe(config: str) -> RunSpec:
+    from vlm_jax.config.arguments import load_config
+    from vlm_jax.config.resolve import resolve
+
+    return resolve(load_config(config))
+
+
+def epoch(mixture: Mixture, data: DataSpec, tokens: int) -> tuple[packing.Rows, float, packing.Lengths]:
+    """(rows of the first epoch, share of their positions that is used, lengths)."""
+    layout = RowLayout(tokens)
+    sizes = packing.lengths(mixture, data, layout)
+    found = packing.epoch_rows(mixture, data, sizes, layout, seed=0, epoch=0)
+    return found, float(sizes.tokens[found.conversation].sum() / (len(found) * data.row_tokens)), sizes
+
+
+def measure(tokens: int, mixture: Mixture, llm: str) -> dict[str, Any]:
+    """Rows and FLOPs of an epoch, packed and with one conversation a row."""
+    out: dict[str, Any] = {"tokens": tokens, "llm": llm}
+    for pack in ("fit", "none"):
+        spec = recipe(f"configs/llava.py:stage=2,llm={llm},tokens={tokens},pack={pack},devices=1,tensor=1")
+        start = time.perf_counter()
+        found, fill, sizes = epoch(mixture, spec.data, tokens)
+        secs = time.perf_counter() - start
+        row_flops = cost.step_flops(spec, spec.stages[0]) / spec.data.batch_rows
+        out[pack] = {
+            "rows": len(found), "fill": fill, "row_flops": row_flops, "epoch_flops": len(found) * row_flops,
+            "row_images": spec.data.row_images, "cut": sizes.cut, "dropped": sizes.dropped, "secs": secs,
+        }  # fmt: skip
+    return out
+
+
+def step_secs(mixture: Mixture, tokens: int, batch_rows: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a training step of the d96 decoder on packed rows, and on rows of one conversation."""
+    import flax.linen as nn
+    import jax
+
+    from vlm_jax import build
+    from vlm_jax.core.structs import Views, Visual
+    from vlm_jax.data.rows import RowPlan
+    from vlm_jax.distributed import partitioning
+    from vlm_jax.training import step as training_step
+
+    out: dict[str, Any] = {"tokens": tokens, "batch_rows": batch_rows}
+    for pack, row_images in (("fit", recipe(f"configs/llava.py:tokens={tokens}").data.row_images), ("none", 1)):
+        config = f"configs/vlm.py:llm=d96,tokens={tokens}"
+        spec = recipe(config)
+        data = DataSpec(**{
+            **vars(spec.data), "row_tokens": 2048, "pack": pack, "row_images": row_images, "batch_rows": batch_rows,
+            "questions_per_example": 0, "long": "cut",
+        })  # fmt: skip
+        spec = RunSpec(**{**vars(spec), "data": data})
+        found, _, sizes = epoch(mixture, data, tokens)
+        plans = [RowPlan(found[row].tolist(), sizes.ids[found[row]].tolist()) for row in range(batch_rows)]
+        inputs, _ = rows.pack(mixture, plans, RowLayout(tokens), data.row_tokens)
+        network = build.lay_out(spec, partitioning.make_plan(spec.compute))
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
+        encoder = nn.meta.unbox(jax.eval_shape(network.model.init_encoder, jax.random.key(0)))
+        shape = jax.eval_shape(network.model.encode, {"encoder": encoder}, image)
+        rng = np.random.default_rng(0)
+        features = Visual(*(
+            leaf if leaf is None else rng.standard_normal((batch_rows, row_images, *leaf.shape[1:])).astype(np.float16)
+            for leaf in shape
+        ))  # fmt: skip
+        inputs = network.plan.put(inputs._replace(views=Views(features=features)))
+        stage = spec.stages[0]
+        update = build.train_step(network, stage)
+        params = nn.meta.unbox(network.model.init(jax.random.key(0)))
+        state = training_step.init_state(params, update.optimiser, stage.train)
+        times = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            state, sums, _ = jax.block_until_ready(update.step(state, inputs))
+            times.append(time.perf_counter() - start)
+        conversations = sum(len(plan.conversation) for plan in plans)
+        out[pack] = {"secs": float(np.median(times[2:])), "conversations": conversations, "learned": float(sums.count)}
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    head = ["V", "rows", "padding", "one a row", "padding", "FLOPs an epoch, packed", "one a row", "less by"]
+    lines = [head]
+    for one in result["epochs"]:
+        fit, none = one["fit"], one["none"]
+        lines.append([
+            str(one["tokens"]), f"{fit['rows']:,}", f"{1 - fit['fill']:.1%}", f"{none['rows']:,}",
+            f"{1 - none['fill']:.1%}", f"{fit['epoch_flops']:.2e}", f"{none['epoch_flops']:.2e}",
+            f"{none['epoch_flops'] / fit['epoch_flops']:.1f}x",
+        ])  # fmt: skip
+    step = result["step"]
+    fit, none = step["fit"], step["none"]
+    each, other = (1e3 * part["secs"] / part["conversations"] for part in (fit, none))
+    slowest = max(one["fit"]["secs"] for one in result["epochs"])
+    return (
+        f"{result['conversations']:,} conversations (99th percentile of their text: {result['p99']:,} tokens), rows of "
+        f"2,048 positions, {result['epochs'][0]['llm']}; packing them took at most {slowest:.1f} s.\n\n"
+        f"{markdown_table(lines)}\n\n"
+        f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} rows; median; {result['cores']} "
+        f"core(s), load average {result['load']}): packed {fit['secs']:.2f} s for {fit['conversations']} conversations, "
+        f"{each:.0f} ms each; one a row {none['secs']:.2f} s for {none['conversations']}, {other:.0f} ms each: "
+        f"{other / each:.1f}x."
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m experiments.data_speed.packing", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--conversations", type=int, default=40_000)
+    parser.add_argument("--llm", default="qwen1.5-7b", help="of the FLOPs")
+    parser.add_argument("--batch-rows", type=int, default=4, help="of the step that is timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(argv)
+    if args.conversations < 100:
+        raise UserError(f"--conversations: expected at least 100, got {args.conversations}")
+    mixture = drawn(args.conversations)
+    text = np.diff(mixture.parts[0].bounds) - 1
+    result = {
+        "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
+        "conversations": len(mixture), "p99": int(np.percentile(text, 99)),
+        "epochs": [measure(tokens, mixture, args.llm) for tokens in TOKENS],
+        "step": step_secs(mixture, 16, args.batch_rows, args.repeats),
+    }  # fmt: skip
+    (HERE / "packing.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_block(HERE / "README.md", "packing", table(result), "experiments.data_speed.packing")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""SmolLM2-135M-Instruct, a public language model, tuned to see in LLaVA's two stages."""
