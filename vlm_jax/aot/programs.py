@@ -24,7 +24,7 @@ from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
 from vlm_jax.models.cache import CACHE_AXES, init_cache
 from vlm_jax.models.vlm import Vlm
-from vlm_jax.sizing import cost
+from vlm_jax.sizing import compression, cost
 
 MODES = ("train", "prefill", "decode")
 # Examples, for suggestions.
@@ -117,7 +117,7 @@ def _inputs(spec: RunSpec, plan: Plan, train: bool) -> Inputs:
     rows, questions = (
         (data.batch_examples, data.questions_per_example) if train else (spec.evaluation.batch_examples, 1)
     )
-    length = (cost.image_copies(spec) if train else 1) * spec.model.compressor.tokens + data.text_tokens
+    length = (cost.image_copies(spec) if train else 1) * compression.entering(spec.model) + data.text_tokens
 
     def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         names = (axes.BATCH, *(None,) * (len(sizes) - 1))
@@ -179,7 +179,7 @@ def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
     """Shapes of the cache of a batch, with the shardings of its examples and heads."""
     compute, rows = _decoding_model(spec).compute, spec.evaluation.batch_examples
-    length = spec.model.compressor.tokens + spec.data.text_tokens + spec.evaluation.max_new_tokens
+    length = compression.entering(spec.model) + spec.data.text_tokens + spec.evaluation.max_new_tokens
     shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
     heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in shapes.key)
     metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))

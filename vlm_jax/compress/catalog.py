@@ -1,62 +1,38 @@
-"""The compressor catalog: one row of pure functions and default sizes for each method.
+"""The compressor catalog. `compress.contract` says what a row is.
 
 To add a compressor, write its functions in a file of this folder and add a row to `ROWS`: configs, the contract test,
 the cost model, grids and figures include it. `model_spec` alone chooses default sizes, for configs, `load` and plans.
-
-    apply(weights, Visual[B, P, E], question vector [B, D] or None, spec) -> Visual[B, V, E]
-
-`apply` keeps the encoder width E (the projector of the `ModelSpec` maps to the decoder's) and the dtype of the tokens.
-A masked patch does not influence any valid output token. The output has no taps, and a mask exactly if the input has.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
-
-import jax
-from jaxtyping import Array, Float
 
 from vlm_jax.compress import local, pooling, querying
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.contract import Compressor, encoder_for
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.core.structs import Visual
-
-TextVector = Float[Array, "B D"]
-
-
-class Compressor(NamedTuple):
-    init_weights: Callable[[jax.Array, CompressorSpec], Weights]  # boxed arrays, or {}
-    apply: Callable[[Weights, Visual, TextVector | None, CompressorSpec], Visual]  # unboxed weights
-    tokens_out: Callable[[tuple[int, int]], tuple[int, ...]]  # supported V on a patch grid, ascending
-    flops: Callable[[CompressorSpec], float]  # forward, per image; a multiply-add is two
-    defaults: Callable[[EncoderSpec, DecoderSpec, int], CompressorSpec]  # default sizes at V tokens
-    taps: Callable[[EncoderSpec], tuple[int, ...]] = pooling.no_taps  # encoder blocks that it reads
-    query_dependent: bool = False  # reads the question: tokens cannot be cached per image
-
+from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, DropStage, EncoderSpec, ModelSpec
 
 ROWS: dict[str, Compressor] = {
     "none": Compressor(
-        pooling.no_weights, pooling.keep_all, pooling.all_tokens, pooling.no_flops, partial(pooling.defaults, "none")
+        pooling.no_weights, pooling.keep_all, pooling.all_tokens, pooling.no_cost, partial(pooling.defaults, "none")
     ),
     "blind": Compressor(
-        pooling.no_weights, pooling.drop_all, pooling.no_tokens, pooling.no_flops, partial(pooling.defaults, "blind")
+        pooling.no_weights, pooling.drop_all, pooling.no_tokens, pooling.no_cost, partial(pooling.defaults, "blind")
     ),
     "pool": Compressor(
-        pooling.no_weights, pooling.pool, pooling.pool_tokens, pooling.pool_flops, partial(pooling.defaults, "pool")
+        pooling.no_weights, pooling.pool, pooling.pool_tokens, pooling.pool_cost, partial(pooling.defaults, "pool")
     ),
     "resampler": Compressor(
-        querying.init_resampler, querying.resampler, querying.resampler_tokens, querying.resampler_flops,
+        querying.init_resampler, querying.resampler, querying.resampler_tokens, querying.resampler_cost,
         partial(querying.defaults, "resampler"),
     ),
     "tokenpacker": Compressor(
-        local.init_tokenpacker, local.tokenpacker, local.cell_tokens, local.tokenpacker_flops,
-        partial(local.defaults, "tokenpacker"), local.tapped_layers,
+        local.init_tokenpacker, local.tokenpacker, local.cell_tokens, local.tokenpacker_cost,
+        partial(local.defaults, "tokenpacker"), frozenset({"tokens", "taps"}), local.tapped_layers,
     ),
     "quecc": Compressor(
-        local.init_quecc, local.quecc, local.cell_tokens, local.quecc_flops,
-        partial(local.defaults, "quecc"), local.tapped_layers, query_dependent=True,
+        local.init_quecc, local.quecc, local.cell_tokens, local.quecc_cost, partial(local.defaults, "quecc"),
+        frozenset({"tokens", "taps", "question_vector"}), local.tapped_layers,
     ),
 }  # fmt: skip
 # Sizes of every compressor after the built-in encoder: many narrow heads, since few hurt narrow decoders most.
@@ -68,6 +44,23 @@ def row(name: str) -> Compressor:
     if name not in ROWS:
         raise unknown("compressor", name, ROWS)
     return ROWS[name]
+
+
+def output_width(spec: CompressorSpec) -> int:
+    """Width of the compressor's tokens: the projector's input."""
+    return row(spec.name).output_width(spec)
+
+
+def entering(spec: CompressorSpec) -> int:
+    """Tokens of an image that enter the decoder: V, or more where stages drop some inside it."""
+    return row(spec.name).entering(spec)
+
+
+def stages(model: ModelSpec) -> tuple[DropStage, ...]:
+    """The stages at which tokens leave the decoder."""
+    if model.compressor is None:
+        return ()
+    return row(model.compressor.name).stages(model.compressor, model.decoder.depth)
 
 
 def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
@@ -83,10 +76,11 @@ def model_spec(
     compressor: str,
     tokens: int | None,
     decoder: DecoderSpec,
-    projector: str = "mlp",
+    projector: str | None = None,
     mask: str = "causal",
 ) -> ModelSpec:
-    """A `ModelSpec` with the compressor's default sizes and taps. `tokens` may be None for a method with a single V.
+    """A `ModelSpec` with the compressor's default sizes and taps. `tokens` may be None for a method with a single V,
+    `projector` for the published one.
 
     Tokens are those of `encoder.feature_layer` if it is an inner block; else of the last block but one with a class
     token (CLIP, as in LLaVA), and after the final norm without (SigLIP).
@@ -98,11 +92,11 @@ def model_spec(
         raise UserError(f"compressor {compressor!r} gives several numbers of tokens: set tokens=V")
     if encoder.class_token and encoder.feature_layer in (0, encoder.depth):
         encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
-    encoder = dataclasses.replace(encoder, taps=method.taps(encoder))
+    encoder = encoder_for(method, encoder)
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
     spec = dataclasses.replace(spec, **STUDY.get(encoder.name, {}))
     check(spec)
-    return ModelSpec(encoder, spec, projector, decoder, mask)
+    return ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
 
 
 def check(spec: CompressorSpec) -> None:

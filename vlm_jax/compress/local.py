@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compress import layers
+from vlm_jax.compress.contract import Cost, Count
 from vlm_jax.compress.layers import Weights
 from vlm_jax.core.axes import NORM, POSITION, VISION
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import dense, zeros
 
@@ -58,17 +59,17 @@ def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
     }
 
 
-def tokenpacker(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def tokenpacker(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E]; the query of a cell is its down-sampled tokens."""
     (h, w), (r, c) = spec.grid, _shape(spec)
-    coarse, _ = g.weighted_mean(visual.tokens, visual.mask, g.bilinear(h, r), g.bilinear(w, c))
+    coarse, _ = g.weighted_mean(evidence.tokens, evidence.mask, g.bilinear(h, r), g.bilinear(w, c))
     queries = layers.layer_norm(weights["query_norm"], layers.linear(weights["query"], coarse))
-    return _attend_to_cells(weights, queries, visual, spec)
+    return _attend_to_cells(weights, queries, evidence, spec)
 
 
-def tokenpacker_flops(spec: CompressorSpec) -> float:
+def tokenpacker_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
     down = g.weighted_mean_flops(spec.grid, _shape(spec), spec.encoder_width)
-    return down + layers.linear_flops(spec.tokens, spec.encoder_width, spec.width) + _cells_flops(spec)
+    return Cost(down + layers.linear_flops(spec.tokens, spec.encoder_width, spec.width) + _cells_flops(spec))
 
 
 def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -84,29 +85,28 @@ def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
     }
 
 
-def quecc(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def quecc(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E]; the query of a cell combines its tokens and the question."""
-    if text is None:
-        raise ValueError("quecc reads the question: text is None")
-    tokens = visual.tokens
+    tokens, text = evidence.tokens, evidence.question_vector
     question = layers.layer_norm(
         weights["text_norm"], layers.linear(weights["text"], text.astype(tokens.dtype), layers.OF_TEXT)
     )
     fine = layers.layer_norm(weights["query_norm"], layers.mlp(weights["query"], tokens + question[:, None]))
-    if visual.mask is not None:
-        fine = jnp.where(visual.mask[..., None], fine, 0)
+    if evidence.mask is not None:
+        fine = jnp.where(evidence.mask[..., None], fine, 0)
     # Depthwise convolution with stride = kernel size: one weighted sum for each cell and channel.
     cells = g.split_cells(fine, spec.grid, _shape(spec))
     kernel, bias = (weights["down"][name].astype(fine.dtype) for name in ("kernel", "bias"))
     queries = jnp.einsum("bvse,se->bve", cells, kernel) + bias
-    return _attend_to_cells(weights, queries, visual, spec)
+    return _attend_to_cells(weights, queries, evidence, spec)
 
 
-def quecc_flops(spec: CompressorSpec) -> float:
+def quecc_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
+    """All of it for each question: keys and values could be cached, but are not."""
     patches = spec.grid[0] * spec.grid[1]
     text = layers.linear_flops(1, spec.text_width, spec.encoder_width)
     query = layers.mlp_flops(patches, spec.encoder_width, spec.width, spec.width)
-    return text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec)
+    return Cost(0.0, text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec))
 
 
 def _shape(spec: CompressorSpec) -> g.GridShape:
@@ -126,10 +126,10 @@ def _init_cells(key: jax.Array, spec: CompressorSpec) -> Weights:
 
 
 def _attend_to_cells(
-    weights: Weights, queries: Float[Array, "B V width"], visual: Visual, spec: CompressorSpec
-) -> Visual:
+    weights: Weights, queries: Float[Array, "B V width"], evidence: Evidence, spec: CompressorSpec
+) -> Prefix:
     """Attention of query v to the patches of cell v, as a batch of B V single queries."""
-    z = _tap_layers(visual, spec)
+    z = _tap_layers(evidence, spec)
 
     def by_cell(x: Array) -> Array:
         cells = g.split_cells(x, spec.grid, _shape(spec))
@@ -138,20 +138,20 @@ def _attend_to_cells(
     keys, values = (
         by_cell(layers.layer_norm(weights[f"{name}_norm"], layers.mlp(weights[name], z))) for name in ("keys", "values")
     )
-    mask = None if visual.mask is None else by_cell(visual.mask)
+    mask = None if evidence.mask is None else by_cell(evidence.mask)
     tokens = layers.attention(weights["attention"], queries.reshape(-1, 1, spec.width), keys, values, mask)
     kept = None if mask is None else mask.any(1).reshape(-1, spec.tokens)
-    return Visual(tokens.reshape(-1, spec.tokens, spec.encoder_width), mask=kept)
+    return Prefix(tokens.reshape(-1, spec.tokens, spec.encoder_width), kept)
 
 
-def _tap_layers(visual: Visual, spec: CompressorSpec) -> Float[Array, "B P features"]:
+def _tap_layers(evidence: Evidence, spec: CompressorSpec) -> Float[Array, "B P features"]:
     if spec.taps == 0:
-        return visual.tokens
-    if visual.taps is None or visual.taps.shape[1] != spec.taps:
-        found = 0 if visual.taps is None else visual.taps.shape[1]
+        return evidence.tokens
+    if evidence.taps is None or evidence.taps.shape[1] != spec.taps:
+        found = 0 if evidence.taps is None else evidence.taps.shape[1]
         raise ValueError(f"{spec.name}: expected {spec.taps} tapped layers, got {found}")
-    batch, _, patches, _ = visual.taps.shape
-    return jnp.swapaxes(visual.taps, 1, 2).reshape(batch, patches, -1).astype(visual.tokens.dtype)
+    batch, _, patches, _ = evidence.taps.shape
+    return jnp.swapaxes(evidence.taps, 1, 2).reshape(batch, patches, -1).astype(evidence.tokens.dtype)
 
 
 def _cells_flops(spec: CompressorSpec) -> float:

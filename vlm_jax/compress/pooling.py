@@ -3,10 +3,10 @@
 """
 
 import jax
-from jaxtyping import Array, Float
 
+from vlm_jax.compress.contract import Cost, Count
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 
 
@@ -14,47 +14,43 @@ def no_weights(key: jax.Array, spec: CompressorSpec) -> dict:
     return {}
 
 
-def no_taps(encoder: EncoderSpec) -> tuple[int, ...]:
-    return ()
-
-
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """Minimal inner sizes; none of them is used."""
     return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, encoder.width, 1, 1, 0)
 
 
-def no_flops(spec: CompressorSpec) -> float:
-    return 0.0
+def no_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
+    return Cost(0.0)
 
 
-def keep_all(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def keep_all(weights: dict, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """V = P: the tokens unchanged."""
-    return Visual(visual.tokens, mask=visual.mask)
+    return Prefix(evidence.tokens, evidence.mask)
 
 
 def all_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return (grid[0] * grid[1],)
 
 
-def drop_all(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def drop_all(weights: dict, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """V = 0: no visual tokens, the blind baseline."""
-    return Visual(visual.tokens[:, :0], mask=None if visual.mask is None else visual.mask[:, :0])
+    return Prefix(evidence.tokens[:, :0], None if evidence.mask is None else evidence.mask[:, :0])
 
 
 def no_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return (0,)
 
 
-def pool(weights: dict, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def pool(weights: dict, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Token (i, j) of r x c is the mean of the valid patches in row bin i and column bin j."""
     (h, w), (r, c) = spec.grid, g.pooling_shapes(spec.grid)[spec.tokens]
-    tokens, mask = g.weighted_mean(visual.tokens, visual.mask, g.bins(h, r), g.bins(w, c))
-    return Visual(tokens, mask=mask)
+    tokens, mask = g.weighted_mean(evidence.tokens, evidence.mask, g.bins(h, r), g.bins(w, c))
+    return Prefix(tokens, mask)
 
 
 def pool_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return tuple(g.pooling_shapes(grid))
 
 
-def pool_flops(spec: CompressorSpec) -> float:
-    return g.weighted_mean_flops(spec.grid, g.pooling_shapes(spec.grid)[spec.tokens], spec.encoder_width)
+def pool_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
+    return Cost(g.weighted_mean_flops(spec.grid, g.pooling_shapes(spec.grid)[spec.tokens], spec.encoder_width))

@@ -14,13 +14,14 @@ short training, which makes small V look worse than it is.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vlm_jax.compress import layers
+from vlm_jax.compress.contract import Cost, Count
 from vlm_jax.compress.layers import Weights
 from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import boxed, table
 
@@ -89,29 +90,29 @@ def _init_layer(key: jax.Array, spec: CompressorSpec) -> Weights:
     return weights
 
 
-def resampler(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def resampler(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E] of learned queries that attend to all valid patches (module docstring)."""
-    patches = layers.linear(weights["project_in"], visual.tokens)
+    patches = layers.linear(weights["project_in"], evidence.tokens)
     x = jnp.broadcast_to(weights["queries"].astype(patches.dtype)[None], (patches.shape[0], spec.tokens, spec.width))
     for i in range(spec.depth):
         layer = weights[f"layer{i}"]
         values = layers.layer_norm(layer["key_norm"], patches)
         queries = layers.layer_norm(layer["query_norm"], x)
-        x = x + layers.attention(layer["attention"], queries, values, values, visual.mask, weights["place"])
+        x = x + layers.attention(layer["attention"], queries, values, values, evidence.mask, weights["place"])
         if spec.mlp_width:
             x = x + layers.mlp(layer["mlp"], layers.layer_norm(layer["mlp_norm"], x))
     tokens = layers.linear(weights["project_out"], layers.layer_norm(weights["norm"], x))
-    mask = None if visual.mask is None else jnp.broadcast_to(visual.mask.any(1, keepdims=True), tokens.shape[:2])
-    return Visual(tokens, mask=mask)
+    mask = None if evidence.mask is None else jnp.broadcast_to(evidence.mask.any(1, keepdims=True), tokens.shape[:2])
+    return Prefix(tokens, mask)
 
 
 def resampler_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return tuple(range(1, grid[0] * grid[1] + 1))
 
 
-def resampler_flops(spec: CompressorSpec) -> float:
+def resampler_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
     patches, tokens, width = spec.grid[0] * spec.grid[1], spec.tokens, spec.width
     layer = layers.attention_flops(tokens, patches, tokens * patches, width, width)
     layer += layers.mlp_flops(tokens, width, spec.mlp_width, width)
     projections = (patches + tokens) * layers.linear_flops(1, width, spec.encoder_width)
-    return projections + spec.depth * layer
+    return Cost(projections + spec.depth * layer)

@@ -10,12 +10,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import encoder_for
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, from_dict
 from vlm_jax.sizing import zoo
 
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
+_METHOD_KEYS = ("queries", "fusion_heads")  # of the compressor, where its method has them
 _CHOICES = {
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
@@ -61,7 +63,8 @@ def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
 
 def _model(values: Mapping[str, Any]) -> ModelSpec:
     _keys("model", values, _MODEL_KEYS)
-    _keys("model.compressor", values["compressor"], _COMPRESSOR_KEYS)
+    given = tuple(key for key in _METHOD_KEYS if key in values["compressor"])
+    _keys("model.compressor", values["compressor"], (*_COMPRESSOR_KEYS, *given))
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
     taps = tuple(values["taps"])
     if any(not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
@@ -69,7 +72,8 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     layer = values["feature_layer"]
     if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
         raise UserError(f"config field model.feature_layer: expected a block, 0 to {encoder.depth}, got {layer!r}")
-    encoder = dataclasses.replace(encoder, taps=taps, feature_layer=layer)
+    encoder = dataclasses.replace(encoder, feature_layer=layer)
+    encoder = dataclasses.replace(encoder_for(catalog.row(values["compressor"]["name"]), encoder), taps=taps)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
     compressor = CompressorSpec(
@@ -81,7 +85,8 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
 
 def model_group(spec: ModelSpec) -> dict[str, Any]:
     """The config group `model` that resolves to this spec."""
-    compressor = {key: getattr(spec.compressor, key) for key in _COMPRESSOR_KEYS}
+    given = tuple(key for key in _METHOD_KEYS if getattr(spec.compressor, key))
+    compressor = {key: getattr(spec.compressor, key) for key in (*_COMPRESSOR_KEYS, *given)}
     return {
         "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
         "compressor": compressor, "projector": spec.projector, "llm": spec.decoder.name,

@@ -33,6 +33,7 @@ from vlm_jax.inference import sampling
 from vlm_jax.models import connector, vision
 from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.vlm import Vlm
+from vlm_jax.sizing import compression
 
 DTYPES = ("float32", "bfloat16")
 IMAGE_TEXT = "<image>"  # the image placeholder in prompts, unless the tokenizer defines another
@@ -235,7 +236,7 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     """The model of a workdir of `vlm_jax.train`, with its tokenizer."""
     run = spec_from_dict(orbax.read_spec(workdir))
     text = run.data.text_tokens + run.evaluation.max_new_tokens
-    context = run.model.decoder.context or run.model.compressor.tokens + text
+    context = run.model.decoder.context or compression.entering(run.model) + text
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
         compute = dataclasses.replace(compute, strategy="replicated", mesh=(1, 1, 1))

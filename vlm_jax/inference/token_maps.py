@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Visual
 from vlm_jax.inference.loading import Model
+from vlm_jax.models import connector
 from vlm_jax.models.vlm import Vlm
 
 PROBES = 16  # random orthonormal directions; exact for tokens up to this width
@@ -52,7 +53,7 @@ def patch_shares(
 ) -> Float[np.ndarray, "shown rows columns"]:
     """Shares of the patches of one image in the tokens `indices`; `on_token` is called with (done, total).
 
-    |J|^2 = width E |r J|^2 over random unit directions r (Hutchinson); each r J is one vector-Jacobian product.
+    |J|^2 = width |r J|^2 over random unit directions r (Hutchinson); each r J is one vector-Jacobian product.
     `vector` is the question's (`api.question_vector`); raises `UserError` if the compressor needs it and it is None.
     """
     spec = model.spec.compressor
@@ -61,17 +62,22 @@ def patch_shares(
         raise UserError(f"compressor {spec.name!r} reads the question: give the prompt (--prompt) whose tokens to show")
     vector = None if vector is None else jnp.asarray(vector, jnp.float32)
     key = jax.random.key(0)
-    probes = jnp.linalg.qr(jax.random.normal(key, (spec.encoder_width, min(PROBES, spec.encoder_width))))[0].T
+    width = method.output_width(spec)
+    probes = jnp.linalg.qr(jax.random.normal(key, (width, min(PROBES, width))))[0].T
 
     def encode(params: Any, image: Array) -> tuple[Visual, Any]:
-        visual, weights = Vlm(model.spec, model.compute).encode(params, image), params["connector"]["compressor"]
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (visual, weights))
+        visual = Vlm(model.spec, model.compute).encode(params, image)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (visual, params["connector"]))
 
     def of_token(visual: Visual, weights: Any, number: Array) -> Array:
-        _, pull = jax.vjp(lambda v: method.apply(weights, v, vector, spec).tokens[0, number], visual)
-        pulled: Visual = jax.vmap(lambda one: pull(one)[0])(probes)
-        squares = jnp.sum(pulled.tokens**2, axis=(0, 1, 3))
-        squares = squares if pulled.taps is None else squares + jnp.sum(pulled.taps**2, axis=(0, 1, 2, 4))
+        def token(tokens: Array, taps: Array | None) -> Array:
+            evidence = Evidence(**visual._replace(tokens=tokens, taps=taps)._asdict(), question_vector=vector)
+            return connector.apply(weights, evidence, model.spec).tokens[0, number]
+
+        _, pull = jax.vjp(token, visual.tokens, visual.taps)
+        tokens, taps = jax.vmap(pull)(probes)
+        squares = jnp.sum(tokens**2, axis=(0, 1, 3))
+        squares = squares if taps is None else squares + jnp.sum(taps**2, axis=(0, 1, 2, 4))
         norm = jnp.sqrt(squares)
         return norm / jnp.maximum(norm.sum(), jnp.finfo(norm.dtype).tiny)
 

@@ -1,7 +1,7 @@
 """The vision-language model as pure functions of parameters {"encoder", "connector", "decoder"} and `Inputs`; the
 encoder's are absent with stored features.
 
-    views  --encode-->  Visual[B M, P, E]  --compress-->  [B, M V, D]  --merge_image_embeddings-->  [B, L, D]
+    views  --encode-->  Visual[B M, P, E]  --compress-->  Prefix[B, M V, D]  --merge_image_embeddings-->  [B, L, D]
            --decoder-->  hidden [B, L, D]  --logits-->  [B, L, W]
 """
 
@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
-from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Params, Views, Visual
+from vlm_jax.core.structs import AttentionMetadata, Cache, Evidence, Inputs, Params, Prefix, Views, Visual
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder, Head, head
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import masks, pixels
+
+_ALWAYS = ("tokens", "mask")  # given to every compressor
 
 
 class Vlm(NamedTuple):
@@ -36,8 +38,8 @@ class Vlm(NamedTuple):
 
     @property
     def visual_tokens(self) -> int:
-        """V; 0 for text only."""
-        return 0 if self.spec.compressor is None else self.spec.compressor.tokens
+        """Visual tokens of a view in the row: V, or more where some leave inside the decoder; 0 for text only."""
+        return 0 if self.spec.compressor is None else catalog.entering(self.spec.compressor)
 
     @property
     def reads_question(self) -> bool:
@@ -78,7 +80,7 @@ class Vlm(NamedTuple):
                 metadata = drop_masked(metadata, (inputs.visual < 0) | valid)
         return self.decoder.apply({"params": params["decoder"]}, x, metadata, cache, method="hidden")
 
-    def embed_views(self, params: Params, views: Views) -> Visual:
+    def embed_views(self, params: Params, views: Views) -> Prefix:
         """Encodes (unless features are given), compresses and projects -> tokens[B, M V, D] and their mask."""
         has_features = views.pixels is None
         batch, count = (views.features.tokens if has_features else views.pixels).shape[:2]
@@ -88,15 +90,26 @@ class Vlm(NamedTuple):
             to_cast = has_features and jnp.issubdtype(leaf.dtype, jnp.floating)
             return leaf.astype(self.compute.dtype) if to_cast else leaf
 
-        vector = self.question_vector(params, flat(views.question)) if self.reads_question else None
         visual = jax.tree.map(flat, views.features) if has_features else self.encode(params, flat(views.pixels))
-        out = connector.compress(params["connector"], visual, vector, self.spec)
+        question = None if views.question is None else flat(views.question)
+        out = connector.compress(params["connector"], self.evidence(params, visual, question), self.spec)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, -1, *leaf.shape[2:]), out)
+
+    def evidence(self, params: Params, visual: Visual, question: Int[Array, "N Q"] | None) -> Evidence:
+        """What the compressor reads of images and of their questions (begin token and bare text, padded with -1)."""
+        reads = catalog.row(self.spec.compressor.name).reads
+        evidence = Evidence(**{name: getattr(visual, name) for name in Visual._fields if name in {*reads, *_ALWAYS}})
+        if "question_vector" in reads:
+            evidence = evidence._replace(question_vector=self.question_vector(params, question))
+        if "question_tokens" in reads:
+            embedded = self.decoder.apply(_frozen(params), question, method="embed")
+            evidence = evidence._replace(question_tokens=embedded, question_mask=question >= 0)
+        return evidence
 
     def question_vector(self, params: Params, question: Int[Array, "N Q"]) -> Float[Array, "N D"]:
         """The decoder's final hidden state of the last token of each question (padded with -1), without gradient
         (QueCC, arXiv 2411.03312, section 4)."""
-        frozen = {"params": jax.lax.stop_gradient(params["decoder"])}
+        frozen = _frozen(params)
         segment = (question >= 0).astype(jnp.int32)
         position = jnp.maximum(jnp.cumsum(segment, axis=1) - 1, 0)
         x = self.decoder.apply(frozen, question, method="embed")
@@ -110,6 +123,10 @@ class Vlm(NamedTuple):
     def head(self, params: Params) -> Head:
         """The output embedding, for losses over blocks of the vocabulary."""
         return head(params["decoder"], self.spec.decoder)
+
+
+def _frozen(params: Params) -> Params:
+    return {"params": jax.lax.stop_gradient(params["decoder"])}
 
 
 def merge_image_embeddings(

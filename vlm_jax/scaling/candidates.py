@@ -13,7 +13,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec, ModelSpec
 from vlm_jax.scaling.fitted import FamilyFit, visual_side
-from vlm_jax.sizing import cost, roofline, zoo
+from vlm_jax.sizing import compression, cost, roofline, zoo
 from vlm_jax.sizing.cost import Number
 from vlm_jax.sizing.roofline import PartTime, Request
 
@@ -142,6 +142,6 @@ def price(model: ModelSpec, request: Request) -> Price:
     return Price(
         cost.flops(model, *lengths, request.question).by_part,
         roofline.request_times(model, request) if request.on else {},
-        cost.cache_bytes(model.decoder, model.compressor.tokens + sum(lengths), request.dtype),
+        cost.cache_bytes(model.decoder, compression.mean(compression.cached(model)) + sum(lengths), request.dtype),
         cost.memory_bytes(model, *lengths, request.batch, request.dtype),
     )

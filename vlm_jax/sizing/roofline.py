@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from vlm_jax.core.specs import ModelSpec, RunSpec, StageSpec
-from vlm_jax.sizing import cost
+from vlm_jax.sizing import compression, cost
 from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
 from vlm_jax.sizing.hlo import SLICE, Collective
 
@@ -95,7 +95,7 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     """
     model, remat = spec.model, spec.compute.remat
     decoder, data = model.decoder, spec.data
-    examples, length = data.batch_examples, data.text_tokens + cost.image_copies(spec) * model.compressor.tokens
+    examples, length = data.batch_examples, data.text_tokens + cost.image_copies(spec) * compression.entering(model)
     useful = cost.step_flops(spec, stage)
     forward = cost.pass_flops(decoder, length, length, length)
     recomputed = {"none": forward.head, "dots": forward.head + forward.attention, "block": forward.total}[remat]
@@ -119,7 +119,7 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
 def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
     """Work of prefill: image and text of every row, and one position's logits each; arguments as in `train_work`."""
     model, rows = spec.model, spec.evaluation.batch_examples
-    length = spec.data.text_tokens + model.compressor.tokens
+    length = spec.data.text_tokens + compression.entering(model)
     flops = rows * cost.flops(model, spec.data.text_tokens, 1).total
     kernels = _kernel_bytes(spec, cost.params(model).total / compute_shards, 1, storage_shards > compute_shards)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
@@ -129,7 +129,7 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
 def decode_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
     """Work of one decode step for every row, behind a full context; arguments as in `train_work`."""
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
-    keys = spec.data.text_tokens + spec.model.compressor.tokens + spec.evaluation.max_new_tokens
+    keys = spec.data.text_tokens + compression.mean(compression.cached(spec.model)) + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
     kernels = _kernel_bytes(spec, cost.decoder_params(decoder) / compute_shards, 1, storage_shards > compute_shards)
     cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)
