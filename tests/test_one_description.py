@@ -119,4 +119,4 @@ def test_every_default_can_be_built(encoder: str, compressor: str) -> None:
         model = catalog.model_spec(spec, compressor, tokens, zoo.decoder(LLM))
         assert len(model.encoder.taps) == model.compressor.taps
         assert all(1 <= tap <= model.encoder.blocks for tap in model.encoder.taps)
-        assert model.encoder.blocks == (model.encoder.feature_layer or spec.depth)
+        assert model.encoder.blocks == max(model.encoder.feature_layer or spec.depth, model.encoder.attention_layer)

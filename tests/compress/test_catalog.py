@@ -23,7 +23,7 @@ GOOD = CompressorSpec("quecc", 8, (8, 8), 16, taps=2, text_width=12, width=24, h
         ({"heads": 5}, "width=24 is not a multiple of heads=5"),
         ({"heads": 0}, "heads=0 must be at least 1"),
         ({"taps": -1}, "taps=-1 must be at least 0"),
-        ({"text_width": 0}, "'quecc' reads the question: text_width=0"),
+        ({"text_width": 0}, "'quecc' needs the decoder: text_width=0"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused_in_one_line(change, message):

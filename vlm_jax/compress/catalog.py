@@ -7,10 +7,22 @@ the cost model, grids and figures include it. `model_spec` alone chooses default
 import dataclasses
 from functools import partial
 
-from vlm_jax.compress import local, pooling, querying
-from vlm_jax.compress.contract import Compressor, encoder_for
+from vlm_jax.compress import (
+    convolving,
+    llava_mini,
+    local,
+    mqt,
+    perceiver,
+    pooling,
+    qformer,
+    querying,
+    selection,
+    token_learner,
+)
+from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, inner_width, key_width
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, DropStage, EncoderSpec, ModelSpec
+from vlm_jax.ops.grid import square_tokens
 
 ROWS: dict[str, Compressor] = {
     "none": Compressor(
@@ -34,6 +46,76 @@ ROWS: dict[str, Compressor] = {
         local.init_quecc, local.quecc, local.cell_tokens, local.quecc_cost, partial(local.defaults, "quecc"),
         frozenset({"tokens", "taps", "question_vector"}), local.tapped_layers,
     ),
+    "m3": Compressor(
+        pooling.no_weights, pooling.m3, pooling.cell_tokens, pooling.m3_cost, partial(pooling.defaults, "m3"),
+        frozenset({"tokens", "project"}), elastic="ladder",
+    ),
+    "pixel_shuffle": Compressor(
+        pooling.init_pixel_shuffle, pooling.pixel_shuffle, pooling.shuffle_tokens, pooling.no_cost,
+        partial(pooling.defaults, "pixel_shuffle"), output_width=pooling.shuffled_width,
+    ),
+    "idefics3": Compressor(
+        pooling.no_weights, pooling.shuffle, pooling.shuffle_tokens, pooling.no_cost,
+        partial(pooling.defaults, "idefics3"), output_width=pooling.shuffled_width, projector="linear",
+    ),
+    "ldpv2": Compressor(
+        convolving.init_ldpv2, convolving.ldpv2, pooling.pool_tokens, convolving.ldpv2_cost,
+        partial(pooling.defaults, "ldpv2"), frozenset({"tokens", "project"}), elastic="ladder",
+    ),
+    "c_abstractor": Compressor(
+        convolving.init_abstractor, convolving.abstractor, square_tokens, convolving.abstractor_cost,
+        partial(convolving.abstractor_defaults, "c_abstractor"), output_width=inner_width, projector="mlp_silu",
+        elastic="ladder",
+    ),
+    "perceiver": Compressor(
+        perceiver.init_perceiver, perceiver.perceiver, querying.resampler_tokens, perceiver.perceiver_cost,
+        partial(perceiver.defaults, "perceiver"),
+    ),
+    "qformer": Compressor(
+        qformer.init_qformer, qformer.qformer, querying.resampler_tokens, qformer.qformer_cost,
+        partial(qformer.defaults, "qformer"), output_width=inner_width, projector="linear",
+    ),
+    "qformer_question": Compressor(
+        qformer.init_with_question, qformer.qformer, querying.resampler_tokens, qformer.with_question_cost,
+        partial(qformer.defaults, "qformer_question"), frozenset({"tokens", "question_tokens"}),
+        output_width=inner_width, projector="linear",
+    ),
+    "mqt": Compressor(
+        mqt.init_mqt, mqt.mqt, mqt.mqt_tokens, mqt.mqt_cost, partial(mqt.defaults, "mqt"), projector="linear",
+        problem=mqt.problem, elastic="prefix",
+    ),
+    "token_learner": Compressor(
+        token_learner.init_token_learner, token_learner.token_learner, token_learner.learner_tokens,
+        token_learner.token_learner_cost, partial(token_learner.defaults, "token_learner"),
+    ),
+    "token_learner_conv": Compressor(
+        token_learner.init_token_learner_conv, token_learner.token_learner_conv, token_learner.learner_tokens,
+        token_learner.token_learner_conv_cost, partial(token_learner.defaults, "token_learner_conv"),
+    ),
+    "llava_mini": Compressor(
+        llava_mini.init_llava_mini, llava_mini.llava_mini, square_tokens, llava_mini.llava_mini_cost,
+        partial(llava_mini.defaults, "llava_mini"), frozenset({"tokens", "question_tokens", "project"}),
+        for_decoder=llava_mini.for_decoder, problem=llava_mini.problem,
+    ),
+    "vision_zip": Compressor(
+        pooling.no_weights, selection.vision_zip, selection.zip_tokens, selection.zip_cost,
+        partial(pooling.defaults, "vision_zip"), frozenset({"tokens", "keys", "salience", "class_token"}),
+        attention=selection.attention_of_tokens,
+    ),
+    "prumerge": Compressor(
+        pooling.no_weights, selection.prumerge, selection.prumerge_tokens, selection.prumerge_cost,
+        partial(pooling.defaults, "prumerge"), frozenset({"tokens", "keys", "salience"}),
+        attention=selection.attention_of_last,
+    ),
+    "prumerge_plus": Compressor(
+        pooling.no_weights, selection.prumerge_plus, selection.prumerge_plus_tokens, selection.prumerge_cost,
+        partial(pooling.defaults, "prumerge_plus"), frozenset({"tokens", "keys", "salience"}),
+        attention=selection.attention_of_last,
+    ),
+    "divprune": Compressor(
+        pooling.no_weights, selection.divprune, selection.zip_tokens, selection.divprune_cost,
+        partial(pooling.defaults, "divprune"), frozenset({"tokens", "project"}), elastic="ladder",
+    ),
 }  # fmt: skip
 # Sizes of every compressor after the built-in encoder: many narrow heads, since few hurt narrow decoders most.
 STUDY = {"glyph-64": {"width": 64, "heads": 16, "depth": 1, "mlp_width": 128}}
@@ -54,6 +136,11 @@ def output_width(spec: CompressorSpec) -> int:
 def entering(spec: CompressorSpec) -> int:
     """Tokens of an image that enter the decoder: V, or more where stages drop some inside it."""
     return row(spec.name).entering(spec)
+
+
+def for_decoder(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
+    """The same compressor before another decoder."""
+    return row(spec.name).for_decoder(dataclasses.replace(spec, text_width=decoder.width), decoder)
 
 
 def stages(model: ModelSpec) -> tuple[DropStage, ...]:
@@ -94,7 +181,7 @@ def model_spec(
         encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
     encoder = encoder_for(method, encoder)
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
-    spec = dataclasses.replace(spec, **STUDY.get(encoder.name, {}))
+    spec = dataclasses.replace(spec, key_width=key_width(encoder), **STUDY.get(encoder.name, {}))
     check(spec)
     return ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
 
@@ -114,10 +201,10 @@ def check(spec: CompressorSpec) -> None:
             raise UserError(f"compressor {spec.name!r}: {field}={getattr(spec, field)} must be at least {least}")
     if spec.width % spec.heads:
         raise UserError(f"compressor {spec.name!r}: width={spec.width} is not a multiple of heads={spec.heads}")
-    if method.query_dependent and spec.text_width < 1:
-        raise UserError(
-            f"compressor {spec.name!r} reads the question: text_width={spec.text_width} must be the decoder's width"
-        )
+    if problem := method.problem(spec):
+        raise UserError(f"compressor {spec.name!r}: {problem}")
+    if method.reads & {*OF_QUESTION, "project"} and spec.text_width < 1:
+        raise UserError(f"compressor {spec.name!r} needs the decoder: text_width={spec.text_width} must be its width")
 
 
 def _listed(possible: tuple[int, ...], tokens: int, limit: int = 24) -> str:

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import jax
 
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.specs import RETURNS, CompressorSpec, DecoderSpec, DropStage, EncoderSpec
 from vlm_jax.core.structs import Evidence, Prefix
 
-Count = int | float  # a count of tokens may be a mean
 TOKENS = frozenset({"tokens"})
 OF_QUESTION = frozenset({"question_vector", "question_tokens"})  # fields of Evidence that depend on the question
 ELASTIC = ("no", "prefix", "ladder")
@@ -61,6 +60,14 @@ def all_patches(spec: CompressorSpec) -> int:
     return spec.grid[0] * spec.grid[1]
 
 
+def same_spec(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
+    return spec
+
+
+def no_problem(spec: CompressorSpec) -> str:
+    return ""
+
+
 def no_segments(spec: CompressorSpec) -> tuple[int, ...]:
     return ()
 
@@ -86,6 +93,8 @@ class Compressor(NamedTuple):
     stages: Callable[[CompressorSpec, int], tuple[DropStage, ...]] = no_stages  # in a decoder of that depth
     segments: Callable[[CompressorSpec], tuple[int, ...]] = no_segments  # of the entering tokens; (): as the row has it
     scores_tokens: bool = False  # its stages keep what the question attends to
+    for_decoder: Callable[[CompressorSpec, DecoderSpec], CompressorSpec] = same_spec  # sizes that follow the decoder
+    problem: Callable[[CompressorSpec], str] = no_problem  # of sizes that only this method has; "": none
     elastic: str = "no"  # of ELASTIC: "prefix": tokens 0..m-1 of V are those of m; "ladder": weights serve every V
 
     @property
@@ -108,3 +117,8 @@ def encoder_for(method: Compressor, encoder: EncoderSpec) -> EncoderSpec:
     return dataclasses.replace(
         encoder, taps=method.taps(encoder), returns=returns, attention_layer=layer, salience=salience
     )
+
+
+def key_width(encoder: EncoderSpec) -> int:
+    """Channels of a head of the keys that the encoder returns; 0: it returns none."""
+    return encoder.width // encoder.heads if "keys" in encoder.returns else 0

@@ -6,7 +6,7 @@ The h x w grid is divided into r x c equal cells, V = r c. Both methods differ o
     keys   = LN(Linear(GELU(Linear(z)))),  values likewise with other weights
     token  = MultiHead(query, keys of its cell, values of its cell)
 
-`tokenpacker` (arXiv 2407.02392): query = LN(Linear(bilinear down-sampling of the tokens to r x c)).
+`tokenpacker` (arXiv 2407.02392): query = LN(Linear(bilinear down-sampling of the tokens to r x c)), without a bias.
 `quecc` (arXiv 2411.03312): the question enters the query,
 
     u      = tokens + LN(Linear(text))
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost, Count
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.contract import Cost
+from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import NORM, POSITION, VISION
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Evidence, Prefix
@@ -53,7 +53,7 @@ def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int)
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
     shared, query = jax.random.split(key)
     return {
-        "query": layers.init_linear(query, spec.encoder_width, spec.width),
+        "query": layers.without_bias(layers.init_linear(query, spec.encoder_width, spec.width)),
         "query_norm": layers.init_norm(spec.width),
         **_init_cells(shared, spec),
     }

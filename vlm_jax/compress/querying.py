@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost, Count
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.contract import Cost
+from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 from vlm_jax.core.structs import Evidence, Prefix

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
-from vlm_jax.compress.contract import encoder_for
+from vlm_jax.compress.contract import encoder_for, key_width
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, from_dict
 from vlm_jax.sizing import zoo
@@ -77,8 +77,9 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
     compressor = CompressorSpec(
-        grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width, **values["compressor"]
-    )
+        grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width,
+        key_width=key_width(encoder), **values["compressor"],
+    )  # fmt: skip
     catalog.check(compressor)
     return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
 

@@ -83,6 +83,7 @@ class CompressorSpec:
     heads: int
     depth: int  # layers, where the method has several
     mlp_width: int
+    key_width: int = 0  # channels of a head of the encoder's keys that it reads; 0: none
     queries: int = 0  # learned queries, where V are chosen from more; 0: V
     fusion_heads: int = 0  # heads of layers of the decoder's width that the method has of its own; 0: none
 
@@ -267,6 +268,7 @@ _ADDED = {
     "model.encoder.returns": [],
     "model.encoder.attention_layer": 0,
     "model.encoder.salience": "heads",
+    "model.compressor.key_width": 0,
     "model.compressor.queries": 0,
     "model.compressor.fusion_heads": 0,
     "model.decoder.context": 0,

@@ -19,6 +19,7 @@ from vlm_jax.core.specs import ComputeSpec, EncoderSpec
 from vlm_jax.core.structs import Params, Visual
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
+from vlm_jax.ops.grid import bicubic
 from vlm_jax.ops.logical_axes import constrain
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_VISION)
@@ -167,10 +168,10 @@ def attention_evidence(
     queries. `EncoderSpec.salience`: the mean over heads ("heads"), or one softmax with scores over the whole width,
     scaled by E ** -0.5 ("width").
     """
-    normed = LayerNorm(spec.norm_eps).apply({"params": block["attention_norm"]}, x)
+    normed = LayerNorm(spec.norm_eps, parent=None).apply({"params": block["attention_norm"]}, x)
     queries = normed[:, :1] if spec.class_token else normed
     names, sizes = (axes.VISION_HEADS, axes.HEAD_DIM), (spec.heads, spec.width // spec.heads)
-    project = Linear(((spec.width, axes.VISION),), tuple(zip(sizes, names, strict=True)), bias=True)
+    project = Linear(((spec.width, axes.VISION),), tuple(zip(sizes, names, strict=True)), bias=True, parent=None)
     attention, first = block["attention"], int(spec.class_token)
     keys = project.apply({"params": attention["key"]}, normed)
     if "salience" not in spec.returns:
@@ -218,21 +219,10 @@ def resize_positions(
     if grid == new_grid:
         return table
     before = len(table) - grid[0] * grid[1]
-    weights = {"bicubic": _cubic, "bilinear": _corners}[method]
+    weights = {"bicubic": bicubic, "bilinear": _corners}[method]
     rows, columns = (weights(old, new) for old, new in zip(grid, new_grid, strict=True))
     patches = np.einsum("ri,cj,ije->rce", rows, columns, table[before:].reshape(*grid, -1), optimize=True)
     return np.concatenate([table[:before], patches.reshape(-1, table.shape[1])]).astype(table.dtype)
-
-
-def _cubic(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
-    point = (np.arange(parts) + 0.5) * size / parts - 0.5
-    out, a = np.zeros((parts, size)), -0.75
-    for tap in range(-1, 3):
-        index = np.floor(point).astype(int) + tap
-        d = np.abs(point - index)
-        near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        np.add.at(out, (np.arange(parts), np.clip(index, 0, size - 1)), np.where(d <= 1, near, far))
-    return out
 
 
 def _corners(size: int, parts: int) -> Float[np.ndarray, "parts size"]:

@@ -99,8 +99,8 @@ def names_of(limits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joined(visual: ModelSpec, tokens: int, decoder: DecoderSpec) -> ModelSpec:
-    compressor = dataclasses.replace(visual.compressor, tokens=tokens, text_width=decoder.width)
-    return dataclasses.replace(visual, compressor=compressor, decoder=decoder)
+    compressor = catalog.for_decoder(visual.compressor, decoder)
+    return dataclasses.replace(visual, compressor=dataclasses.replace(compressor, tokens=tokens), decoder=decoder)
 
 
 def _visual_sides(
@@ -112,7 +112,9 @@ def _visual_sides(
         return [(side, ()) for side in measured]
     known_encoders = {side.encoder.name: side.encoder for side in measured}
     known_compressors = {side.compressor.name for side in measured}
-    fields = {"projector": measured[0].projector, "mask": measured[0].mask} if measured else {}
+    fields = {"mask": measured[0].mask} if measured else {}
+    if measured and measured[0].projector != catalog.row(measured[0].compressor.name).projector:
+        fields["projector"] = measured[0].projector  # the rows' own choice; else as each method was published
     out: list[tuple[ModelSpec, tuple[str, ...]]] = []
     for encoder in encoders or known_encoders:
         for compressor in compressors or sorted(known_compressors):
