@@ -23,12 +23,12 @@ def test_keys_and_salience_of_a_block(class_token: bool, salience: str, layer: i
     encoder, rng = Encoder(spec, builders.COMPUTE), np.random.default_rng(0)
     image = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
     shapes = nn.meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), image))
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.3, shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), jnp.float32), shapes)
 
-    def tokens(feature_layer: int, **fields: object) -> np.ndarray:
+    def tokens(feature_layer: int) -> np.ndarray:
         """All tokens behind a block, the class token first."""
-        bare = dataclasses.replace(spec, feature_layer=feature_layer, taps=(), **fields)
-        visual = Encoder(bare, builders.COMPUTE).apply(params, image, method="encode")
+        bare = dataclasses.replace(spec, feature_layer=feature_layer, taps=())
+        visual = jax.jit(lambda params: Encoder(bare, builders.COMPUTE).apply(params, image, method="encode"))(params)
         first = [] if visual.class_token is None else [visual.class_token[:, None]]
         return np.concatenate([*first, visual.tokens], axis=1)
 
@@ -42,7 +42,7 @@ def test_keys_and_salience_of_a_block(class_token: bool, salience: str, layer: i
         assert visual.class_token is None
     if layer == 1:
         return  # its input is the embedding, which no encoder returns
-    block = jax.tree.map(lambda leaf: leaf[layer - 1], params["params"]["blocks"])
+    block = jax.tree.map(lambda leaf: np.asarray(leaf[layer - 1]), params["params"]["blocks"])
     x = tokens(layer - 1)
     norm, attention = block["attention_norm"], block["attention"]
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + spec.norm_eps)

@@ -22,7 +22,7 @@ from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
-from vlm_jax.models.cache import CACHE_AXES, init_cache
+from vlm_jax.models.cache import CACHE_AXES, pad_cache
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import compression, cost
 
@@ -178,12 +178,20 @@ def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
     """Shapes of the cache of a batch, with the shardings of its examples and heads."""
-    compute, rows = _decoding_model(spec).compute, spec.evaluation.batch_examples
-    length = compression.entering(spec.model) + spec.data.text_tokens + spec.evaluation.max_new_tokens
-    shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
-    heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in shapes.key)
-    metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))
-    return with_shardings(shapes, Cache(heads, heads, metadata, plan.sharding((), ())))
+    model, rows = _decoding_model(spec), spec.evaluation.batch_examples
+    prompt, new = compression.entering(spec.model) + spec.data.text_tokens, spec.evaluation.max_new_tokens
+
+    def prefilled() -> Cache:
+        cache = model.evict(model.init_cache(rows, prompt, 1), 1)
+        return pad_cache(cache, cache.metadata.segment.shape[1] + new)
+
+    def shardings(cache: Cache) -> Cache:
+        heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in cache.key)
+        metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in cache.metadata))
+        return Cache(heads, heads, metadata, plan.sharding((), ()), tuple(map(shardings, cache.later)))
+
+    shapes = jax.eval_shape(prefilled)
+    return with_shardings(shapes, shardings(shapes))
 
 
 def _device_bytes(tree: Any) -> float:

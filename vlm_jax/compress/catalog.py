@@ -5,10 +5,12 @@ the cost model, grids and figures include it. `model_spec` alone chooses default
 """
 
 import dataclasses
+import itertools
 from functools import partial
 
 from vlm_jax.compress import (
     convolving,
+    language_side,
     llava_mini,
     local,
     mqt,
@@ -19,7 +21,15 @@ from vlm_jax.compress import (
     selection,
     token_learner,
 )
-from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, inner_width, key_width
+from vlm_jax.compress.contract import (
+    OF_QUESTION,
+    Compressor,
+    all_patches,
+    encoder_for,
+    inner_width,
+    key_width,
+    no_stages,
+)
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, DropStage, EncoderSpec, ModelSpec
 from vlm_jax.ops.grid import square_tokens
@@ -116,8 +126,29 @@ ROWS: dict[str, Compressor] = {
         pooling.no_weights, selection.divprune, selection.zip_tokens, selection.divprune_cost,
         partial(pooling.defaults, "divprune"), frozenset({"tokens", "project"}), elastic="ladder",
     ),
+    "fastv": Compressor(
+        pooling.no_weights, pooling.keep_all, language_side.fewer_tokens, language_side.all_projected,
+        partial(language_side.defaults, "fastv", language_side.FASTV_LAYERS), entering=all_patches,
+        stages=language_side.fastv_stages, scores_tokens=True, elastic="ladder",
+    ),
+    "pyramiddrop": Compressor(
+        pooling.no_weights, pooling.keep_all, language_side.fewer_tokens, language_side.all_projected,
+        partial(language_side.defaults, "pyramiddrop", language_side.PYRAMID_STAGES), entering=all_patches,
+        stages=language_side.pyramid_stages, scores_tokens=True, elastic="ladder",
+    ),
+    "victor": Compressor(
+        language_side.init_learned, language_side.append_learned, language_side.fewer_tokens,
+        language_side.all_projected, partial(language_side.defaults, "victor", language_side.VICTOR_LAYERS),
+        frozenset({"tokens", "project"}), entering=language_side.with_learned, stages=language_side.victor_stages,
+    ),
+    "voco": Compressor(
+        language_side.init_learned, language_side.append_learned, language_side.fewer_tokens,
+        language_side.all_projected, partial(language_side.defaults, "voco", 1), frozenset({"tokens", "project"}),
+        entering=language_side.with_learned, segments=language_side.voco_segments,
+    ),
 }  # fmt: skip
-# Sizes of every compressor after the built-in encoder: many narrow heads, since few hurt narrow decoders most.
+# Sizes of every compressor after the built-in encoder, but those with stages: many narrow heads, since few hurt narrow
+# decoders most.
 STUDY = {"glyph-64": {"width": 64, "heads": 16, "depth": 1, "mlp_width": 128}}
 
 
@@ -181,9 +212,12 @@ def model_spec(
         encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
     encoder = encoder_for(method, encoder)
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
-    spec = dataclasses.replace(spec, key_width=key_width(encoder), **STUDY.get(encoder.name, {}))
+    own_sizes = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
+    spec = dataclasses.replace(spec, key_width=key_width(encoder), **own_sizes)
     check(spec)
-    return ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
+    model = ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
+    check_decoder(model)
+    return model
 
 
 def check(spec: CompressorSpec) -> None:
@@ -205,6 +239,19 @@ def check(spec: CompressorSpec) -> None:
         raise UserError(f"compressor {spec.name!r}: {problem}")
     if method.reads & {*OF_QUESTION, "project"} and spec.text_width < 1:
         raise UserError(f"compressor {spec.name!r} needs the decoder: text_width={spec.text_width} must be its width")
+
+
+def check_decoder(model: ModelSpec) -> None:
+    """Raises `UserError` for a decoder in which the compressor's stages have no place."""
+    name, depth = model.compressor.name, model.decoder.depth
+    cuts = [0, *(stage.layer for stage in stages(model)), depth]
+    if any(start >= stop for start, stop in itertools.pairwise(cuts)):
+        raise UserError(
+            f"compressor {name!r}: expected a decoder with layers before and behind each of its stages (behind layers "
+            f"{', '.join(map(str, cuts[1:-1]))}), got {model.decoder.name} with {depth} layers"
+        )
+    if row(name).segments(model.compressor) and model.mask != "causal":
+        raise UserError(f"compressor {name!r}: expected model.mask=causal, got {model.mask}")
 
 
 def _listed(possible: tuple[int, ...], tokens: int, limit: int = 24) -> str:

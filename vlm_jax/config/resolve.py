@@ -81,7 +81,9 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
         key_width=key_width(encoder), **values["compressor"],
     )  # fmt: skip
     catalog.check(compressor)
-    return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+    model = ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+    catalog.check_decoder(model)
+    return model
 
 
 def model_group(spec: ModelSpec) -> dict[str, Any]:
@@ -113,6 +115,17 @@ def _check(spec: RunSpec) -> None:
         raise UserError(
             f"config field compute.attention=splash: expected model.mask=causal, got {spec.model.mask}: set "
             "compute.attention=xla"
+        )
+    method = catalog.row(spec.model.compressor.name)
+    if method.segments(spec.model.compressor) and spec.compute.attention != "xla":
+        raise UserError(
+            f"config field compute.attention: expected xla for compressor {spec.model.compressor.name}, got "
+            f"{spec.compute.attention}"
+        )
+    if spec.data.frozen_features and spec.model.encoder.returns:
+        raise UserError(
+            f"compressor {spec.model.compressor.name} reads {', '.join(spec.model.encoder.returns)}, which stored "
+            "features do not have: set data.frozen_features=False"
         )
     for stage in spec.stages:
         for part in stage.train:

@@ -95,6 +95,7 @@ class Cache(NamedTuple):
     value: tuple[Float[Array, "B S K C"], ...]
     metadata: AttentionMetadata  # [B, S]
     length: Int[Array, ""]  # positions written so far, padding included; the same for all rows
+    later: tuple["Cache", ...] = ()  # of the layers behind each stage at which tokens leave the decoder
 
 
 class LossSums(NamedTuple):

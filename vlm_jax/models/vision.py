@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         first = int(spec.class_token)
         x = layers[:, kept.index(spec.feature_layer)] if spec.feature_layer else self.norm(x)
         visual = Visual(x[:, first:], layers[:, : len(spec.taps), first:] if spec.taps else None)
-        if "class_token" in spec.returns:
+        if "class_token" in spec.returns and spec.class_token:
             visual = visual._replace(class_token=x[:, 0])
         if {"keys", "salience"} & set(spec.returns):
             layer = spec.attention_layer - 1

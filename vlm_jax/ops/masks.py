@@ -35,6 +35,7 @@ Two questions that share an image of two tokens:
              .
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from vlm_jax.core.structs import AttentionMetadata
@@ -57,3 +58,17 @@ def attention_mask(
         near = query.position[:, :, None] - key.position[:, None, :] < window
         visible &= near | (key.order[:, None, :] == query.order[:, :, None])
     return visible[:, None]
+
+
+def drop_masked(metadata: AttentionMetadata, valid: Bool[Array, "B L"]) -> AttentionMetadata:
+    """Metadata where invalid tokens are padding and positions count valid tokens only.
+
+    valid      1 1 0 1 1 | 1 0 1
+    segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
+    position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
+    """
+    by_position = metadata._replace(order=metadata.position)
+    dropped = attention_mask(by_position, by_position)[:, 0] & ~valid[:, None, :]
+    position = metadata.position - jnp.sum(dropped, axis=-1, dtype=metadata.position.dtype)
+    order = jnp.where(metadata.order == metadata.position, position, metadata.order)
+    return AttentionMetadata(jnp.where(valid, metadata.segment, 0), position, order)
