@@ -15,6 +15,7 @@ from vlm_jax.compress import (
     local,
     mqt,
     perceiver,
+    plugins,
     pooling,
     qformer,
     querying,
@@ -153,10 +154,18 @@ STUDY = {"glyph-64": {"width": 64, "heads": 16, "depth": 1, "mlp_width": 128}}
 
 
 def row(name: str) -> Compressor:
-    """The compressor of that name. Raises `UserError`."""
-    if name not in ROWS:
-        raise unknown("compressor", name, ROWS)
-    return ROWS[name]
+    """The compressor of that name, built in or of an installed package (`compress.plugins`). Raises `UserError`."""
+    plugins.check_name(name, ROWS)
+    if name in ROWS:
+        return ROWS[name]
+    if name not in plugins.entry_points():
+        raise unknown("compressor", name, names())
+    return plugins.load(name)
+
+
+def names() -> tuple[str, ...]:
+    """All compressors, those of installed packages included."""
+    return (*ROWS, *plugins.entry_points())
 
 
 def output_width(spec: CompressorSpec) -> int:

@@ -20,7 +20,6 @@ from vlm_jax.data import chat
 from vlm_jax.inference import programs
 from vlm_jax.inference import prompts as host
 from vlm_jax.inference.loading import Model, as_int, check_seed
-from vlm_jax.models.vlm import Vlm
 
 _MAX_CONTEXT = 2**20  # where a model's context is unknown
 
@@ -177,12 +176,6 @@ def question_ids(model: Model, prompt: Any) -> list[int]:
     if not ids:
         raise UserError("the prompt is empty")
     return ids
-
-
-def question_vector(model: Model, prompt: Any) -> Float[Array, "1 D"]:
-    """The question vector of a prompt, for question-dependent compressors."""
-    ids = np.array([question_ids(model, prompt)], np.int32)
-    return model.plan.jit(Vlm(model.spec, model.compute).question_vector)(model.params, ids)
 
 
 def _tokenizer(model: Model) -> Any:

@@ -46,7 +46,8 @@ def apply(weights: Any, evidence: Evidence, spec: ModelSpec) -> Prefix:
     """P patches -> V tokens of the compressor's `output_width`. Raises `ValueError` for evidence that the compressor
     reads and that is missing."""
     method = catalog.row(spec.compressor.name)
-    for name in method.reads - {"project", "class_token"}:
+    optional = {"project", "class_token"} | ({"taps"} if spec.compressor.taps == 0 else set())
+    for name in method.reads - optional:
         if getattr(evidence, name) is None:
             raise ValueError(f"compressor {spec.compressor.name!r} reads {name}, which is missing")
     if method.projects:
