@@ -47,7 +47,7 @@ ROWS: dict[str, Compressor] = {
     ),
     "resampler": Compressor(
         querying.init_resampler, querying.resampler, querying.resampler_tokens, querying.resampler_cost,
-        partial(querying.defaults, "resampler"),
+        partial(querying.defaults, "resampler"), elastic="prefix",
     ),
     "tokenpacker": Compressor(
         local.init_tokenpacker, local.tokenpacker, local.cell_tokens, local.tokenpacker_cost,
@@ -97,7 +97,7 @@ ROWS: dict[str, Compressor] = {
     ),
     "token_learner": Compressor(
         token_learner.init_token_learner, token_learner.token_learner, token_learner.learner_tokens,
-        token_learner.token_learner_cost, partial(token_learner.defaults, "token_learner"),
+        token_learner.token_learner_cost, partial(token_learner.defaults, "token_learner"), elastic="prefix",
     ),
     "token_learner_conv": Compressor(
         token_learner.init_token_learner_conv, token_learner.token_learner_conv, token_learner.learner_tokens,
@@ -183,6 +183,13 @@ def for_decoder(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
     return row(spec.name).for_decoder(dataclasses.replace(spec, text_width=decoder.width), decoder)
 
 
+def at_tokens(model: ModelSpec, tokens: int) -> ModelSpec:
+    """The model at another V of an elastic compressor, with the same weights. Raises `UserError` for no such V."""
+    spec = dataclasses.replace(model, compressor=dataclasses.replace(model.compressor, tokens=tokens))
+    check(spec.compressor)
+    return spec
+
+
 def stages(model: ModelSpec) -> tuple[DropStage, ...]:
     """The stages at which tokens leave the decoder."""
     if model.compressor is None:
@@ -201,13 +208,13 @@ def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
 def model_spec(
     encoder: EncoderSpec,
     compressor: str,
-    tokens: int | None,
+    tokens: int | tuple[int, ...] | None,
     decoder: DecoderSpec,
     projector: str | None = None,
     mask: str = "causal",
 ) -> ModelSpec:
     """A `ModelSpec` with the compressor's default sizes and taps. `tokens` may be None for a method with a single V,
-    `projector` for the published one.
+    and several ascending V for an elastic one; `projector` None is the published one.
 
     Tokens are those of `encoder.feature_layer` if it is an inner block; else of the last block but one with a class
     token (CLIP, as in LLaVA), and after the final norm without (SigLIP).
@@ -215,6 +222,9 @@ def model_spec(
     """
     method = row(compressor)
     possible = method.tokens_out(encoder.grid)
+    elastic: tuple[int, ...] = ()
+    if isinstance(tokens, tuple):
+        tokens, elastic = max(tokens, default=None), tokens
     if tokens is None and len(possible) > 1:
         raise UserError(f"compressor {compressor!r} gives several numbers of tokens: set tokens=V")
     if encoder.class_token and encoder.feature_layer in (0, encoder.depth):
@@ -222,7 +232,7 @@ def model_spec(
     encoder = encoder_for(method, encoder)
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
     own_sizes = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
-    spec = dataclasses.replace(spec, key_width=key_width(encoder), **own_sizes)
+    spec = dataclasses.replace(spec, key_width=key_width(encoder), elastic=elastic, **own_sizes)
     check(spec)
     model = ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
     check_decoder(model)
@@ -244,10 +254,27 @@ def check(spec: CompressorSpec) -> None:
             raise UserError(f"compressor {spec.name!r}: {field}={getattr(spec, field)} must be at least {least}")
     if spec.width % spec.heads:
         raise UserError(f"compressor {spec.name!r}: width={spec.width} is not a multiple of heads={spec.heads}")
+    if spec.elastic:
+        _check_elastic(method, spec)
     if problem := method.problem(spec):
         raise UserError(f"compressor {spec.name!r}: {problem}")
     if method.reads & {*OF_QUESTION, "project"} and spec.text_width < 1:
         raise UserError(f"compressor {spec.name!r} needs the decoder: text_width={spec.text_width} must be its width")
+
+
+def _check_elastic(method: Compressor, spec: CompressorSpec) -> None:
+    where = f"compressor {spec.name!r}: elastic={list(spec.elastic)}"
+    if method.elastic == "no":
+        elastic = ", ".join(name for name in ROWS if ROWS[name].elastic != "no")
+        raise UserError(f"{where}: the weights of this method serve one V (elastic: {elastic})")
+    if sorted(set(spec.elastic)) != list(spec.elastic):
+        raise UserError(f"{where}: expected ascending numbers, got {list(spec.elastic)} (sort them)")
+    possible = method.tokens_out(spec.grid)
+    for tokens in spec.elastic:
+        if tokens not in possible:
+            raise UserError(f"{where}: cannot give {tokens} tokens; {_listed(possible, tokens)}")
+    if spec.tokens not in spec.elastic:
+        raise UserError(f"{where}: expected one of them as tokens, got {spec.tokens}")
 
 
 def check_decoder(model: ModelSpec) -> None:

@@ -7,6 +7,7 @@
 * `apply` keeps the dtype of the tokens. A masked patch does not influence any valid output token, and the output has a
   mask if the input has one.
 * With `stages`, some of the tokens that enter the decoder leave it between two of its layers.
+* Where the row is elastic, the shapes of its weights are the same for every V of `spec.elastic`.
 """
 
 import dataclasses
@@ -106,6 +107,11 @@ class Compressor(NamedTuple):
     def projects(self) -> bool:
         """Whether it gives tokens of the decoder's width."""
         return "project" in self.reads
+
+
+def most_tokens(spec: CompressorSpec) -> int:
+    """The largest V that the weights serve."""
+    return spec.elastic[-1] if spec.elastic else spec.tokens
 
 
 def encoder_for(method: Compressor, encoder: EncoderSpec) -> EncoderSpec:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
+from vlm_jax.compress.contract import Cost, most_tokens
 from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
@@ -42,7 +42,7 @@ def init_resampler(key: jax.Array, spec: CompressorSpec) -> Weights:
     inside, queries, outside, *deep = jax.random.split(key, 3 + spec.depth)
     return {
         "project_in": layers.init_linear(inside, spec.encoder_width, spec.width),
-        "queries": table(queries, (spec.tokens, spec.width), (POSITION, VISION), stddev=1.0),
+        "queries": table(queries, (most_tokens(spec), spec.width), (POSITION, VISION), stddev=1.0),
         "place": boxed(jnp.asarray(initial_bias(spec)), (QUERIES, VISION_HEADS, PATCH)),
         **{f"layer{i}": _init_layer(key, spec) for i, key in enumerate(deep)},
         "norm": layers.init_norm(spec.width),
@@ -54,9 +54,17 @@ def initial_bias(spec: CompressorSpec) -> Float[np.ndarray, "V N P"]:
     """Scores -d^2 / (2 s^2), bounded below, at d patches from the centre of a head.
 
     The V queries divide the grid into equal bins (or, for a V without such bins, follow the rows), and the N heads of a
-    query divide its bin.
+    query divide its bin. Of an elastic compressor the queries are ordered from coarse to fine: each starts as it would
+    in the smallest V that has it.
     """
-    (h, w), v, heads = spec.grid, spec.tokens, spec.heads
+    if not spec.elastic:
+        return _bias_of(spec, spec.tokens)
+    fewer = (0, *spec.elastic)
+    return np.concatenate([_bias_of(spec, v)[start:] for start, v in zip(fewer, spec.elastic, strict=False)])
+
+
+def _bias_of(spec: CompressorSpec, v: int) -> Float[np.ndarray, "V N P"]:
+    (h, w), heads = spec.grid, spec.heads
     shapes = g.pooling_shapes(spec.grid)
     if v in shapes:
         rows, columns = h / shapes[v][0], w / shapes[v][1]
@@ -93,12 +101,14 @@ def _init_layer(key: jax.Array, spec: CompressorSpec) -> Weights:
 def resampler(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E] of learned queries that attend to all valid patches (module docstring)."""
     patches = layers.linear(weights["project_in"], evidence.tokens)
-    x = jnp.broadcast_to(weights["queries"].astype(patches.dtype)[None], (patches.shape[0], spec.tokens, spec.width))
+    queries, place = (weights[name][: spec.tokens] for name in ("queries", "place"))
+    queries = queries.astype(patches.dtype)
+    x = jnp.broadcast_to(queries[None], (patches.shape[0], spec.tokens, spec.width))
     for i in range(spec.depth):
         layer = weights[f"layer{i}"]
         values = layers.layer_norm(layer["key_norm"], patches)
-        queries = layers.layer_norm(layer["query_norm"], x)
-        x = x + layers.attention(layer["attention"], queries, values, values, evidence.mask, weights["place"])
+        normed = layers.layer_norm(layer["query_norm"], x)
+        x = x + layers.attention(layer["attention"], normed, values, values, evidence.mask, place)
         if spec.mlp_width:
             x = x + layers.mlp(layer["mlp"], layers.layer_norm(layer["mlp_norm"], x))
     tokens = layers.linear(weights["project_out"], layers.layer_norm(weights["norm"], x))

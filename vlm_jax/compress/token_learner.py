@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
+from vlm_jax.compress.contract import Cost, most_tokens
 from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import PATCH, VISION, VISION_MLP
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
@@ -35,7 +35,7 @@ def learner_tokens(grid: g.GridShape) -> tuple[int, ...]:
 def init_token_learner(key: jax.Array, spec: CompressorSpec) -> Weights:
     return {
         "norm": layers.init_norm(spec.encoder_width),
-        "mlp": layers.init_mlp(key, spec.encoder_width, spec.width, spec.tokens),
+        "mlp": layers.init_mlp(key, spec.encoder_width, spec.width, most_tokens(spec)),
     }
 
 
@@ -43,7 +43,8 @@ def token_learner(weights: Weights, evidence: Evidence, spec: CompressorSpec) ->
     """Tokens [B, V, E]."""
     x, mask, mlp = evidence.tokens, evidence.mask, weights["mlp"]
     inner = jax.nn.gelu(layers.linear(mlp["up"], layers.layer_norm(weights["norm"], x, _EPS)))  # the tanh form
-    scores = layers.linear(mlp["down"], inner, layers.OUTWARDS).astype(jnp.float32)
+    down = {name: leaf[..., : spec.tokens] for name, leaf in mlp["down"].items()}
+    scores = layers.linear(down, inner, layers.OUTWARDS).astype(jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[..., None], scores, jnp.finfo(jnp.float32).min / 2)
     share = jax.nn.softmax(scores, axis=1)

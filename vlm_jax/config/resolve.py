@@ -17,7 +17,7 @@ from vlm_jax.sizing import zoo
 
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
-_METHOD_KEYS = ("queries", "fusion_heads")  # of the compressor, where its method has them
+_METHOD_KEYS = ("queries", "elastic", "fusion_heads")  # of the compressor, where its method has them
 _CHOICES = {
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
@@ -64,6 +64,7 @@ def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
 def _model(values: Mapping[str, Any]) -> ModelSpec:
     _keys("model", values, _MODEL_KEYS)
     given = tuple(key for key in _METHOD_KEYS if key in values["compressor"])
+    elastic = {"elastic": tuple(values["compressor"]["elastic"])} if "elastic" in given else {}
     _keys("model.compressor", values["compressor"], (*_COMPRESSOR_KEYS, *given))
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
     taps = tuple(values["taps"])
@@ -78,7 +79,7 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
     compressor = CompressorSpec(
         grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width,
-        key_width=key_width(encoder), **values["compressor"],
+        key_width=key_width(encoder), **{**values["compressor"], **elastic},
     )  # fmt: skip
     catalog.check(compressor)
     model = ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])

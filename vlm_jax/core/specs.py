@@ -85,6 +85,7 @@ class CompressorSpec:
     mlp_width: int
     key_width: int = 0  # channels of a head of the encoder's keys that it reads; 0: none
     queries: int = 0  # learned queries, where V are chosen from more; 0: V
+    elastic: tuple[int, ...] = ()  # every V that the weights serve, ascending; (): V alone
     fusion_heads: int = 0  # heads of layers of the decoder's width that the method has of its own; 0: none
 
 
@@ -270,6 +271,7 @@ _ADDED = {
     "model.encoder.salience": "heads",
     "model.compressor.key_width": 0,
     "model.compressor.queries": 0,
+    "model.compressor.elastic": [],
     "model.compressor.fusion_heads": 0,
     "model.decoder.context": 0,
     "model.decoder.rope_bands.ramp": "turns",  # before its group

@@ -68,14 +68,22 @@ class Vlm(NamedTuple):
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
 
     def forward(
-        self, params: Params, inputs: Inputs, cache: Cache | None = None
+        self, params: Params, inputs: Inputs, cache: Cache | None = None, kept: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it."""
+        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it.
+
+        kept: the first so many of each view's V tokens count, the others are padding: a traced V, for a compressor
+            whose elastic kind is "prefix".
+        """
         x = self.decoder.apply({"params": params["decoder"]}, inputs.tokens, method="embed")
         metadata, places = AttentionMetadata(inputs.segment, inputs.position, inputs.order), None
         if inputs.views is not None and self.visual_tokens:
             image = self.embed_views(params, inputs.views)
             x = merge_image_embeddings(image.tokens, x, inputs.visual)
+            if kept is not None:
+                first = jnp.arange(image.tokens.shape[1]) % self.visual_tokens < kept
+                image = image._replace(mask=first & (True if image.mask is None else image.mask))
+                image = image._replace(mask=jnp.broadcast_to(image.mask, image.tokens.shape[:2]))
             if image.mask is not None:
                 valid = jnp.take_along_axis(image.mask, jnp.maximum(inputs.visual, 0), axis=1)
                 metadata = masks.drop_masked(metadata, (inputs.visual < 0) | valid)
