@@ -7,6 +7,7 @@ from tests.compress import official as ref
 from vlm_jax.compress import selection
 from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence
+from vlm_jax.models import merging
 
 
 def test_golden_vision_zip():
@@ -43,3 +44,18 @@ def test_golden_divprune():
     for tokens, expected in ref.outputs(arrays, "picked").items():
         chosen = selection.choose_diverse(x, jnp.ones(x.shape[:2], bool), tokens)
         np.testing.assert_array_equal(chosen[0], expected)
+
+
+def test_golden_tome():
+    arrays = ref.read("tome")
+    x, size = jnp.asarray(arrays["x"]), jnp.ones((*arrays["x"].shape[:2], 1))
+    for step in (1, 2):
+        pairs = x.shape[1] - arrays[f"out{step}"].shape[1]
+        x, size = merging.merge(jnp.asarray(arrays[f"keys{step}"]), x, size, pairs, class_token=True)
+        ref.close(x, arrays[f"out{step}"])
+        np.testing.assert_array_equal(size, arrays[f"size{step}"])
+    x = jnp.asarray(arrays["x"][:, 1:])
+    pairs = x.shape[1] - arrays["out3"].shape[1]
+    x, size = merging.merge(jnp.asarray(arrays["keys3"]), x, jnp.ones((*x.shape[:2], 1)), pairs, class_token=False)
+    ref.close(x, arrays["out3"])
+    np.testing.assert_array_equal(size, arrays["size3"])

@@ -96,6 +96,7 @@ class Compressor(NamedTuple):
     scores_tokens: bool = False  # its stages keep what the question attends to
     for_decoder: Callable[[CompressorSpec, DecoderSpec], CompressorSpec] = same_spec  # sizes that follow the decoder
     problem: Callable[[CompressorSpec], str] = no_problem  # of sizes that only this method has; "": none
+    reads_places: bool = True  # needs the patch grid; False: a set of tokens will do
     elastic: str = "no"  # of ELASTIC: "prefix": tokens 0..m-1 of V are those of m; "ladder": weights serve every V
 
     @property

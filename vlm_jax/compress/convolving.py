@@ -53,7 +53,7 @@ def ldpv2_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
 def abstractor_defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: three blocks a stage, of width 1024 (the encoder's, for a narrower one)."""
     width = min(encoder.width, 1024)
-    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, width, 1, 3, 0)
+    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, width, 1, 3, 0)
 
 
 def init_abstractor(key: jax.Array, spec: CompressorSpec) -> Weights:

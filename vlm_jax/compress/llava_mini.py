@@ -39,7 +39,7 @@ _KERNELS: dict[str, AxisNames] = {
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: eight heads at the encoder's width, four fusion layers of the decoder's heads and MLP."""
     heads = math.gcd(8, encoder.width)
-    spec = CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, encoder.width, heads, 4, 0)
+    spec = CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, encoder.width, heads, 4, 0)
     return for_decoder(spec, decoder)
 
 

@@ -47,7 +47,7 @@ def tapped_layers(encoder: EncoderSpec) -> tuple[int, ...]:
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: the encoder's width, 8 heads (or the gcd of 8 and the width), one layer, no inner MLP."""
     width, taps = encoder.width, len(tapped_layers(encoder))
-    return CompressorSpec(name, tokens, encoder.grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0)
+    return CompressorSpec(name, tokens, encoder.token_grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0)
 
 
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:

@@ -27,7 +27,7 @@ QUERIES = 256
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: 256 queries, at the encoder's width with its number of heads (16 for CLIP-L)."""
     sizes = (encoder.width, encoder.heads, 1, 0)
-    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, *sizes, queries=QUERIES)
+    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, *sizes, queries=QUERIES)
 
 
 def mqt_tokens(grid: g.GridShape) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ _EPS = 1e-5
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: six layers, eight heads of 64 channels, an MLP of four times the encoder's width."""
     wide = 4 * encoder.width
-    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, 512, 8, 6, wide)
+    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, 512, 8, 6, wide)
 
 
 def init_perceiver(key: jax.Array, spec: CompressorSpec) -> Weights:

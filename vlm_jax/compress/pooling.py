@@ -25,7 +25,7 @@ def no_weights(key: jax.Array, spec: CompressorSpec) -> dict:
 
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """Minimal inner sizes; none of them is used."""
-    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, encoder.width, 1, 1, 0)
+    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, encoder.width, 1, 1, 0)
 
 
 def no_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:

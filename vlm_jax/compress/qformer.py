@@ -29,7 +29,7 @@ _POSITIONS = 512  # of the question
 
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: BERT's sizes, width 768, 12 heads, 12 layers."""
-    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, 768, 12, 12, 3072)
+    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, 768, 12, 12, 3072)
 
 
 def init_qformer(key: jax.Array, spec: CompressorSpec) -> Weights:

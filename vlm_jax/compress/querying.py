@@ -34,7 +34,7 @@ def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int)
     width 1024, 16 heads and MLP 4096 for So400m and CLIP-L."""
     width = min(64 * encoder.heads, encoder.width)
     return CompressorSpec(
-        name, tokens, encoder.grid, encoder.width, 0, decoder.width, width, encoder.heads, 1, 4 * width
+        name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, width, encoder.heads, 1, 4 * width
     )
 
 

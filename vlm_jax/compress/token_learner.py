@@ -25,7 +25,7 @@ _CONVS = 4
 
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: 64 inner channels."""
-    return CompressorSpec(name, tokens, encoder.grid, encoder.width, 0, decoder.width, 64, 1, 1, 0)
+    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, 64, 1, 1, 0)
 
 
 def learner_tokens(grid: g.GridShape) -> tuple[int, ...]:

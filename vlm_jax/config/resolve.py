@@ -15,6 +15,7 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, from_dict
 from vlm_jax.sizing import zoo
 
+_CHOSEN_KEYS = ("merge",)  # of the model, where the encoder's spec has them
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
 _METHOD_KEYS = ("queries", "elastic", "fusion_heads")  # of the compressor, where its method has them
@@ -62,7 +63,7 @@ def _with_rates(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(values: Mapping[str, Any]) -> ModelSpec:
-    _keys("model", values, _MODEL_KEYS)
+    _keys("model", values, (*_MODEL_KEYS, *(key for key in _CHOSEN_KEYS if key in values)))
     given = tuple(key for key in _METHOD_KEYS if key in values["compressor"])
     elastic = {"elastic": tuple(values["compressor"]["elastic"])} if "elastic" in given else {}
     _keys("model.compressor", values["compressor"], (*_COMPRESSOR_KEYS, *given))
@@ -73,16 +74,17 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     layer = values["feature_layer"]
     if not isinstance(layer, int) or not 0 <= layer <= encoder.depth:
         raise UserError(f"config field model.feature_layer: expected a block, 0 to {encoder.depth}, got {layer!r}")
-    encoder = dataclasses.replace(encoder, feature_layer=layer)
+    encoder = dataclasses.replace(encoder, feature_layer=layer, merge=tuple(values.get("merge", ())))
     encoder = dataclasses.replace(encoder_for(catalog.row(values["compressor"]["name"]), encoder), taps=taps)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
     compressor = CompressorSpec(
-        grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width,
+        grid=encoder.token_grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width,
         key_width=key_width(encoder), **{**values["compressor"], **elastic},
     )  # fmt: skip
     catalog.check(compressor)
     model = ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+    catalog.check_encoder(model)
     catalog.check_decoder(model)
     return model
 
@@ -93,6 +95,7 @@ def model_group(spec: ModelSpec) -> dict[str, Any]:
     compressor = {key: getattr(spec.compressor, key) for key in (*_COMPRESSOR_KEYS, *given)}
     return {
         "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
+        **({"merge": spec.encoder.merge} if spec.encoder.merge else {}),
         "compressor": compressor, "projector": spec.projector, "llm": spec.decoder.name,
         "vocab": 0,  # as in the zoo
         "mask": spec.mask,

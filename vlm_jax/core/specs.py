@@ -53,6 +53,7 @@ class EncoderSpec:
     shortest_edge: int = 0  # pixels of the shorter edge before a crop; 0: H
     returns: tuple[str, ...] = ()  # of RETURNS: what is returned beside tokens and taps
     attention_layer: int = 0  # block whose keys and salience are returned
+    merge: tuple[int, ...] = ()  # tokens that each block merges into others (ToMe); (): none
     salience: str = "heads"  # one softmax for each head, then their mean; or "width": one over the whole width
 
     @property
@@ -62,6 +63,11 @@ class EncoderSpec:
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """The grid of the tokens that come out: merged ones lie in one row, without places."""
+        return (1, self.patches - sum(self.merge)) if self.merge else self.grid
 
     @property
     def blocks(self) -> int:
@@ -269,6 +275,7 @@ _ADDED = {
     "model.encoder.returns": [],
     "model.encoder.attention_layer": 0,
     "model.encoder.salience": "heads",
+    "model.encoder.merge": [],
     "model.compressor.key_width": 0,
     "model.compressor.queries": 0,
     "model.compressor.elastic": [],

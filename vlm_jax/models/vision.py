@@ -17,6 +17,7 @@ from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, EncoderSpec
 from vlm_jax.core.structs import Params, Visual
+from vlm_jax.models import merging
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.grid import bicubic
@@ -135,6 +136,10 @@ class Encoder(nn.Module):
         if spec.pre_norm:
             x = self.pre_norm(x)
         x = constrain(x, _ACT)
+        if spec.merge and not self.is_initializing():
+            x = merging.run_blocks(nn.meta.unbox(self.variables["params"]["blocks"]), x, spec, self.compute.attention)
+            x = x if spec.feature_layer else self.norm(x)
+            return Visual(x[:, int(spec.class_token) :])
         # All other layers write to one spare slot, so memory grows with the taps and not with the depth.
         inner = (spec.feature_layer, spec.attention_layer - 1)
         kept = tuple(dict.fromkeys((*spec.taps, *(layer for layer in inner if layer > 0))))

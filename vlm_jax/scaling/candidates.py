@@ -75,7 +75,7 @@ def candidates(
     decoders = _decoders(family.models, llms)
     found, possible = [], set()
     for visual, beyond in _visual_sides(family.models, encoders, compressors, decoders[0][0]):
-        counts = [v for v in catalog.row(visual.compressor.name).tokens_out(visual.encoder.grid) if v > 0]
+        counts = [v for v in catalog.row(visual.compressor.name).tokens_out(visual.encoder.token_grid) if v > 0]
         possible.update(counts)
         for v in counts:
             if not tokens or v in tokens:

@@ -149,11 +149,28 @@ def encoder_flops(spec: EncoderSpec) -> float:
     2 E^2 + 2 S E each.
     """
     tokens, width = spec.patches + spec.class_token, spec.width
+    stem = 2 * spec.patches * spec.patch_size**2 * CHANNELS * width
+    if spec.merge:
+        return float(stem + _merging_blocks_flops(spec))
     block = 2 * tokens * (4 * width**2 + 2 * width * spec.mlp_width) + 4 * tokens**2 * width
     keys = 2 * tokens * width**2 if {"keys", "salience"} & set(spec.returns) else 0
     queries = (1 if spec.class_token else tokens) if "salience" in spec.returns else 0
     extra = keys + queries * (2 * width**2 + 2 * tokens * width)
-    return float(2 * spec.patches * spec.patch_size**2 * CHANNELS * width + spec.blocks * block + extra)
+    return float(stem + spec.blocks * block + extra)
+
+
+def _merging_blocks_flops(spec: EncoderSpec) -> float:
+    """Blocks that merge tokens: attention on S of them, the likeness of A and B at the width of a head, sums of r
+    tokens (E and their sizes) into B, the MLP on S - r."""
+    tokens, width, total = spec.patches + spec.class_token, spec.width, 0.0
+    for pairs in spec.merge:
+        total += 8 * tokens * width**2 + 4 * tokens**2 * width
+        if pairs:
+            odd = tokens // 2
+            total += 2 * (tokens - odd) * odd * (width // spec.heads) + 2 * pairs * odd * (width + 1)
+        tokens -= pairs
+        total += 4 * tokens * width * spec.mlp_width
+    return total
 
 
 def pass_flops(spec: DecoderSpec, tokens: Number, keys: Number, logits: Number) -> Pass:
