@@ -38,7 +38,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c = ConfigDict()
     encoder, llm = zoo.encoder(arg.encoder), zoo.decoder(arg.llm)
-    c.model = model_group(catalog.model_spec(encoder, arg.compressor, arg.tokens, llm))
+    model = catalog.model_spec(encoder, arg.compressor, arg.tokens, llm)
+    c.model = model_group(model)
     c.encoder_checkpoint = c.decoder_checkpoint = ""
     c.data = dict(
         dataset="glyph_ocr",
@@ -47,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         test_split="test",
         batch_examples=arg.batch,
         questions_per_example=1,
-        text_tokens=arg.sequence - arg.tokens,
+        text_tokens=arg.sequence - catalog.entering(model.compressor),
         frozen_features=False,
         tokenizer="",
     )
@@ -65,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.compute = dict(
         dtype="bfloat16",
         remat="block",
-        attention="splash",
+        attention="xla" if catalog.hides_tokens(model) else "splash",
         microbatches=1,
         strategy="fsdp",
         mesh=(1, -1, arg.tensor),

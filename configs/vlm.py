@@ -57,7 +57,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = ConfigDict()
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
-    c.model = model_group(catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear"))
+    model = catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear")
+    c.model = model_group(model)
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
     c.decoder_checkpoint = ""
     c.data = dict(
@@ -68,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
         batch_examples=32,
         questions_per_example=questions,
         text_tokens=questions * pair_tokens,
-        frozen_features=True,
+        frozen_features=not model.encoder.returns,  # stored features are tokens and taps
         tokenizer="",
     )
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)

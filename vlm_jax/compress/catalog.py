@@ -63,6 +63,11 @@ def stages(model: ModelSpec) -> tuple[DropStage, ...]:
     return row(model.compressor.name).stages(model.compressor, model.decoder.depth)
 
 
+def hides_tokens(model: ModelSpec) -> bool:
+    """Whether some visual tokens are hidden from what follows them, which no fused kernel can express."""
+    return model.compressor is not None and bool(row(model.compressor.name).segments(model.compressor))
+
+
 def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
     """Whether questions about one image can share its tokens in a training row: with a causal mask, a question-
     independent compressor and no fused kernel, which would compare segments.
@@ -176,7 +181,7 @@ def check_decoder(model: ModelSpec) -> None:
             f"compressor {name!r}: expected a decoder with layers before and behind each of its stages (behind layers "
             f"{', '.join(map(str, cuts[1:-1]))}), got {model.decoder.name} with {depth} layers"
         )
-    if row(name).segments(model.compressor) and model.mask != "causal":
+    if hides_tokens(model) and model.mask != "causal":
         raise UserError(f"compressor {name!r}: expected model.mask=causal, got {model.mask}")
 
 

@@ -29,8 +29,14 @@ FASTV_LAYERS, VICTOR_LAYERS, PYRAMID_STAGES = 2, 3, 3
 
 
 def defaults(name: str, depth: int, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """Minimal inner sizes, and `depth` layers or stages."""
-    return dataclasses.replace(pooling.defaults(name, encoder, decoder, tokens), depth=depth)
+    """Minimal inner sizes, and `depth` layers or stages, or as many as the decoder has layers to spare."""
+    spec = dataclasses.replace(pooling.defaults(name, encoder, decoder, tokens), depth=depth)
+    return for_decoder(spec, decoder)
+
+
+def for_decoder(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
+    """The spec with stages that fit into another decoder."""
+    return dataclasses.replace(spec, depth=max(1, min(spec.depth, decoder.depth - 1)))
 
 
 def fewer_tokens(grid: GridShape) -> tuple[int, ...]:

@@ -117,17 +117,20 @@ ROWS: dict[str, Compressor] = {
         pooling.no_weights, pooling.keep_all, language_side.fewer_tokens, language_side.all_projected,
         partial(language_side.defaults, "fastv", language_side.FASTV_LAYERS), entering=all_patches,
         stages=language_side.fastv_stages, scores_tokens=True, elastic="ladder", reads_places=False,
+        for_decoder=language_side.for_decoder,
     ),
     "pyramiddrop": Compressor(
         pooling.no_weights, pooling.keep_all, language_side.fewer_tokens, language_side.all_projected,
         partial(language_side.defaults, "pyramiddrop", language_side.PYRAMID_STAGES), entering=all_patches,
         stages=language_side.pyramid_stages, scores_tokens=True, elastic="ladder", reads_places=False,
+        for_decoder=language_side.for_decoder,
     ),
     "victor": Compressor(
         language_side.init_learned, language_side.append_learned, language_side.fewer_tokens,
         language_side.all_projected, partial(language_side.defaults, "victor", language_side.VICTOR_LAYERS),
         frozenset({"tokens", "project"}), entering=language_side.with_learned, stages=language_side.victor_stages,
         reads_places=False,
+        for_decoder=language_side.for_decoder,
     ),
     "voco": Compressor(
         language_side.init_learned, language_side.append_learned, language_side.fewer_tokens,

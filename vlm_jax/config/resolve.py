@@ -120,8 +120,7 @@ def _check(spec: RunSpec) -> None:
             f"config field compute.attention=splash: expected model.mask=causal, got {spec.model.mask}: set "
             "compute.attention=xla"
         )
-    method = catalog.row(spec.model.compressor.name)
-    if method.segments(spec.model.compressor) and spec.compute.attention != "xla":
+    if catalog.hides_tokens(spec.model) and spec.compute.attention != "xla":
         raise UserError(
             f"config field compute.attention: expected xla for compressor {spec.model.compressor.name}, got "
             f"{spec.compute.attention}"

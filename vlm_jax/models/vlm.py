@@ -17,6 +17,7 @@ from vlm_jax.core.structs import AttentionMetadata, Cache, Evidence, Inputs, Par
 from vlm_jax.models import connector, stages
 from vlm_jax.models.cache import init_cache, take_cache
 from vlm_jax.models.decoder import Decoder, Head, head
+from vlm_jax.models.questions import merge_questions, question_index
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import masks, pixels
 
@@ -80,6 +81,10 @@ class Vlm(NamedTuple):
         if inputs.views is not None and self.visual_tokens:
             image = self.embed_views(params, inputs.views)
             x = merge_image_embeddings(image.tokens, x, inputs.visual)
+            if image.question is not None:
+                ids = inputs.views.question
+                index = question_index(inputs.tokens, inputs.visual, inputs.segment, ids, self.visual_tokens)
+                x = merge_questions(x, image.question.reshape(*ids.shape, -1), index)
             if kept is not None:
                 first = jnp.arange(image.tokens.shape[1]) % self.visual_tokens < kept
                 image = image._replace(mask=first & (True if image.mask is None else image.mask))
