@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm_jax.compress import layers
+from vlm_jax.compress import layers, published_init
 from vlm_jax.compress.contract import Cost
 from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import NORM, POSITION, VISION
@@ -51,12 +51,13 @@ def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int)
 
 
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
-    shared, query = jax.random.split(key)
-    return {
+    shared, query, values = jax.random.split(key, 3)
+    weights = {
         "query": layers.without_bias(layers.init_linear(query, spec.encoder_width, spec.width)),
         "query_norm": layers.init_norm(spec.width),
         **_init_cells(shared, spec),
     }
+    return published_init.draw(weights, values, published_init.truncated_normal)
 
 
 def tokenpacker(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
@@ -73,9 +74,9 @@ def tokenpacker_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
 
 
 def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
-    shared, text, query, down = jax.random.split(key, 4)
+    shared, text, query, down, values = jax.random.split(key, 5)
     cell = spec.grid[0] * spec.grid[1] // spec.tokens
-    return {
+    weights = {
         "text": layers.init_linear(text, spec.text_width, spec.encoder_width, layers.OF_TEXT),
         "text_norm": layers.init_norm(spec.encoder_width),
         "query": layers.init_mlp(query, spec.encoder_width, spec.width, spec.width),
@@ -83,6 +84,7 @@ def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
         "down": {"kernel": dense(down, (cell, spec.width), (POSITION, VISION)), "bias": zeros((spec.width,), (NORM,))},
         **_init_cells(shared, spec),
     }
+    return published_init.draw(weights, values, published_init.torch_default)
 
 
 def quecc(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
