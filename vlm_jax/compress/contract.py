@@ -69,6 +69,11 @@ def no_problem(spec: CompressorSpec) -> str:
     return ""
 
 
+def without_mlp(spec: CompressorSpec) -> str:
+    """The problem of a method whose layers have an MLP."""
+    return f"mlp_width={spec.mlp_width} must be at least 1" if spec.mlp_width < 1 else ""
+
+
 def no_segments(spec: CompressorSpec) -> tuple[int, ...]:
     return ()
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
+from vlm_jax.compress.contract import Cost, without_mlp
 from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import EMBED, HEAD_DIM, HEADS, MLP, NORM, POSITION, VISION
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
@@ -52,7 +52,7 @@ def for_decoder(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
 def problem(spec: CompressorSpec) -> str:
     if spec.fusion_heads < 1 or spec.text_width % (2 * spec.fusion_heads):
         return f"fusion_heads={spec.fusion_heads} must divide half of the decoder's width, {spec.text_width}"
-    return ""
+    return without_mlp(spec)
 
 
 def init_llava_mini(key: jax.Array, spec: CompressorSpec) -> Weights:

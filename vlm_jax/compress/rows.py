@@ -15,7 +15,7 @@ from vlm_jax.compress import (
     selection,
     token_learner,
 )
-from vlm_jax.compress.contract import Compressor, all_patches, inner_width
+from vlm_jax.compress.contract import Compressor, all_patches, inner_width, without_mlp
 from vlm_jax.ops.grid import square_tokens
 
 ROWS: dict[str, Compressor] = {
@@ -66,15 +66,18 @@ ROWS: dict[str, Compressor] = {
     "perceiver": Compressor(
         perceiver.init_perceiver, perceiver.perceiver, querying.resampler_tokens, perceiver.perceiver_cost,
         partial(perceiver.defaults, "perceiver"), reads_places=False,
+        problem=without_mlp,
     ),
     "qformer": Compressor(
         qformer.init_qformer, qformer.qformer, querying.resampler_tokens, qformer.qformer_cost,
         partial(qformer.defaults, "qformer"), output_width=inner_width, projector="linear", reads_places=False,
+        problem=without_mlp,
     ),
     "qformer_question": Compressor(
         qformer.init_with_question, qformer.qformer, querying.resampler_tokens, qformer.with_question_cost,
         partial(qformer.defaults, "qformer_question"), frozenset({"tokens", "question_tokens"}),
         output_width=inner_width, projector="linear", reads_places=False,
+        problem=without_mlp,
     ),
     "mqt": Compressor(
         mqt.init_mqt, mqt.mqt, mqt.mqt_tokens, mqt.mqt_cost, partial(mqt.defaults, "mqt"), projector="linear",
