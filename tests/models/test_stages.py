@@ -11,7 +11,6 @@ from tests import builders
 from vlm_jax.compress import catalog, contract
 from vlm_jax.core.structs import Inputs, Views, Visual
 from vlm_jax.inference import sampling
-from vlm_jax.models import stages
 from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import compression, cost
@@ -168,8 +167,7 @@ def products(function, *arguments):
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_prefill_flops_are_those_of_the_program(name, monkeypatch):
-    monkeypatch.setattr(stages, "READERS", 1)  # one question, one reader
+def test_prefill_flops_are_those_of_the_program(name):
     model, params = unrolled(*built(name))
     text = 5
     length = model.visual_tokens + text

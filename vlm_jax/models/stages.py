@@ -34,6 +34,7 @@ class VisualPlaces(NamedTuple):
     segment: Int[Array, "B M"]  # of each view's tokens; 0: not in the row
     reads: Bool[Array, "B L"]  # tokens that precede an answer
     tokens: int  # of each view
+    readers: int  # at most, of a conversation: one where nothing but a prompt is in the row
 
 
 def visual_places(
@@ -50,11 +51,11 @@ def visual_places(
     segment = jnp.max(jnp.where(is_view, metadata.segment[:, None], 0), axis=-1)
     if weight is not None:
         before = jnp.pad(weight[:, :-1], ((0, 0), (1, 0)))
-        return VisualPlaces(view, segment, (weight > 0) & (before == 0), tokens)
+        return VisualPlaces(view, segment, (weight > 0) & (before == 0), tokens, READERS)
     length = visual.shape[1]
     mine = metadata.segment[:, None] == jnp.where(segment == 0, -1, segment)[..., None]
     last = length - 1 - jnp.argmax(mine[..., ::-1], axis=-1)
-    return VisualPlaces(view, segment, jnp.any((last[..., None] == jnp.arange(length)) & mine, axis=1), tokens)
+    return VisualPlaces(view, segment, jnp.any((last[..., None] == jnp.arange(length)) & mine, axis=1), tokens, 1)
 
 
 def lengths(stages: tuple[DropStage, ...], length: int, views: int, entering: int) -> tuple[int, ...]:
@@ -84,7 +85,7 @@ def attention_scores(
     (parameters `block`) at its input x: the softmax over the row, the mean over heads and then over readers.
     """  # fmt: skip
     mine = places.reads[:, None] & (metadata.segment[:, None] == places.segment[..., None])
-    count = min(READERS, x.shape[1])
+    count = min(places.readers, x.shape[1])
     found, index = jax.lax.top_k(mine.astype(jnp.int32), count)  # the first ones
     flat = index.reshape(index.shape[0], -1)
     queries = AttentionMetadata(*(jnp.take_along_axis(leaf, flat, axis=1) for leaf in metadata))
