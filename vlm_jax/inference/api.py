@@ -49,7 +49,7 @@ def forward(
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, answer, ids)
     (rows, length), config = inputs.tokens.shape, (model.spec, model.compute, model.plan)
-    inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
+    inputs = host.put(host.to_bucket(inputs, model), model.plan)
     hidden = programs.hidden_program(*config)(model.params, inputs)
     return programs.logits_program(*config)(model.params, hidden[:, :length])[:rows]
 
@@ -87,7 +87,7 @@ def _decode(
     max_new_tokens = _new_tokens(model, inputs, max_new_tokens)
     rows, max_new = inputs.tokens.shape[0], host.bucket(max_new_tokens)
     config, kind = (model.spec, model.compute, model.plan), "greedy" if temperature == 0 else "sampled"
-    inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
+    inputs = host.put(host.to_bucket(inputs, model), model.plan)
     settings = (np.int32(max_new_tokens), jax.random.key(seed), temperature, top_p)
     try:
         prefilled = programs.prefill_program(*config, max_new)(model.params, inputs)
