@@ -1,6 +1,7 @@
 """A user's mistake is one line that names the fix."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,13 @@ def test_an_encoder_without_what_a_row_reads_is_one_line(settings, message):
     config.update_from_flattened_dict(settings)
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+def test_the_readme_names_every_row():
+    text = (ROOT / "README.md").read_text()
+    listed = {}
+    for line in text[text.index("## Compressors") : text.index("## The data")].splitlines():
+        if line.startswith("| `"):
+            names, _, question, elastic, _ = line.strip("| ").split(" | ")
+            listed |= dict.fromkeys(re.findall("`([a-z0-9_]+)`", names), (question == "yes", elastic == "yes"))
+    assert listed == {name: (row.query_dependent, row.elastic != "no") for name, row in catalog.ROWS.items()}
