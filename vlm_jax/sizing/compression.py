@@ -1,9 +1,10 @@
 """What the cost of a model needs to know about its compressor, from its catalog row.
 
-The catalog is imported inside the functions: it imports jax, which most callers of `sizing.cost` do not need.
+The catalog is imported when it is first used: it imports jax, which most callers of `sizing.cost` do not need.
 """
 
 import functools
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vlm_jax.core.specs import CompressorSpec, DropStage, ModelSpec
@@ -16,11 +17,16 @@ LayerTokens = tuple[
 ]  # (layers, visual tokens of an image there), from the decoder's first layer on
 
 
-def row(model: ModelSpec) -> "Compressor":
-    """The compressor's row."""
+@functools.cache
+def _catalog() -> ModuleType:
     from vlm_jax.compress import catalog
 
-    return catalog.row(model.compressor.name)
+    return catalog
+
+
+def row(model: ModelSpec) -> "Compressor":
+    """The compressor's row."""
+    return _catalog().row(model.compressor.name)
 
 
 def output_width(model: ModelSpec) -> int:
@@ -31,16 +37,12 @@ def output_width(model: ModelSpec) -> int:
 @functools.lru_cache(maxsize=100_000)
 def compressor_cost(spec: CompressorSpec, question_tokens: int | float = 0) -> "Cost":
     """Forward FLOPs of one image and one question through the compressor, without question pass and projector."""
-    from vlm_jax.compress import catalog
-
-    return catalog.row(spec.name).cost(spec, question_tokens)
+    return _catalog().row(spec.name).cost(spec, question_tokens)
 
 
 def stages(model: ModelSpec) -> tuple[DropStage, ...]:
     """The stages at which tokens leave the decoder."""
-    from vlm_jax.compress import catalog
-
-    return catalog.stages(model)
+    return _catalog().stages(model)
 
 
 def alive(model: ModelSpec) -> LayerTokens:
@@ -56,8 +58,8 @@ def cached(model: ModelSpec) -> LayerTokens:
     """The visual tokens that layers keep for decoding."""
     from vlm_jax.ops.masks import HIDDEN
 
-    hidden = row(model).segments(model.compressor).count(HIDDEN)
-    return tuple((layers, tokens - hidden) for layers, tokens in alive(model))
+    segments = row(model).segments(model.compressor)
+    return tuple((layers, tokens - segments.count(HIDDEN)) for layers, tokens in alive(model))
 
 
 def entering(model: ModelSpec) -> int:

@@ -199,14 +199,19 @@ def _pass_by_layers(
     decoder: DecoderSpec, parts: tuple[tuple[int, int], ...], one: Callable[[DecoderSpec, int], Pass]
 ) -> Pass:
     """The sum of `one(decoder of that many layers, visual tokens)`; the head counts once."""
+    if len(parts) == 1:
+        return one(decoder, parts[0][1])
     passes = [one(dataclasses.replace(decoder, depth=layers), tokens) for layers, tokens in parts]
     return Pass(sum(part.layers for part in passes), sum(part.attention for part in passes), passes[-1].head)
 
 
 def _score_flops(model: ModelSpec, text_tokens: Number) -> Pass:
     """Of the stages that score: one query of the layer, the keys of all tokens that enter the stage, their products."""
-    decoder, alive, products = model.decoder, compression.entering(model), Pass(0.0, 0.0, 0.0)
-    for stage in compression.stages(model):
+    products, cuts = Pass(0.0, 0.0, 0.0), compression.stages(model)
+    if not cuts:
+        return products
+    decoder, alive = model.decoder, compression.entering(model)
+    for stage in cuts:
         if stage.score == "attention":
             keys, heads = alive + text_tokens, decoder.heads * decoder.head_dim
             projected = heads + keys * decoder.kv_heads * decoder.head_dim
