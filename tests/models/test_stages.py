@@ -204,3 +204,15 @@ def test_stages_as_published():
     fastv = dataclasses.replace(spec, name="fastv", tokens=288, depth=2)
     (cut,) = catalog.row("fastv").stages(fastv, 32)
     assert (cut.layer, cut.keep, cut.scored_by) == (2, 288, 1)
+
+
+def test_questions_share_a_summary():
+    """Two questions behind one image and its summary have the states of each alone."""
+    model, params = built("voco")
+    packed = builders.inputs(rows=2, questions=2, visual_tokens=model.visual_tokens)
+    shared = builders.share_image(packed, model.visual_tokens)
+    hidden = jax.jit(lambda inputs: model.forward(params, inputs)[0])
+    together = hidden(shared)
+    for segment, one in enumerate(builders.apart(packed), start=1):
+        text = np.asarray(one.visual) < 0
+        np.testing.assert_allclose(together[shared.segment == segment], hidden(one)[text], atol=2e-5)
