@@ -21,6 +21,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import parse_arg
 from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
+from vlm_jax.core.specs import ModelSpec
 from vlm_jax.sizing import zoo
 
 SEQUENCE = 2048  # image and text together, as in LLaVA
@@ -47,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         tokenizer="",  # default: llm_checkpoint
         format="",  # default: v1 for Vicuna, llama_2 for Llama 2, else the tokenizer's own template
         pretrain_format="",  # default: as `format`; plain is LLaVA's
-        pack="fit",  # or none: one conversation a row
+        pack="",  # fit, or none: one conversation a row; default: fit where the compressor allows it
         batch=0,  # rows; default: about the recipe's conversations, at least one row a device
         devices=16,
         tensor=16,  # devices of the mesh axis `tensor`: best a side of the pod's torus
@@ -59,9 +60,11 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("stage", arg.stage, ("0", "1", "2"))
     c = ConfigDict()
     encoder, llm = zoo.encoder(arg.encoder), zoo.decoder(arg.llm)
-    c.model = model_group(catalog.model_spec(encoder, arg.compressor, arg.tokens, llm))
+    model = catalog.model_spec(encoder, arg.compressor, arg.tokens, llm)
+    c.model = model_group(model)
     c.encoder_checkpoint, c.decoder_checkpoint, c.connector_checkpoint = arg.encoder_checkpoint, arg.llm_checkpoint, ""
-    first, second = (_rows(stage, arg) for stage in (1, 2))
+    arg.pack = arg.pack or ("none" if catalog.hides_tokens(model) else "fit")
+    first, second = (_rows(stage, arg, model) for stage in (1, 2))
     chat = arg.format or FORMATS.get(zoo.family(arg.llm), "template")
     c.data = dict(
         train=(dict(source="llava", path=arg.data, images=arg.images),),
@@ -96,7 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.compute = dict(
         dtype="bfloat16",
         remat="block",
-        attention="splash",
+        attention="xla" if catalog.hides_tokens(model) else "splash",
         microbatches=1,
         strategy="fsdp",
         mesh=(1, -1, arg.tensor),
@@ -118,10 +121,12 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def _rows(stage: int, arg: ConfigDict) -> dict[str, int]:
-    """Rows of a batch, and images of a row: those that usually fit, and half more, for rows of short texts."""
+def _rows(stage: int, arg: ConfigDict, model: ModelSpec) -> dict[str, int]:
+    """Rows of a batch, and images of a row: those that usually fit, and half more, for rows of short texts; not so
+    where tokens leave inside the decoder, since a row has room for those of all its images."""
     if arg.pack == "none":
         return dict(batch_rows=max(arg.batch or EXAMPLES[stage], arg.devices), row_images=1)
-    in_row = arg.sequence / (arg.tokens + TEXT_TOKENS[stage])
+    in_row = arg.sequence / (catalog.entering(model.compressor) + TEXT_TOKENS[stage])
     rows = arg.batch or arg.devices * max(1, round(EXAMPLES[stage] / in_row / arg.devices))
-    return dict(batch_rows=rows, row_images=max(1, math.ceil(1.5 * in_row)))
+    images = math.floor(in_row) if catalog.leaving(model) else math.ceil(1.5 * in_row)
+    return dict(batch_rows=rows, row_images=max(1, images))

@@ -58,7 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = ConfigDict()
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
-    c.model = model_group(catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear"))
+    model = catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear")
+    c.model = model_group(model)
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
     c.decoder_checkpoint = c.connector_checkpoint = ""
     source = dict(source=GLYPHS, path=arg.family, config=arg.data or data, name=arg.family, separate=True)
@@ -68,10 +69,10 @@ def get_config(arg: str = "") -> ConfigDict:
         format="prefix",
         pack="none",
         batch_rows=32,
-        row_tokens=arg.tokens + questions * pair_tokens,
+        row_tokens=catalog.entering(model.compressor) + questions * pair_tokens,
         row_images=1,
         questions_per_example=questions,
-        frozen_features=True,
+        frozen_features=not model.encoder.returns,  # stored features are tokens and taps
         tokenizer="",
         long="drop",
         max_bad_share=0.0,

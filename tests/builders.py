@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
+from vlm_jax.compress import catalog, contract
+from vlm_jax.core.specs import ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import AttentionMetadata, Inputs, Views
 from vlm_jax.models.vlm import Vlm
 
@@ -24,8 +25,16 @@ def compute(**fields: object) -> ComputeSpec:
 def model(compressor: str = "resampler", tokens: int = 4, mask: str = "causal", **decoder: object) -> ModelSpec:
     """A model of a few thousand parameters."""
     dec = dataclasses.replace(DECODER, **decoder)
-    spec = CompressorSpec(compressor, tokens, ENCODER.grid, ENCODER.width, len(ENCODER.taps), dec.width, 16, 2, 1, 24)
-    return ModelSpec(ENCODER, spec, "linear", dec, mask)
+    method = catalog.row(compressor)
+    encoder = dataclasses.replace(contract.encoder_for(method, ENCODER), taps=ENCODER.taps)
+    sizes = {"taps": len(ENCODER.taps), "width": 16, "heads": 2, "depth": 1, "mlp_width": 24}
+    spec = dataclasses.replace(method.defaults(encoder, dec, tokens), key_width=contract.key_width(encoder), **sizes)
+    return ModelSpec(encoder, spec, "linear", dec, mask)
+
+
+def nearest_tokens(compressor: str, tokens: int) -> int:
+    """The V of the method nearest to this one, on the grid of `ENCODER`."""
+    return min(catalog.row(compressor).tokens_out(ENCODER.grid), key=lambda v: abs(v - tokens))
 
 
 def inputs(

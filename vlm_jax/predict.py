@@ -59,6 +59,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     import jax
+    import numpy as np
     from rich.console import Console
     from rich.progress import DownloadColumn, MofNCompleteColumn
 
@@ -82,8 +83,8 @@ def main(argv: list[str]) -> None:
         indices, pixels = token_maps.shown(model), fit(images[:1], model.spec.encoder)
         with _progress("token maps", MofNCompleteColumn()) as on_token:
             reads_question = catalog.row(model.spec.compressor.name).query_dependent and args.prompt is not None
-            vector = api.question_vector(model, args.prompt) if reads_question else None
-            shares = token_maps.patch_shares(model, pixels, indices, vector, on_token)
+            question = np.array([api.question_ids(model, args.prompt)]) if reads_question else None
+            shares = token_maps.patch_shares(model, pixels, indices, question, on_token)
         token_maps.draw(model, pixels, shares, indices, args.show_tokens)
     if args.prompt is not None:
         console = Console(stderr=True)

@@ -1,12 +1,19 @@
 """A user's mistake is one line that names the fix."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from vlm_jax.compress import catalog
+from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CompressorSpec
+from vlm_jax.sizing import zoo
+
+ROOT = Path(__file__).parents[2]
 
 GOOD = CompressorSpec("quecc", 8, (8, 8), 16, taps=2, text_width=12, width=24, heads=4, depth=1, mlp_width=0)
 
@@ -23,7 +30,17 @@ GOOD = CompressorSpec("quecc", 8, (8, 8), 16, taps=2, text_width=12, width=24, h
         ({"heads": 5}, "width=24 is not a multiple of heads=5"),
         ({"heads": 0}, "heads=0 must be at least 1"),
         ({"taps": -1}, "taps=-1 must be at least 0"),
-        ({"text_width": 0}, "'quecc' reads the question: text_width=0"),
+        ({"name": "perceiver", "mlp_width": 0}, "'perceiver': mlp_width=0 must be at least 1"),
+        ({"name": "mqt", "queries": 10}, "'mqt': queries=10 must be a square of at least tokens=8"),
+        (
+            {"name": "llava_mini", "tokens": 4, "fusion_heads": 5},
+            "fusion_heads=5 must divide half of the decoder's width",
+        ),
+        ({"name": "pixel_shuffle", "tokens": 5}, "possible: 1, 4, 16, 64$"),
+        ({"name": "c_abstractor", "tokens": 5}, "possible: 1, 4, 9, 16, 25, 36, 49, 64$"),
+        ({"name": "prumerge_plus", "tokens": 4}, "nearest possible: 3, 5"),
+        ({"name": "fastv", "tokens": 64}, r"nearest possible: 56, .*, 63 \(of 63, 1 to 63\)$"),
+        ({"text_width": 0}, "'quecc' needs the decoder: text_width=0"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused_in_one_line(change, message):
@@ -35,3 +52,53 @@ def test_a_spec_that_cannot_be_is_refused_in_one_line(change, message):
 
 def test_a_method_that_does_not_read_the_question_needs_no_width_of_it():
     catalog.check(dataclasses.replace(GOOD, name="tokenpacker", text_width=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "message"),
+    [
+        (
+            "fastv",
+            4,
+            r"expected a decoder with layers before and behind each of its stages \(behind layers 4\), got .* 4",
+        ),
+        ("victor", 9, r"behind layers 9\), got d48 with 4 layers"),
+        ("pyramiddrop", 6, r"behind layers 0, 1, 1, 2, 2, 3\), got d48 with 4 layers"),
+    ],
+)
+def test_stages_beyond_the_depth_are_one_line(name, depth, message):
+    decoder = dataclasses.replace(zoo.decoder("d48"), depth=4)
+    model = catalog.model_spec(zoo.encoder("siglip-b16-224"), name, 4, decoder)
+    changed = dataclasses.replace(model, compressor=dataclasses.replace(model.compressor, depth=depth))
+    with pytest.raises(UserError, match=message) as caught:
+        catalog.check_decoder(changed)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_follows_a_summary_needs_a_causal_mask():
+    with pytest.raises(UserError, match=r"'voco': expected model\.mask=causal, got prefix"):
+        catalog.model_spec(zoo.encoder("siglip-b16-224"), "voco", 4, zoo.decoder("d48"), mask="prefix")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.frozen_features": True}, "reads keys, salience, which stored features do not have: set data.frozen"),
+        ({"model.compressor.tokens": 65}, r"cannot give tokens=65 .* nearest possible: 57"),
+    ],
+)
+def test_an_encoder_without_what_a_row_reads_is_one_line(settings, message):
+    config = load_config(f"{ROOT / 'configs' / 'vlm.py'}:compressor=vision_zip")
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_the_readme_names_every_row():
+    text = (ROOT / "README.md").read_text()
+    listed = {}
+    for line in text[text.index("## Compressors") : text.index("## The data")].splitlines():
+        if line.startswith("| `"):
+            names, _, question, elastic, _ = line.strip("| ").split(" | ")
+            listed |= dict.fromkeys(re.findall("`([a-z0-9_]+)`", names), (question == "yes", elastic == "yes"))
+    assert listed == {name: (row.query_dependent, row.elastic != "no") for name, row in catalog.ROWS.items()}

@@ -11,7 +11,7 @@ from scipy.special import erf
 
 from vlm_jax.compress import catalog, querying
 from vlm_jax.core.specs import CompressorSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence
 
 B, E, D, WIDTH, HEADS, GRID = 2, 6, 5, 8, 2, (4, 6)
 PATCHES = GRID[0] * GRID[1]
@@ -32,13 +32,13 @@ def _case(spec, masked, seed=0):
     mask = rng.random((B, h * w)) < 0.6 if masked else None
     if masked:
         mask.reshape(B, h, w)[0, : h // 2, : w // 2] = False
-    return weights, Visual(tokens, taps, mask), text
+    return weights, Evidence(tokens, mask, taps), text
 
 
 def _run(spec, weights, visual, text):
     to_float32 = lambda x: jnp.asarray(x, None if x.dtype == bool else jnp.float32)  # noqa: E731
     weights, visual, text = jax.tree.map(to_float32, (weights, visual, text))
-    return _jitted(spec)(weights, visual, text)
+    return _jitted(spec)(weights, visual._replace(question_vector=text))
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def _assert_equals(out, want, real=None):
 
 
 def linear(w, x):
-    return x @ w["kernel"] + w["bias"]
+    return x @ w["kernel"] + w.get("bias", 0)
 
 
 def norm(w, x):
@@ -213,7 +213,7 @@ def test_quecc(tokens, shape, taps, masked):
 def test_a_local_token_reads_its_own_cell_alone(name, tokens, shape):
     spec = _spec(name, tokens, taps=2)
     weights, visual, text = _case(spec, masked=False)
-    token_sums = lambda t, z: _run(spec, weights, Visual(t, z), text).tokens[0].sum(-1)  # noqa: E731
+    token_sums = lambda t, z: _run(spec, weights, Evidence(t, taps=z), text).tokens[0].sum(-1)  # noqa: E731
     inputs = (jnp.asarray(x, jnp.float32) for x in (visual.tokens, visual.taps))
     by_tokens, by_taps = map(np.asarray, jax.jit(jax.jacrev(token_sums, (0, 1)))(*inputs))
     for v, cell in enumerate(_cells(GRID, shape)):
@@ -229,7 +229,7 @@ def test_moving_whole_cells_moves_the_tokens_with_them(name):
     move = np.zeros(PATCHES, int)
     for new, old in enumerate(order):
         move[cells[new]] = cells[old]
-    moved = Visual(visual.tokens[:, move], visual.taps[:, :, move], visual.mask[:, move])
+    moved = Evidence(visual.tokens[:, move], visual.mask[:, move], visual.taps[:, :, move])
     before, after = (_run(spec, weights, v, text) for v in (visual, moved))
     np.testing.assert_allclose(after.tokens, before.tokens[:, order], atol=1e-5)
     assert (after.mask == before.mask[:, order]).all()
@@ -241,12 +241,12 @@ def test_the_resampler_sees_a_set_of_patches_at_positions():
     weights, visual, text = _case(spec, masked=False)
     rng = np.random.default_rng(5)
     move, order = rng.permutation(PATCHES), rng.permutation(4)
-    moved = Visual(visual.tokens[:, move])
-    before = _run(spec, weights, Visual(visual.tokens), text).tokens
+    moved = Evidence(visual.tokens[:, move])
+    before = _run(spec, weights, Evidence(visual.tokens), text).tokens
     same = _run(spec, weights | {"place": weights["place"][:, :, move]}, moved, text).tokens
     other = _run(spec, weights, moved, text).tokens
     turned = {name: weights[name][order] for name in ("queries", "place")}
-    turned = _run(spec, weights | turned, Visual(visual.tokens), text).tokens
+    turned = _run(spec, weights | turned, Evidence(visual.tokens), text).tokens
     np.testing.assert_allclose(same, before, atol=1e-4)
     np.testing.assert_allclose(turned, before[:, order], atol=1e-5)
     assert np.abs(other - before).max() > 0.01
@@ -259,7 +259,7 @@ def test_pool_ignores_order_inside_a_bin():
     for cell in _cells(GRID, (2, 3)):
         move[cell] = np.random.default_rng(cell[0]).permutation(cell)
     before = _run(spec, weights, visual, text)
-    after = _run(spec, weights, Visual(visual.tokens[:, move], mask=visual.mask[:, move]), text)
+    after = _run(spec, weights, Evidence(visual.tokens[:, move], mask=visual.mask[:, move]), text)
     np.testing.assert_allclose(after.tokens, before.tokens, atol=1e-5)
 
 

@@ -23,7 +23,6 @@ from vlm_jax.training import loss
 from vlm_jax.training import step as training_step
 
 QWEN = dict(qkv_bias=True, tied_head=False, width=32, vocab=64)  # Qwen 2.5 in small
-TOKENS = {"none": 16, "blind": 0}  # of the compressors that leave no choice; 4 for the others
 RATE = 0.1
 
 
@@ -49,7 +48,9 @@ def test_a_table_covers_every_name_and_no_other(strategy: str) -> None:
 @pytest.mark.parametrize("compressor", catalog.ROWS)
 def test_every_axis_of_every_parameter_is_named(compressor: str) -> None:
     """A known name for each axis longer than one, none twice: two axes cannot live on the same mesh axis."""
-    shapes = builders.boxed_shapes(Vlm(builders.model(compressor, TOKENS.get(compressor, 4), **QWEN), builders.COMPUTE))
+    shapes = builders.boxed_shapes(
+        Vlm(builders.model(compressor, builders.nearest_tokens(compressor, 4), **QWEN), builders.COMPUTE)
+    )
     leaves, named = tree.flatten(nn.meta.unbox(shapes)), axis_names(shapes)
     for path, names in named.items():
         assert len(names) == leaves[path].ndim, path

@@ -241,8 +241,8 @@ def test_shares_follow_the_question(folders: dict[str, Path]) -> None:
     image = peers_answers.pictures()[:1].astype(np.float32) / 255
     with pytest.raises(UserError, match="--prompt"):
         token_maps.patch_shares(model, image, np.arange(1))
-    vectors = [api.question_vector(model, question) for question in peers_answers.QUESTIONS[:2]]
-    one, other = (token_maps.patch_shares(model, image, np.arange(1), vector) for vector in vectors)
+    questions = [np.array([api.question_ids(model, question)]) for question in peers_answers.QUESTIONS[:2]]
+    one, other = (token_maps.patch_shares(model, image, np.arange(1), question) for question in questions)
     assert np.abs(one - other).max() > 1e-6
 
 

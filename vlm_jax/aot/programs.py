@@ -22,8 +22,9 @@ from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
-from vlm_jax.models.cache import CACHE_AXES, init_cache
+from vlm_jax.models.cache import CACHE_AXES, pad_cache
 from vlm_jax.models.vlm import Vlm
+from vlm_jax.sizing import compression
 
 MODES = ("train", "prefill", "decode")
 # Examples, for suggestions.
@@ -113,8 +114,8 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 def _train_inputs(spec: RunSpec, stage: StageSpec, plan: Plan) -> Inputs:
     """Shapes of a training batch of a stage."""
     data = specs.data_of(spec, stage)
-    views = specs.views_of_row(data, Vlm(spec.model, spec.compute).reads_question)
-    inputs, shape = _inputs(spec, plan, data.batch_rows, views), _shape(plan, data.batch_rows)
+    inputs = _inputs(spec, plan, data.batch_rows, compression.views_of_row(spec, data))
+    shape = _shape(plan, data.batch_rows)
     part = shape(data.row_tokens) if len(data.train) > 1 else None
     return inputs._replace(weight=shape(data.row_tokens, dtype="float32"), part=part)
 
@@ -183,12 +184,19 @@ def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
     """Shapes of the cache of a batch, with the shardings of its examples and heads."""
-    compute, rows = _decoding_model(spec).compute, spec.evaluation.batch_examples
-    length = spec.data.row_tokens + spec.evaluation.max_new_tokens
-    shapes = jax.eval_shape(lambda: init_cache(spec.model.decoder, compute, rows, length))
-    heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in shapes.key)
-    metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in shapes.metadata))
-    return with_shardings(shapes, Cache(heads, heads, metadata, plan.sharding((), ())))
+    model, rows = _decoding_model(spec), spec.evaluation.batch_examples
+
+    def prefilled() -> Cache:
+        cache = model.evict(model.init_cache(rows, spec.data.row_tokens, 1), 1)
+        return pad_cache(cache, cache.metadata.segment.shape[1] + spec.evaluation.max_new_tokens)
+
+    def shardings(cache: Cache) -> Cache:
+        heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in cache.key)
+        metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in cache.metadata))
+        return Cache(heads, heads, metadata, plan.sharding((), ()), tuple(map(shardings, cache.later)))
+
+    shapes = jax.eval_shape(prefilled)
+    return with_shardings(shapes, shardings(shapes))
 
 
 def _device_bytes(tree: Any) -> float:

@@ -43,7 +43,8 @@ def spec_layout(spec: RunSpec, data: DataSpec) -> RowLayout:
 def row_layout(model: Vlm, spec: DataSpec) -> RowLayout:
     """The row layout of a model for some data."""
     shares_image = spec.shares_image and catalog.shares_image(model.spec, model.compute)
-    return RowLayout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image)
+    leaving = catalog.leaving(model.spec)
+    return RowLayout(model.visual_tokens, model.spec.mask, model.reads_question, shares_image, leaving)
 
 
 def open_data(network: Network, spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path) -> Data:

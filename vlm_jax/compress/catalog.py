@@ -1,73 +1,90 @@
-"""The compressor catalog: one row of pure functions and default sizes for each method.
+"""The compressor catalog: lookup of rows by name, checks of specs, and what follows from a row.
 
-To add a compressor, write its functions in a file of this folder and add a row to `ROWS`: configs, the contract test,
-the cost model, grids and figures include it. `model_spec` alone chooses default sizes, for configs, `load` and plans.
-
-    apply(weights, Visual[B, P, E], question vector [B, D] or None, spec) -> Visual[B, V, E]
-
-`apply` keeps the encoder width E (the projector of the `ModelSpec` maps to the decoder's) and the dtype of the tokens.
-A masked patch does not influence any valid output token. The output has no taps, and a mask exactly if the input has.
+To add a compressor, write its functions in a file of this folder and add a row to `rows.ROWS`: configs, the contract
+test, the cost model, grids and figures include it. `compress.contract` says what a row is. `model_spec` alone chooses
+default sizes, for configs, `load` and plans.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+import itertools
 
-import jax
-from jaxtyping import Array, Float
-
-from vlm_jax.compress import local, pooling, querying
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress import plugins
+from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, key_width, no_segments, no_stages
+from vlm_jax.compress.rows import ROWS
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DecoderSpec, EncoderSpec, ModelSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DataSpec, DecoderSpec, DropStage, EncoderSpec, ModelSpec
+from vlm_jax.ops.masks import HIDDEN
 
-TextVector = Float[Array, "B D"]
-
-
-class Compressor(NamedTuple):
-    init_weights: Callable[[jax.Array, CompressorSpec], Weights]  # boxed arrays, or {}
-    apply: Callable[[Weights, Visual, TextVector | None, CompressorSpec], Visual]  # unboxed weights
-    tokens_out: Callable[[tuple[int, int]], tuple[int, ...]]  # supported V on a patch grid, ascending
-    flops: Callable[[CompressorSpec], float]  # forward, per image; a multiply-add is two
-    defaults: Callable[[EncoderSpec, DecoderSpec, int], CompressorSpec]  # default sizes at V tokens
-    taps: Callable[[EncoderSpec], tuple[int, ...]] = pooling.no_taps  # encoder blocks that it reads
-    query_dependent: bool = False  # reads the question: tokens cannot be cached per image
-
-
-ROWS: dict[str, Compressor] = {
-    "none": Compressor(
-        pooling.no_weights, pooling.keep_all, pooling.all_tokens, pooling.no_flops, partial(pooling.defaults, "none")
-    ),
-    "blind": Compressor(
-        pooling.no_weights, pooling.drop_all, pooling.no_tokens, pooling.no_flops, partial(pooling.defaults, "blind")
-    ),
-    "pool": Compressor(
-        pooling.no_weights, pooling.pool, pooling.pool_tokens, pooling.pool_flops, partial(pooling.defaults, "pool")
-    ),
-    "resampler": Compressor(
-        querying.init_resampler, querying.resampler, querying.resampler_tokens, querying.resampler_flops,
-        partial(querying.defaults, "resampler"),
-    ),
-    "tokenpacker": Compressor(
-        local.init_tokenpacker, local.tokenpacker, local.cell_tokens, local.tokenpacker_flops,
-        partial(local.defaults, "tokenpacker"), local.tapped_layers,
-    ),
-    "quecc": Compressor(
-        local.init_quecc, local.quecc, local.cell_tokens, local.quecc_flops,
-        partial(local.defaults, "quecc"), local.tapped_layers, query_dependent=True,
-    ),
-}  # fmt: skip
-# Sizes of every compressor after the built-in encoder: many narrow heads, since few hurt narrow decoders most.
+# Sizes of every compressor after the built-in encoder, but those with stages: many narrow heads, since few hurt narrow
+# decoders most.
 STUDY = {"glyph-64": {"width": 64, "heads": 16, "depth": 1, "mlp_width": 128}}
 
 
 def row(name: str) -> Compressor:
-    """The compressor of that name. Raises `UserError`."""
-    if name not in ROWS:
-        raise unknown("compressor", name, ROWS)
-    return ROWS[name]
+    """The compressor of that name, built in or of an installed package (`compress.plugins`). Raises `UserError`."""
+    plugins.check_name(name, ROWS)
+    if name in ROWS:
+        return ROWS[name]
+    if name not in plugins.entry_points():
+        raise unknown("compressor", name, names())
+    return plugins.load(name)
+
+
+def names() -> tuple[str, ...]:
+    """All compressors, those of installed packages included."""
+    return (*ROWS, *plugins.entry_points())
+
+
+def output_width(spec: CompressorSpec) -> int:
+    """Width of the compressor's tokens: the projector's input."""
+    return row(spec.name).output_width(spec)
+
+
+def entering(spec: CompressorSpec) -> int:
+    """Tokens of an image that enter the decoder: V, or more where stages drop some inside it."""
+    return row(spec.name).entering(spec)
+
+
+def for_decoder(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
+    """The same compressor before another decoder."""
+    return row(spec.name).for_decoder(dataclasses.replace(spec, text_width=decoder.width), decoder)
+
+
+def at_tokens(model: ModelSpec, tokens: int) -> ModelSpec:
+    """The model at another V of an elastic compressor, with the same weights. Raises `UserError` for no such V."""
+    spec = dataclasses.replace(model, compressor=dataclasses.replace(model.compressor, tokens=tokens))
+    check(spec.compressor)
+    return spec
+
+
+def stages(model: ModelSpec) -> tuple[DropStage, ...]:
+    """The stages at which tokens leave the decoder."""
+    if model.compressor is None:
+        return ()
+    return row(model.compressor.name).stages(model.compressor, model.decoder.depth)
+
+
+def hides_tokens(model: ModelSpec) -> bool:
+    """Whether some visual tokens are hidden from what follows them, which no fused kernel can express."""
+    return model.compressor is not None and row(model.compressor.name).segments is not no_segments
+
+
+def leaving(model: ModelSpec) -> int:
+    """Visual tokens of a view that leave the decoder at its stages, or its cache after a prompt."""
+    if model.compressor is None:
+        return 0
+    cuts = stages(model)
+    gone = entering(model.compressor) - cuts[-1].keep if cuts else 0
+    return gone + row(model.compressor.name).segments(model.compressor).count(HIDDEN)
+
+
+def has_own_views(model: ModelSpec, compute: ComputeSpec, data: DataSpec) -> bool:
+    """Whether each question in a training row has views of its own: where its visual tokens depend on it, or leave
+    inside the decoder and are not those of all questions of the row."""
+    if model.compressor is None:
+        return False
+    is_shared = data.shares_image and shares_image(model, compute)
+    return row(model.compressor.name).query_dependent or (leaving(model) > 0 and not is_shared)
 
 
 def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
@@ -81,28 +98,36 @@ def shares_image(model: ModelSpec, compute: ComputeSpec) -> bool:
 def model_spec(
     encoder: EncoderSpec,
     compressor: str,
-    tokens: int | None,
+    tokens: int | tuple[int, ...] | None,
     decoder: DecoderSpec,
-    projector: str = "mlp",
+    projector: str | None = None,
     mask: str = "causal",
 ) -> ModelSpec:
-    """A `ModelSpec` with the compressor's default sizes and taps. `tokens` may be None for a method with a single V.
+    """A `ModelSpec` with the compressor's default sizes and taps. `tokens` may be None for a method with a single V,
+    and several ascending V for an elastic one; `projector` None is the published one.
 
     Tokens are those of `encoder.feature_layer` if it is an inner block; else of the last block but one with a class
     token (CLIP, as in LLaVA), and after the final norm without (SigLIP).
     Raises `UserError` for an unknown compressor or an unsupported V.
     """
     method = row(compressor)
-    possible = method.tokens_out(encoder.grid)
+    possible = method.tokens_out(encoder.token_grid)
+    elastic: tuple[int, ...] = ()
+    if isinstance(tokens, tuple):
+        tokens, elastic = max(tokens, default=None), tokens
     if tokens is None and len(possible) > 1:
         raise UserError(f"compressor {compressor!r} gives several numbers of tokens: set tokens=V")
     if encoder.class_token and encoder.feature_layer in (0, encoder.depth):
         encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
-    encoder = dataclasses.replace(encoder, taps=method.taps(encoder))
+    encoder = encoder_for(method, encoder)
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
-    spec = dataclasses.replace(spec, **STUDY.get(encoder.name, {}))
+    own_sizes = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
+    spec = dataclasses.replace(spec, key_width=key_width(encoder), elastic=elastic, **own_sizes)
     check(spec)
-    return ModelSpec(encoder, spec, projector, decoder, mask)
+    model = ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
+    check_encoder(model)
+    check_decoder(model)
+    return model
 
 
 def check(spec: CompressorSpec) -> None:
@@ -120,10 +145,63 @@ def check(spec: CompressorSpec) -> None:
             raise UserError(f"compressor {spec.name!r}: {field}={getattr(spec, field)} must be at least {least}")
     if spec.width % spec.heads:
         raise UserError(f"compressor {spec.name!r}: width={spec.width} is not a multiple of heads={spec.heads}")
-    if method.query_dependent and spec.text_width < 1:
+    if spec.elastic:
+        _check_elastic(method, spec)
+    if problem := method.problem(spec):
+        raise UserError(f"compressor {spec.name!r}: {problem}")
+    if method.reads & {*OF_QUESTION, "project"} and spec.text_width < 1:
+        raise UserError(f"compressor {spec.name!r} needs the decoder: text_width={spec.text_width} must be its width")
+
+
+def _check_elastic(method: Compressor, spec: CompressorSpec) -> None:
+    where = f"compressor {spec.name!r}: elastic={list(spec.elastic)}"
+    if method.elastic == "no":
+        elastic = ", ".join(name for name in ROWS if ROWS[name].elastic != "no")
+        raise UserError(f"{where}: the weights of this method serve one V (elastic: {elastic})")
+    if sorted(set(spec.elastic)) != list(spec.elastic):
+        raise UserError(f"{where}: expected ascending numbers, got {list(spec.elastic)} (sort them)")
+    possible = method.tokens_out(spec.grid)
+    for tokens in spec.elastic:
+        if tokens not in possible:
+            raise UserError(f"{where}: cannot give {tokens} tokens; {_listed(possible, tokens)}")
+    if spec.tokens not in spec.elastic:
+        raise UserError(f"{where}: expected one of them as tokens, got {spec.tokens}")
+
+
+def check_encoder(model: ModelSpec) -> None:
+    """Raises `UserError` for an encoder that cannot merge as many tokens, or lacks what the compressor reads."""
+    encoder, name = model.encoder, model.compressor.name
+    if not encoder.merge:
+        return
+    where = f"model.merge={list(encoder.merge)}"
+    if len(encoder.merge) != encoder.blocks:
+        raise UserError(f"{where}: expected a number for each of the {encoder.blocks} blocks, got {len(encoder.merge)}")
+    tokens = encoder.patches + encoder.class_token
+    for number, pairs in enumerate(encoder.merge, start=1):
+        most = (tokens - encoder.class_token) // 2
+        if not 0 <= pairs <= most:
+            raise UserError(f"{where}: block {number}: expected 0 to {most}, half of its tokens, got {pairs}")
+        tokens -= pairs
+    inner = row(name).reads & {"taps", "keys", "salience", "class_token"}
+    if inner or row(name).reads_places:
+        needs = ", ".join(sorted(inner)) or "the patch grid"
+        others = ", ".join(other for other in ROWS if not ROWS[other].reads_places)
         raise UserError(
-            f"compressor {spec.name!r} reads the question: text_width={spec.text_width} must be the decoder's width"
+            f"{where}: compressor {name!r} reads {needs}, which merged tokens do not have ({others} do not)"
         )
+
+
+def check_decoder(model: ModelSpec) -> None:
+    """Raises `UserError` for a decoder in which the compressor's stages have no place."""
+    name, depth = model.compressor.name, model.decoder.depth
+    cuts = [0, *(stage.layer for stage in stages(model)), depth]
+    if any(start >= stop for start, stop in itertools.pairwise(cuts)):
+        raise UserError(
+            f"compressor {name!r}: expected a decoder with layers before and behind each of its stages (behind layers "
+            f"{', '.join(map(str, cuts[1:-1]))}), got {model.decoder.name} with {depth} layers"
+        )
+    if hides_tokens(model) and model.mask != "causal":
+        raise UserError(f"compressor {name!r}: expected model.mask=causal, got {model.mask}")
 
 
 def _listed(possible: tuple[int, ...], tokens: int, limit: int = 24) -> str:

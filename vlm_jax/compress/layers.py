@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, VISION, VISION_HEADS, VISION_MLP
+from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, POSITION, VISION, VISION_HEADS, VISION_MLP
 from vlm_jax.ops import initializers as w
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.logical_axes import AxisNames, gather_for_compute
 
 Weights = dict[str, Any]  # nested, arrays at the leaves
+Count = int | float  # a count of tokens may be a mean
 
 # Axis names of kernels.
 INWARDS: AxisNames = (VISION, VISION_MLP)
@@ -34,10 +35,20 @@ def init_linear(key: jax.Array, inputs: int, outputs: int, names: AxisNames = IN
 def linear(
     weights: Weights, x: Float[Array, "B *rows inputs"], names: AxisNames = INWARDS
 ) -> Float[Array, "B *rows outputs"]:
-    return x @ gather_for_compute(weights["kernel"], names, x.dtype) + weights["bias"].astype(x.dtype)
+    """x @ kernel, plus the bias if there is one."""
+    return _biased(weights, x @ gather_for_compute(weights["kernel"], names, x.dtype))
 
 
-def linear_flops(rows: int, inputs: int, outputs: int) -> float:
+def _biased(weights: Weights, x: Array) -> Array:
+    return x + weights["bias"].astype(x.dtype) if "bias" in weights else x
+
+
+def without_bias(weights: Weights) -> Weights:
+    """The same weights without any bias."""
+    return {k: without_bias(v) if isinstance(v, dict) else v for k, v in weights.items() if k != "bias"}
+
+
+def linear_flops(rows: Count, inputs: int, outputs: int) -> float:
     return 2.0 * rows * inputs * outputs
 
 
@@ -45,11 +56,13 @@ def init_norm(width: int) -> Weights:
     return {"scale": w.ones((width,), (NORM,)), "bias": w.zeros((width,), (NORM,))}
 
 
-def layer_norm(weights: Weights, x: Float[Array, "B *rows width"]) -> Float[Array, "B *rows width"]:
+def layer_norm(
+    weights: Weights, x: Float[Array, "B *rows width"], eps: float = _NORM_EPS
+) -> Float[Array, "B *rows width"]:
     """LayerNorm over the last axis, computed in float32."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
-    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPS)
+    unit = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
     return (unit * weights["scale"] + weights["bias"]).astype(x.dtype)
 
 
@@ -63,17 +76,21 @@ def mlp(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B 
     return linear(weights["down"], jax.nn.gelu(linear(weights["up"], x), approximate=False), OUTWARDS)
 
 
-def mlp_flops(rows: int, inputs: int, hidden: int, outputs: int) -> float:
+def mlp_flops(rows: Count, inputs: int, hidden: int, outputs: int) -> float:
     return linear_flops(rows, inputs, hidden) + linear_flops(rows, hidden, outputs)
 
 
-def init_attention(key: jax.Array, width: int, heads: int, outputs: int) -> Weights:
-    """Weights of multi-head attention at `width` with an output projection to `outputs`."""
+def init_attention(
+    key: jax.Array, width: int, heads: int, outputs: int, query_inputs: int = 0, key_inputs: int = 0
+) -> Weights:
+    """Weights of multi-head attention at `width` with an output projection to `outputs`; queries and keys have that
+    width too, or their own."""
     *inward, outward = jax.random.split(key, 4)
     shape = (heads, width // heads)
+    inputs = (query_inputs or width, key_inputs or width, key_inputs or width)
     weights = {
-        name: {"kernel": w.dense(key, (width, *shape), TO_HEADS), "bias": w.zeros(shape, TO_HEADS[1:])}
-        for name, key in zip(("query", "key", "value"), inward, strict=True)
+        name: {"kernel": w.dense(key, (size, *shape), TO_HEADS), "bias": w.zeros(shape, TO_HEADS[1:])}
+        for name, size, key in zip(("query", "key", "value"), inputs, inward, strict=True)
     }
     kernel = w.dense(outward, (*shape, outputs), FROM_HEADS, inputs=2)
     return {**weights, "out": {"kernel": kernel, "bias": w.zeros((outputs,), (NORM,))}}
@@ -81,9 +98,9 @@ def init_attention(key: jax.Array, width: int, heads: int, outputs: int) -> Weig
 
 def attention(
     weights: Weights,
-    queries: Float[Array, "B T width"],
-    keys: Float[Array, "B S width"],
-    values: Float[Array, "B S width"],
+    queries: Float[Array, "B T query_inputs"],
+    keys: Float[Array, "B S key_inputs"],
+    values: Float[Array, "B S key_inputs"],
     mask: Bool[Array, "B S"] | None,
     bias: Float[Array, "T N S"] | None = None,
 ) -> Float[Array, "B T outputs"]:
@@ -99,15 +116,42 @@ def attention(
         bias = jnp.swapaxes(bias, 0, 1)[None].astype(queries.dtype)
     mixed = attend(q, k, v, mask, bias=bias)
     out = jnp.einsum("btnc,nce->bte", mixed, gather_for_compute(weights["out"]["kernel"], FROM_HEADS, mixed.dtype))
-    return out + weights["out"]["bias"].astype(mixed.dtype)
+    return _biased(weights["out"], out)
 
 
-def attention_flops(queries: int, keys: int, pairs: int, width: int, outputs: int) -> float:
+def attention_flops(
+    queries: Count, keys: Count, pairs: Count, width: int, outputs: int, query_inputs: int = 0, key_inputs: int = 0
+) -> float:
     """`pairs` is the number of scored (query, key) pairs: queries * keys, or fewer for local attention."""
-    project_in = linear_flops(queries, width, width) + 2 * linear_flops(keys, width, width)
+    project_in = linear_flops(queries, query_inputs or width, width)
+    project_in += 2 * linear_flops(keys, key_inputs or width, width)
     return project_in + 2 * linear_flops(pairs, width, 1) + linear_flops(queries, width, outputs)
 
 
-def _heads(weights: Weights, x: Float[Array, "B S width"]) -> Float[Array, "B S N C"]:
+def _heads(weights: Weights, x: Float[Array, "B S inputs"]) -> Float[Array, "B S N C"]:
     kernel = gather_for_compute(weights["kernel"], TO_HEADS, x.dtype)
-    return jnp.einsum("bse,enc->bsnc", x, kernel) + weights["bias"].astype(x.dtype)
+    return _biased(weights, jnp.einsum("bse,enc->bsnc", x, kernel))
+
+
+def init_depthwise(key: jax.Array, width: int) -> Weights:
+    """A 3 x 3 kernel and a bias for each channel."""
+    return {"kernel": w.dense(key, (9, width), (POSITION, VISION)), "bias": w.zeros((width,), (NORM,))}
+
+
+def depthwise(weights: Weights, x: Float[Array, "B h w E"]) -> Float[Array, "B h w E"]:
+    """Depthwise 3 x 3 convolution with zero padding."""
+    kernel = weights["kernel"].astype(x.dtype).reshape(3, 3, 1, -1)
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=x.shape[-1]
+    )
+    return _biased(weights, y)
+
+
+def depthwise_flops(cells: int, width: int) -> float:
+    return 18.0 * cells * width
+
+
+def take(x: Shaped[Array, "B P *rest"], index: Int[Array, "B V"]) -> Shaped[Array, "B V *rest"]:
+    """Of each example the elements of its indices."""
+    return jax.vmap(lambda one, at: one[at])(x, index)

@@ -6,7 +6,7 @@ The h x w grid is divided into r x c equal cells, V = r c. Both methods differ o
     keys   = LN(Linear(GELU(Linear(z)))),  values likewise with other weights
     token  = MultiHead(query, keys of its cell, values of its cell)
 
-`tokenpacker` (arXiv 2407.02392): query = LN(Linear(bilinear down-sampling of the tokens to r x c)).
+`tokenpacker` (arXiv 2407.02392): query = LN(Linear(bilinear down-sampling of the tokens to r x c)), without a bias.
 `quecc` (arXiv 2411.03312): the question enters the query,
 
     u      = tokens + LN(Linear(text))
@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm_jax.compress import layers
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress import layers, published_init
+from vlm_jax.compress.contract import Cost
+from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import NORM, POSITION, VISION
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import dense, zeros
 
@@ -46,35 +47,36 @@ def tapped_layers(encoder: EncoderSpec) -> tuple[int, ...]:
 def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
     """As published: the encoder's width, 8 heads (or the gcd of 8 and the width), one layer, no inner MLP."""
     width, taps = encoder.width, len(tapped_layers(encoder))
-    return CompressorSpec(name, tokens, encoder.grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0)
+    return CompressorSpec(name, tokens, encoder.token_grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0)
 
 
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
-    shared, query = jax.random.split(key)
-    return {
-        "query": layers.init_linear(query, spec.encoder_width, spec.width),
+    shared, query, values = jax.random.split(key, 3)
+    weights = {
+        "query": layers.without_bias(layers.init_linear(query, spec.encoder_width, spec.width)),
         "query_norm": layers.init_norm(spec.width),
         **_init_cells(shared, spec),
     }
+    return published_init.draw(weights, values, published_init.truncated_normal)
 
 
-def tokenpacker(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def tokenpacker(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E]; the query of a cell is its down-sampled tokens."""
     (h, w), (r, c) = spec.grid, _shape(spec)
-    coarse, _ = g.weighted_mean(visual.tokens, visual.mask, g.bilinear(h, r), g.bilinear(w, c))
+    coarse, _ = g.weighted_mean(evidence.tokens, evidence.mask, g.bilinear(h, r), g.bilinear(w, c))
     queries = layers.layer_norm(weights["query_norm"], layers.linear(weights["query"], coarse))
-    return _attend_to_cells(weights, queries, visual, spec)
+    return _attend_to_cells(weights, queries, evidence, spec)
 
 
-def tokenpacker_flops(spec: CompressorSpec) -> float:
+def tokenpacker_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
     down = g.weighted_mean_flops(spec.grid, _shape(spec), spec.encoder_width)
-    return down + layers.linear_flops(spec.tokens, spec.encoder_width, spec.width) + _cells_flops(spec)
+    return Cost(down + layers.linear_flops(spec.tokens, spec.encoder_width, spec.width) + _cells_flops(spec))
 
 
 def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
-    shared, text, query, down = jax.random.split(key, 4)
+    shared, text, query, down, values = jax.random.split(key, 5)
     cell = spec.grid[0] * spec.grid[1] // spec.tokens
-    return {
+    weights = {
         "text": layers.init_linear(text, spec.text_width, spec.encoder_width, layers.OF_TEXT),
         "text_norm": layers.init_norm(spec.encoder_width),
         "query": layers.init_mlp(query, spec.encoder_width, spec.width, spec.width),
@@ -82,31 +84,31 @@ def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
         "down": {"kernel": dense(down, (cell, spec.width), (POSITION, VISION)), "bias": zeros((spec.width,), (NORM,))},
         **_init_cells(shared, spec),
     }
+    return published_init.draw(weights, values, published_init.torch_default)
 
 
-def quecc(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def quecc(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E]; the query of a cell combines its tokens and the question."""
-    if text is None:
-        raise ValueError("quecc reads the question: text is None")
-    tokens = visual.tokens
+    tokens, text = evidence.tokens, evidence.question_vector
     question = layers.layer_norm(
         weights["text_norm"], layers.linear(weights["text"], text.astype(tokens.dtype), layers.OF_TEXT)
     )
     fine = layers.layer_norm(weights["query_norm"], layers.mlp(weights["query"], tokens + question[:, None]))
-    if visual.mask is not None:
-        fine = jnp.where(visual.mask[..., None], fine, 0)
+    if evidence.mask is not None:
+        fine = jnp.where(evidence.mask[..., None], fine, 0)
     # Depthwise convolution with stride = kernel size: one weighted sum for each cell and channel.
     cells = g.split_cells(fine, spec.grid, _shape(spec))
     kernel, bias = (weights["down"][name].astype(fine.dtype) for name in ("kernel", "bias"))
     queries = jnp.einsum("bvse,se->bve", cells, kernel) + bias
-    return _attend_to_cells(weights, queries, visual, spec)
+    return _attend_to_cells(weights, queries, evidence, spec)
 
 
-def quecc_flops(spec: CompressorSpec) -> float:
+def quecc_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
+    """All of it for each question: keys and values could be cached, but are not."""
     patches = spec.grid[0] * spec.grid[1]
     text = layers.linear_flops(1, spec.text_width, spec.encoder_width)
     query = layers.mlp_flops(patches, spec.encoder_width, spec.width, spec.width)
-    return text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec)
+    return Cost(0.0, text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec))
 
 
 def _shape(spec: CompressorSpec) -> g.GridShape:
@@ -126,10 +128,10 @@ def _init_cells(key: jax.Array, spec: CompressorSpec) -> Weights:
 
 
 def _attend_to_cells(
-    weights: Weights, queries: Float[Array, "B V width"], visual: Visual, spec: CompressorSpec
-) -> Visual:
+    weights: Weights, queries: Float[Array, "B V width"], evidence: Evidence, spec: CompressorSpec
+) -> Prefix:
     """Attention of query v to the patches of cell v, as a batch of B V single queries."""
-    z = _tap_layers(visual, spec)
+    z = _tap_layers(evidence, spec)
 
     def by_cell(x: Array) -> Array:
         cells = g.split_cells(x, spec.grid, _shape(spec))
@@ -138,20 +140,20 @@ def _attend_to_cells(
     keys, values = (
         by_cell(layers.layer_norm(weights[f"{name}_norm"], layers.mlp(weights[name], z))) for name in ("keys", "values")
     )
-    mask = None if visual.mask is None else by_cell(visual.mask)
+    mask = None if evidence.mask is None else by_cell(evidence.mask)
     tokens = layers.attention(weights["attention"], queries.reshape(-1, 1, spec.width), keys, values, mask)
     kept = None if mask is None else mask.any(1).reshape(-1, spec.tokens)
-    return Visual(tokens.reshape(-1, spec.tokens, spec.encoder_width), mask=kept)
+    return Prefix(tokens.reshape(-1, spec.tokens, spec.encoder_width), kept)
 
 
-def _tap_layers(visual: Visual, spec: CompressorSpec) -> Float[Array, "B P features"]:
+def _tap_layers(evidence: Evidence, spec: CompressorSpec) -> Float[Array, "B P features"]:
     if spec.taps == 0:
-        return visual.tokens
-    if visual.taps is None or visual.taps.shape[1] != spec.taps:
-        found = 0 if visual.taps is None else visual.taps.shape[1]
+        return evidence.tokens
+    if evidence.taps is None or evidence.taps.shape[1] != spec.taps:
+        found = 0 if evidence.taps is None else evidence.taps.shape[1]
         raise ValueError(f"{spec.name}: expected {spec.taps} tapped layers, got {found}")
-    batch, _, patches, _ = visual.taps.shape
-    return jnp.swapaxes(visual.taps, 1, 2).reshape(batch, patches, -1).astype(visual.tokens.dtype)
+    batch, _, patches, _ = evidence.taps.shape
+    return jnp.swapaxes(evidence.taps, 1, 2).reshape(batch, patches, -1).astype(evidence.tokens.dtype)
 
 
 def _cells_flops(spec: CompressorSpec) -> float:

@@ -14,13 +14,14 @@ short training, which makes small V look worse than it is.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.contract import Cost, most_tokens
+from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import boxed, table
 
@@ -33,7 +34,7 @@ def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int)
     width 1024, 16 heads and MLP 4096 for So400m and CLIP-L."""
     width = min(64 * encoder.heads, encoder.width)
     return CompressorSpec(
-        name, tokens, encoder.grid, encoder.width, 0, decoder.width, width, encoder.heads, 1, 4 * width
+        name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, width, encoder.heads, 1, 4 * width
     )
 
 
@@ -41,7 +42,7 @@ def init_resampler(key: jax.Array, spec: CompressorSpec) -> Weights:
     inside, queries, outside, *deep = jax.random.split(key, 3 + spec.depth)
     return {
         "project_in": layers.init_linear(inside, spec.encoder_width, spec.width),
-        "queries": table(queries, (spec.tokens, spec.width), (POSITION, VISION), stddev=1.0),
+        "queries": table(queries, (most_tokens(spec), spec.width), (POSITION, VISION), stddev=1.0),
         "place": boxed(jnp.asarray(initial_bias(spec)), (QUERIES, VISION_HEADS, PATCH)),
         **{f"layer{i}": _init_layer(key, spec) for i, key in enumerate(deep)},
         "norm": layers.init_norm(spec.width),
@@ -53,9 +54,17 @@ def initial_bias(spec: CompressorSpec) -> Float[np.ndarray, "V N P"]:
     """Scores -d^2 / (2 s^2), bounded below, at d patches from the centre of a head.
 
     The V queries divide the grid into equal bins (or, for a V without such bins, follow the rows), and the N heads of a
-    query divide its bin.
+    query divide its bin. Of an elastic compressor the queries are ordered from coarse to fine: each starts as it would
+    in the smallest V that has it.
     """
-    (h, w), v, heads = spec.grid, spec.tokens, spec.heads
+    if not spec.elastic:
+        return _bias_of(spec, spec.tokens)
+    fewer = (0, *spec.elastic)
+    return np.concatenate([_bias_of(spec, v)[start:] for start, v in zip(fewer, spec.elastic, strict=False)])
+
+
+def _bias_of(spec: CompressorSpec, v: int) -> Float[np.ndarray, "V N P"]:
+    (h, w), heads = spec.grid, spec.heads
     shapes = g.pooling_shapes(spec.grid)
     if v in shapes:
         rows, columns = h / shapes[v][0], w / shapes[v][1]
@@ -89,29 +98,31 @@ def _init_layer(key: jax.Array, spec: CompressorSpec) -> Weights:
     return weights
 
 
-def resampler(weights: Weights, visual: Visual, text: Float[Array, "B D"] | None, spec: CompressorSpec) -> Visual:
+def resampler(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E] of learned queries that attend to all valid patches (module docstring)."""
-    patches = layers.linear(weights["project_in"], visual.tokens)
-    x = jnp.broadcast_to(weights["queries"].astype(patches.dtype)[None], (patches.shape[0], spec.tokens, spec.width))
+    patches = layers.linear(weights["project_in"], evidence.tokens)
+    queries, place = (weights[name][: spec.tokens] for name in ("queries", "place"))
+    queries = queries.astype(patches.dtype)
+    x = jnp.broadcast_to(queries[None], (patches.shape[0], spec.tokens, spec.width))
     for i in range(spec.depth):
         layer = weights[f"layer{i}"]
         values = layers.layer_norm(layer["key_norm"], patches)
-        queries = layers.layer_norm(layer["query_norm"], x)
-        x = x + layers.attention(layer["attention"], queries, values, values, visual.mask, weights["place"])
+        normed = layers.layer_norm(layer["query_norm"], x)
+        x = x + layers.attention(layer["attention"], normed, values, values, evidence.mask, place)
         if spec.mlp_width:
             x = x + layers.mlp(layer["mlp"], layers.layer_norm(layer["mlp_norm"], x))
     tokens = layers.linear(weights["project_out"], layers.layer_norm(weights["norm"], x))
-    mask = None if visual.mask is None else jnp.broadcast_to(visual.mask.any(1, keepdims=True), tokens.shape[:2])
-    return Visual(tokens, mask=mask)
+    mask = None if evidence.mask is None else jnp.broadcast_to(evidence.mask.any(1, keepdims=True), tokens.shape[:2])
+    return Prefix(tokens, mask)
 
 
 def resampler_tokens(grid: g.GridShape) -> tuple[int, ...]:
     return tuple(range(1, grid[0] * grid[1] + 1))
 
 
-def resampler_flops(spec: CompressorSpec) -> float:
+def resampler_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
     patches, tokens, width = spec.grid[0] * spec.grid[1], spec.tokens, spec.width
     layer = layers.attention_flops(tokens, patches, tokens * patches, width, width)
     layer += layers.mlp_flops(tokens, width, spec.mlp_width, width)
     projections = (patches + tokens) * layers.linear_flops(1, width, spec.encoder_width)
-    return projections + spec.depth * layer
+    return Cost(projections + spec.depth * layer)

@@ -11,13 +11,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import encoder_for, key_width
 from vlm_jax.config import ranges
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import RAMPS, CompressorSpec, ModelSpec, RunSpec, StageSpec, from_dict, total_steps
+from vlm_jax.core.specs import (
+    RAMPS,
+    CompressorSpec,
+    DataSpec,
+    ModelSpec,
+    RunSpec,
+    StageSpec,
+    data_of,
+    from_dict,
+    total_steps,
+    views_of_row,
+)
 from vlm_jax.sizing import zoo
 
+_CHOSEN_KEYS = ("merge",)  # of the model, where the encoder's spec has them
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
+_METHOD_KEYS = ("queries", "elastic", "fusion_heads")  # of the compressor, where its method has them
 _MODEL_TYPES = {
     "encoder": str,
     "llm": str,
@@ -26,9 +40,10 @@ _MODEL_TYPES = {
     "taps": tuple,
     "feature_layer": int,
     "vocab": int,
+    "merge": tuple,
 }
 _CHOICES = {
-    "model.projector": ("linear", "mlp"),
+    "model.projector": ("linear", "mlp", "mlp_silu"),
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("none", "dots", "block"),
@@ -86,32 +101,55 @@ def _rate(group: Mapping[str, Any], field: str) -> float:
 
 
 def _model(values: Mapping[str, Any]) -> ModelSpec:
-    _keys("model", values, _MODEL_KEYS)
-    _keys("model.compressor", _group(values, "compressor", "model."), _COMPRESSOR_KEYS)
+    _keys("model", values, (*_MODEL_KEYS, *(key for key in _CHOSEN_KEYS if key in values)))
+    sizes = _group(values, "compressor", "model.")
+    _keys("model.compressor", sizes, (*_COMPRESSOR_KEYS, *(key for key in _METHOD_KEYS if key in sizes)))
+    values = {"merge": (), **values}
     for name, kind in _MODEL_TYPES.items():
         if not isinstance(values[name], kind) or isinstance(values[name], bool):
             raise UserError(f"config field model.{name}: expected {kind.__name__}, got {reprlib.repr(values[name])}")
+    if not isinstance(sizes["name"], str):
+        raise UserError(f"config field model.compressor.name: expected str, got {reprlib.repr(sizes['name'])}")
     encoder, decoder = zoo.encoder(values["encoder"]), zoo.decoder(values["llm"])
     taps, layer = values["taps"], values["feature_layer"]
     if any(type(tap) is not int or not 1 <= tap <= encoder.depth for tap in taps) or len(set(taps)) < len(taps):
         raise UserError(f"config field model.taps: expected distinct blocks, 1 to {encoder.depth}, got {list(taps)}")
     if not 0 <= layer <= encoder.depth:
         raise UserError(f"config field model.feature_layer: expected a block, 0 to {encoder.depth}, got {layer!r}")
-    encoder = dataclasses.replace(encoder, taps=taps, feature_layer=layer)
+    if any(type(pairs) is not int for pairs in values["merge"]):
+        raise UserError(f"config field model.merge: expected integers, got {reprlib.repr(values['merge'])}")
+    encoder = dataclasses.replace(encoder, feature_layer=layer, merge=values["merge"])
+    encoder = dataclasses.replace(encoder_for(catalog.row(sizes["name"]), encoder), taps=taps)
     ranges.check_number("config field model.vocab", values["vocab"], ranges.COUNT_OR_NONE)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
-    sizes = dict(grid=encoder.grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width)
-    compressor = from_dict(CompressorSpec, {**values["compressor"], **sizes}, "config field model.compressor.")
-    catalog.check(compressor)
-    return ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+    found = dict(grid=encoder.token_grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width)
+    found["key_width"] = key_width(encoder)
+    compressor = from_dict(CompressorSpec, {**sizes, **found}, "config field model.compressor.")
+    model = ModelSpec(encoder, compressor, values["projector"], decoder, values["mask"])
+    _check_compressor(model)
+    return model
+
+
+def _check_compressor(model: ModelSpec) -> None:
+    """Raises `UserError` for a compressor that does not fit the encoder or the decoder."""
+    if model.compressor.grid != model.encoder.token_grid:
+        raise UserError(
+            f"config field model.compressor.grid: expected the encoder's, {model.encoder.token_grid}, got "
+            f"{model.compressor.grid}"
+        )
+    catalog.check(model.compressor)
+    catalog.check_encoder(model)
+    catalog.check_decoder(model)
 
 
 def model_group(spec: ModelSpec) -> dict[str, Any]:
     """The config group `model` that resolves to this spec."""
-    compressor = {key: getattr(spec.compressor, key) for key in _COMPRESSOR_KEYS}
+    given = tuple(key for key in _METHOD_KEYS if getattr(spec.compressor, key))
+    compressor = {key: getattr(spec.compressor, key) for key in (*_COMPRESSOR_KEYS, *given)}
     return {
         "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
+        **({"merge": spec.encoder.merge} if spec.encoder.merge else {}),
         "compressor": compressor, "projector": spec.projector, "llm": spec.decoder.name,
         "vocab": 0,  # as in the zoo
         "mask": spec.mask,
@@ -124,6 +162,7 @@ def _check(spec: RunSpec) -> None:
         if getattr(spec.model, part) is None:
             raise UserError(f"config field model.{part} is missing")
     ranges.check(spec, "config field ")
+    _check_compressor(spec.model)
     for i, (pattern, _) in enumerate(spec.optim.lr_scale):
         ranges.check_regex(f"config field optim.lr_scale.{i}.0", pattern)
     for field, valid in _CHOICES.items():
@@ -139,6 +178,18 @@ def _check(spec: RunSpec) -> None:
             f"config field compute.attention=splash: expected model.mask=causal, got {spec.model.mask}: set "
             "compute.attention=xla"
         )
+    if catalog.hides_tokens(spec.model) and spec.compute.attention != "xla":
+        raise UserError(
+            f"config field compute.attention: expected xla for compressor {spec.model.compressor.name}, got "
+            f"{spec.compute.attention}"
+        )
+    if spec.data.frozen_features and spec.model.encoder.returns:
+        raise UserError(
+            f"compressor {spec.model.compressor.name} reads {', '.join(spec.model.encoder.returns)}, which stored "
+            "features do not have: set data.frozen_features=False"
+        )
+    for data in dict.fromkeys([spec.data, *(data_of(spec, stage) for stage in spec.stages)]):
+        _check_rows(spec, data)
     for stage in spec.stages:
         if not stage.train:
             raise UserError(f"stages ({stage.name}) train: expected some of {', '.join(PARTS)}, got none")
@@ -156,6 +207,26 @@ def _check(spec: RunSpec) -> None:
         raise UserError(f"config field stages: expected at most {ranges.COUNT.high} steps in all")
     if 0 in spec.compute.mesh:
         raise UserError(f"config field compute.mesh: expected sizes of 1 or more, or one -1, got {spec.compute.mesh}")
+
+
+def _check_rows(spec: RunSpec, data: DataSpec) -> None:
+    """Raises `UserError` for rows that the compressor's tokens cannot be part of."""
+    name, own = spec.model.compressor.name, catalog.has_own_views(spec.model, spec.compute, data)
+    if catalog.hides_tokens(spec.model):
+        if data.pack != "none":
+            raise UserError(f"config field data.pack: expected none for compressor {name}, got {data.pack}")
+        several = data.questions_per_example != 1 and any(source.separate for source in data.train)
+        if own and several:
+            raise UserError(
+                f"config field data.questions_per_example: expected 1 for compressor {name} and data.format="
+                f"{data.format}, got {data.questions_per_example}"
+            )
+    least = views_of_row(data, own) * catalog.leaving(spec.model) + 1
+    if data.row_tokens < least:
+        raise UserError(
+            f"config field data.row_tokens: expected at least {least} for compressor {name} and "
+            f"{views_of_row(data, own)} images a row, got {data.row_tokens} (or set data.row_images)"
+        )
 
 
 def _check_length(stage: StageSpec) -> None:

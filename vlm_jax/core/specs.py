@@ -19,6 +19,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 PREPARATION = ("pixel_mean", "pixel_std", "pixel_rescale", "resize", "interpolation", "shortest_edge")
 
 
+# What an encoder may return beside tokens and taps. Salience is the attention that the class token pays to each patch,
+# or without a class token the mean attention that a patch receives.
+RETURNS = ("keys", "salience", "class_token")
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """A vision transformer: SigLIP by default, CLIP through its fields."""
@@ -44,6 +49,10 @@ class EncoderSpec:
     resize: str = "squash"  # or "crop", "pad": how an image becomes H x H (`data.images.fit`)
     interpolation: str = "bilinear"  # a Pillow filter, antialiased
     shortest_edge: int = 0  # pixels of the shorter edge before a crop; 0: H
+    returns: tuple[str, ...] = ()  # of RETURNS: what is returned beside tokens and taps
+    attention_layer: int = 0  # block whose keys and salience are returned
+    merge: tuple[int, ...] = ()  # tokens that each block merges into others (ToMe); (): none
+    salience: str = "heads"  # one softmax for each head, then their mean; or "width": one over the whole width
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -54,9 +63,14 @@ class EncoderSpec:
         return self.grid[0] * self.grid[1]
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """The grid of the tokens that come out: merged ones lie in one row, without places."""
+        return (1, self.patches - sum(self.merge)) if self.merge else self.grid
+
+    @property
     def blocks(self) -> int:
         """Number of blocks that run: up to the last one whose output is used."""
-        return max(self.feature_layer or self.depth, *self.taps, 0)
+        return max(self.feature_layer or self.depth, *self.taps, self.attention_layer)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,21 @@ class CompressorSpec:
     heads: int
     depth: int  # layers, where the method has several
     mlp_width: int
+    key_width: int = 0  # channels of a head of the encoder's keys that it reads; 0: none
+    queries: int = 0  # learned queries, where V are chosen from more; 0: V
+    elastic: tuple[int, ...] = ()  # every V that the weights serve, ascending; (): V alone
+    fusion_heads: int = 0  # heads of layers of the decoder's width that the method has of its own; 0: none
+
+
+@dataclass(frozen=True)
+class DropStage:
+    """Visual tokens of each view that leave the decoder between two layers: `keep` of them stay."""
+
+    layer: int  # layers that see all tokens that entered this stage
+    keep: int
+    score: str  # "attention": the highest scores stay, "last": the last tokens of the view stay
+    scored_by: int = 0  # layer, from 0, whose queries and keys score the tokens at its input
+    positions: str = "kept"  # or "recounted": positions count what is left
 
 
 RAMPS = ("turns", "channels", "whole channels")
@@ -285,6 +314,14 @@ _ADDED = {
     "model.encoder.resize": "squash",
     "model.encoder.interpolation": "bilinear",
     "model.encoder.shortest_edge": 0,
+    "model.encoder.returns": [],
+    "model.encoder.attention_layer": 0,
+    "model.encoder.salience": "heads",
+    "model.encoder.merge": [],
+    "model.compressor.key_width": 0,
+    "model.compressor.queries": 0,
+    "model.compressor.elastic": [],
+    "model.compressor.fusion_heads": 0,
     "model.decoder.context": 0,
     "model.decoder.rope_bands.ramp": "turns",  # before its group
     "model.decoder.rope_bands": None,

@@ -1,5 +1,6 @@
 """Pytrees of arrays that the model, training and inference exchange. Shapes use the letters of `core.axes`."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
@@ -8,11 +9,37 @@ Params = Any  # nested dicts of arrays
 
 
 class Visual(NamedTuple):
-    """Visual tokens of the encoder or a compressor."""
+    """What the encoder returns of an image; the optional fields are those that its spec names."""
 
     tokens: Float[Array, "B P E"]
     taps: Float[Array, "B A P E"] | None = None  # outputs of the tapped layers
     mask: Bool[Array, "B P"] | None = None  # True where a token is valid; None: all
+    keys: Float[Array, "B P N C"] | None = None  # of the block `EncoderSpec.attention_layer`
+    salience: Float[Array, "B P"] | None = None  # attention to each patch there, see `EncoderSpec.salience`
+    class_token: Float[Array, "B E"] | None = None  # of the layer of the tokens; None without one
+
+
+class Evidence(NamedTuple):
+    """What a compressor may read: the fields that its row names in `reads`, and the mask; the others are None."""
+
+    tokens: Float[Array, "B P E"]
+    mask: Bool[Array, "B P"] | None = None
+    taps: Float[Array, "B A P E"] | None = None
+    keys: Float[Array, "B P N C"] | None = None
+    salience: Float[Array, "B P"] | None = None
+    class_token: Float[Array, "B E"] | None = None
+    question_vector: Float[Array, "B D"] | None = None  # the decoder's state of the question's last token, frozen
+    question_tokens: Float[Array, "B Q D"] | None = None  # the decoder's embeddings of the question, frozen
+    question_mask: Bool[Array, "B Q"] | None = None  # False where the question is padding
+    project: Callable[[Float[Array, "B *rows width"]], Float[Array, "B *rows D"]] | None = None  # the projector
+
+
+class Prefix(NamedTuple):
+    """What a compressor gives the decoder: V tokens of its row's `output_width`."""
+
+    tokens: Float[Array, "B V width"]
+    mask: Bool[Array, "B V"] | None = None  # False: the decoder does not attend to this token, nor count it
+    question: Float[Array, "B Q D"] | None = None  # replaces the embeddings of the question; None: as they are
 
 
 class Views(NamedTuple):
@@ -69,6 +96,7 @@ class Cache(NamedTuple):
     value: tuple[Float[Array, "B S K C"], ...]
     metadata: AttentionMetadata  # [B, S]
     length: Int[Array, ""]  # positions written so far, padding included; the same for all rows
+    later: tuple["Cache", ...] = ()  # of the layers behind each stage at which tokens leave the decoder
 
 
 class LossSums(NamedTuple):

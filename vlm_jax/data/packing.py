@@ -23,10 +23,16 @@ from vlm_jax.data.tokenized import Mixture, TokenizedDataset
 class RowLayout(NamedTuple):
     """Model settings that decide the layout of a row."""
 
-    visual_tokens: int  # V
+    visual_tokens: int  # of an image in the row
     mask: str = "causal"  # or "prefix": bidirectional attention over image and question
     reads_question: bool = False  # the compressor takes the question: one view for each question
     shares_image: bool = False  # one copy of the visual tokens for all questions of a row, else one for each
+    leaving: int = 0  # visual tokens of a view that leave inside the decoder
+
+    @property
+    def own_views(self) -> bool:
+        """Whether each question has views of its own."""
+        return self.reads_question or (self.leaving > 0 and not self.shares_image)
 
 
 class Lengths(NamedTuple):
@@ -56,18 +62,19 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
     """Lengths in rows of `spec.row_tokens` positions. Conversations that are too long are cut after the last turn that
     fits, or dropped. Raises `UserError` where none fits.
     """
-    visual, limit = layout.visual_tokens, spec.row_tokens
+    visual = layout.visual_tokens
     ids = mixture.concatenate(lambda part: np.diff(part.bounds)).astype(np.int64)
     images = mixture.concatenate(lambda part: part.images).astype(np.int64)
     tokens = ids + images * (visual - 1)
-    shortest = int(tokens.min())
-    long = np.flatnonzero((tokens > limit) | ((images > spec.row_images) if visual else False))
+    limit = room(spec, layout)
+    long = np.flatnonzero((tokens - images * layout.leaving > limit) | ((images > spec.row_images) & (visual > 0)))
+    shortest = int((tokens - images * layout.leaving).min()) + spec.row_tokens - limit
     cut = 0
     for number in long.tolist():
         part, index = mixture.locate(number)
         used = 0
         if spec.long == "cut" and not (visual and images[number] > spec.row_images):
-            used = _cut(mixture.parts[part], index, visual, limit)
+            used = _cut(mixture.parts[part], index, visual - layout.leaving, limit)
         cut += used > 0
         ids[number] = used
         kept = mixture.parts[part].conversation(index)[0][:used]
@@ -80,9 +87,15 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
             )
         raise UserError(
             f"data.row_tokens: expected room for a conversation of {mixture.name}, the shortest of which has "
-            f"{shortest} tokens, got {limit}"
+            f"{shortest} tokens, got {spec.row_tokens}"
         )
     return Lengths(ids, tokens, cut, len(long) - cut)
+
+
+def room(spec: DataSpec, layout: RowLayout) -> int:
+    """Positions of a row behind the last stage of the decoder. A stage shortens rows by the tokens of all their M
+    views, present or not, so a conversation needs as many positions as are left of it there."""
+    return spec.row_tokens - views_of_row(spec, layout.own_views) * layout.leaving
 
 
 def check_rows(mixture: Mixture, spec: DataSpec, sizes: Lengths, layout: RowLayout) -> None:
@@ -103,13 +116,13 @@ def check_rows(mixture: Mixture, spec: DataSpec, sizes: Lengths, layout: RowLayo
     if layout.shares_image:
         leading = mixture.concatenate(_leading_images)[order]
         total -= (questions - 1) * layout.visual_tokens * np.minimum.reduceat(leading, first)
-    if (needed := int(total.max())) > spec.row_tokens:
+    views, limit = images * (questions if layout.own_views else 1), views_of_row(spec, layout.own_views)
+    if (needed := int((total + (limit - views) * layout.leaving).max())) > spec.row_tokens:
         raise UserError(
             f"data.row_tokens: expected at least {needed} for the questions of an example of {mixture.name}, got "
             f"{spec.row_tokens} (or set data.questions_per_example, or data.pack=fit)"
         )
-    views, limit = images * questions, views_of_row(spec, layout.reads_question)
-    if layout.reads_question and (needed := int(views.max())) > limit:
+    if layout.own_views and (needed := int(views.max())) > limit:
         raise UserError(
             f"data.row_images: expected at least {needed}, one for each image and question of an example of "
             f"{mixture.name}, got {limit} (or set data.questions_per_example)"
@@ -184,11 +197,11 @@ def _fit(
 ) -> Int[np.ndarray, " n"]:
     """The row of each conversation."""
     images = mixture.concatenate(lambda part: part.images)[conversation] if layout.visual_tokens else 0 * conversation
-    tokens = sizes.tokens[conversation]
+    tokens = sizes.tokens[conversation] - images * layout.leaving
     groups = _groups(tokens, images, bounds, spec, layout)
     size = np.add.reduceat(tokens, groups[:-1])
-    views = np.add.reduceat(images, groups[:-1]) if layout.reads_question else images[groups[:-1]]
-    assigned = bins.pack(size, views, spec.row_tokens, spec.row_images)
+    views = np.add.reduceat(images, groups[:-1]) if layout.own_views else images[groups[:-1]]
+    assigned = bins.pack(size, views, room(spec, layout), spec.row_images)
     return np.repeat(assigned, np.diff(groups))
 
 
@@ -197,13 +210,14 @@ def _groups(
 ) -> Int[np.ndarray, " g"]:
     """Bounds of the conversations that stay together: those of an example, split where they exceed a row."""
     total = np.add.reduceat(tokens, bounds[:-1])
-    many = np.add.reduceat(images, bounds[:-1]) if layout.reads_question else images[bounds[:-1]]
+    many = np.add.reduceat(images, bounds[:-1]) if layout.own_views else images[bounds[:-1]]
+    limit = room(spec, layout)
     splits = []
-    for i in np.flatnonzero((total > spec.row_tokens) | (many > spec.row_images)):
+    for i in np.flatnonzero((total > limit) | (many > spec.row_images)):
         size = views = 0
         for j in range(bounds[i], bounds[i + 1]):
-            size, views = size + tokens[j], views + images[j] * layout.reads_question
-            if j > bounds[i] and (size > spec.row_tokens or views > spec.row_images):
+            size, views = size + tokens[j], views + images[j] * layout.own_views
+            if j > bounds[i] and (size > limit or views > spec.row_images):
                 splits.append(j)
-                size, views = tokens[j], images[j] * layout.reads_question
+                size, views = tokens[j], images[j] * layout.own_views
     return np.unique(np.concatenate([bounds, np.asarray(splits, bounds.dtype)]))

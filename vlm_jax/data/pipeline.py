@@ -76,7 +76,7 @@ class Batches:
         data, rows = self.data, self.rows(step)
         rows = rows if self.slots is None else [rows[slot] for slot in self.slots]
         inputs, views = pack(data.mixture, rows, data.layout, data.spec.row_tokens)
-        made = make_views(data, views, len(rows), views_of_row(data.spec, data.layout.reads_question))
+        made = make_views(data, views, len(rows), views_of_row(data.spec, data.layout.own_views))
         if data.bad.found:
             _forget_bad(data, rows, inputs)
         return inputs._replace(views=made)
@@ -114,7 +114,9 @@ def evaluation_batches(
     begin, end = (data.mixture.concatenate(part) for part in (_answer_begin, _answer_end))
     images = data.mixture.concatenate(lambda part: part.images)
     every = np.unique(pairs[:, 1])
-    longest = int((begin + images * (visual - 1))[every].max())
+    views = max(int(images[every].max()), 1)
+    # With padding in place of the tokens of absent views that leave the decoder.
+    longest = int((begin + images * (visual - 1) + (views - images) * data.layout.leaving)[every].max())
     answer_tokens = int((end - begin)[every].max())
     pairs = np.pad(pairs, ((0, -len(pairs) % size), (0, 0)), constant_values=-1)
     local = slice(None) if slots is None else slots
@@ -131,8 +133,8 @@ def evaluation_batches(
             ids, _ = data.mixture.parts[part].conversation(index)
             row[: end[number] - begin[number]] = ids[begin[number] : end[number]]
             rows.append(RowPlan((number,), (int(begin[number]),)))
-        inputs, views = pack(data.mixture, rows, data.layout, longest, learn=False)
-        made = make_views(data, views, len(rows), max(int(images[every].max()), 1))
+        inputs, seen = pack(data.mixture, rows, data.layout, longest, learn=False)
+        made = make_views(data, seen, len(rows), views)
         example = batch[:, 0].astype(np.int32)
         for row, plan in enumerate(rows):  # questions about an image that cannot be read are not asked
             if any(data.bad.among(*data.mixture.locate(number)) for number in plan.conversation):

@@ -46,7 +46,7 @@ def pack(
             dataset = mixture.parts[part]
             row_ids, learned = dataset.conversation(index)
             count = int(dataset.images[index]) if layout.visual_tokens else 0
-            key = number if layout.reads_question else (part, int(dataset.item[index]))
+            key = number if layout.own_views else (part, int(dataset.item[index]))
             if key not in first_view:
                 first_view[key] = view
                 first = int(dataset.first_image[index])

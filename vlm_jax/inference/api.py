@@ -19,7 +19,6 @@ from vlm_jax.data import chat
 from vlm_jax.inference import decoding, programs
 from vlm_jax.inference import prompts as host
 from vlm_jax.inference.loading import Model
-from vlm_jax.models.vlm import Vlm
 
 
 def forward(
@@ -47,7 +46,7 @@ def forward(
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, answer, ids)
     (rows, length), config = inputs.tokens.shape, (model.spec, model.compute, model.plan)
-    inputs = host.put(host.to_bucket(inputs, model.visual_tokens), model.plan)
+    inputs = host.put(host.to_bucket(inputs, model), model.plan)
     hidden = programs.hidden_program(*config)(model.params, inputs)
     return programs.logits_program(*config)(model.params, hidden[:, :length])[:rows]
 
@@ -161,12 +160,6 @@ def question_ids(model: Model, prompt: Any) -> list[int]:
     if not ids:
         raise UserError("the prompt is empty")
     return ids
-
-
-def question_vector(model: Model, prompt: Any) -> Float[Array, "1 D"]:
-    """The question vector of a prompt, for question-dependent compressors."""
-    ids = np.array([question_ids(model, prompt)], np.int32)
-    return model.plan.jit(Vlm(model.spec, model.compute).question_vector)(model.params, ids)
 
 
 def _tokenizer(model: Model) -> Any:

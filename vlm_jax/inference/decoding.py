@@ -53,7 +53,7 @@ def new_tokens(model: Model, inputs: Inputs, count: int | None, name: str = "max
 def start(model: Model, inputs: Inputs, params: SamplingParams, max_new: int) -> tuple[Decoding, jax.Array]:
     """The state after the first token, and the hidden states of the prompts' last tokens. `max_new` is static."""
     config, kind = (model.spec, model.compute, model.plan), _kind(params)
-    inputs, params = host.put((host.to_bucket(inputs, model.visual_tokens), params), model.plan)
+    inputs, params = host.put((host.to_bucket(inputs, model), params), model.plan)
     prefilled = programs.prefill_program(*config, max_new)(model.params, inputs)
     first = programs.start_program(*config, model.eos_ids, max_new, kind)
     state = first(model.params, prefilled.hidden, params)

@@ -101,7 +101,7 @@ def load(
     dtype, tokens, image_size = _dtype(dtype), as_int("tokens", tokens), as_int("image_size", image_size)
     seed = check_seed(seed)
     if not isinstance(compressor, str | None):
-        raise unknown("compressor", compressor, catalog.ROWS)
+        raise unknown("compressor", compressor, catalog.names())
     if not isinstance(plan, Plan | None):
         raise UserError(f"plan: expected a Plan of partitioning.make_plan, got {str(plan)[:80]}")
     if jax.config.jax_compilation_cache_dir is None:
@@ -136,7 +136,7 @@ def load(
         loaded = load_parts(vision_info, parts, plan, dtype, count)
         connector_params = plan.init(lambda key: connector.init_weights(key, spec), jax.random.key(seed))
         connector_params = jax.tree.map(lambda leaf: leaf.astype(dtype), connector_params)
-        if "connector" in loaded:
+        if "connector" in loaded and catalog.output_width(spec.compressor) == spec.encoder.width:
             connector_params["projector"] = loaded["connector"]["projector"]
         method = "bilinear" if path.suffix == ".npz" else "bicubic"
         encoder = vision.params_at_size(loaded["encoder"], vision_info.encoder, spec.encoder.image_size, method)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from vlm_jax.compress import catalog
 from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
@@ -182,11 +183,15 @@ def bucket(length: int) -> int:
     return size
 
 
-def to_bucket(inputs: Inputs, visual_tokens: int) -> Inputs:
-    """Pads rows on the right until their text, without visual tokens, has the length of a bucket."""
+def to_bucket(inputs: Inputs, model: Model) -> Inputs:
+    """Pads rows on the right until their text, without visual tokens, has the length of a bucket. Where visual tokens
+    leave the decoder or its cache, a row also has padding in place of the views that it lacks."""
     length = inputs.tokens.shape[1]
-    visual = 0 if inputs.views is None else inputs.views.pixels.shape[1] * visual_tokens
-    padding = ((0, 0), (0, max(visual + bucket(max(length - visual, 1)) - length, 0)))
+    visual = 0 if inputs.views is None else inputs.views.pixels.shape[1] * model.visual_tokens
+    if visual and (catalog.stages(model.spec) or catalog.hides_tokens(model.spec)):
+        lacking = visual - (inputs.visual >= 0).sum(axis=1) - (inputs.segment == 0).sum(axis=1)
+        length += max(int(lacking.max()), 0)
+    padding = ((0, 0), (0, max(visual + bucket(max(length - visual, 1)), length) - inputs.tokens.shape[1]))
     arrays = (np.pad(part, padding) for part in inputs[:4])
     return Inputs(*arrays, np.pad(inputs.visual, padding, constant_values=-1), inputs.views)
 

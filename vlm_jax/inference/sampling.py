@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from vlm_jax.core.specs import ComputeSpec
 from vlm_jax.core.structs import Cache, Inputs
-from vlm_jax.models.cache import init_cache, pad_cache
+from vlm_jax.models.cache import pad_cache
 from vlm_jax.models.vlm import Params, Vlm, last_token
 
 Pick = Callable[[Float[Array, "B W"], Int[Array, ""]], Int[Array, " B"]]  # (logits, tokens so far) -> the next token
@@ -60,10 +60,11 @@ def prefill(model: Vlm, params: Params, inputs: Inputs, max_new: int) -> Prefill
     unrolled (`models.decoder.unstack_layers`).
     """
     batch, length = inputs.tokens.shape
-    cache = init_cache(model.spec.decoder, model.compute, batch, length)
-    hidden, cache = model.forward(params, inputs, cache)
+    views = 0 if inputs.views is None else jax.tree.leaves(inputs.views)[0].shape[1]
+    hidden, cache = model.forward(params, inputs, model.init_cache(batch, length, views))
     last = last_token(cache.metadata.segment)[:, None, None]
-    return Prefilled(jnp.take_along_axis(hidden, last, axis=1), pad_cache(cache, length + max_new))
+    hidden, cache = jnp.take_along_axis(hidden, last, axis=1), model.evict(cache, views)
+    return Prefilled(hidden, pad_cache(cache, cache.metadata.segment.shape[1] + max_new))
 
 
 def continuation(tokens: Int[Array, "B L"], cache: Cache, valid: Bool[Array, "B L"] | bool = True) -> Inputs:

@@ -19,10 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import OF_QUESTION
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence
 from vlm_jax.inference.loading import Model
+from vlm_jax.models import connector
 from vlm_jax.models.vlm import Vlm
 
 PROBES = 16  # random orthonormal directions; exact for tokens up to this width
@@ -47,31 +49,41 @@ def patch_shares(
     model: Model,
     pixels: UInt8[np.ndarray, "1 H H 3"] | Float[np.ndarray | Array, "1 H H 3"],
     indices: Int[np.ndarray, " shown"],
-    vector: Float[Array, "1 D"] | None = None,
+    question: Int[np.ndarray, "1 Q"] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "shown rows columns"]:
     """Shares of the patches of one image in the tokens `indices`; `on_token` is called with (done, total).
 
-    |J|^2 = width E |r J|^2 over random unit directions r (Hutchinson); each r J is one vector-Jacobian product.
-    `vector` is the question's (`api.question_vector`); raises `UserError` if the compressor needs it and it is None.
+    |J|^2 = width |r J|^2 over random unit directions r (Hutchinson); each r J is one vector-Jacobian product.
+    `question` is token ids (`api.question_ids`); raises `UserError` if the compressor needs it and it is None.
     """
     spec = model.spec.compressor
     method = catalog.row(spec.name)
-    if method.query_dependent and vector is None:
+    if method.reads & OF_QUESTION and question is None:
         raise UserError(f"compressor {spec.name!r} reads the question: give the prompt (--prompt) whose tokens to show")
-    vector = None if vector is None else jnp.asarray(vector, jnp.float32)
+    question = None if question is None else jnp.asarray(question, jnp.int32)
     key = jax.random.key(0)
-    probes = jnp.linalg.qr(jax.random.normal(key, (spec.encoder_width, min(PROBES, spec.encoder_width))))[0].T
+    width = spec.text_width if method.projects else method.output_width(spec)
+    probes = jnp.linalg.qr(jax.random.normal(key, (width, min(PROBES, width))))[0].T
 
-    def encode(params: Any, image: Array) -> tuple[Visual, Any]:
-        visual, weights = Vlm(model.spec, model.compute).encode(params, image), params["connector"]["compressor"]
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (visual, weights))
+    def encode(params: Any, image: Array) -> tuple[Evidence, Any]:
+        vlm = Vlm(model.spec, model.compute)
+        evidence = vlm.evidence(params, vlm.encode(params, image), question)
 
-    def of_token(visual: Visual, weights: Any, number: Array) -> Array:
-        _, pull = jax.vjp(lambda v: method.apply(weights, v, vector, spec).tokens[0, number], visual)
-        pulled: Visual = jax.vmap(lambda one: pull(one)[0])(probes)
-        squares = jnp.sum(pulled.tokens**2, axis=(0, 1, 3))
-        squares = squares if pulled.taps is None else squares + jnp.sum(pulled.taps**2, axis=(0, 1, 2, 4))
+        def wide(leaf: Array) -> Array:
+            return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(wide, (evidence, params["connector"]))
+
+    def of_token(evidence: Evidence, weights: Any, number: Array) -> Array:
+        def token(tokens: Array, taps: Array | None) -> Array:
+            moved = evidence._replace(tokens=tokens, taps=taps)
+            return connector.apply(weights, moved, model.spec).tokens[0, number]
+
+        _, pull = jax.vjp(token, evidence.tokens, evidence.taps)
+        tokens, taps = jax.vmap(pull)(probes)
+        squares = jnp.sum(tokens**2, axis=(0, 1, 3))
+        squares = squares if taps is None else squares + jnp.sum(taps**2, axis=(0, 1, 2, 4))
         norm = jnp.sqrt(squares)
         return norm / jnp.maximum(norm.sum(), jnp.finfo(norm.dtype).tiny)
 
@@ -113,10 +125,11 @@ def draw(
             share, cmap="autumn_r", alpha=alpha, vmin=0, vmax=share.max(), extent=extent, interpolation="nearest"
         )
         panel.set_title(f"token {token + 1}", fontsize=8, pad=2)
-    some = "" if len(indices) == spec.tokens else f"{len(indices)} of "
-    many = "visual token reads" if spec.tokens == 1 else "visual tokens read"
+    count = model.visual_tokens
+    some = "" if len(indices) == count else f"{len(indices)} of "
+    many = "visual token reads" if count == 1 else "visual tokens read"
     figure.supxlabel(
-        f"What {some}{spec.tokens} {many} ({spec.name}):\nthe redder a patch, the more it changes the token\n"
+        f"What {some}{count} {many} ({spec.name}):\nthe redder a patch, the more it changes the token\n"
         "(norm of its derivative with respect to the patch, relative to its largest)",
         fontsize=8,
     )

@@ -1,4 +1,4 @@
-"""The connector: a compressor of the catalog, then a projector to the decoder's width."""
+"""The connector: a compressor of the catalog, and a projector to the decoder's width."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ from vlm_jax.compress import catalog
 from vlm_jax.core.axes import ACT_EMBED, BATCH, EMBED, LENGTH, MLP, VISION, VISION_MLP
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import ModelSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import initializers as w
 from vlm_jax.ops.logical_axes import constrain, gather_for_compute
 
-PROJECTORS = ("linear", "mlp")
+# "linear"; "mlp" has a GELU between two layers (LLaVA), "mlp_silu" a SiLU (Honeybee).
+PROJECTORS = ("linear", "mlp", "mlp_silu")
 _IN, _OUT = (VISION, VISION_MLP), (MLP, EMBED)  # of the projector's kernels
 
 
@@ -23,9 +24,9 @@ def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
     if spec.projector not in PROJECTORS:
         raise unknown("projector", spec.projector, PROJECTORS)
     compress_key, first, second = jax.random.split(key, 3)
-    encoder_width, width = spec.encoder.width, spec.decoder.width
-    projector = {"kernel": w.dense(first, (encoder_width, width), _IN), "bias": w.zeros((width,), _IN[1:])}
-    if spec.projector == "mlp":
+    inputs, width = catalog.output_width(spec.compressor), spec.decoder.width
+    projector = {"kernel": w.dense(first, (inputs, width), _IN), "bias": w.zeros((width,), _IN[1:])}
+    if spec.projector != "linear":
         projector["out_kernel"] = w.dense(second, (width, width), _OUT)
         projector["out_bias"] = w.zeros((width,), _OUT[1:])
     return {
@@ -34,12 +35,30 @@ def init_weights(key: Array, spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def compress(weights: Any, visual: Visual, text_vector: Float[Array, "B D"] | None, spec: ModelSpec) -> Visual:
+def compress(weights: Any, evidence: Evidence, spec: ModelSpec) -> Prefix:
     """P patches -> V tokens of the decoder's width, with their mask (None: all valid)."""
-    out = catalog.row(spec.compressor.name).apply(weights["compressor"], visual, text_vector, spec.compressor)
-    x, projector = out.tokens, weights["projector"]
+    out = apply(weights, evidence, spec)
+    tokens = out.tokens if catalog.row(spec.compressor.name).projects else _project(weights, out.tokens, spec.projector)
+    return out._replace(tokens=constrain(tokens, (BATCH, LENGTH, ACT_EMBED)))
+
+
+def apply(weights: Any, evidence: Evidence, spec: ModelSpec) -> Prefix:
+    """P patches -> V tokens of the compressor's `output_width`. Raises `ValueError` for evidence that the compressor
+    reads and that is missing."""
+    method = catalog.row(spec.compressor.name)
+    optional = {"project", "class_token"} | ({"taps"} if spec.compressor.taps == 0 else set())
+    for name in method.reads - optional:
+        if getattr(evidence, name) is None:
+            raise ValueError(f"compressor {spec.compressor.name!r} reads {name}, which is missing")
+    if method.projects:
+        evidence = evidence._replace(project=lambda x: _project(weights, x, spec.projector))
+    return method.apply(weights["compressor"], evidence, spec.compressor)
+
+
+def _project(weights: Any, x: Float[Array, "B *rows width"], kind: str) -> Float[Array, "B *rows D"]:
+    projector = weights["projector"]
     x = x @ gather_for_compute(projector["kernel"], _IN, x.dtype) + projector["bias"].astype(x.dtype)
-    if spec.projector == "mlp":
-        inner = jax.nn.gelu(x, approximate=False)
-        x = inner @ gather_for_compute(projector["out_kernel"], _OUT, x.dtype) + projector["out_bias"].astype(x.dtype)
-    return Visual(constrain(x, (BATCH, LENGTH, ACT_EMBED)), mask=out.mask)
+    if kind == "linear":
+        return x
+    inner = jax.nn.silu(x) if kind == "mlp_silu" else jax.nn.gelu(x, approximate=False)
+    return inner @ gather_for_compute(projector["out_kernel"], _OUT, x.dtype) + projector["out_bias"].astype(x.dtype)

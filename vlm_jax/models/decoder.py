@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.core import axes
-from vlm_jax.core.specs import ComputeSpec, DecoderSpec
+from vlm_jax.core.specs import ComputeSpec, DecoderSpec, DropStage
 from vlm_jax.core.structs import AttentionMetadata, Cache, Params
+from vlm_jax.models import stages
 from vlm_jax.models.cache import update_cache
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
+from vlm_jax.models.stages import VisualPlaces
 from vlm_jax.ops import masks, rotary, splash
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.logical_axes import axis_size, constrain, gather_for_compute
@@ -108,6 +110,7 @@ class Decoder(nn.Module):
 
     spec: DecoderSpec
     compute: ComputeSpec
+    stages: tuple[DropStage, ...] = ()  # at which visual tokens leave
 
     def setup(self) -> None:
         spec = self.spec
@@ -145,36 +148,96 @@ class Decoder(nn.Module):
         return x * jnp.asarray(self.spec.width**0.5, x.dtype) if self.spec.scale_embedding else x
 
     def hidden(
-        self, x: Float[Array, "B L D"], metadata: AttentionMetadata, cache: Cache | None = None
+        self,
+        x: Float[Array, "B L D"],
+        metadata: AttentionMetadata,
+        cache: Cache | None = None,
+        places: VisualPlaces | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Hidden states after all blocks and the final norm. With a cache, the L tokens are appended to it and attend
-        to it. Raises `ValueError` for a cache with scanned layers."""
+        """Hidden states after all blocks and the final norm; zero for tokens that left at a stage. With a cache, the L
+        tokens are appended to it and attend to it. Stages apply to tokens with `places`; without, all stay. Raises
+        `ValueError` for a cache with scanned layers."""
         if cache is not None and self.compute.scan_layers:
             raise ValueError(
                 "Decoder.hidden: expected no cache with scan_layers=True, got one (set compute.scan_layers=False, and "
                 "unstack_layers the parameters)"
             )
-        x = constrain(x, _ACT)
+        x, length = constrain(x, _ACT), x.shape[1]
+        cuts = self.stages if places is not None or cache is not None else ()
+        caches = [None] * (len(cuts) + 1) if cache is None else [cache._replace(later=()), *cache.later]
+        kept, out = None, []
+        for number, (start, stop) in enumerate(stages.bounds(cuts, self.spec.depth)):
+            stage = cuts[number] if places is not None and number < len(cuts) else None
+            own = metadata if places is not None else recounted(metadata, caches[0], caches[number])
+            inputs, keys = self._inputs(own, caches[number])
+            scored_by = stage.scored_by if stage is not None and stage.score == "attention" else stop
+            x, layers = self._run(x, inputs, caches[number], range(start, scored_by), start)
+            scores = None
+            if scored_by < stop or (stage is not None and stage.score == "attention"):
+                is_local = self.spec.window is not None and local_layers(self.spec)[scored_by]
+                block = self._block_params(scored_by)
+                scores = stages.attention_scores(block, self.spec, x, own, places, is_local)
+                x, rest = self._run(x, inputs, caches[number], range(scored_by, stop), start)
+                layers += rest
+            if caches[number] is not None:
+                key, value = zip(*layers, strict=True)
+                out.append(Cache(key, value, keys, caches[number].length + x.shape[1]))
+            if stage is not None:
+                index = stages.staying(stage, metadata, places, scores)
+                x, metadata, places = stages.gather(stage, index, x, metadata, places)
+                kept = index if kept is None else jnp.take_along_axis(kept, index, axis=1)
+        x = self.norm(x)
+        if kept is not None:
+            x = jax.vmap(lambda row, at: jnp.zeros((length, row.shape[1]), row.dtype).at[at].set(row))(x, kept)
+        return x, out[0]._replace(later=tuple(out[1:])) if out else None
+
+    def _inputs(
+        self, metadata: AttentionMetadata, cache: Cache | None
+    ) -> tuple[tuple[AttentionInputs, ...], AttentionMetadata]:
+        """The inputs of global and local layers, and the metadata of the keys."""
         keys, index = metadata, jnp.zeros((), jnp.int32)
         if cache is not None:
             keys, index = update_cache(cache.metadata, metadata, cache.length), cache.length
-        inputs = attention_inputs(self.spec, metadata, keys, index)
-        if self.compute.attention == "splash" and cache is None and (self.spec.window or x.shape[1]) >= x.shape[1]:
+        inputs, length = attention_inputs(self.spec, metadata, keys, index), metadata.segment.shape[1]
+        if self.compute.attention == "splash" and cache is None and (self.spec.window or length) >= length:
             # `config.resolve` allows splash for causal models only.
             inputs = tuple(part._replace(mask=splash.Causal(metadata.segment)) for part in inputs)
+        # Without the barrier XLA recomputes the masks in every unrolled layer.
+        return inputs if self.compute.scan_layers else jax.lax.optimization_barrier(inputs), keys
+
+    def _run(
+        self,
+        x: Float[Array, "B L D"],
+        inputs: tuple[AttentionInputs, ...],
+        cache: Cache | None,
+        layers: range,
+        first: int,
+    ) -> tuple[Float[Array, "B L D"], list[Any]]:
+        """Layers of a part of the decoder whose first layer is `first`, and what is cached of each."""  # fmt: skip
         is_local = local_layers(self.spec)
-        if self.compute.scan_layers:
-            return self.norm(self.blocks(x, inputs, jnp.array(is_local))[0]), None
-        # Without the barrier XLA recomputes the masks in every layer.
-        inputs, layers = jax.lax.optimization_barrier(inputs), []
-        for i, block in enumerate(self.blocks):
-            cached = None if cache is None else (cache.key[i], cache.value[i])
-            x, cached = block(x, (inputs[-1 if is_local[i] else 0],), None, cached)
-            layers.append(cached)
-        if cache is not None:
-            key, value = zip(*layers, strict=True)
-            cache = Cache(key, value, keys, index + x.shape[1])
-        return self.norm(x), cache
+        if not self.compute.scan_layers:
+            out = []
+            for i in layers:
+                cached = None if cache is None else (cache.key[i - first], cache.value[i - first])
+                x, cached = self.blocks[i](x, (inputs[-1 if is_local[i] else 0],), None, cached)
+                out.append(cached)
+            return x, out
+        if len(layers) == self.spec.depth:
+            return self.blocks(x, inputs, jnp.array(is_local))[0], []
+        block = remat(Block, self.compute.remat)(self.spec, self.compute.attention, parent=None)
+
+        def one(x: Array, layer: tuple[Params, Array]) -> tuple[Array, None]:
+            return block.apply({"params": layer[0]}, x, inputs, layer[1])[0], None
+
+        part = slice(layers.start, layers.stop)
+        params = jax.tree.map(lambda leaf: leaf[part], self.variables["params"]["blocks"])
+        return jax.lax.scan(one, x, (params, jnp.array(is_local[part])))[0] if len(layers) else x, []
+
+    def _block_params(self, layer: int) -> Params:
+        params = self.variables["params"]
+        if not self.compute.scan_layers:
+            return params[f"blocks_{layer}"]
+        return jax.tree.map(lambda leaf: leaf[layer], params["blocks"])
 
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L W"]:
         """Hidden states -> float32 logits."""
@@ -205,6 +268,19 @@ def attention_inputs(
             angles = rotary.angles(queries.position, spec.head_dim, spec.local_rope_theta)
         inputs += (AttentionInputs(angles, masks.attention_mask(queries, keys, spec.window), index),)
     return inputs
+
+
+def recounted(metadata: AttentionMetadata, first: Cache | None, cache: Cache | None) -> AttentionMetadata:
+    """Metadata of tokens behind a prompt for the layers of `cache`, whose positions may be fewer than those of the
+    first layers."""
+    if first is None or cache is first:
+        return metadata
+
+    def last(cache: Cache) -> Int[Array, "B 1"]:
+        return jnp.where(cache.metadata.segment == 0, -1, cache.metadata.position).max(axis=1, keepdims=True)
+
+    gone = last(first) - last(cache)
+    return metadata._replace(position=metadata.position - gone, order=metadata.order - gone)
 
 
 def local_layers(spec: DecoderSpec) -> tuple[bool, ...]:

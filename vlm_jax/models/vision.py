@@ -16,9 +16,11 @@ from jaxtyping import Array, Float
 from vlm_jax.core import axes
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, EncoderSpec
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Params, Visual
+from vlm_jax.models import merging
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
+from vlm_jax.ops.grid import bicubic
 from vlm_jax.ops.logical_axes import constrain
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_VISION)
@@ -120,7 +122,7 @@ class Encoder(nn.Module):
         return visual, self.pool(visual) if self.spec.pooling_head else None
 
     def encode(self, image: Float[Array, "B H H 3"]) -> Visual:
-        """Normalised pixels -> `Visual(tokens[B,P,E], taps[B,A,P,E])`, without the class token."""
+        """Normalised pixels -> tokens[B,P,E], taps[B,A,P,E] and what `EncoderSpec.returns` names."""
         spec, dtype = self.spec, jnp.dtype(self.compute.dtype)
         (rows, columns), size = spec.grid, spec.patch_size
         batch = image.shape[0]
@@ -134,18 +136,57 @@ class Encoder(nn.Module):
         if spec.pre_norm:
             x = self.pre_norm(x)
         x = constrain(x, _ACT)
+        if spec.merge and not self.is_initializing():
+            x = merging.run_blocks(nn.meta.unbox(self.variables["params"]["blocks"]), x, spec, self.compute.attention)
+            x = x if spec.feature_layer else self.norm(x)
+            return Visual(x[:, int(spec.class_token) :])
         # All other layers write to one spare slot, so memory grows with the taps and not with the depth.
-        kept = tuple(dict.fromkeys((*spec.taps, *([spec.feature_layer] if spec.feature_layer else []))))
+        inner = (spec.feature_layer, spec.attention_layer - 1)
+        kept = tuple(dict.fromkeys((*spec.taps, *(layer for layer in inner if layer > 0))))
         slots = jnp.array([kept.index(i) if i in kept else len(kept) for i in range(1, spec.blocks + 1)])
         layers = jnp.zeros((batch, len(kept) + 1, *x.shape[1:]), dtype)
+        embedded = x
         (x, layers), _ = self.blocks((x, layers), slots)
-        layers = layers[:, :, int(spec.class_token) :]
-        tokens = layers[:, kept.index(spec.feature_layer)] if spec.feature_layer else self.norm(x)[:, -spec.patches :]
-        return Visual(tokens, layers[:, : len(spec.taps)] if spec.taps else None)
+        first = int(spec.class_token)
+        x = layers[:, kept.index(spec.feature_layer)] if spec.feature_layer else self.norm(x)
+        visual = Visual(x[:, first:], layers[:, : len(spec.taps), first:] if spec.taps else None)
+        if "class_token" in spec.returns and spec.class_token:
+            visual = visual._replace(class_token=x[:, 0])
+        if {"keys", "salience"} & set(spec.returns):
+            layer = spec.attention_layer - 1
+            block = jax.tree.map(lambda leaf: leaf[layer], nn.meta.unbox(self.variables["params"]["blocks"]))
+            keys, salience = attention_evidence(block, layers[:, kept.index(layer)] if layer else embedded, spec)
+            visual = visual._replace(keys=keys if "keys" in spec.returns else None, salience=salience)
+        return visual
 
     def pool(self, visual: Visual) -> Float[Array, "B E"]:
         """The image as one vector."""
         return self.pooling(visual.tokens)
+
+
+def attention_evidence(
+    block: Params, x: Float[Array, "B S E"], spec: EncoderSpec
+) -> tuple[Float[Array, "B P N C"], Float[Array, "B P"] | None]:
+    """Keys of a block's attention, and the salience of the patches, from the block's input x and its parameters.
+
+    Salience is the softmax of the class token's query over all S tokens; without a class token, the mean over all
+    queries. `EncoderSpec.salience`: the mean over heads ("heads"), or one softmax with scores over the whole width,
+    scaled by E ** -0.5 ("width").
+    """
+    normed = LayerNorm(spec.norm_eps, parent=None).apply({"params": block["attention_norm"]}, x)
+    queries = normed[:, :1] if spec.class_token else normed
+    names, sizes = (axes.VISION_HEADS, axes.HEAD_DIM), (spec.heads, spec.width // spec.heads)
+    project = Linear(((spec.width, axes.VISION),), tuple(zip(sizes, names, strict=True)), bias=True, parent=None)
+    attention, first = block["attention"], int(spec.class_token)
+    keys = project.apply({"params": attention["key"]}, normed)
+    if "salience" not in spec.returns:
+        return keys[:, first:], None
+    q = project.apply({"params": attention["query"]}, queries)
+    scored = keys
+    if spec.salience == "width":
+        q, scored = (part.reshape(*part.shape[:2], 1, spec.width) for part in (q, keys))
+    scores = jnp.einsum("btnc,bsnc->bnts", q, scored, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return keys[:, first:], jax.nn.softmax(scores, axis=-1).mean(axis=(1, 2))[:, first:]
 
 
 RESIZING = ("bicubic", "bilinear")
@@ -183,21 +224,10 @@ def resize_positions(
     if grid == new_grid:
         return table
     before = len(table) - grid[0] * grid[1]
-    weights = {"bicubic": _cubic, "bilinear": _corners}[method]
+    weights = {"bicubic": bicubic, "bilinear": _corners}[method]
     rows, columns = (weights(old, new) for old, new in zip(grid, new_grid, strict=True))
     patches = np.einsum("ri,cj,ije->rce", rows, columns, table[before:].reshape(*grid, -1), optimize=True)
     return np.concatenate([table[:before], patches.reshape(-1, table.shape[1])]).astype(table.dtype)
-
-
-def _cubic(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
-    point = (np.arange(parts) + 0.5) * size / parts - 0.5
-    out, a = np.zeros((parts, size)), -0.75
-    for tap in range(-1, 3):
-        index = np.floor(point).astype(int) + tap
-        d = np.abs(point - index)
-        near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        np.add.at(out, (np.arange(parts), np.clip(index, 0, size - 1)), np.where(d <= 1, near, far))
-    return out
 
 
 def _corners(size: int, parts: int) -> Float[np.ndarray, "parts size"]:

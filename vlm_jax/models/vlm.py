@@ -1,7 +1,7 @@
 """The vision-language model as pure functions of parameters {"encoder", "connector", "decoder"} and `Inputs`; the
 encoder's are absent with stored features.
 
-    views  --encode-->  Visual[B M, P, E]  --compress-->  [B, M V, D]  --merge_image_embeddings-->  [B, L, D]
+    views  --encode-->  Visual[B M, P, E]  --compress-->  Prefix[B, M V, D]  --merge_image_embeddings-->  [B, L, D]
            --decoder-->  hidden [B, L, D]  --logits-->  [B, L, W]
 """
 
@@ -9,15 +9,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
-from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Params, Views, Visual
-from vlm_jax.models import connector
+from vlm_jax.core.structs import AttentionMetadata, Cache, Evidence, Inputs, Params, Prefix, Views, Visual
+from vlm_jax.models import connector, stages
+from vlm_jax.models.cache import init_cache, take_cache
 from vlm_jax.models.decoder import Decoder, Head, head
+from vlm_jax.models.questions import merge_questions, question_index
 from vlm_jax.models.vision import Encoder
 from vlm_jax.ops import masks, pixels
+
+_ALWAYS = ("tokens", "mask")  # given to every compressor
 
 
 class Vlm(NamedTuple):
@@ -32,12 +36,12 @@ class Vlm(NamedTuple):
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.spec.decoder, self.compute)
+        return Decoder(self.spec.decoder, self.compute, catalog.stages(self.spec))
 
     @property
     def visual_tokens(self) -> int:
-        """V; 0 for text only."""
-        return 0 if self.spec.compressor is None else self.spec.compressor.tokens
+        """Visual tokens of a view in the row: V, or more where some leave inside the decoder; 0 for text only."""
+        return 0 if self.spec.compressor is None else catalog.entering(self.spec.compressor)
 
     @property
     def reads_question(self) -> bool:
@@ -65,20 +69,55 @@ class Vlm(NamedTuple):
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
 
     def forward(
-        self, params: Params, inputs: Inputs, cache: Cache | None = None
+        self, params: Params, inputs: Inputs, cache: Cache | None = None, kept: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it."""
+        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it.
+
+        kept: the first so many of each view's V tokens count, the others are padding: a traced V, for a compressor
+            whose elastic kind is "prefix".
+        """
         x = self.decoder.apply({"params": params["decoder"]}, inputs.tokens, method="embed")
-        metadata = AttentionMetadata(inputs.segment, inputs.position, inputs.order)
+        metadata, places = AttentionMetadata(inputs.segment, inputs.position, inputs.order), None
         if inputs.views is not None and self.visual_tokens:
             image = self.embed_views(params, inputs.views)
             x = merge_image_embeddings(image.tokens, x, inputs.visual)
+            if image.question is not None:
+                ids = inputs.views.question
+                index = question_index(inputs.tokens, inputs.visual, inputs.segment, ids, self.visual_tokens)
+                x = merge_questions(x, image.question.reshape(*ids.shape, -1), index)
+            if kept is not None:
+                first = jnp.arange(image.tokens.shape[1]) % self.visual_tokens < kept
+                image = image._replace(mask=first & (True if image.mask is None else image.mask))
+                image = image._replace(mask=jnp.broadcast_to(image.mask, image.tokens.shape[:2]))
             if image.mask is not None:
                 valid = jnp.take_along_axis(image.mask, jnp.maximum(inputs.visual, 0), axis=1)
-                metadata = drop_masked(metadata, (inputs.visual < 0) | valid)
-        return self.decoder.apply({"params": params["decoder"]}, x, metadata, cache, method="hidden")
+                metadata = masks.drop_masked(metadata, (inputs.visual < 0) | valid)
+            if segments := catalog.row(self.spec.compressor.name).segments(self.spec.compressor):
+                metadata = metadata._replace(segment=summary_segments(metadata, inputs.visual, segments))
+            if catalog.stages(self.spec):
+                views = image.tokens.shape[1] // self.visual_tokens
+                places = stages.visual_places(inputs.visual, metadata, inputs.weight, views, self.visual_tokens)
+        return self.decoder.apply({"params": params["decoder"]}, x, metadata, cache, places, method="hidden")
 
-    def embed_views(self, params: Params, views: Views) -> Visual:
+    def init_cache(self, batch: int, length: int, views: int) -> Cache:
+        """An empty cache for prompts of `length` tokens with that many views each."""
+        cuts = catalog.stages(self.spec)
+        later = stages.lengths(cuts, length, views, self.visual_tokens)[1:]
+        starts = (stage.layer for stage in cuts)
+        return init_cache(self.spec.decoder, self.compute, batch, length, tuple(zip(starts, later, strict=True)))
+
+    def evict(self, cache: Cache, views: int) -> Cache:
+        """A prompt's cache without what no later token attends to: the hidden tokens of each view."""
+        compressor = self.spec.compressor
+        hidden = 0 if compressor is None else catalog.row(compressor.name).segments(compressor).count(masks.HIDDEN)
+        if not hidden or not views:
+            return cache
+        segment = cache.metadata.segment
+        order = jnp.where(segment == masks.HIDDEN, 2, segment == 0)
+        kept = jnp.argsort(order, axis=1, stable=True)[:, : segment.shape[1] - views * hidden]
+        return take_cache(cache, jnp.sort(kept, axis=1))
+
+    def embed_views(self, params: Params, views: Views) -> Prefix:
         """Encodes (unless features are given), compresses and projects -> tokens[B, M V, D] and their mask."""
         has_features = views.pixels is None
         batch, count = (views.features.tokens if has_features else views.pixels).shape[:2]
@@ -88,15 +127,26 @@ class Vlm(NamedTuple):
             to_cast = has_features and jnp.issubdtype(leaf.dtype, jnp.floating)
             return leaf.astype(self.compute.dtype) if to_cast else leaf
 
-        vector = self.question_vector(params, flat(views.question)) if self.reads_question else None
         visual = jax.tree.map(flat, views.features) if has_features else self.encode(params, flat(views.pixels))
-        out = connector.compress(params["connector"], visual, vector, self.spec)
+        question = None if views.question is None else flat(views.question)
+        out = connector.compress(params["connector"], self.evidence(params, visual, question), self.spec)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, -1, *leaf.shape[2:]), out)
+
+    def evidence(self, params: Params, visual: Visual, question: Int[Array, "N Q"] | None) -> Evidence:
+        """What the compressor reads of images and of their questions (begin token and bare text, padded with -1)."""
+        reads = catalog.row(self.spec.compressor.name).reads
+        evidence = Evidence(**{name: getattr(visual, name) for name in Visual._fields if name in {*reads, *_ALWAYS}})
+        if "question_vector" in reads:
+            evidence = evidence._replace(question_vector=self.question_vector(params, question))
+        if "question_tokens" in reads:
+            embedded = self.decoder.apply(_frozen(params), question, method="embed")
+            evidence = evidence._replace(question_tokens=embedded, question_mask=question >= 0)
+        return evidence
 
     def question_vector(self, params: Params, question: Int[Array, "N Q"]) -> Float[Array, "N D"]:
         """The decoder's final hidden state of the last token of each question (padded with -1), without gradient
         (QueCC, arXiv 2411.03312, section 4)."""
-        frozen = {"params": jax.lax.stop_gradient(params["decoder"])}
+        frozen = _frozen(params)
         segment = (question >= 0).astype(jnp.int32)
         position = jnp.maximum(jnp.cumsum(segment, axis=1) - 1, 0)
         x = self.decoder.apply(frozen, question, method="embed")
@@ -112,6 +162,10 @@ class Vlm(NamedTuple):
         return head(params["decoder"], self.spec.decoder)
 
 
+def _frozen(params: Params) -> Params:
+    return {"params": jax.lax.stop_gradient(params["decoder"])}
+
+
 def merge_image_embeddings(
     image: Float[Array, "B N D"], text: Float[Array, "B L D"], visual: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
@@ -120,18 +174,21 @@ def merge_image_embeddings(
     return jnp.where(visual[..., None] >= 0, chosen, text)
 
 
-def drop_masked(metadata: AttentionMetadata, valid: Bool[Array, "B L"]) -> AttentionMetadata:
-    """Metadata where invalid tokens are padding and positions count valid tokens only.
+def summary_segments(
+    metadata: AttentionMetadata, visual: Int[Array, "B L"], segments: tuple[int, ...]
+) -> Int[Array, "B L"]:
+    """Segments of rows in which text attends to some tokens of a view only: `segments` of its tokens, and HIDDEN for
+    what precedes the last shared one. A row has one conversation, or one image that all of them share.
 
-    valid      1 1 0 1 1 | 1 0 1
-    segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
-    position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
+    row         bos  I  I  V  what end                I image, V summary
+    segment       1  1  1  1     1   1   ->   -2 -2 -2 -1  1  1
     """
-    by_position = metadata._replace(order=metadata.position)
-    dropped = masks.attention_mask(by_position, by_position)[:, 0] & ~valid[:, None, :]
-    position = metadata.position - jnp.sum(dropped, axis=-1, dtype=metadata.position.dtype)
-    order = jnp.where(metadata.order == metadata.position, position, metadata.order)
-    return AttentionMetadata(jnp.where(valid, metadata.segment, 0), position, order)
+    alive = metadata.segment != 0
+    own = jnp.where(visual >= 0, jnp.array(segments)[jnp.maximum(visual, 0) % len(segments)], 0)
+    order = jnp.where((own == masks.SHARED) & alive, metadata.order, -1)
+    before = metadata.order < order.max(axis=1, keepdims=True)
+    own = jnp.where((visual < 0) & before, masks.HIDDEN, own)
+    return jnp.where(alive & (own != 0), own, metadata.segment)
 
 
 def last_token(segment: Int[Array, "B L"]) -> Int[Array, " B"]:

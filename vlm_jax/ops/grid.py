@@ -68,6 +68,38 @@ def bilinear(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
     return np.maximum(0.0, 1.0 - distance).astype(np.float32)
 
 
+def bicubic(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
+    """Weights of cubic convolution on one axis (a = -3/4, Keys 1981; pixel centres, borders repeated)."""
+    point = (np.arange(parts) + 0.5) * size / parts - 0.5
+    out, a = np.zeros((parts, size)), -0.75
+    for tap in range(-1, 3):
+        index = np.floor(point).astype(int) + tap
+        d = np.abs(point - index)
+        near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        np.add.at(out, (np.arange(parts), np.clip(index, 0, size - 1)), np.where(d <= 1, near, far))
+    return out
+
+
+def sincos(grid: GridShape, width: int) -> Float[np.ndarray, "P width"]:
+    """Fixed positions: the first half from the column, the second from the row, each sines then cosines of the index
+    times 10000 ** (-4 i / width) (as MAE's, arXiv 2111.06377)."""
+    frequency = 10_000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = (index.reshape(-1, 1) * frequency for index in np.indices(grid))
+    return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1).astype(np.float32)
+
+
+def resize(table: Float[np.ndarray, "N E"], grid: GridShape, new_grid: GridShape) -> Float[np.ndarray, "M E"]:
+    """A table of positions interpolated to another grid with `bicubic`."""
+    rows, columns = (bicubic(old, new) for old, new in zip(grid, new_grid, strict=True))
+    out = np.einsum("ri,cj,ije->rce", rows, columns, table.reshape(*grid, -1), optimize=True)
+    return out.reshape(-1, table.shape[1]).astype(np.float32)
+
+
+def square_tokens(grid: GridShape) -> tuple[int, ...]:
+    """V = n^2 for n up to the shorter side."""
+    return tuple(n * n for n in range(1, min(grid) + 1))
+
+
 def weighted_mean(
     tokens: Float[Array, "B P E"],
     mask: Bool[Array, "B P"] | None,

@@ -1,6 +1,7 @@
 """Attention masks. One rule covers causal and prefix masks, packed conversations, padding, the cache and windows:
 
-Token i attends to token j iff  order_j <= order_i,  segment_i != 0,  and  segment_j is segment_i or SHARED (-1).
+Token i attends to token j iff  order_j <= order_i,  segment_i != 0,  and  segment_j is segment_i or SHARED (-1), or
+segment_j is HIDDEN (-2) and segment_i is SHARED.
 
 Two packed conversations, each with an image I of one token, then padding; rows attend to columns. The first is causal:
 order is position. The second has a bidirectional prefix of order 0, the image and the question d:
@@ -34,11 +35,13 @@ Two questions that share an image of two tokens:
              .
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from vlm_jax.core.structs import AttentionMetadata
 
 SHARED = -1  # the segment that all segments of a row attend to
+HIDDEN = -2  # a segment that only itself and the shared one attend to
 
 
 def attention_mask(
@@ -49,9 +52,23 @@ def attention_mask(
     window: also masks keys at that distance or more, except within a bidirectional prefix (PaliGemma 2).
     """
     i, j = query.segment[:, :, None], key.segment[:, None, :]
-    visible = (i != 0) & ((i == j) | (j == SHARED))
+    visible = (i != 0) & ((i == j) | (j == SHARED) | ((j == HIDDEN) & (i == SHARED)))
     visible &= key.order[:, None, :] <= query.order[:, :, None]
     if window is not None:
         near = query.position[:, :, None] - key.position[:, None, :] < window
         visible &= near | (key.order[:, None, :] == query.order[:, :, None])
     return visible[:, None]
+
+
+def drop_masked(metadata: AttentionMetadata, valid: Bool[Array, "B L"]) -> AttentionMetadata:
+    """Metadata where invalid tokens are padding and positions count valid tokens only.
+
+    valid      1 1 0 1 1 | 1 0 1
+    segment    1 1 1 1 1 | 2 2 2   ->   1 1 0 1 1 | 2 0 2
+    position   0 1 2 3 4 | 0 1 2   ->   0 1 . 2 3 | 0 . 1
+    """
+    by_position = metadata._replace(order=metadata.position)
+    dropped = attention_mask(by_position, by_position)[:, 0] & ~valid[:, None, :]
+    position = metadata.position - jnp.sum(dropped, axis=-1, dtype=metadata.position.dtype)
+    order = jnp.where(metadata.order == metadata.position, position, metadata.order)
+    return AttentionMetadata(jnp.where(valid, metadata.segment, 0), position, order)

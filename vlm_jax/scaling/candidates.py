@@ -13,7 +13,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec, ModelSpec
 from vlm_jax.scaling.fitted import FamilyFit, visual_side
-from vlm_jax.sizing import cost, roofline, zoo
+from vlm_jax.sizing import compression, cost, roofline, zoo
 from vlm_jax.sizing.cost import Number
 from vlm_jax.sizing.roofline import PartTime, Request
 
@@ -75,7 +75,7 @@ def candidates(
     decoders = _decoders(family.models, llms)
     found, possible = [], set()
     for visual, beyond in _visual_sides(family.models, encoders, compressors, decoders[0][0]):
-        counts = [v for v in catalog.row(visual.compressor.name).tokens_out(visual.encoder.grid) if v > 0]
+        counts = [v for v in catalog.row(visual.compressor.name).tokens_out(visual.encoder.token_grid) if v > 0]
         possible.update(counts)
         for v in counts:
             if not tokens or v in tokens:
@@ -99,8 +99,8 @@ def names_of(limits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joined(visual: ModelSpec, tokens: int, decoder: DecoderSpec) -> ModelSpec:
-    compressor = dataclasses.replace(visual.compressor, tokens=tokens, text_width=decoder.width)
-    return dataclasses.replace(visual, compressor=compressor, decoder=decoder)
+    compressor = catalog.for_decoder(visual.compressor, decoder)
+    return dataclasses.replace(visual, compressor=dataclasses.replace(compressor, tokens=tokens), decoder=decoder)
 
 
 def _visual_sides(
@@ -112,7 +112,9 @@ def _visual_sides(
         return [(side, ()) for side in measured]
     known_encoders = {side.encoder.name: side.encoder for side in measured}
     known_compressors = {side.compressor.name for side in measured}
-    fields = {"projector": measured[0].projector, "mask": measured[0].mask} if measured else {}
+    fields = {"mask": measured[0].mask} if measured else {}
+    if measured and measured[0].projector != catalog.row(measured[0].compressor.name).projector:
+        fields["projector"] = measured[0].projector  # the rows' own choice; else as each method was published
     out: list[tuple[ModelSpec, tuple[str, ...]]] = []
     for encoder in encoders or known_encoders:
         for compressor in compressors or sorted(known_compressors):
@@ -142,6 +144,6 @@ def price(model: ModelSpec, request: Request) -> Price:
     return Price(
         cost.flops(model, *lengths, request.question).by_part,
         roofline.request_times(model, request) if request.on else {},
-        cost.cache_bytes(model.decoder, model.compressor.tokens + sum(lengths), request.dtype),
+        cost.cache_bytes(model.decoder, compression.mean(compression.cached(model)) + sum(lengths), request.dtype),
         cost.memory_bytes(model, *lengths, request.batch, request.dtype),
     )

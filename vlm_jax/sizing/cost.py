@@ -15,20 +15,13 @@ The compressor's FLOPs come from its row of `compress.catalog`; its weights are 
 compared with the decoder's.
 """
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.core.specs import (
-    CompressorSpec,
-    DecoderSpec,
-    EncoderSpec,
-    ModelSpec,
-    RunSpec,
-    StageSpec,
-    data_of,
-    views_of_row,
-)
+from vlm_jax.core.specs import DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec, data_of
+from vlm_jax.sizing import compression
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 CHANNELS = 3  # of a pixel
@@ -117,15 +110,16 @@ def decoder_params(spec: DecoderSpec, embedding: Literal["excluded", "included"]
     return inner + (spec.vocab * spec.width * (1 if spec.tied_head else 2) if embedding == "included" else 0)
 
 
-def _projector_kernels(kind: str, encoder_width: int, width: int) -> int:
-    if kind not in ("linear", "mlp"):
-        raise unknown("projector", kind, ("linear", "mlp"))
-    return encoder_width * width + (width**2 if kind == "mlp" else 0)
+def _projector_kernels(kind: str, inputs: int, width: int) -> int:
+    if kind not in ("linear", "mlp", "mlp_silu"):
+        raise unknown("projector", kind, ("linear", "mlp", "mlp_silu"))
+    return inputs * width + (0 if kind == "linear" else width**2)
 
 
-def projector_params(kind: str, encoder_width: int, width: int) -> int:
-    """Parameters of the projector: E D + D, and for "mlp" another D^2 + D."""
-    return _projector_kernels(kind, encoder_width, width) + width * (2 if kind == "mlp" else 1)
+def projector_params(kind: str, inputs: int, width: int) -> int:
+    """Parameters of the projector of a compressor's tokens: inputs D + D, and where it has two layers another
+    D^2 + D."""
+    return _projector_kernels(kind, inputs, width) + width * (1 if kind == "linear" else 2)
 
 
 def params(model: ModelSpec) -> ModelParams:
@@ -141,7 +135,7 @@ def params(model: ModelSpec) -> ModelParams:
     return ModelParams(
         encoder_params(model.encoder),
         count(weights),
-        projector_params(model.projector, model.encoder.width, model.decoder.width),
+        projector_params(model.projector, catalog.output_width(compressor), model.decoder.width),
         inner,
         decoder_params(model.decoder) - inner,
     )
@@ -150,19 +144,33 @@ def params(model: ModelSpec) -> ModelParams:
 def encoder_flops(spec: EncoderSpec) -> float:
     """Forward FLOPs of one image through the blocks that run; the pooling head is not on the path to the decoder.
 
-    With S = patches (+ 1 for a class token): patches 2 P p^2 3 E, then per block 2 S (4 E^2 + 2 E F) + 4 S^2 E.
+    With S = patches (+ 1 for a class token): patches 2 P p^2 3 E, then per block 2 S (4 E^2 + 2 E F) + 4 S^2 E. Keys of
+    `attention_layer` are computed once more, 2 S E^2, and for the salience its queries, of the class token or of all:
+    2 E^2 + 2 S E each.
     """
     tokens, width = spec.patches + spec.class_token, spec.width
+    stem = 2 * spec.patches * spec.patch_size**2 * CHANNELS * width
+    if spec.merge:
+        return float(stem + _merging_blocks_flops(spec))
     block = 2 * tokens * (4 * width**2 + 2 * width * spec.mlp_width) + 4 * tokens**2 * width
-    return float(2 * spec.patches * spec.patch_size**2 * CHANNELS * width + spec.blocks * block)
+    keys = 2 * tokens * width**2 if {"keys", "salience"} & set(spec.returns) else 0
+    queries = (1 if spec.class_token else tokens) if "salience" in spec.returns else 0
+    extra = keys + queries * (2 * width**2 + 2 * tokens * width)
+    return float(stem + spec.blocks * block + extra)
 
 
-@functools.lru_cache(maxsize=100_000)
-def compressor_flops(spec: CompressorSpec) -> float:
-    """Forward FLOPs of one image through the compressor by its catalog row, without the question pass."""
-    from vlm_jax.compress import catalog  # imports jax, which most callers of this module do not need
-
-    return float(catalog.row(spec.name).flops(spec))
+def _merging_blocks_flops(spec: EncoderSpec) -> float:
+    """Blocks that merge tokens: attention on S of them, the likeness of A and B at the width of a head, sums of r
+    tokens (E and their sizes) into B, the MLP on S - r."""
+    tokens, width, total = spec.patches + spec.class_token, spec.width, 0.0
+    for pairs in spec.merge:
+        total += 8 * tokens * width**2 + 4 * tokens**2 * width
+        if pairs:
+            odd = tokens // 2
+            total += 2 * (tokens - odd) * odd * (width // spec.heads) + 2 * pairs * odd * (width + 1)
+        tokens -= pairs
+        total += 4 * tokens * width * spec.mlp_width
+    return total
 
 
 def pass_flops(spec: DecoderSpec, tokens: Number, keys: Number, logits: Number) -> Pass:
@@ -187,37 +195,60 @@ def decode_flops(spec: DecoderSpec, context_tokens: Number, answer_tokens: Numbe
     return pass_flops(spec, steps, context_tokens + (steps + 1) / 2, steps)
 
 
-def reads_question(spec: CompressorSpec) -> bool:
-    from vlm_jax.compress import catalog
+def _pass_by_layers(
+    decoder: DecoderSpec, parts: tuple[tuple[int, int], ...], one: Callable[[DecoderSpec, int], Pass]
+) -> Pass:
+    """The sum of `one(decoder of that many layers, visual tokens)`; the head counts once."""
+    if len(parts) == 1:
+        return one(decoder, parts[0][1])
+    passes = [one(dataclasses.replace(decoder, depth=layers), tokens) for layers, tokens in parts]
+    return Pass(sum(part.layers for part in passes), sum(part.attention for part in passes), passes[-1].head)
 
-    return bool(catalog.row(spec.name).query_dependent)
 
-
-def _prefill_tokens(model: ModelSpec, question_tokens: Number, question: Question) -> Number:
-    """V, plus the question unless it is cached. Image tokens that depend on the question precede it, so then nothing
-    can be cached."""
-    cached = question == "cached" and not reads_question(model.compressor)
-    return model.compressor.tokens + (0 if cached else question_tokens)
+def _score_flops(model: ModelSpec, text_tokens: Number) -> Pass:
+    """Of the stages that score: one query of the layer, the keys of all tokens that enter the stage, their products."""
+    products, cuts = Pass(0.0, 0.0, 0.0), compression.stages(model)
+    if not cuts:
+        return products
+    decoder, alive = model.decoder, compression.entering(model)
+    for stage in cuts:
+        if stage.score == "attention":
+            keys, heads = alive + text_tokens, decoder.heads * decoder.head_dim
+            projected = heads + keys * decoder.kv_heads * decoder.head_dim
+            products = Pass(
+                products.layers + 2.0 * decoder.width * projected, products.attention + 2.0 * keys * heads, 0.0
+            )
+        alive = stage.keep
+    return products
 
 
 def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number, question: Question = "fresh") -> ModelFlops:
     """Forward FLOPs of one question (Q tokens) and its answer, by part.
 
-    V = 0 is the blind baseline: no encoder, no compressor, no projector.
+    Image tokens that depend on the question precede it, so with them a cached question saves nothing. V = 0 is the
+    blind baseline: no encoder, no compressor, no projector.
     """
-    decoder, tokens = model.decoder, model.compressor.tokens
+    decoder, compressor = model.decoder, model.compressor
     skipped = Pass(0.0, 0.0, 0.0)
-    prefix = question_tokens + tokens
-    prefill = pass_flops(decoder, _prefill_tokens(model, question_tokens, question), prefix, 1)
-    decode = decode_flops(decoder, prefix, answer_tokens)
-    if tokens == 0:
+    reads_question = compression.row(model).query_dependent
+    new_text = 0 if question == "cached" and not reads_question else question_tokens
+    prefill = _pass_by_layers(
+        decoder, compression.alive(model), lambda part, v: pass_flops(part, v + new_text, question_tokens + v, 1)
+    )
+    decode = _pass_by_layers(
+        decoder, compression.cached(model), lambda part, v: decode_flops(part, question_tokens + v, answer_tokens)
+    )
+    if compressor.tokens == 0:
         return ModelFlops(0.0, 0.0, 0.0, skipped, prefill, decode)
+    scores, cost = _score_flops(model, question_tokens), compression.compressor_cost(compressor, question_tokens)
+    kernels = _projector_kernels(model.projector, compression.output_width(model), decoder.width)
+    passes_question = "question_vector" in compression.row(model).reads
     return ModelFlops(
         encoder_flops(model.encoder),
-        compressor_flops(model.compressor),
-        2.0 * tokens * _projector_kernels(model.projector, model.encoder.width, decoder.width),
-        pass_flops(decoder, question_tokens, question_tokens, 0) if reads_question(model.compressor) else skipped,
-        prefill,
+        float(cost.image + cost.question),
+        2.0 * (compressor.tokens if cost.projected is None else cost.projected) * kernels,
+        pass_flops(decoder, question_tokens, question_tokens, 0) if passes_question else skipped,
+        Pass(prefill.layers + scores.layers, prefill.attention + scores.attention, prefill.head),
         decode,
     )
 
@@ -225,6 +256,17 @@ def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number, ques
 def row_fields(parts: ModelFlops) -> dict[str, float]:
     """The FLOPs fields of a `ResultRow`."""
     return {f"{part}_flops": value for part, value in parts.by_part.items()}
+
+
+def row_pass(model: ModelSpec, row_tokens: int, views: int) -> Pass:
+    """FLOPs of a training row of L positions through the decoder, with logits for all of them. Each of its M views
+    leaves some of its tokens behind at the model's stages, present or not."""
+
+    def one(decoder: DecoderSpec, tokens: int) -> Pass:
+        length = row_tokens - views * (compression.entering(model) - tokens)
+        return pass_flops(decoder, length, length, row_tokens)
+
+    return _pass_by_layers(model.decoder, compression.alive(model), one)
 
 
 def train_flops(
@@ -240,7 +282,7 @@ def train_flops(
     "connector", "decoder"; the question pass has no gradient.
     """
     forward = flops(model, question_tokens, 1)
-    row = pass_flops(model.decoder, row_tokens, row_tokens, row_tokens)
+    row = row_pass(model, row_tokens, views)
     parts = {  # (products with weights, products of activations), in forward order
         "encoder": (views * forward.encoder if features == "pixels" else 0.0, 0.0),
         "connector": (views * (forward.compressor + forward.projector), 0.0),
@@ -258,7 +300,7 @@ def train_flops(
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
     """Model FLOPs of one train step of a stage: `train_flops` times the batch."""
     data, features = data_of(spec, stage), "stored" if spec.data.frozen_features else "pixels"
-    views = views_of_row(data, reads_question(spec.model.compressor))
+    views = compression.views_of_row(spec, data)
     return data.batch_rows * train_flops(spec.model, data.row_tokens, stage.train, features, question_tokens, views)
 
 
@@ -287,22 +329,25 @@ def moved_bytes(
     encoder, decoder, tokens, size = model.encoder, model.decoder, model.compressor.tokens, dtype_bytes(dtype)
     layers = decoder_params(decoder, "excluded") * size
     streamed = layers + decoder.vocab * decoder.width * size  # the head, tied or not
-    prefix, steps = question_tokens + tokens, max(answer_tokens - 1, 0)
+    prefix, steps = question_tokens + compression.mean(compression.cached(model)), max(answer_tokens - 1, 0)
     step = cache_bytes(decoder, prefix + (steps + 1) / 2, dtype) + decoder_activation_bytes(decoder, 1, dtype)
-    fresh = decoder_activation_bytes(decoder, _prefill_tokens(model, question_tokens, question), dtype)
+    reads_question = compression.row(model).query_dependent
+    text = 0 if question == "cached" and not reads_question else question_tokens
+    fresh = decoder_activation_bytes(decoder, compression.mean(compression.alive(model)) + text, dtype)
     moved = {
         "prefill": streamed + batch * (fresh + cache_bytes(decoder, prefix, dtype)),
         "decode": steps * (streamed + batch * step),
     }
     if tokens == 0:
         return dict.fromkeys(PARTS, 0.0) | moved
-    image = (encoder.patches + 2 * tokens) * encoder.width + tokens * decoder.width
-    projector = projector_params(model.projector, encoder.width, decoder.width)
+    inputs = compression.output_width(model)
+    image = encoder.patches * encoder.width + 2 * tokens * inputs + tokens * decoder.width
+    projector = projector_params(model.projector, inputs, decoder.width)
     asks = layers + batch * decoder_activation_bytes(decoder, question_tokens, dtype)
     return {
         "encoder": encoder_params(encoder) * size + batch * encoder_activation_bytes(encoder, dtype),
         "compressor": (projector + batch * image) * size,
-        "question": asks if reads_question(model.compressor) else 0.0,
+        "question": asks if "question_vector" in compression.row(model).reads else 0.0,
         **moved,
     }
 
@@ -312,7 +357,7 @@ def memory_bytes(
 ) -> Number:
     """Bytes of the encoder's and decoder's weights, and of a full cache for every request of the batch."""
     weights = (decoder_params(model.decoder) + encoder_params(model.encoder)) * dtype_bytes(dtype)
-    length = model.compressor.tokens + question_tokens + answer_tokens
+    length = compression.mean(compression.cached(model)) + question_tokens + answer_tokens
     return weights + batch * cache_bytes(model.decoder, length, dtype)
 
 

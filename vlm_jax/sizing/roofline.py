@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 from vlm_jax.core import specs
 from vlm_jax.core.specs import ModelSpec, RunSpec, StageSpec
-from vlm_jax.sizing import cost
+from vlm_jax.sizing import compression, cost
 from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
 from vlm_jax.sizing.hlo import SLICE, Collective
 
@@ -96,9 +96,9 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     """
     model, remat = spec.model, spec.compute.remat
     decoder, data = model.decoder, specs.data_of(spec, stage)
-    examples, length = data.batch_rows, data.row_tokens
+    examples, length, views = data.batch_rows, data.row_tokens, compression.views_of_row(spec, data)
     useful = cost.step_flops(spec, stage)
-    forward = cost.pass_flops(decoder, length, length, length)
+    forward = cost.row_pass(model, length, views)
     recomputed = {"none": forward.head, "dots": forward.head + forward.attention, "block": forward.total}[remat]
     sizes = cost.params(model)
     passes = {"none": 2, "dots": 2, "block": 3}[remat]
@@ -112,7 +112,6 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     )
     activations = (passes + 2) * _pass_bytes(spec, length, length)
     if not spec.data.frozen_features:
-        views = specs.views_of_row(data, cost.reads_question(model.compressor))
         activations += views * cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     logits = 9 * 4 * decoder.vocab * length
     return Work(useful, useful + examples * recomputed, kernels + (activations + logits) * examples / chips)
@@ -122,7 +121,7 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
     """Work of prefill: image and text of every row, and one position's logits each; arguments as in `train_work`."""
     model, rows = spec.model, spec.evaluation.batch_examples
     length = spec.data.row_tokens
-    flops = rows * cost.flops(model, length - model.compressor.tokens, 1).total
+    flops = rows * cost.flops(model, length - compression.entering(model), 1).total
     kernels = _kernel_bytes(spec, cost.params(model).total / compute_shards, 1, storage_shards > compute_shards)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     return Work(flops, flops, kernels + activations * rows / chips)
@@ -131,7 +130,8 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
 def decode_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
     """Work of one decode step for every row, behind a full context; arguments as in `train_work`."""
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
-    keys = spec.data.row_tokens + spec.evaluation.max_new_tokens
+    text = spec.data.row_tokens - compression.entering(spec.model)
+    keys = text + compression.mean(compression.cached(spec.model)) + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
     kernels = _kernel_bytes(spec, cost.decoder_params(decoder) / compute_shards, 1, storage_shards > compute_shards)
     cache = cost.cache_bytes(decoder, keys, spec.compute.dtype)

@@ -1,0 +1,1 @@
+"""Compressors compared: speed of a decoder that tokens leave."""

@@ -1,0 +1,111 @@
+"""One set of weights for several V."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import builders
+from vlm_jax.compress import catalog, contract
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.structs import Evidence, Views, Visual
+from vlm_jax.models.vlm import Vlm
+from vlm_jax.sizing import cost, zoo
+
+ELASTIC = (1, 4, 9)
+KINDS = {name: row.elastic for name, row in catalog.ROWS.items() if row.elastic != "no"}
+PREFIX = [name for name, kind in KINDS.items() if kind == "prefix"]
+
+
+def elastic_model(name):
+    possible = catalog.row(name).tokens_out(builders.ENCODER.grid)
+    sizes = tuple(v for v in ELASTIC if v in possible) or possible[:3]
+    model = builders.model(name, sizes[-1], depth=4)
+    return dataclasses.replace(model, compressor=dataclasses.replace(model.compressor, elastic=sizes))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_weights_of_every_v_have_the_same_shapes(name):
+    model = elastic_model(name)
+    catalog.check(model.compressor)
+    shapes = lambda spec: jax.eval_shape(lambda key: catalog.row(name).init_weights(key, spec), jax.random.key(0))  # noqa: E731
+    whole = shapes(model.compressor)
+    for tokens in model.compressor.elastic:
+        assert jax.tree.map(jnp.shape, shapes(catalog.at_tokens(model, tokens).compressor)) == jax.tree.map(
+            jnp.shape, whole
+        )
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_tokens_of_a_smaller_v_come_first(name):
+    model, rng = elastic_model(name), np.random.default_rng(0)
+    row, spec = catalog.row(name), model.compressor
+    shapes = jax.eval_shape(lambda key: row.init_weights(key, spec), jax.random.key(0))
+    weights = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.3), jnp.float32), nn.meta.unbox(shapes)
+    )
+    evidence = Evidence(jnp.asarray(rng.normal(size=(2, 16, 16)), jnp.float32))
+    apply = jax.jit(row.apply, static_argnums=2)
+    whole = apply(weights, evidence, spec).tokens
+    for tokens in spec.elastic:
+        some = apply(weights, evidence, catalog.at_tokens(model, tokens).compressor).tokens
+        np.testing.assert_allclose(some, whole[:, :tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_a_traced_v_is_the_model_of_that_v(name):
+    """One program for every V; positions count the tokens that are kept."""
+    spec = elastic_model(name)
+    model = Vlm(spec, builders.COMPUTE)
+    params = jax.tree.map(jnp.asarray, builders.params(model))
+    features = Visual(jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, 16, 16)), jnp.float32))
+
+    def row(tokens):
+        return builders.inputs(rows=2, questions=1, visual_tokens=tokens)._replace(views=Views(features=features))
+
+    programs = jax.jit(lambda inputs, kept: model.forward(params, inputs, kept=kept)[0])
+    whole = row(spec.compressor.tokens)
+    for tokens in spec.compressor.elastic:
+        alone = Vlm(catalog.at_tokens(spec, tokens), builders.COMPUTE)
+        own = row(tokens)
+        text = np.asarray(whole.tokens)[whole.visual < 0].reshape(2, -1)
+        own = own._replace(tokens=np.concatenate([own.tokens[:, :tokens], text], axis=1))
+        expected = jax.jit(lambda inputs, alone=alone: alone.forward(params, inputs)[0])(own)
+        found = programs(whole, jnp.int32(tokens))
+        shown = lambda out, inputs: out[(inputs.visual < 0) & (inputs.segment > 0)]  # noqa: E731
+        np.testing.assert_allclose(shown(found, whole), shown(expected, own), atol=2e-5)
+
+
+def test_a_model_of_several_v_has_the_cost_of_each():
+    encoder, decoder = zoo.encoder("clip-l14-336"), zoo.decoder("qwen1.5-1.8b")
+    model = catalog.model_spec(encoder, "mqt", (1, 4, 16, 64), decoder)
+    assert (model.compressor.tokens, model.compressor.elastic) == (64, (1, 4, 16, 64))
+    for tokens in model.compressor.elastic:
+        alone = catalog.model_spec(encoder, "mqt", tokens, decoder)
+        assert cost.flops(catalog.at_tokens(model, tokens), 50, 10) == cost.flops(alone, 50, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "message"),
+    [
+        ("mqt", (4, 1, 16), r"elastic=\[4, 1, 16\]: expected ascending numbers, got \[4, 1, 16\] \(sort them\)"),
+        ("mqt", (1, 4, 4), "expected ascending numbers"),
+        ("mqt", (0, 4), r"cannot give 0 tokens; nearest possible: 1, 2"),
+        ("m3", (1, 5), "cannot give tokens=5 on a 24 x 24 patch grid; possible: 1, 2, 3, 4, 6, 8"),
+        ("tokenpacker", (1, 4), r"serve one V \(elastic: resampler, m3, .*mqt"),
+        ("mqt", (), "set tokens=V"),
+    ],
+)
+def test_a_list_of_v_that_cannot_be_is_one_line(name, tokens, message):
+    with pytest.raises(UserError, match=message) as caught:
+        catalog.model_spec(zoo.encoder("clip-l14-336"), name, tokens, zoo.decoder("qwen1.5-1.8b"))
+    assert "\n" not in str(caught.value)
+
+
+def test_at_tokens_names_the_v_of_the_weights():
+    with pytest.raises(UserError, match="expected one of them as tokens, got 2"):
+        catalog.at_tokens(elastic_model("mqt"), 2)
+    assert contract.most_tokens(elastic_model("mqt").compressor) == 9

@@ -1,0 +1,80 @@
+"""What the cost of a model needs to know about its compressor, from its catalog row.
+
+The catalog is imported when it is first used: it imports jax, which most callers of `sizing.cost` do not need.
+"""
+
+import functools
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from vlm_jax.core import specs
+from vlm_jax.core.specs import CompressorSpec, DataSpec, DropStage, ModelSpec, RunSpec
+
+if TYPE_CHECKING:
+    from vlm_jax.compress.contract import Compressor, Cost
+
+LayerTokens = tuple[
+    tuple[int, int], ...
+]  # (layers, visual tokens of an image there), from the decoder's first layer on
+
+
+@functools.cache
+def _catalog() -> ModuleType:
+    from vlm_jax.compress import catalog
+
+    return catalog
+
+
+def row(model: ModelSpec) -> "Compressor":
+    """The compressor's row."""
+    return _catalog().row(model.compressor.name)
+
+
+def output_width(model: ModelSpec) -> int:
+    """Width of the compressor's tokens."""
+    return row(model).output_width(model.compressor)
+
+
+@functools.lru_cache(maxsize=100_000)
+def compressor_cost(spec: CompressorSpec, question_tokens: int | float = 0) -> "Cost":
+    """Forward FLOPs of one image and one question through the compressor, without question pass and projector."""
+    return _catalog().row(spec.name).cost(spec, question_tokens)
+
+
+def stages(model: ModelSpec) -> tuple[DropStage, ...]:
+    """The stages at which tokens leave the decoder."""
+    return _catalog().stages(model)
+
+
+def alive(model: ModelSpec) -> LayerTokens:
+    """The visual tokens that layers process."""
+    start, tokens, parts = 0, row(model).entering(model.compressor), []
+    for stage in stages(model):
+        parts.append((stage.layer - start, tokens))
+        start, tokens = stage.layer, stage.keep
+    return (*parts, (model.decoder.depth - start, tokens))
+
+
+def cached(model: ModelSpec) -> LayerTokens:
+    """The visual tokens that layers keep for decoding."""
+    from vlm_jax.ops.masks import HIDDEN
+
+    segments = row(model).segments(model.compressor)
+    return tuple((layers, tokens - segments.count(HIDDEN)) for layers, tokens in alive(model))
+
+
+def entering(model: ModelSpec) -> int:
+    """Visual tokens of an image in a row: those that enter the decoder."""
+    return alive(model)[0][1]
+
+
+def views_of_row(spec: RunSpec, data: DataSpec) -> int:
+    """M: the views of a training row."""
+    return specs.views_of_row(data, _catalog().has_own_views(spec.model, spec.compute, data))
+
+
+def mean(parts: LayerTokens) -> int | float:
+    """Tokens in a layer, the mean over all layers."""
+    if len(parts) == 1:
+        return parts[0][1]
+    return sum(layers * tokens for layers, tokens in parts) / sum(layers for layers, _ in parts)
