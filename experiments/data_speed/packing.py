@@ -163,8 +163,8 @@ def table(result: dict[str, Any]) -> str:
         f"2,048 positions, {result['epochs'][0]['llm']}; packing them took at most {slowest:.1f} s.\n\n"
         f"{markdown_table(lines)}\n\n"
         f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} rows; median; {result['cores']} "
-        f"core(s), load average {result['load']}): packed {fit['secs']:.2f} s for {fit['conversations']} conversations, "
-        f"{each:.0f} ms each; one a row {none['secs']:.2f} s for {none['conversations']}, {other:.0f} ms each: "
+        f"core(s), load average {result['load']}): packed {fit['secs']:.2f} s for {fit['conversations']} "
+        f"conversations, {each:.0f} ms each; one a row {none['secs']:.2f} s for {none['conversations']}, {other:.0f} ms each: "
         f"{other / each:.1f}x."
     )
 

@@ -163,14 +163,14 @@ def test_vision_zip(masked, class_token):
         best = sorted(np.argsort(-np.array(score), kind="stable")[:dominant])
         rest = [p for p in range(PATCHES) if p not in best]
         targets = [rest[i * (len(rest) // contextual)] for i in range(contextual)]
-        joined = {t: [] for t in targets}
+        members = {t: [] for t in targets}
         alike = lambda p, t, m=metric: m[p] @ m[t] / np.linalg.norm(m[p]) / np.linalg.norm(m[t])  # noqa: E731
         for p in rest:
             valid = [t for t in targets if t in own]
             if p not in targets and p in own and valid:
-                joined[max(valid, key=lambda t: alike(p, t))].append(p)
+                members[max(valid, key=lambda t: alike(p, t))].append(p)
         x = evidence.tokens[b]
-        merged = [x[t] + (x[joined[t]].mean(0) if joined[t] else 0) for t in targets]
+        merged = [x[t] + (x[members[t]].mean(0) if members[t] else 0) for t in targets]
         expected = [*([first[b]] if class_token else []), *x[best], *merged]
         shown = np.ones(13, bool) if out.mask is None else np.asarray(out.mask[b])
         np.testing.assert_array_equal(shown, [True] * class_token + [p in own for p in (*best, *targets)])

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from vlm_jax.compress.layers import Weights
 
-DrawRule = Callable[[jax.Array, tuple[int, ...], int, str], Float[Array, "..."] | None]  # (key, shape, fan in, kind)
+InitialValues = Callable[
+    [jax.Array, tuple[int, ...], int, str], Float[Array, "..."] | None
+]  # (key, shape, fan in, kind)
 
 
 def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."] | None:
@@ -28,7 +30,7 @@ def torch_default(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str
     return _uniform(key, shape, math.sqrt(6 / (4 * fan_in)) if kind == "in_proj" else fan_in**-0.5)
 
 
-def draw(weights: Weights, key: jax.Array, rule: DrawRule) -> Weights:
+def draw(weights: Weights, key: jax.Array, rule: InitialValues) -> Weights:
     """The same boxed weights with kernels and biases of `rule`; norms stay, and so does what it gives None for. The
     kinds are "kernel", "bias", and "in_proj" for attention, whose biases stay zero."""
     keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(weights))))

@@ -103,7 +103,7 @@ def prumerge(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Pref
 
 
 def prumerge_plus(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
-    """Tokens [B, V, E], V = 2 n + 1: n by salience, n evenly placed, the merged one last."""
+    """Tokens [B, V, E], V = 2 n + 1: n by salience, n at even distances, the merged one last."""
     salience, n = _salience(evidence), spec.tokens // 2
     step = salience.shape[1] // n
     even = jnp.broadcast_to(step // 2 + step * jnp.arange(n), (salience.shape[0], n))

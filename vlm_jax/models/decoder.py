@@ -170,14 +170,14 @@ class Decoder(nn.Module):
             stage = cuts[number] if places is not None and number < len(cuts) else None
             own = metadata if places is not None else recounted(metadata, caches[0], caches[number])
             inputs, keys = self._inputs(own, caches[number])
-            scored_by = stage.scored_by if stage is not None and stage.score == "attention" else stop
-            x, layers = self._run(x, inputs, caches[number], range(start, scored_by), start)
-            scores = None
-            if scored_by < stop or (stage is not None and stage.score == "attention"):
-                is_local = self.spec.window is not None and local_layers(self.spec)[scored_by]
-                block = self._block_params(scored_by)
+            is_scored, scores = stage is not None and stage.score == "attention", None
+            middle = stage.scored_by if is_scored else stop
+            x, layers = self._run(x, inputs, caches[number], range(start, middle), start)
+            if is_scored:
+                is_local = self.spec.window is not None and local_layers(self.spec)[middle]
+                block = self._block_params(middle)
                 scores = stages.attention_scores(block, self.spec, x, own, places, is_local)
-                x, rest = self._run(x, inputs, caches[number], range(scored_by, stop), start)
+                x, rest = self._run(x, inputs, caches[number], range(middle, stop), start)
                 layers += rest
             if caches[number] is not None:
                 key, value = zip(*layers, strict=True)
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         layers: range,
         first: int,
     ) -> tuple[Float[Array, "B L D"], list[Any]]:
-        """Layers of a part of the decoder whose first layer is `first`, and what is cached of each."""  # fmt: skip
+        """Layers of a part of the decoder whose first layer is `first`, and what is cached of each."""
         is_local = local_layers(self.spec)
         if not self.compute.scan_layers:
             out = []

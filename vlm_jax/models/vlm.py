@@ -87,8 +87,8 @@ class Vlm(NamedTuple):
                 x = merge_questions(x, image.question.reshape(*ids.shape, -1), index)
             if kept is not None:
                 first = jnp.arange(image.tokens.shape[1]) % self.visual_tokens < kept
-                image = image._replace(mask=first & (True if image.mask is None else image.mask))
-                image = image._replace(mask=jnp.broadcast_to(image.mask, image.tokens.shape[:2]))
+                first = jnp.broadcast_to(first, image.tokens.shape[:2])
+                image = image._replace(mask=first if image.mask is None else first & image.mask)
             if image.mask is not None:
                 valid = jnp.take_along_axis(image.mask, jnp.maximum(inputs.visual, 0), axis=1)
                 metadata = masks.drop_masked(metadata, (inputs.visual < 0) | valid)
