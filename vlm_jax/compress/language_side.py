@@ -52,7 +52,7 @@ def fastv_stages(spec: CompressorSpec, depth: int) -> tuple[DropStage, ...]:
 
 
 def pyramid_stages(spec: CompressorSpec, depth: int) -> tuple[DropStage, ...]:
-    patches, count, out = all_patches(spec), min(spec.depth, depth), []
+    patches, count, out = all_patches(spec), min(spec.depth, depth + 2), []
     for i in range(1, count + 1):
         layer = depth * i // (count + 1)
         keep = round(patches * (spec.tokens / patches) ** (i / count))
