@@ -164,8 +164,8 @@ def table(result: dict[str, Any]) -> str:
         f"{markdown_table(lines)}\n\n"
         f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} rows; median; {result['cores']} "
         f"core(s), load average {result['load']}): packed {fit['secs']:.2f} s for {fit['conversations']} "
-        f"conversations, {each:.0f} ms each; one a row {none['secs']:.2f} s for {none['conversations']}, {other:.0f} ms each: "
-        f"{other / each:.1f}x."
+        f"conversations, {each:.0f} ms each; one a row {none['secs']:.2f} s for {none['conversations']}, "
+        f"{other:.0f} ms each: {other / each:.1f}x."
     )
 
 

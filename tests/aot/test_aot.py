@@ -224,7 +224,7 @@ def test_the_llava_config_lays_out_on_256_chips() -> None:
 
     from vlm_jax import build
 
-    spec = resolve(load_config("configs/llava.py:llm=qwen1.5-14b,tokens=576"))
+    spec = resolve(load_config("configs/llava.py:llm=qwen1.5-14b,tokens=576,devices=256"))
     assert spec.data.row_tokens == 2048
     table = tuple(partitioning.TABLES[spec.compute.strategy].items())
     plan = partitioning.Plan(AbstractMesh((1, 1, 16, 16), partitioning.MESH_AXES), table)

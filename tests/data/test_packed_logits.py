@@ -9,6 +9,7 @@ import pytest
 
 from tests import builders
 from tests.data import mixtures
+from vlm_jax import build
 from vlm_jax.core.specs import views_of_row
 from vlm_jax.data import rows
 from vlm_jax.data.packing import RowLayout
@@ -27,12 +28,12 @@ def model_of(compressor: str, tokens: int, mask: str):
 
 def compare(mixed: Mixture, layout: RowLayout, compressor: str, **fields: object) -> tuple[int, int]:
     """(rows, conversations); raises where the logits of a conversation in its row and alone differ."""
-    model, logits = model_of(compressor, layout.visual_tokens, layout.mask)
-    assert model.reads_question == layout.reads_question
+    model, logits = model_of(compressor, layout.visual_tokens - layout.leaving, layout.mask)
+    assert (model.visual_tokens, model.reads_question) == (layout.visual_tokens, layout.reads_question)
     batches = mixtures.batches(mixed, layout, **fields)
     data, length = batches.data, batches.data.spec.row_tokens
     epoch = batches.epoch(0)
-    views = views_of_row(data.spec, layout.reads_question)
+    views = views_of_row(data.spec, layout.own_views)
     tokens, alone, where = [], [], []
     for step in range(-(-len(epoch) // data.spec.batch_rows)):
         together = np.asarray(logits(batches[step]))
@@ -69,18 +70,29 @@ def compare(mixed: Mixture, layout: RowLayout, compressor: str, **fields: object
         ("resampler", 4, "causal"),
         ("resampler", 4, "prefix"),
         ("quecc", 4, "causal"),
+        ("qformer_question", 2, "causal"),
+        ("llava_mini", 4, "causal"),
+        ("vision_zip", 2, "causal"),
+        ("divprune", 2, "prefix"),
+        ("fastv", 2, "causal"),
+        ("fastv", 2, "prefix"),
+        ("pyramiddrop", 1, "causal"),
+        ("victor", 2, "causal"),
     ],
 )
 def test_packed_conversations_have_the_logits_of_each_alone(compressor: str, tokens: int, mask: str) -> None:
-    """Random conversations of several turns, with no, one or two images anywhere in the questions, some of them cut."""
+    """Random conversations of several turns, with no, one or two images anywhere in the questions, some of them cut.
+    Where tokens leave inside the decoder, rows have the padding that their absent views lose."""
     mixed = mixtures.mixture(
         mixtures.dataset(mixtures.random_examples(14, seed=1)),
         mixtures.dataset(mixtures.question_sets(3, 3, seed=2), separate=True),
     )
-    layout = RowLayout(tokens, mask, compressor == "quecc")
-    sizes = mixtures.batches(mixed, layout, row_tokens=20).sizes
+    model, _ = model_of(compressor, tokens, mask)
+    layout = build.row_layout(model, mixtures.spec())
+    row_tokens = 20 + 4 * layout.leaving
+    sizes = mixtures.batches(mixed, layout, row_tokens=row_tokens).sizes
     assert sizes.cut > 0
-    count, conversations = compare(mixed, layout, compressor, row_tokens=20)
+    count, conversations = compare(mixed, layout, compressor, row_tokens=row_tokens)
     assert conversations == 14 + 9 - sizes.dropped
     assert count < conversations
 

@@ -77,6 +77,30 @@ def test_no_row_exceeds_its_positions_or_its_views(visual_tokens: int, reads_que
             assert inputs.views.pixels.shape[:2] == (1, 3)
 
 
+@pytest.mark.parametrize("pack", ["fit", "none"])
+def test_rows_have_padding_for_what_absent_views_lose_inside_the_decoder(pack: str) -> None:
+    """A stage of the decoder shortens every row by three tokens for each of its four views."""
+    mixed = mixtures.mixture(mixtures.dataset(mixtures.random_examples(60, seed=1)))
+    batches = mixtures.batches(mixed, RowLayout(5, leaving=3), row_tokens=34, row_images=4, batch_rows=1, pack=pack)
+    assert batches.sizes.cut > 0
+    full = 0
+    for step in range(len(batches.epoch(0))):
+        inputs = batches[step]
+        absent = 4 - len(set((inputs.visual[inputs.visual >= 0] // 5).tolist()))
+        padding = int((inputs.segment == 0).sum())
+        assert padding >= 3 * absent
+        full += padding == 3 * absent
+    assert full > 0
+
+
+def test_each_question_has_its_own_view_where_tokens_leave_inside_the_decoder() -> None:
+    mixed = mixtures.mixture(mixtures.dataset(mixtures.question_sets(12, 2), separate=True))
+    for inputs in map(mixtures.batches(mixed, RowLayout(2, leaving=1), row_tokens=40).__getitem__, range(3)):
+        for row in range(4):
+            views = inputs.visual[row, inputs.visual[row] >= 0] // 2
+            assert len(set(views.tolist())) == inputs.segment[row].max() == len(views) / 2
+
+
 def test_questions_about_an_image_stay_in_one_row_where_they_fit(sets: Mixture) -> None:
     (rows,) = rows_of(sets, row_tokens=80)
     item = sets.parts[0].item

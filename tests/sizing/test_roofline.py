@@ -84,7 +84,9 @@ def test_every_view_of_a_row_is_encoded() -> None:
 
 def test_a_decode_step_reads_kernels_and_cache_once() -> None:
     """Kernels that stay cut in sixteen, and the keys and values of a chip's rows."""
-    spec = resolve(load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16,batch=256", {"compute.mesh": "(16, 1, 16)"}))
+    spec = resolve(
+        load_config("configs/llava.py:llm=qwen1.5-0.5b,tokens=16,batch=256", {"compute.mesh": "(16, 1, 16)"})
+    )
     work = roofline.decode_work(spec, 256, compute_shards=16)
     keys = 2048 + spec.evaluation.max_new_tokens
     by_hand = 2 * cost.decoder_params(spec.model.decoder) / 16 + cost.cache_bytes(spec.model.decoder, keys)

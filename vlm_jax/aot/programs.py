@@ -172,14 +172,14 @@ def _prefill(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
 
 def _decode(spec: RunSpec, plan: Plan) -> tuple[Any, tuple]:
     model, rows, steps = _decoding_model(spec), spec.evaluation.batch_examples, spec.evaluation.max_new_tokens
-    size = (rows, 1, spec.model.decoder.width)
-    hidden = jax.ShapeDtypeStruct(size, spec.compute.dtype, sharding=plan.sharding((axes.BATCH, None, None), size))
-    prefilled = sampling.Prefilled(hidden, cache_shapes(spec, plan))
-    key_dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    dtypes = ("int32", key_dtype, "float32", "float32")  # of limit, key, temperature, top_p
-    scalars = (jax.ShapeDtypeStruct((), dtype, sharding=plan.replicated) for dtype in dtypes)
-    run = inference.sample_program(model.spec, model.compute, plan, (0,), steps, "greedy")
-    return run, (_params(spec, plan, model), prefilled, *scalars)
+    shape = _shape(plan, rows)
+    count = jax.ShapeDtypeStruct((), "int32", sharding=plan.replicated)
+    state = sampling.Decoding(count, shape(), shape(dtype="bool"), shape(steps), cache_shapes(spec, plan))
+    params = sampling.SamplingParams(
+        shape(), shape(dtype="float32"), shape(dtype="float32"), shape(dtype="uint32"), shape()
+    )
+    run = inference.decode_program(model.spec, model.compute, plan, (0,), "greedy")
+    return run, (_params(spec, plan, model), state, params, count)
 
 
 def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:

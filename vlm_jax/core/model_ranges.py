@@ -8,8 +8,18 @@ from vlm_jax.core.specs import ModelSpec
 
 _LARGEST = 10**7  # of any size: a vocabulary has a quarter of a million entries
 # Sizes that may be 0, and the largest of those that work is proportional to.
-_MAY_BE_ZERO = ("tokens", "taps", "mlp_width", "feature_layer", "shortest_edge", "window_pattern", "context")
-_LIMITS = {"image_size": 2**14, "grid": 2**10, "depth": 2**12, "feature_layer": 2**12, "context": 2**40}
+_MAY_BE_ZERO = (
+    "tokens", "taps", "mlp_width", "key_width", "queries", "fusion_heads", "feature_layer", "attention_layer", "merge",
+    "shortest_edge", "window_pattern", "context",
+)  # fmt: skip
+_LIMITS = {
+    "image_size": 2**14,
+    "grid": 2**10,
+    "depth": 2**12,
+    "feature_layer": 2**12,
+    "attention_layer": 2**12,
+    "context": 2**40,
+}
 _MAX_PATCHES = 2**20
 _MAX_NUMBER = 1e30
 

@@ -39,6 +39,7 @@ class Lengths(NamedTuple):
     """Of every conversation of a mixture, after cutting."""
 
     ids: Int[np.ndarray, " n"]  # ids that are used; 0: the conversation is dropped
+    images: Int[np.ndarray, " n"]  # among those ids
     tokens: Int[np.ndarray, " n"]  # positions in a row, visual tokens included
     cut: int  # number of shortened conversations
     dropped: int
@@ -69,7 +70,7 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
     limit = room(spec, layout)
     long = np.flatnonzero((tokens - images * layout.leaving > limit) | ((images > spec.row_images) & (visual > 0)))
     shortest = int((tokens - images * layout.leaving).min()) + spec.row_tokens - limit
-    cut = 0
+    used_images, cut = images.copy(), 0
     for number in long.tolist():
         part, index = mixture.locate(number)
         used = 0
@@ -77,8 +78,8 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
             used = _cut(mixture.parts[part], index, visual - layout.leaving, limit)
         cut += used > 0
         ids[number] = used
-        kept = mixture.parts[part].conversation(index)[0][:used]
-        tokens[number] = used + (visual - 1) * int(np.sum(kept == IMAGE))
+        used_images[number] = np.sum(mixture.parts[part].conversation(index)[0][:used] == IMAGE)
+        tokens[number] = used + (visual - 1) * used_images[number]
     if not ids.any():
         if visual and images.min() > spec.row_images:
             raise UserError(
@@ -89,7 +90,7 @@ def lengths(mixture: Mixture, spec: DataSpec, layout: RowLayout) -> Lengths:
             f"data.row_tokens: expected room for a conversation of {mixture.name}, the shortest of which has "
             f"{shortest} tokens, got {spec.row_tokens}"
         )
-    return Lengths(ids, tokens, cut, len(long) - cut)
+    return Lengths(ids, used_images, tokens, cut, len(long) - cut)
 
 
 def room(spec: DataSpec, layout: RowLayout) -> int:
@@ -116,8 +117,10 @@ def check_rows(mixture: Mixture, spec: DataSpec, sizes: Lengths, layout: RowLayo
     if layout.shares_image:
         leading = mixture.concatenate(_leading_images)[order]
         total -= (questions - 1) * layout.visual_tokens * np.minimum.reduceat(leading, first)
+    present = sizes.images[order]
+    present = present[first] if layout.shares_image else np.bincount(example, present).astype(int)
     views, limit = images * (questions if layout.own_views else 1), views_of_row(spec, layout.own_views)
-    if (needed := int((total + (limit - views) * layout.leaving).max())) > spec.row_tokens:
+    if (needed := int((total + (limit - present) * layout.leaving).max())) > spec.row_tokens:
         raise UserError(
             f"data.row_tokens: expected at least {needed} for the questions of an example of {mixture.name}, got "
             f"{spec.row_tokens} (or set data.questions_per_example, or data.pack=fit)"
@@ -197,7 +200,7 @@ def _fit(
 ) -> Int[np.ndarray, " n"]:
     """The row of each conversation."""
     images = mixture.concatenate(lambda part: part.images)[conversation] if layout.visual_tokens else 0 * conversation
-    tokens = sizes.tokens[conversation] - images * layout.leaving
+    tokens = sizes.tokens[conversation] - sizes.images[conversation] * layout.leaving
     groups = _groups(tokens, images, bounds, spec, layout)
     size = np.add.reduceat(tokens, groups[:-1])
     views = np.add.reduceat(images, groups[:-1]) if layout.own_views else images[groups[:-1]]

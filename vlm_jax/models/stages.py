@@ -134,8 +134,8 @@ def staying(
     is_view = places.view[:, None] == jnp.arange(views)[:, None]
     scores = jnp.where(metadata.segment[:, None] == 0, -1.0, scores)
     best = jax.lax.top_k(jnp.where(is_view, scores, -2.0), stage.keep)[1]
-    chosen = jax.vmap(lambda at: jnp.zeros(length, bool).at[at.reshape(-1)].set(True))(best)
-    stays = (places.view < 0) | chosen
+    chosen = jax.vmap(jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True)))(best)
+    stays = (places.view < 0) | jnp.any(chosen & is_view, axis=1)  # a view may be absent
     order = jnp.where(stays, metadata.segment == 0, 2)  # what is alive, padding, what leaves
     kept = jnp.argsort(order, axis=1, stable=True)[:, : length - views * (places.tokens - stage.keep)]
     return jnp.sort(kept, axis=1)
