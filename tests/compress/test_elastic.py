@@ -1,6 +1,7 @@
 """One set of weights for several V."""
 
 import dataclasses
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,8 @@ import pytest
 
 from tests import builders
 from vlm_jax.compress import catalog, contract
+from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import model_group, resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Evidence, Views, Visual
 from vlm_jax.models.vlm import Vlm
@@ -109,3 +112,17 @@ def test_at_tokens_names_the_v_of_the_weights():
     with pytest.raises(UserError, match="expected one of them as tokens, got 2"):
         catalog.at_tokens(elastic_model("mqt"), 2)
     assert contract.most_tokens(elastic_model("mqt").compressor) == 9
+
+
+def test_a_config_holds_what_only_some_methods_have():
+    """`elastic`, `queries` and the encoder's `merge` resolve to the spec that they came from."""
+    encoder, decoder = zoo.encoder("glyph-64"), zoo.decoder("d48")
+    merging = dataclasses.replace(encoder, merge=(8, 8, 0, 4))
+    for model in (
+        catalog.model_spec(encoder, "mqt", (1, 4, 16), decoder, "linear"),
+        catalog.model_spec(merging, "perceiver", 4, decoder, "linear"),
+        catalog.model_spec(encoder, "llava_mini", 4, decoder, "linear"),
+    ):
+        config = load_config(str(Path(__file__).parents[2] / "configs" / "vlm.py"))
+        config.model = model_group(model)
+        assert resolve(config).model == model

@@ -99,9 +99,10 @@ def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tu
     step = where.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
     losses = []
     for seed in range(3):
-        inputs = builders.inputs(rows=8, seed=seed)
+        views = 2 if model.reads_question else 1
+        inputs = builders.inputs(rows=8, visual_tokens=model.visual_tokens, seed=seed, views=views)
         if "encoder" not in train:
-            features = np.random.default_rng(seed).standard_normal((8, 1, 16, 16)).astype(np.float16)
+            features = np.random.default_rng(seed).standard_normal((8, views, 16, 16)).astype(np.float16)
             inputs = inputs._replace(views=Views(features=Visual(features)))
         state, sums, _ = step(state, where.put(inputs))
         losses.append(float(sums.nll) / float(sums.count))
@@ -113,6 +114,7 @@ def three_steps(compressor: str, train: tuple[str, ...], strategy: str, mesh: tu
     [
         ("resampler", ("encoder", "connector", "decoder"), [("fsdp_tensor", (2, 2, 2), 2)]),
         ("pool", ("connector", "decoder"), [("fsdp", (4, 2, 1), 1), ("replicated", (8, 1, 1), 1)]),
+        ("fastv", ("connector", "decoder"), [("fsdp_tensor", (2, 2, 2), 1)]),
     ],
 )
 def test_a_sharded_step_equals_the_single_device_step(compressor: str, train: tuple[str, ...], settings: list) -> None:
