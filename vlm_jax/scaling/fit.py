@@ -25,7 +25,7 @@ def fit(
     """Fits all forms ("auto") and chooses one, or fits one form and the multiplicative, which gives `ratio`.
 
     `floor="blind"` takes scores relative to the blind baseline of the same size; `fixed_floor` is D of the "-fixed"
-    forms; `weights="stderr"` weights each row by its inverse variance. `progress` is called with the name of each stage.
+    forms; `weights="stderr"` weights rows by their inverse variance. `progress` is called with the name of each stage.
     Raises `UserError` for rows that no law can be fitted to, or that have no standard errors to weight by.
     """
     if weights not in WEIGHTS:
