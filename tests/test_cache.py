@@ -29,7 +29,7 @@ def test_a_user_without_a_home_names_the_cache(monkeypatch: pytest.MonkeyPatch) 
     assert build.default_cache() == Path("/tmp/cache")
 
 
-@pytest.mark.parametrize("name", ["file", "file/deep", "/proc/nothing", "folder", "x" * 300])
+@pytest.mark.parametrize("name", ["file", "file/deep", "/proc/nothing", "folder"])
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
@@ -47,8 +47,8 @@ def test_a_disk_that_fills_while_data_are_prepared_is_one_line(
     def fails(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(build, "open_network", lambda spec: None)
-    monkeypatch.setattr(build, "_open_run", fails)
+    monkeypatch.setattr(build.run, "open_network", lambda spec: None)
+    monkeypatch.setattr(build.run, "_open_run", fails)
     spec = resolve(load_config(str(Path(__file__).parents[1] / "configs" / "vlm.py")))
     with pytest.raises(UserError, match=r"the cache cannot be written .* set VLM_JAX_CACHE") as raised:
         build.open_run(spec, tmp_path)

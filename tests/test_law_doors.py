@@ -26,7 +26,7 @@ def law(tmp_path_factory):
 
 def test_the_law_file_has_the_documented_shape(law):
     values = json.loads(law.read_text())
-    assert set(values) == {"version", "unit", "loss", "seed", "bootstraps", "floor", "source", "families"}
+    assert set(values) == {"version", "unit", "loss", "seed", "bootstraps", "floor", "source", "families", "weights"}
     one = values["families"]["reasoning"]
     assert {"rows", "forms", "chosen", "ratio", "difference", "warnings"} <= set(one)
     assert {"value", "low", "high"} <= set(one["ratio"])

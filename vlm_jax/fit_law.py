@@ -20,6 +20,7 @@ def parser() -> ArgumentParser:
     flags.add_argument("--form", default="auto", help="auto, or one form: multiplicative, additive-free, semilog, ...")
     flags.add_argument("--loss", default="squared", help="squared (the paper's), or log: Huber on the log of the error")
     flags.add_argument("--floor", default="none", help="blind: scores relative to the blind baseline of the same size")
+    flags.add_argument("--weights", default="equal", help="stderr: each row by the inverse of its squared stderr")
     flags.add_argument("--fixed-d", type=float, default=0.0, help="D of the -fixed forms")
     flags.add_argument("--bootstraps", type=int, default=1000)
     flags.add_argument("--seed", type=int, default=0)
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> int:
     with report.progress(fit.stages(rows, flags.form, flags.family)) as progress:
         law = fit.fit(
             rows, flags.form, family=flags.family, loss=flags.loss, floor=flags.floor, fixed_floor=flags.fixed_d,
-            bootstraps=flags.bootstraps, seed=flags.seed, source=Path(flags.rows).name, progress=progress,
+            bootstraps=flags.bootstraps, seed=flags.seed, source=Path(flags.rows).name,
+            weights=flags.weights, progress=progress,
         )  # fmt: skip
     lawfile.write(flags.out, law)
     report.print_law(law, report.console())

@@ -14,18 +14,22 @@ from vlm_jax.scaling.scores import Measurement, Scores
 
 LOSSES = ("squared", "log")
 FLOORS = ("none", "blind")
+WEIGHTS = ("equal", "stderr")
 
 
 def fit(
     rows: Iterable[ResultRow] | Scores, form: str = "auto", *, family: str | None = None, loss: str = "squared",
     floor: str = "none", fixed_floor: int | float = 0.0, bootstraps: int = 1000, seed: int = 0, source: str = "",
-    progress: Callable[[str], None] = lambda stage: None,
+    weights: str = "equal", progress: Callable[[str], None] = lambda stage: None,
 ) -> LawFit:  # fmt: skip
     """Fits all forms ("auto") and chooses one, or fits one form and the multiplicative, which gives `ratio`.
 
     `floor="blind"` takes scores relative to the blind baseline of the same size; `fixed_floor` is D of the "-fixed"
-    forms. `progress` is called with the name of each stage. Raises `UserError` for rows that no law can be fitted to.
+    forms; `weights="stderr"` weights rows by their inverse variance. `progress` is called with the name of each stage.
+    Raises `UserError` for rows that no law can be fitted to, or that have no standard errors to weight by.
     """
+    if weights not in WEIGHTS:
+        raise unknown("weights", weights, WEIGHTS)
     if loss not in LOSSES:
         raise unknown("loss", loss, LOSSES)
     if floor not in FLOORS:
@@ -41,10 +45,10 @@ def fit(
     for name in data.families():
         report = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
         families[name] = _fit_family(
-            shifted.of(name).cells, data.of(name), name, form, loss, fixed_floor, bootstraps, seed, report
+            shifted.of(name).cells, data.of(name), name, form, loss, fixed_floor, bootstraps, seed, weights, report
         )
     unit = {"llm_params": scores.BILLION, "params_are": data.params_are}
-    return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families)
+    return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families, weights)
 
 
 def _names(form: str) -> tuple[str, ...]:
@@ -63,21 +67,33 @@ class _Data(NamedTuple):
     tokens: Floats
     error: Floats
     cell: Floats  # index of the (N, V) pair
+    weight: Floats  # of mean 1
 
     @classmethod
-    def of(cls, cells: Iterable[Measurement]) -> "_Data":
+    def of(cls, cells: Iterable[Measurement], weights: str) -> "_Data":
+        cells = list(cells)
         params, tokens, error = np.array([(c.params, c.tokens, c.error) for c in cells], float).T
         _, cell = np.unique(np.stack([params, tokens]), axis=1, return_inverse=True)
-        return cls(params, tokens, error, cell.astype(float))
+        return cls(params, tokens, error, cell.astype(float), _weights(cells, weights))
+
+
+def _weights(cells: list[Measurement], weights: str) -> Floats:
+    """Ones, or inverse variances of mean 1."""
+    if weights == "equal":
+        return np.ones(len(cells))
+    if without := [cell.where for cell in cells if not cell.stderr]:
+        raise UserError(f"{without[0]}: expected a standard error above 0 to weight by, got none (use equal weights)")
+    inverse = np.array([cell.stderr for cell in cells], float) ** -2
+    return inverse / inverse.mean()
 
 
 def _fit_family(
     cells: tuple[Measurement, ...], original: Scores, name: str, form: str, loss: str, fixed_floor: int | float,
-    bootstraps: int, seed: int, progress: Callable[[str], None],
+    bootstraps: int, seed: int, weights: str, progress: Callable[[str], None],
 ) -> FamilyFit:  # fmt: skip
     seen = scores.seen(cells)
     checks.require_fit(seen, name, loss, fixed_floor)
-    data = _Data.of(seen)
+    data = _Data.of(seen, weights)
     forms = {}
     for key in _names(form):
         progress(key)
@@ -107,8 +123,7 @@ def _fit_family(
 def _fit_form(
     form: laws.Form, data: _Data, loss: solve.Loss, fixed_floor: int | float, bootstraps: int, seed: int
 ) -> tuple[FormFit, intervals.Draws]:
-    ones = np.ones_like(data.error)
-    of = solve.problem(form, data.params, data.tokens, data.error, ones, loss, fixed_floor)
+    of = solve.problem(form, data.params, data.tokens, data.error, data.weight, loss, fixed_floor)
     found = solve.solve(of, seed)
     params = {name: float(values[0]) for name, values in solve.named(of, found).items()}
     predicted = laws.predict(form.name, params, data.params, data.tokens)
@@ -201,8 +216,8 @@ def _profile_of_floor(data: _Data, loss: solve.Loss, points: int = 21) -> list[d
     """The multiplicative fit at several D between 0 and the lowest error."""
     floors = np.linspace(0, 0.98 * data.error.min(), points)
     shape = (points, len(data.error))
-    error = np.broadcast_to(data.error, shape)
-    of = solve.problem(laws.form(f"{BASIC}-fixed"), data.params, data.tokens, error, np.ones(shape), loss, floors)
+    error, weight = (np.broadcast_to(each, shape) for each in (data.error, data.weight))
+    of = solve.problem(laws.form(f"{BASIC}-fixed"), data.params, data.tokens, error, weight, loss, floors)
     found = solve.solve(of, seed=0)
     values = solve.named(of, found)
     columns = {"D": floors, "alpha": values["alpha"], "beta": values["beta"], "cost": found.cost}

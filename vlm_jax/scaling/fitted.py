@@ -2,7 +2,7 @@
 
     version     of this format
     unit        of N: "llm_params" parameters per unit; "params_are" non_embedding or nominal (`scaling.scores`)
-    loss, seed, bootstraps, floor, source
+    loss, seed, bootstraps, floor, source, weights
     families.<name>
         rows            cells, sizes, tokens (the fitted range), blind (error without an image, by N), noise, harness
         models          a `ModelSpec` for each measured encoder, compressor, projector, mask and language model, at the
@@ -152,6 +152,7 @@ class LawFit(NamedTuple):
     floor: str
     source: str
     families: dict[str, FamilyFit]
+    weights: str = "equal"  # or "stderr": rows by their inverse variance
 
     def family(self, name: str | None) -> FamilyFit:
         """The family of that name; None gives the only one. Raises `UserError` if unknown or ambiguous."""

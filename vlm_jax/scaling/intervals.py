@@ -29,19 +29,20 @@ def bootstrap(of: Problem, fit: Solution, predicted: Floats, cell: Floats, draws
     """Residual and case bootstrap of one problem with fitted errors `predicted` [n] and cell indices `cell` [n]."""
     rng = np.random.default_rng(seed)
     count = len(predicted)
-    widen = np.sqrt(count / max(count - of.form.free_params, 1))
+    precision = np.sqrt(of.weight[0])  # residuals times this have one variance
+    widen = precision * np.sqrt(count / max(count - of.form.free_params, 1))
     if of.loss == "log":
         residual = np.log(of.error[0] / np.maximum(predicted, 1e-6))
-        error = np.maximum(predicted, 1e-6) * np.exp(_drawn(residual * widen, draws, rng))
+        error = np.maximum(predicted, 1e-6) * np.exp(_drawn(residual * widen, draws, rng) / precision)
     else:
-        error = np.maximum(predicted + _drawn((of.error[0] - predicted) * widen, draws, rng), 1e-6)
+        error = np.maximum(predicted + _drawn((of.error[0] - predicted) * widen, draws, rng) / precision, 1e-6)
     names, index = np.unique(cell, return_inverse=True)
     chosen = rng.integers(0, len(names), (draws, len(names)))
     weight = np.stack([np.bincount(row, minlength=len(names)) for row in chosen])[:, index].astype(float)
     same = np.broadcast_to(of.floor, (draws,))
     problems = (
-        of._replace(error=error, weight=np.ones_like(error), floor=same),
-        of._replace(error=np.broadcast_to(of.error, weight.shape), weight=weight, floor=same),
+        of._replace(error=error, weight=np.broadcast_to(of.weight, error.shape), floor=same),
+        of._replace(error=np.broadcast_to(of.error, weight.shape), weight=weight * of.weight, floor=same),
     )
     return Draws(
         *(solve.named(each, solve.solve(each, seed, fit.theta, _BOOTSTRAP_TOLERANCE, 40)) for each in problems)
