@@ -46,7 +46,8 @@ def test_a_score_does_not_depend_on_the_batch() -> None:
     sizes: list[int] = []
     program = jax.jit(harness.make_evaluate(model, 3, eos_id=END))
     apart, together = (
-        harness.run(program, lambda b: b, params, in_batches(questions(6), size), sizes.append) for size in (1, 4)
+        harness.summarise(harness.run(program, lambda b: b, params, in_batches(questions(6), size), sizes.append))
+        for size in (1, 4)
     )
     assert sizes == [1] * 6 + [4] * 2
     for name in harness.Result._fields:
@@ -108,7 +109,7 @@ def test_means_are_over_questions_and_ratios_over_tokens() -> None:
         )
         batches.append(Questions(inputs, np.zeros((2, 1), np.int32), np.array(example)))
     queue = iter(scores)
-    result = harness.run(lambda params, batch: next(queue), lambda batch: batch, None, batches)
+    result = harness.summarise(harness.run(lambda params, batch: next(queue), lambda batch: batch, None, batches))
     assert result.error[0] == pytest.approx((1 + 0 + 3) / (2 + 4 + 3))
     assert result.exact[0] == pytest.approx(2 / 3)
     assert result.forced[0] == pytest.approx((2 + 0 + 0) / 9)
