@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from vlm_jax.sizing import cost
 
 HERE = Path(__file__).parent
 TOKENS = (1, 4, 16, 36, 64, 144, 576)
+LLMS = ("qwen1.5-0.5b", "qwen1.5-7b")
 MEDIAN, MEAN = 120, 230
 _ANSWER = 60  # tokens from one end of an answer to the next, where a conversation may be cut
 _ID = 5  # of every text token
@@ -83,18 +84,24 @@ def epoch(mixture: Mixture, data: DataSpec, tokens: int) -> tuple[packing.Rows, 
     return found, float(sizes.tokens[found.conversation].sum() / (len(found) * data.row_tokens)), sizes
 
 
-def measure(tokens: int, mixture: Mixture, llm: str) -> dict[str, Any]:
-    """Rows and FLOPs of an epoch, packed and with one conversation a row."""
-    out: dict[str, Any] = {"tokens": tokens, "llm": llm}
+def measure(tokens: int, mixture: Mixture, llms: Sequence[str] = LLMS) -> dict[str, Any]:
+    """Rows of an epoch and the FLOPs of each language model, packed and with one conversation a row."""
+    out: dict[str, Any] = {"tokens": tokens}
     for pack in ("fit", "none"):
-        spec = recipe(f"configs/llava.py:stage=2,llm={llm},tokens={tokens},pack={pack},devices=1,tensor=1")
+        specs = [
+            recipe(f"configs/llava.py:stage=2,llm={llm},tokens={tokens},pack={pack},devices=1,tensor=1") for llm in llms
+        ]
+        data = specs[0].data
         start = time.perf_counter()
-        found, fill, sizes = epoch(mixture, spec.data, tokens)
+        found, fill, sizes = epoch(mixture, data, tokens)
         secs = time.perf_counter() - start
-        row_flops = cost.step_flops(spec, spec.stages[0]) / spec.data.batch_rows
+        flops = {
+            llm: len(found) * cost.step_flops(spec, spec.stages[0]) / data.batch_rows
+            for llm, spec in zip(llms, specs, strict=True)
+        }
         out[pack] = {
-            "rows": len(found), "fill": fill, "row_flops": row_flops, "epoch_flops": len(found) * row_flops,
-            "row_images": spec.data.row_images, "cut": sizes.cut, "dropped": sizes.dropped, "secs": secs,
+            "rows": len(found), "fill": fill, "epoch_flops": flops, "row_images": data.row_images, "cut": sizes.cut,
+            "dropped": sizes.dropped, "secs": secs,
         }  # fmt: skip
     return out
 
@@ -159,14 +166,15 @@ def make_step(
 
 
 def table(result: dict[str, Any]) -> str:
-    head = ["V", "rows", "padding", "one a row", "padding", "FLOPs an epoch, packed", "one a row", "less by"]
-    lines = [head]
+    llms = list(result["epochs"][0]["fit"]["epoch_flops"])
+    head = ["V", "packed rows", "padding", "one a row", "padding"]
+    lines = [[*head, *(f"FLOPs of {llm}, packed / one a row" for llm in llms)]]
     for one in result["epochs"]:
         fit, none = one["fit"], one["none"]
+        pairs = [(fit["epoch_flops"][llm], none["epoch_flops"][llm]) for llm in llms]
         lines.append([
             str(one["tokens"]), f"{fit['rows']:,}", f"{1 - fit['fill']:.1%}", f"{none['rows']:,}",
-            f"{1 - none['fill']:.1%}", f"{fit['epoch_flops']:.2e}", f"{none['epoch_flops']:.2e}",
-            f"{none['epoch_flops'] / fit['epoch_flops']:.1f}x",
+            f"{1 - none['fill']:.1%}", *(f"{a:.1e} / {b:.1e} = 1/{b / a:.1f}" for a, b in pairs),
         ])  # fmt: skip
     step = result["step"]
     fit, none = step["fit"], step["none"]
@@ -174,7 +182,7 @@ def table(result: dict[str, Any]) -> str:
     slowest = max(one["fit"]["secs"] for one in result["epochs"])
     return (
         f"{result['conversations']:,} conversations (99th percentile of their text: {result['p99']:,} tokens), rows of "
-        f"2,048 positions, {result['epochs'][0]['llm']}; packing them took at most {slowest:.1f} s.\n\n"
+        f"2,048 positions; packing them took at most {slowest:.1f} s.\n\n"
         f"{markdown_table(lines)}\n\n"
         f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} row(s), fastest of "
         f"{step['repeats']}, {result['cores']} core(s), load average {result['load']}): packed {fit['secs']:.2f} s for "
@@ -185,10 +193,9 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.data_speed.packing", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--conversations", type=int, default=40_000)
-    parser.add_argument("--llm", default="qwen1.5-7b", help="of the FLOPs")
-    parser.add_argument("--batch-rows", type=int, default=4, help="of the step that is timed")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--conversations", type=int, default=20_000)
+    parser.add_argument("--batch-rows", type=int, default=1, help="of the step that is timed")
+    parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args(argv)
     if args.conversations < 100:
         raise UserError(f"--conversations: expected at least 100, got {args.conversations}")
@@ -197,7 +204,7 @@ def main(argv: list[str]) -> None:
     result = {
         "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
         "conversations": len(mixture), "p99": int(np.percentile(text, 99)),
-        "epochs": [measure(tokens, mixture, args.llm) for tokens in TOKENS],
+        "epochs": [measure(tokens, mixture) for tokens in TOKENS],
         "step": step_secs(mixture, 16, args.batch_rows, args.repeats),
     }  # fmt: skip
     (HERE / "packing.json").write_text(json.dumps(result, indent=1) + "\n")
