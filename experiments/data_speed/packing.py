@@ -35,7 +35,7 @@ _ANSWER = 60  # tokens from one end of an answer to the next, where a conversati
 _ID = 5  # of every text token
 
 
-class Lengths(Source):
+class DrawnItems(Source):
     """Stands in for the items of a data set of which only lengths matter."""
 
     def __init__(self, count: int):
@@ -62,7 +62,7 @@ def drawn(count: int, seed: int = 0) -> Mixture:
     turn_bounds = np.concatenate([[0], np.cumsum([len(e) for e in ends])])
     numbers, none = np.arange(count), np.zeros(0, np.int32)
     dataset = TokenizedDataset(
-        source=Lengths(count), ids=ids, target=target, bounds=bounds, turn_ends=np.concatenate(ends),
+        source=DrawnItems(count), ids=ids, target=target, bounds=bounds, turn_ends=np.concatenate(ends),
         turn_bounds=turn_bounds, questions=none, question_bounds=np.zeros(count + 1, int),
         images=np.ones(count, np.int32), first_image=numbers, item=numbers, skipped={},
     )  # fmt: skip

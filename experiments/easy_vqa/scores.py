@@ -14,22 +14,22 @@ ALL = "all"
 Accuracy = dict[str, tuple[float, float]]  # kind of question -> (accuracy, standard error clustered by image)
 
 
-class Question(NamedTuple):
+class Asked(NamedTuple):
     image: int  # number of its item in the source
     text: str
     answer: str
 
 
-def questions(source: Any) -> list[Question]:
+def questions(source: Any) -> list[Asked]:
     """The questions of a source, in order."""
     found = []
     for image in range(len(source)):
         turns = [turn.text for turn in source[image].turns if turn.role != "system"]
-        found += [Question(image, q, a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
+        found += [Asked(image, q, a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
     return found
 
 
-def by_kind(asked: list[Question], right: Any) -> Accuracy:
+def by_kind(asked: list[Asked], right: Any) -> Accuracy:
     """`right` is 1 or 0 for each question."""
     right = np.asarray(right, float)
     image, kind = np.array([q.image for q in asked]), np.array([kind_of(q.answer) for q in asked])
@@ -37,7 +37,7 @@ def by_kind(asked: list[Question], right: Any) -> Accuracy:
     return {name: clusters.ratio(right[mask], np.ones(mask.sum()), image[mask]) for name, mask in chosen.items()}
 
 
-def baselines(test: list[Question]) -> dict[str, Accuracy]:
+def baselines(test: list[Asked]) -> dict[str, Accuracy]:
     """The most common training answer, and the most common one to the same question."""
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
@@ -55,7 +55,7 @@ def baselines(test: list[Question]) -> dict[str, Accuracy]:
     }
 
 
-def trained(workdir: Path) -> tuple[list[Question], Accuracy]:
+def trained(workdir: Path) -> tuple[list[Asked], Accuracy]:
     """The test questions of a trained run, in the order that they are asked, and its accuracy."""
     from vlm_jax import build, job
     from vlm_jax.checkpoints.orbax import read_spec
