@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report, with all skipped ids")
     argv, overrides = split_overrides(argv)
     args = parser.parse_args(argv)
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: expected a file in a folder that exists")
     spec = resolve(load_config(args.config, overrides))
     cache = build.default_cache()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -33,7 +35,8 @@ def main(argv: list[str]) -> None:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for name, data, sources in build.data_sets(spec):
             layout = build.spec_layout(spec, data)
-            mixture = build.open_mixture(data, sources, cache, blind=not layout.visual_tokens)
+            with build.cache_errors(cache):
+                mixture = build.open_mixture(data, sources, cache, blind=not layout.visual_tokens)
             bar = progress.add_task(f"images of {name}", total=None)
             on_image = lambda done, total, bar=bar: progress.update(bar, completed=done, total=total)  # noqa: E731
             reports.append(checking.check(name, mixture, data, layout, spec.seed, on_image))

@@ -50,8 +50,8 @@ def test_answers_of_llava_belong_to_question_and_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{\n", "gqa.jsonl:1: expected a line of JSON"),
-        (b"\xff\n", "gqa.jsonl:1: expected a line of JSON"),
+        ("{\n", "gqa.jsonl:1: not valid JSON .*: delete the line"),
+        (b"\xff\n", r"gqa.jsonl:1: not valid UTF-8 \(byte 0\)"),
         ('{"question_id": 1}\n', "gqa.jsonl:1: expected fields question_id, text, missing text"),
         ('{"question_id": 1, "text": 2}\n', "gqa.jsonl:1: text: expected a text, got 2"),
         (

@@ -205,7 +205,7 @@ class ParquetSource(Source):
             mark = conversations.mark_in_place if isinstance(image, list) else conversations.mark_front_of_turn
             turns = mark(id, turns, count) if count else turns
         elif value.get("texts") is not None:
-            turns = [turn for text in value["texts"] for turn in _texts(id, text)]
+            turns = _texts(id, value["texts"])
             turns = conversations.check_turns(id, conversations.mark_first_turn(id, turns, count) if turns else turns)
         else:
             turns = question_turns(id, value.get("question"), value.get("answer"), count)
@@ -234,10 +234,11 @@ def _images_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _texts(id: str, text: Any) -> tuple[Turn, Turn]:
-    if not isinstance(text, Mapping) or not {"user", "assistant"} <= set(text):
-        raise BadItem("malformed", id, f"expected a question with 'user' and 'assistant', got {str(text)[:60]}")
-    return (
-        Turn("user", conversations.text_of(id, text["user"])),
-        Turn("assistant", conversations.text_of(id, text["assistant"])),
-    )
+def _texts(id: str, texts: Any) -> list[Turn]:
+    """The questions and answers of the_cauldron."""
+    turns = []
+    for text in texts if isinstance(texts, list) else [texts]:
+        if not isinstance(text, Mapping) or not {"user", "assistant"} <= set(text):
+            raise BadItem("malformed", id, f"expected a question with 'user' and 'assistant', got {str(text)[:60]}")
+        turns += [Turn(role, conversations.text_of(id, text[role])) for role in ("user", "assistant")]
+    return turns
