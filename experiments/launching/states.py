@@ -13,9 +13,11 @@ its progress file is recent.
 import contextlib
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from filelock import Timeout
@@ -29,6 +31,7 @@ from vlm_jax.core.rows import ResultRow
 Report = Callable[[str, float], None]  # (what is being done, share of the cell that is done)
 
 _FAILED = "failed"  # in place of what a process does
+_LOG_BYTES = 2**16  # of its end
 _RECENT_SECS = 600  # a large program compiles for minutes without a report
 _REPORT_EVERY_SECS = 1.5  # a bucket takes one write a second of the same file
 
@@ -125,8 +128,17 @@ def error_of(cell: Cell) -> list[str]:
 def task_of(cell: Cell) -> str:
     """The Slurm task that last got the cell; empty where none has."""
     with contextlib.suppress(UserError):
-        return text.one_line(reading.read_text(cell.folder / "job.txt"), 80)
+        task = reading.read_text(cell.folder / "job.txt").strip()
+        return task if re.fullmatch(r"\d+(_\d+)?", task, re.ASCII) and len(task) < 40 else ""
     return ""
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log; none where it cannot be read."""
+    with contextlib.suppress(UserError, OSError), reading.open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))
+        return [text.printable(line) for line in file.read().decode(errors="replace").splitlines()[-count:]]
+    return []
 
 
 def fail(cell: Cell, why: str) -> None:

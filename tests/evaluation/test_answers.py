@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +75,11 @@ def test_batches_hold_every_item_once_by_images_and_length() -> None:
     assert all(len({len(one.images) for one in batch}) == 1 for batch in found)
     assert max(max(len(o.prompt) for o in b) - min(len(o.prompt) for o in b) for b in found) < 20
     assert sum(len(batch) < 8 for batch in found) <= 8  # at most two a window of 32 batches
+
+
+@pytest.mark.parametrize("tokens", [3, "ab", [1], [1, -2], [1, 2.5], [True, 2], {"1": 2}])
+def test_counts_of_tokens_are_two_integers(tmp_path: Path, tokens: Any) -> None:
+    path = tmp_path / "gqa.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": "a", "tokens": tokens}) + "\n")
+    with pytest.raises(UserError, match=r"gqa.jsonl:1: tokens: expected two counts"):
+        AnswerFile(path)

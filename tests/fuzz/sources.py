@@ -23,11 +23,13 @@ from vlm_jax import check_data
 from vlm_jax.core import text
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, SourceSpec
-from vlm_jax.data import checking, images, tokenized
+from vlm_jax.core.structs import Visual
+from vlm_jax.data import checking, features, images, tokenized
 from vlm_jax.data.conversations import Conversation
 from vlm_jax.data.examples import BadItem, Example, Source, Turn
 from vlm_jax.data.packing import RowLayout
 from vlm_jax.data.readers.open import open_source
+from vlm_jax.distributed import ownership
 
 ROOT = Path(__file__).parents[2]
 _LLAVA = [
@@ -225,6 +227,41 @@ def tokens(rng: random.Random, path: Path) -> None:
     assert text.is_printable(checking.text(report))
 
 
+def _encode(pixels: np.ndarray) -> Visual:
+    return Visual(np.asarray(pixels[:, :2, :2, 0], np.float32).reshape(len(pixels), 4, 1) / 255)
+
+
+def stored_features(rng: random.Random, path: Path) -> None:
+    """A store of features in the cache whose files were changed."""
+    pixels = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    shown = features.Images(3, lambda i: bytes([i]), lambda i: pixels[i], 4, "numbers")
+    features.open_or_compute(path, "store", shown, _encode)
+    file = path / "store" / rng.choice(("tokens.npy", "taps.npy", "index.npy", "bad.json", "meta.json"))
+    if file.suffix == ".json":
+        hostile.write(file, hostile.json_bytes(json.loads(file.read_bytes()), rng))
+    elif file.exists() and rng.random() < 0.7:
+        hostile.write(file, hostile.broken(file.read_bytes(), rng))
+    else:
+        np.save(file, rng.choice((np.zeros(3), np.zeros((3, 4, 1), "f2"), np.array([0, 1, -1]), np.array(["a"] * 3))))
+    hostile.maybe_no_file(file, rng)
+    if rng.random() < 0.1:
+        hostile.no_file(path / "store.lock", rng)
+    features.open_or_compute(path, "store", shown, _encode).read(np.arange(3))
+
+
+def owner(rng: random.Random, path: Path) -> None:
+    """What names the owner of a workdir, and its lock."""
+    written = {"host": "a", "pid": 3, "start": "2024-01-01 00:00:00 +0000"}
+    hostile.maybe_no_file(hostile.write(path / "owner.json", hostile.json_bytes(written, rng)), rng, 0.2)
+    if rng.random() < 0.3:
+        hostile.no_file(path / "run.lock", rng)
+    ownership._owner(path)
+    with ownership.own_workdir(path):
+        (path / "owner.json").read_text()
+    with ownership.own_workdir(rng.choice((path / "new", path / "owner.json", path / ("x" * 300)))):
+        pass
+
+
 def check(rng: random.Random, path: Path) -> None:
     """`check_data` over a file of conversations."""
     os.environ["VLM_JAX_CACHE"] = str(path / "cache")
@@ -250,5 +287,6 @@ def warm() -> None:
 
 ENTRIES = {
     "LLaVA files": llava, "jsonl rows": jsonl, "parquet": parquet, "TFDS folders": tfds_folder,
-    "tokens in the cache": tokens, "check_data": check,
+    "tokens in the cache": tokens, "features in the cache": stored_features, "owner of a workdir": owner,
+    "check_data": check,
 }  # fmt: skip

@@ -68,7 +68,7 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
                 _compute(new, images, encode)
     try:
         tokens, taps, index, bad = _load(folder, images.count)
-    except (OSError, ValueError, EOFError, UserError) as error:
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise UserError(f"{folder}: unreadable features ({error}): delete the folder to compute them again") from error
 
     def read(numbers: Int[np.ndarray, " n"]) -> Visual:
@@ -87,7 +87,8 @@ def _load(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, Int[
     taps = np.load(folder / "taps.npy", mmap_mode="r") if kinds["taps.npy"] else None
     index = np.load(folder / "index.npy")
     bad = {int(number): str(reason) for number, reason in reading.read_object(folder / "bad.json").items()}
-    rows = {len(store) for store in (tokens, taps) if store is not None}
+    stores = [store for store in (tokens, taps) if store is not None]
+    rows = {len(store) if store.ndim > 1 and store.dtype == np.float16 else 0 for store in stores}
     fits = index.shape == (count,) and index.dtype.kind in "iu" and len(rows) == 1
     if not fits or not (index.min() >= 0 and index.max() < min(rows)) or not set(bad) <= set(range(count)):
         raise ValueError(f"expected a row for each of {count} images")

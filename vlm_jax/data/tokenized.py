@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -305,7 +306,7 @@ def folder_fingerprint(folder: Path) -> str:
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix in _TOKENIZER_FILES)
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        digest.update(os.fsencode(file.name) + b"\0" + reading.read_bytes(file, _MAX_META))
     return digest.hexdigest()
 
 

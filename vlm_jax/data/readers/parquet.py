@@ -32,7 +32,7 @@ from vlm_jax.data.readers.mixture import Concatenation
 
 FIELDS = ("id", "image", "conversations", "texts", "question", "answer")
 LARGEST_GROUP = 2**31  # bytes of a row group; Arrow's arrays of nested bytes end there too
-_BROKEN = (pa.ArrowException, OSError)
+_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
 _SPLIT_FILE = re.compile(r"(.+?)-\d+(-of-\d+)?(-[0-9a-f]+)?\.parquet")  # train-00000-of-00010.parquet
 
 
@@ -217,7 +217,7 @@ class ParquetSource(Source):
         try:
             table = read(self._path, self.fingerprint, group, columns)
             return table.slice(row - int(self._ends[group - 1] if group else 0), 1).to_pylist()[0]
-        except (*_BROKEN, UnicodeDecodeError) as error:
+        except _BROKEN as error:
             raise BadItem("unreadable file", f"{self._path.stem}:{row}", str(error)) from error
 
     def _image(self, id: str, value: Any) -> bytes | Path:
