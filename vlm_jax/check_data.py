@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     from vlm_jax.config.resolve import resolve
     from vlm_jax.core.errors import UserError
     from vlm_jax.core.files import write_json
+    from vlm_jax.core.text import printable
     from vlm_jax.data import checking
 
     parser = make_parser("check_data", __doc__, EXIT_CODES)
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> None:
     spec = resolve(load_config(args.config, overrides))
     cache = build.default_cache()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    reports = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    reports, console = [], Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, data, sources in build.data_sets(spec):
             layout = build.spec_layout(spec, data)
             with build.cache_errors(cache):
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     if args.json:
         write_json(args.json, checking.as_json(reports))
     for report in reports:
-        print(checking.text(report))
+        print(printable(checking.text(report)))  # ids and names of other people
     if bad := [report for report in reports if report.bad_share > spec.data.max_bad_share]:
         raise UserError(
             f"{bad[0].name}: expected at most data.max_bad_share={spec.data.max_bad_share:g} of unusable items, got "

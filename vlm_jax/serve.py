@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from vlm_jax.cli import make_parser, run_main
-from vlm_jax.core import reading
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError
 
 _KEY_VARIABLE = "VLM_JAX_API_KEY"
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    print(text.printable(line), flush=True)
 
 
 def _api_key(file: Path | None) -> str | None:

@@ -31,6 +31,7 @@ from vlm_jax.core.rows import ResultRow
 Report = Callable[[str, float], None]  # (what is being done, share of the cell that is done)
 
 _FAILED = "failed"  # in place of what a process does
+_SHOWN = r"[\w .,:%/()+-]{1,100}"  # that a terminal shows as it is
 _LOG_BYTES = 2**16  # of its end
 _RECENT_SECS = 600  # a large program compiles for minutes without a report
 _REPORT_EVERY_SECS = 1.5  # a bucket takes one write a second of the same file
@@ -88,7 +89,7 @@ def progress_of(cell: Cell) -> dict[str, Any] | None:
     try:
         values = reading.read_object(cell.folder / "progress.json")
         times = [value for value in (values["share"], values["time"]) if type(value) in (int, float)]
-        fits = isinstance(values["doing"], str) and isinstance(values["host"], str) and isinstance(values["pid"], int)
+        fits = all(re.fullmatch(_SHOWN, values[name]) for name in ("doing", "host")) and type(values["pid"]) is int
         return values if fits and len(times) == 2 and all(map(math.isfinite, times)) else None
     except (UserError, ValueError, TypeError, KeyError, OverflowError):
         return None

@@ -83,7 +83,9 @@ def benchmark(rng: random.Random, path: Path) -> None:
     found = benchmarks.find(name)
     loaded = benchmarks.load(found, path / "data", options)
     answers = {
-        item.id: Answer(item.question_id, item.prompt, rng.choice(("yes", "A", "4 7", hostile.text(rng))))
+        item.id: Answer(
+            item.question_id, item.prompt, rng.choice(("yes", "A", "4 7", text.printable(hostile.text(rng))))
+        )
         for item in loaded.items
     }
     suite_scores.score(found, loaded, answers, options)

@@ -224,7 +224,7 @@ def tokens(rng: random.Random, path: Path) -> None:
     mixture = tokenized.mix([dataset], ["numbers"], [1.0])
     report = checking.check("train", mixture, spec, RowLayout(4, "causal", False, False), 0, lambda done, total: None)
     json.dumps(checking.as_json([report]))
-    assert text.is_printable(checking.text(report))
+    checking.text(report)
 
 
 def _encode(pixels: np.ndarray) -> Visual:
@@ -276,7 +276,7 @@ def check(rng: random.Random, path: Path) -> None:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), running.errors_of_disk():
         check_data.main(argv)
-    assert "\x1b[31m" not in shown.getvalue()
+    assert text.is_printable(shown.getvalue())
 
 
 def warm() -> None:

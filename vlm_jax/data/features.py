@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 from rich.markup import escape
 from rich.progress import track
 
-from vlm_jax.core import reading
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write, file_lock, remove_stale
 from vlm_jax.core.structs import Visual
@@ -109,7 +109,9 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
     stores: dict[str, np.ndarray] = {}
     bad: dict[int, str] = {}
     for start in track(
-        range(0, len(firsts), _BATCH), description=f"features of {escape(images.label)}", transient=True
+        range(0, len(firsts), _BATCH),
+        description=f"features of {escape(text.one_line(images.label, 60))}",
+        transient=True,
     ):
         mine = firsts[start : start + _BATCH]
         visual = encode(_batch(images, mine, bad))
@@ -143,7 +145,9 @@ def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"
     """(row of each image, number of the first image of each row); images with equal bytes share a row."""
     rows: dict[Any, int] = {}
     index, firsts = np.zeros(images.count, np.int64), []
-    for number in track(range(images.count), description=f"images of {escape(images.label)}", transient=True):
+    for number in track(
+        range(images.count), description=f"images of {escape(text.one_line(images.label, 60))}", transient=True
+    ):
         content: Any = number
         with contextlib.suppress(UserError):
             encoded = images.encoded(number)

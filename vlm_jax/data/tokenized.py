@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from rich.markup import escape
 from rich.progress import track
 
-from vlm_jax.core import reading
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import atomic_write, file_lock, remove_stale
 from vlm_jax.data.conversations import IMAGE, Conversation
@@ -258,7 +258,9 @@ def _write(folder: Path, source: Source, separate: bool, tokenize: Tokenize, bar
 
 
 def _progress(source: Source) -> Iterator[int]:
-    return iter(track(range(len(source)), description=f"tokens of {escape(source.name)}", transient=True))
+    return iter(
+        track(range(len(source)), description=f"tokens of {escape(text.one_line(source.name, 60))}", transient=True)
+    )
 
 
 class Mixture(NamedTuple):

@@ -117,8 +117,7 @@ def _kept_rows(path: Path, count: int, minima: Mapping[str, Any]) -> Int[np.ndar
     keep = np.ones(count, bool)
     for column, minimum in minima.items():
         schema = pq.read_schema(path)
-        numbers = [name for name in schema.names if pa.types.is_integer(schema.field(name).type)]
-        numbers += [name for name in schema.names if pa.types.is_floating(schema.field(name).type)]
+        numbers = [one.name for one in schema if pa.types.is_integer(one.type) or pa.types.is_floating(one.type)]
         if column not in numbers:
             raise unknown(f"column of numbers of {path}", column, numbers)
         if isinstance(minimum, bool) or not isinstance(minimum, int | float):

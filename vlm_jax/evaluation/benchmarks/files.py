@@ -221,7 +221,8 @@ def _check_item(name: str, item: Item) -> None:
             raise UserError(f"{name}: question {item.id!r}: {what}: expected text, got {list(values)!r}")
     if options is not None and (isinstance(options, str) or not isinstance(options, Collection)):
         raise UserError(f"{name}: question {item.id!r}: options: expected a list of texts, got {options!r}")
-    if not all(isinstance(image, Path | bytes | ParquetImage) for image in item.images):
+    images = item.images if isinstance(item.images, tuple) else (item.images,)
+    if not all(isinstance(image, Path | bytes | ParquetImage) for image in images):
         raise UserError(f"{name}: question {item.id!r}: expected images, got {item.images!r}")
 
 
