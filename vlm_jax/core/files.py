@@ -10,12 +10,13 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any
 
 from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
+
+if TYPE_CHECKING:  # slow to import, and every command imports this module
+    from filelock import FileLock
 
 _MARK = ".vlm_jax-"  # in the name of each temporary file or folder, before 16 random hex digits
 _FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,10 +80,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def file_lock(path: Path, **options: Any) -> FileLock:
+def file_lock(path: Path, **options: Any) -> "FileLock":
     """A lock on the file `path`; `options` are `FileLock`'s. Raises `UserError` where something else stands there: a
     link would create its target, and a folder cannot be locked.
     """
+    from filelock import FileLock
+
     found = "link" if path.is_symlink() else reading.kind(path)
     if found not in ("", "file"):
         raise UserError(f"{path}: expected a lock file, got a {found} (remove it)")
