@@ -64,7 +64,7 @@ def test_closed_streams_are_no_traceback() -> None:
         (r"UserError('a.json: got \x1b[31m\n\ud800')", 2, rb"error: a.json: got \x1b[31m \ud800"),
         ("RunStopped('two\\nlines', 3)", 3, b"stopped: two lines"),
         ("PermissionError(13, 'Permission denied', '/a/b')", 2, b"error: /a/b: Permission denied"),
-        ("KeyboardInterrupt", 130, b""),
+        ("KeyboardInterrupt", 130, b"stopped by Ctrl-C"),
     ],
 )
 def test_errors_are_one_line(error: str, code: int, line: bytes) -> None:

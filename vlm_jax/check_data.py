@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     from vlm_jax.config.resolve import resolve
     from vlm_jax.core.errors import UserError
     from vlm_jax.core.files import write_json
+    from vlm_jax.core.text import printable
     from vlm_jax.data import checking
 
     parser = make_parser("check_data", __doc__, EXIT_CODES)
@@ -26,21 +27,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report, with all skipped ids")
     argv, overrides = split_overrides(argv)
     args = parser.parse_args(argv)
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: expected a file in a folder that exists")
     spec = resolve(load_config(args.config, overrides))
     cache = build.default_cache()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    reports = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    reports, console = [], Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, data, sources in build.data_sets(spec):
             layout = build.spec_layout(spec, data)
-            mixture = build.open_mixture(data, sources, cache, blind=not layout.visual_tokens)
+            with build.cache_errors(cache):
+                mixture = build.open_mixture(data, sources, cache, blind=not layout.visual_tokens)
             bar = progress.add_task(f"images of {name}", total=None)
             on_image = lambda done, total, bar=bar: progress.update(bar, completed=done, total=total)  # noqa: E731
             reports.append(checking.check(name, mixture, data, layout, spec.seed, on_image))
     if args.json:
         write_json(args.json, checking.as_json(reports))
     for report in reports:
-        print(checking.text(report))
+        print(printable(checking.text(report)))  # ids and names of other people
     if bad := [report for report in reports if report.bad_share > spec.data.max_bad_share]:
         raise UserError(
             f"{bad[0].name}: expected at most data.max_bad_share={spec.data.max_bad_share:g} of unusable items, got "

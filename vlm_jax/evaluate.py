@@ -102,8 +102,9 @@ def _evaluate(workdir: Path, rows: Path) -> None:
 
 
 def _evaluate_suite(args: argparse.Namespace) -> None:
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
+    from vlm_jax.core.files import file_lock
     from vlm_jax.evaluation import suite_run, suites
 
     chosen = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
@@ -113,7 +114,7 @@ def _evaluate_suite(args: argparse.Namespace) -> None:
     loaded = suite_run.load(suite, args.data, args.limit)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(args.out / "lock", blocking=False):
+        with file_lock(args.out / "lock", blocking=False):
             if not args.rescore:
                 _answer_suite(args, suite, loaded)
             lines = suite_run.finish(suite, loaded, args.data, args.out, args.limit)

@@ -100,7 +100,7 @@ def _train(
         on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     summary = workdir / "summary.json"  # may be missing after the last checkpoint
-    if processes.broadcast_from_primary(end.step > restored or not summary.exists()):
+    if processes.broadcast_from_primary(end.step > restored or not summary.is_file()):
         sha256 = tree.sha256(end.state.params, processes.fetch)
         if metrics is not None:
             with disk_errors(workdir):

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from vlm_jax.cli import make_parser, run_main
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError
 
 _KEY_VARIABLE = "VLM_JAX_API_KEY"
@@ -84,17 +85,14 @@ def main(argv: list[str]) -> None:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    print(text.printable(line), flush=True)
 
 
 def _api_key(file: Path | None) -> str | None:
     """The key of a file or of the environment. Raises `UserError` for one that no header can hold."""
     source, key = f"${_KEY_VARIABLE}", os.environ.get(_KEY_VARIABLE)
     if file is not None:
-        try:
-            source, key = str(file), file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {file}: cannot be read ({error})") from error
+        source, key = f"--api-key-file {file}", reading.read_text(file, 2**16).strip()
     if key is None:
         return None
     if not key.isascii() or not key.isprintable() or not key or " " in key:

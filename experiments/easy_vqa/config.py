@@ -17,7 +17,6 @@ def get_config(arg: str = "") -> ConfigDict:
     source = dict(source=SOURCE, name="easy-vqa", separate=True)
     c.data.train, c.data.test = (dict(source, split="train"),), (dict(source, split="test"),)
     c.data.tokenizer = "experiments/easy_vqa/tokenizer"
-    c.data.batch_rows = 16
     c.data.questions_per_example = 8
     c.data.row_tokens = arg.tokens + 8 * 12  # "does the image not contain a rectangle?" and its answer
     c.evaluation.questions_per_example = 32  # all

@@ -8,13 +8,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
-
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.config.sweep import cell_name, load_grid
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import write_text
+from vlm_jax.core.files import file_lock, write_text
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec, spec_hash
 from vlm_jax.evaluation import results
@@ -79,7 +77,7 @@ def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
 
 def gather(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
     """Adds missing rows of cells to `rows.jsonl`, under a lock, and returns all rows."""
-    with FileLock(workdir / "rows.lock"):
+    with file_lock(workdir / "rows.lock"):
         table = workdir / "rows.jsonl"
         stored = results.done(table)
         rows = rows_of(cells, workdir)

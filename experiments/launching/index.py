@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.launching import states
@@ -57,7 +58,7 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
     rows = rows_of(chosen, args.workdir)
     for cell in chosen:
         if cell.spec_hash in rows:
-            console.print(f"cell {cell.index} is done: {cell.name}", soft_wrap=True)
+            console.print(f"cell {cell.index} is done: {cell.name}", soft_wrap=True, markup=False)
     left = [cell for cell in chosen if cell.spec_hash not in rows]
     if len(chosen) > 1:
         return _run_several(left, args, console)
@@ -79,7 +80,7 @@ def _run_several(left: list[Cell], args: argparse.Namespace, console: Console) -
     flags = ["--grid", args.grid, "--workdir", str(args.workdir), "--processes", args.processes]
     flags += [] if args.process is None else ["--process", str(args.process), "--coordinator", args.coordinator]
     for number, cell in enumerate(left, start=1):
-        console.print(f"cell {cell.index}, {number} of {len(left)}: {cell.name}", soft_wrap=True)
+        console.print(f"cell {cell.index}, {number} of {len(left)}: {cell.name}", soft_wrap=True, markup=False)
         command = [sys.executable, "-m", "experiments.launch", *flags, "--index", str(cell.index)]
         code = subprocess.run(command, check=False).returncode
         if code in (STOPPED, INTERRUPTED, -signal.SIGTERM, -signal.SIGINT):
@@ -96,7 +97,7 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
         to_do = mine and cell.spec_hash not in rows_of([cell], workdir)
         processes.broadcast_from_primary(cell.index if to_do else _NONE)
         if not to_do:
-            console.print(f"cell {cell.index}: {states.state_of(cell).text}", soft_wrap=True)
+            console.print(f"cell {cell.index}: {states.state_of(cell).text}", soft_wrap=True, markup=False)
             return 0 if mine else 1
         try:
             _attempt_with_bar(cell, console)
@@ -105,10 +106,10 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
         except Exception:
             if jax.process_count() > 1:
                 raise  # the others wait for this process
-            console.print(f"[red]failed[/] {cell.name}", soft_wrap=True)
+            console.print(f"[red]failed[/] {escape(cell.name)}", soft_wrap=True)
             print("\n".join(states.error_of(cell)), file=sys.stderr)
             return 1
-    console.print(states.state_of(cell).text, cell.name, highlight=False, soft_wrap=True)
+    console.print(states.state_of(cell).text, cell.name, highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

@@ -122,7 +122,7 @@ def _tender(
             dead = [cell for cell in left if (last := states.progress_of(cell)) and (last["host"], last["pid"]) == me]
             if not dead:
                 raise UserError(f"worker {index}: ended outside a cell (see {log})")
-            lines = (dead[0].folder / "log.txt").read_text(errors="replace").splitlines()[-5:]
+            lines = states.last_lines(dead[0].folder / "log.txt", 5)
             states.fail(dead[0], "\n".join([*lines, f"its process ended with {code}"]))
             running[index] = start(index)
         return bool(running)

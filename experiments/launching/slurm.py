@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
 from rich.console import Console
 
 from experiments.launching import states
 from experiments.launching.cells import Cell
 from experiments.launching.follow import follow
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import write_text
+from vlm_jax.core.files import file_lock, write_text
 
 _LOOK_EVERY_SECS, _POLL_EVERY_SECS = 1.0, 5.0
 _GRACE_SECS = 20.0  # until what a node has written is seen here
@@ -53,7 +52,7 @@ def run(left: list[Cell], grid: str, workdir: Path, executor: Any, console: Cons
 
     Raises `UserError` where Slurm refuses.
     """
-    with FileLock(workdir / "submit.lock"):
+    with file_lock(workdir / "submit.lock"):
         queued = queue()
         new = [cell for cell in left if states.task_of(cell) not in queued and not states.is_locked(cell)]
         submit(executor, new, grid, workdir)
@@ -151,7 +150,7 @@ def _watcher(left: list[Cell], workdir: Path) -> Callable[[], bool]:
                 continue
             if kind == "waiting" and states.task_of(cell):
                 logs = sorted((workdir / "slurm").glob(f"{states.task_of(cell)}_*_log.out"))
-                lines = logs[-1].read_text(errors="replace").splitlines()[-_LOG_LINES:] if logs else []
+                lines = states.last_lines(logs[-1], _LOG_LINES) if logs else []
                 states.fail(cell, "\n".join([*lines, f"Slurm task {states.task_of(cell)} ended without a row"]))
             if kind != "running":
                 del open_cells[cell.name]

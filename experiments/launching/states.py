@@ -11,23 +11,28 @@ its progress file is recent.
 """
 
 import contextlib
-import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from experiments.launching.cells import Cell, row_of
-from vlm_jax.core.files import write_json, write_text
+from vlm_jax.core import reading, text
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import file_lock, write_json, write_text
 from vlm_jax.core.rows import ResultRow
 
 Report = Callable[[str, float], None]  # (what is being done, share of the cell that is done)
 
 _FAILED = "failed"  # in place of what a process does
+_SHOWN = r"[\w .,:%/()+-]{1,100}"  # that a terminal shows as it is
+_LOG_BYTES = 2**16  # of its end
 _RECENT_SECS = 600  # a large program compiles for minutes without a report
 _REPORT_EVERY_SECS = 1.5  # a bucket takes one write a second of the same file
 
@@ -44,7 +49,7 @@ def try_lock(cell: Cell, patience_secs: float = 0.2) -> Iterator[bool]:
     """Whether this process got the lock of the cell, which it keeps until the end of the block. `is_locked` takes the
     lock for an instant, hence the patience."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cell.folder / "lock")
+    lock = file_lock(cell.folder / "lock")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(Timeout):
             stack.enter_context(lock.acquire(timeout=patience_secs))
@@ -53,11 +58,12 @@ def try_lock(cell: Cell, patience_secs: float = 0.2) -> Iterator[bool]:
 
 def is_locked(cell: Cell) -> bool:
     """Whether some process holds the lock of the cell."""
-    if not (cell.folder / "lock").exists():
+    path = cell.folder / "lock"
+    if not reading.kind(path):
         return False
     try:
         # Tries twice, because another process may be asking too.
-        with FileLock(cell.folder / "lock").acquire(timeout=0.02, poll_interval=0.02):
+        with file_lock(path).acquire(timeout=0.02, poll_interval=0.02):
             return False
     except Timeout:
         return True
@@ -81,11 +87,11 @@ def reporter(cell: Cell) -> Report:
 def progress_of(cell: Cell) -> dict[str, Any] | None:
     """The contents of `progress.json`; None where there is none, or a damaged one."""
     try:
-        values = json.loads((cell.folder / "progress.json").read_text())
-        times = values["share"], values["time"]
-        fits = isinstance(values["doing"], str) and isinstance(values["host"], str) and isinstance(values["pid"], int)
-        return values if fits and all(math.isfinite(float(value)) for value in times) else None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        values = reading.read_object(cell.folder / "progress.json")
+        times = [value for value in (values["share"], values["time"]) if type(value) in (int, float)]
+        fits = all(re.fullmatch(_SHOWN, values[name]) for name in ("doing", "host")) and type(values["pid"]) is int
+        return values if fits and len(times) == 2 and all(map(math.isfinite, times)) else None
+    except (UserError, ValueError, TypeError, KeyError, OverflowError):
         return None
 
 
@@ -97,9 +103,9 @@ def state_of(cell: Cell, row: ResultRow | None = None) -> State:
     if progress is None or progress["doing"] == _FAILED:
         if is_held:
             return State("running", 0.0, "starting", "starting")
-        text, task = error_of(cell), task_of(cell)
+        lines, task = error_of(cell), task_of(cell)
         given = f"given to Slurm task {task}" if task else ""
-        return State("failed", 0.0, "", text[-1]) if text else State("waiting", 0.0, "", given)
+        return State("failed", 0.0, "", lines[-1]) if lines else State("waiting", 0.0, "", given)
     # An error next to progress is older: an attempt that makes progress removes it, but a copied folder has both.
     ago, here = time.time() - progress["time"], progress["host"] == socket.gethostname()
     where = f"{progress['doing']}, {progress['share']:.0%}, on {progress['host']}"
@@ -110,24 +116,35 @@ def state_of(cell: Cell, row: ResultRow | None = None) -> State:
 
 def error_of(cell: Cell) -> list[str]:
     """The lines of `error.txt`; empty where the cell has not failed."""
+    path = cell.folder / "error.txt"
     try:
-        return (cell.folder / "error.txt").read_text(errors="replace").strip().splitlines() or ["failed"]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        return [f"{error.filename}: {error.strerror} (delete it)"]
+        if not reading.kind(path):
+            return []
+        lines = reading.read_bytes(path).decode(errors="replace").strip().splitlines()
+    except UserError as error:
+        return [f"{error} (delete it)"]
+    return [text.printable(line) for line in lines] or ["failed"]
 
 
 def task_of(cell: Cell) -> str:
     """The Slurm task that last got the cell; empty where none has."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (cell.folder / "job.txt").read_text().strip()
+    with contextlib.suppress(UserError):
+        task = reading.read_text(cell.folder / "job.txt").strip()
+        return task if re.fullmatch(r"\d+(_\d+)?", task, re.ASCII) and len(task) < 40 else ""
     return ""
 
 
-def fail(cell: Cell, text: str) -> None:
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log; none where it cannot be read."""
+    with contextlib.suppress(UserError, OSError), reading.open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))
+        return [text.printable(line) for line in file.read().decode(errors="replace").splitlines()[-count:]]
+    return []
+
+
+def fail(cell: Cell, why: str) -> None:
     """Records why the cell failed, and that it no longer runs."""
-    write_text(cell.folder / "error.txt", text.rstrip() + "\n")
+    write_text(cell.folder / "error.txt", why.rstrip() + "\n")
     reporter(cell)(_FAILED, 0.0)
 
 

@@ -61,7 +61,7 @@ def show_plan(
             *([_minutes(cell.flops / speed.flops_per_sec)] if speed else []),
             "[green]done[/]" if cell.spec_hash in rows else "to do",
         ]
-        table.add_row(str(cell.index), cell.name, *numbers)
+        table.add_row(str(cell.index), escape(cell.name), *numbers)
     console.print(table)
     flops = sum(cell.flops for cell in cells if cell.spec_hash not in rows)
     count = sum(cell.spec_hash not in rows for cell in cells)
@@ -88,7 +88,9 @@ def show_status(cells: list[Cell], rows: dict[str, ResultRow], console: Console)
     for cell in cells:
         state = states.state_of(cell, rows.get(cell.spec_hash))
         kinds[state.kind] += 1
-        table.add_row(str(cell.index), cell.name, f"[{_COLOURS[state.kind]}]{state.kind}[/]", escape(state.text))
+        table.add_row(
+            str(cell.index), escape(cell.name), f"[{_COLOURS[state.kind]}]{state.kind}[/]", escape(state.text)
+        )
     console.print(table)
     console.print(", ".join(f"{kinds[kind]} {kind}" for kind in _COLOURS))
 

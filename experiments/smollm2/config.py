@@ -22,15 +22,15 @@ def get_config(arg: str = "") -> ConfigDict:
         arg,
         llm="smollm2",
         tokens=4,
-        align=150,  # steps of the first stage
-        tune=250,
+        align=80,  # steps of the first stage
+        tune=100,
         rows=2,
         row_tokens=128,
         images=1600,  # of the second stage's questions
         test_images=150,
-        lr=1e-3,  # of the connector in the first stage
-        tune_lr=3e-4,  # in the second
-        decoder_lr=1e-4,
+        lr=3e-3,  # of the connector in the first stage
+        tune_lr=1e-3,  # in the second
+        decoder_lr=2e-4,
         seed=0,
     )
     c = vlm.get_config(f"llm=smollm2-135m,tokens={arg.tokens},stages=2,lr={arg.lr},seed={arg.seed}")

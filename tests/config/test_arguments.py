@@ -147,3 +147,10 @@ def test_cells_that_are_no_grid(tmp_path: Path, cells: str, message: str) -> Non
     (tmp_path / "file.py").write_text(text.replace("{}", cells))
     with pytest.raises(UserError, match=message):
         load_grid(str(tmp_path / "file.py"))
+
+
+def test_a_relative_path_has_its_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file.py").write_text("\n\n1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^file\.py:3: ZeroDivisionError"):
+        load_config("file.py")

@@ -12,7 +12,17 @@ from typing import IO
 
 import pytest
 
-from vlm_jax.core.files import atomic_write, disk_problem, remove_stale, remove_temporary, write_json, write_text
+from vlm_jax.core import files
+from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import (
+    atomic_write,
+    disk_problem,
+    file_lock,
+    remove_stale,
+    remove_temporary,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,3 +172,27 @@ def test_content_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
         for name in ("a", "deep/b"):
             (new / name).write_text(name)
     assert sorted(synced) == ["a", "b"]
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.parent / "elsewhere")])
+def test_a_lock_is_a_file(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    """A link's target would be created, a pipe would be opened."""
+    put(tmp_path / "lock")
+    with pytest.raises(UserError, match=r"lock: expected a (lock file|file or folder), got a (folder|named pipe|link)"):
+        file_lock(tmp_path / "lock")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with file_lock(tmp_path / "other") as lock:
+        assert lock.is_locked
+
+
+@pytest.mark.parametrize("name", ["pipe", "link", "/dev/null", "/dev/stdout", "."])
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As root, the rename that ends a write would replace `/dev/null`, which is why it is not tried here."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("/dev/null", "link")
+    before = os.lstat(name).st_mode
+    with pytest.raises(UserError, match=f"{name}: expected .* file to write"):
+        files._check_target(Path(name)) if name.startswith("/dev/") else write_text(Path(name), "a")
+    assert os.lstat(name).st_mode == before
+    assert sorted(os.listdir()) == ["link", "pipe"]

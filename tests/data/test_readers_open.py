@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import pickle
 import sys
 import tarfile
@@ -215,6 +216,12 @@ def test_errors_of_a_tfds_folder_are_one_line(kinds, tmp_path):
     info.write_text(content)
     next(folder.glob("*array_record*")).write_bytes(b"")
     assert "not a readable TFDS data set" in message(folder)
+    (folder / "features.json").unlink()
+    os.mkfifo(folder / "features.json")
+    assert "features.json: expected a file or folder, got a named pipe" in message(folder)
+    (tmp_path / "versions" / "1.0.²").mkdir(parents=True)  # a digit, and no number
+    (tmp_path / "versions" / "b").mkdir()
+    assert "got folders 1.0.², b" in message(tmp_path / "versions")
 
 
 def test_a_class_of_ones_own(tmp_path, monkeypatch):

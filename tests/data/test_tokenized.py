@@ -1,5 +1,7 @@
 """Token ids on disk: what is written, when it is written again, and damage."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -157,9 +159,23 @@ def truncate(name: str, keep: int):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
 
+def swap(name: str, value: int, dtype: type):
+    """Replaces the last number of an array; its size stays."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[: -dtype().itemsize] + dtype(value))
+
+
+def pipe(name: str):
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        *(swap(name, value, np.int64) for name in ("bounds", "first_image", "item") for value in (-1, 99)),
+        *(swap("turn_ends", value, np.int32) for value in (-1, 0, 99)),
+        swap("images", -1, np.int32),
+        *(pipe(name) for name in ("ids", "meta.json")),
+        lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace('["b"', "[3")),
         *(truncate(name, keep) for name in ("ids", "target", "bounds", "item") for keep in (0, 8, 5)),
         lambda folder: (folder / "meta.json").write_text("[]"),
         truncate("meta.json", 4),

@@ -77,7 +77,7 @@ def test_a_damaged_owner_file_is_no_other_error(tmp_path: Path, content: str) ->
 
 def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.lock").mkdir()
-    refuse(tmp_path, r"run\.lock: cannot write here \(Is a directory\): choose another --workdir")
+    refuse(tmp_path, r"run\.lock: expected a lock file, got a folder \(remove it\)")
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file" / "run", r"cannot write here \(Not a directory\): choose another --workdir")
 

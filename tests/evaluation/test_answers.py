@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,8 +51,8 @@ def test_answers_of_llava_belong_to_question_and_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{\n", "gqa.jsonl:1: expected a line of JSON"),
-        (b"\xff\n", "gqa.jsonl:1: expected a line of JSON"),
+        ("{\n", "gqa.jsonl:1: not valid JSON .*: delete the line"),
+        (b"\xff\n", r"gqa.jsonl:1: not valid UTF-8 \(byte 0\)"),
         ('{"question_id": 1}\n', "gqa.jsonl:1: expected fields question_id, text, missing text"),
         ('{"question_id": 1, "text": 2}\n', "gqa.jsonl:1: text: expected a text, got 2"),
         (
@@ -74,3 +75,11 @@ def test_batches_hold_every_item_once_by_images_and_length() -> None:
     assert all(len({len(one.images) for one in batch}) == 1 for batch in found)
     assert max(max(len(o.prompt) for o in b) - min(len(o.prompt) for o in b) for b in found) < 20
     assert sum(len(batch) < 8 for batch in found) <= 8  # at most two a window of 32 batches
+
+
+@pytest.mark.parametrize("tokens", [3, "ab", [1], [1, -2], [1, 2.5], [True, 2], {"1": 2}])
+def test_counts_of_tokens_are_two_integers(tmp_path: Path, tokens: Any) -> None:
+    path = tmp_path / "gqa.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": "a", "tokens": tokens}) + "\n")
+    with pytest.raises(UserError, match=r"gqa.jsonl:1: tokens: expected two counts"):
+        AnswerFile(path)

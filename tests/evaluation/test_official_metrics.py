@@ -107,3 +107,17 @@ def test_scoring_imports_no_jax() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(vlm_jax.__file__).parents[1], check=False).returncode == 0
     )
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "answers", "references", "extra"),
+    [
+        ("mmbench_circular", ["A", "B"], ["A", "B"], {"groups": [[1], [1]]}),
+        ("mme_agg", ["yes", "no"], ["yes", "no"], {"images": 3}),
+        ("scienceqa", "A", ["A"], {"choices": None}),
+        ("seed_agg", ["A"], ["A"], {"types": 3}),
+    ],
+)
+def test_a_field_of_another_form_is_one_line(benchmark: str, answers: Any, references: Any, extra: Any) -> None:
+    with pytest.raises(UserError, match=rf"{benchmark}: expected the fields .* got {next(iter(extra))}"):
+        vlm_jax.score(benchmark, answers, references, **extra)

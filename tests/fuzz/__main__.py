@@ -13,10 +13,11 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.fuzz import asking, folders, numbers, running
+from tests.fuzz import answering, asking, folders, numbers, running, sources
 from vlm_jax.core.files import write_text
 
-ENTRIES = {**folders.ENTRIES, **asking.ENTRIES, **numbers.ENTRIES}
+MODULES = (folders, asking, numbers, sources, answering)
+ENTRIES = {name: entry for module in MODULES for name, entry in module.ENTRIES.items()}
 SHOWN = 40
 
 
@@ -32,7 +33,8 @@ def main() -> int:
     entries = {name: ENTRIES[name] for name in args.entry or ENTRIES if name not in args.skip}
     each, started = -(-args.cases // len(entries)), time.monotonic()
     cases = [(name, seed) for seed in range(args.first, args.first + each) for name in entries]
-    asking.warm()
+    for module in (asking, sources, answering):
+        module.warm()
     results = running.run(entries, cases, args.processes)
     counted = [one for one in results if one.kind in running.COUNTED]
     kinds: dict[str, running.Result] = {}

@@ -19,7 +19,7 @@ from tests.fuzz import hostile
 from tests.fuzz.folders import base, folder
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import CLIP_MEAN, EncoderSpec
-from vlm_jax.data import chat, images, messages, tokenizers
+from vlm_jax.data import chat, chat_formats, images, messages, tokenizers
 from vlm_jax.inference import loading, prompts
 
 
@@ -44,7 +44,7 @@ def tokenizer(rng: random.Random, path: Path) -> None:
 
 
 @functools.cache
-def _tokenizer() -> tokenizers.Tokenizer:
+def llava_tokenizer() -> tokenizers.Tokenizer:
     with tempfile.TemporaryDirectory() as place:
         return tokenizers.read_tokenizer(folder("llava", Path(place)), {}, ("<image>",))
 
@@ -58,9 +58,9 @@ def _part(rng: random.Random) -> Any:
 
 def prompt(rng: random.Random, path: Path) -> None:
     """Prompts and messages."""
-    read = _tokenizer()
+    read = llava_tokenizer()
     kind = rng.choice(("LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration", "LlamaForCausalLM"))
-    chat_format = chat.chat_format_of(kind, read, "<image>")
+    chat_format = chat_formats.chat_format_of(kind, read, "<image>")
     asked: Any = hostile.text(rng) + rng.choice(("", "<image>", "<image><image>"))
     if rng.random() < 0.7:
         contents = (hostile.text(rng), [_part(rng) for _ in range(rng.randrange(4))], hostile.value(rng))
@@ -99,7 +99,7 @@ def template(rng: random.Random, path: Path) -> None:
         content = "{% if 1 %}" * rng.choice((50, 5000)) + content
     (model / "chat_template.jinja").write_bytes(content.encode("utf-8", "surrogatepass"))
     read = tokenizers.read_tokenizer(model, {}, ("<image>",))
-    chat_format = chat.chat_format_of("LlavaForConditionalGeneration", read, "<image>")
+    chat_format = chat_formats.chat_format_of("LlavaForConditionalGeneration", read, "<image>")
     chat.prompt_ids(chat_format, read, [{"role": "user", "content": "hi"}], 383, 4, 0)
 
 
@@ -189,7 +189,7 @@ def warm() -> None:
     """Makes what all cases share, before processes are forked."""
     for name in ("decoder", "llava", "paligemma"):
         base(name)
-    _tokenizer()
+    llava_tokenizer()
     _pictures()
     _model()
 

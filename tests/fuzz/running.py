@@ -22,14 +22,14 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_jax.core import text
 from vlm_jax.core.errors import UserError
 
-CPU_SECS, WALL_SECS, MEMORY_BYTES, FILE_BYTES = 8, 20, 2 * 2**30, 2**28
+CPU_SECS, WALL_SECS, MEMORY_BYTES, FILE_BYTES = 8, 75, 2 * 2**30, 2**28
 COUNTED = ("escape", "hang", "memory", "breach")
 KINDS = ("refused", "accepted", *COUNTED)
 
@@ -68,6 +68,15 @@ def table(results: Iterable[Result]) -> list[str]:
     for name, count in (*sorted(counts.items()), ("all", total)):
         lines.append(f"| {name} | {count.total()} | {' | '.join(str(count[kind]) for kind in KINDS)} |")
     return lines
+
+
+@contextlib.contextmanager
+def errors_of_disk() -> Iterator[None]:
+    """As `cli.run_main`: one line for a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'output'}: {error.strerror or error}") from error
 
 
 class _Worker:
@@ -198,6 +207,8 @@ class _Watch:
 
     _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")
     _SOCKETS = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
+    # The process of chat templates, and TensorBoard's writer, which pickles its own events.
+    _OWN = (("subprocess.Popen", "template_process"), ("pickle.find_class", "tensorboardX."))
     _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
 
     def __init__(self, folder: Path):
@@ -207,7 +218,7 @@ class _Watch:
         if not self.armed:
             return
         if event in (*self._STARTS, *self._SOCKETS):
-            outside = not str(args[0]).startswith("tensorboardX.")  # which pickles its own events
+            outside = (event, True) not in ((name, own in str(args[:2])) for name, own in self._OWN)
         elif event == "open":
             path, mode, flags = args
             writes = set(mode) & set("wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)

@@ -55,7 +55,7 @@ def test_a_launch_into_a_damaged_workdir_is_one_line(
     grid: str, workdir: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage(workdir / name, b"" if name == "cells" else None)
-    with pytest.raises(UserError, match=rf"{name}.* \(mend it, or choose another --workdir\)"):
+    with pytest.raises(UserError, match=rf"{name}.* \((mend it, or choose another --workdir|remove it)\)"):
         launch.main(["--grid", grid, "--workdir", str(workdir), "--workers", "1"])
 
 

@@ -95,3 +95,31 @@ def test_an_attempt_says_why_it_failed_but_not_that_it_was_stopped(
         attempt.attempt(cells[0], states.reporter(cells[0]), lambda step: False)
     assert states.state_of(cells[0]).kind == ("failed" if reason else "waiting")
     assert (reason in states.error_of(cells[0])[-1]) if reason else not states.error_of(cells[0])
+
+
+@pytest.mark.parametrize("name", ["doing", "host"])
+@pytest.mark.parametrize("foreign", ["[/bold]", "\x1b[2J", "a\nb", "", "x" * 200, 3])
+def test_a_progress_file_with_foreign_text_is_none(cells: list[Cell], name: str, foreign: object) -> None:
+    """Of another machine; what it says is shown in a terminal."""
+    cells[0].folder.mkdir(parents=True, exist_ok=True)
+    values = {"doing": "training", "host": "a-1.b", "pid": 1, "share": 0.5, "time": 1.0}
+    (cells[0].folder / "progress.json").write_text(json.dumps(values))
+    assert states.progress_of(cells[0]) == values
+    (cells[0].folder / "progress.json").write_text(json.dumps({**values, name: foreign}))
+    assert states.progress_of(cells[0]) is None
+
+
+@pytest.mark.parametrize("text", ["../../x", "*", "12_3\n4", "\x1b[2J", "9" * 50])
+def test_a_task_is_a_number(cells: list[Cell], text: str) -> None:
+    """It becomes part of the names of logs that are looked for."""
+    cells[0].folder.mkdir(parents=True, exist_ok=True)
+    (cells[0].folder / "job.txt").write_text("123_4\n")
+    assert states.task_of(cells[0]) == "123_4"
+    (cells[0].folder / "job.txt").write_text(text)
+    assert states.task_of(cells[0]) == ""
+
+
+def test_the_end_of_a_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"x" * 2**20 + b"\none\n\xff\x1b[2Jtwo\n")
+    assert states.last_lines(tmp_path / "log", 2) == ["one", "\ufffd\\x1b[2Jtwo"]
+    assert states.last_lines(tmp_path / "missing", 2) == states.last_lines(tmp_path, 2) == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import threading
 from pathlib import Path
@@ -160,10 +161,26 @@ def test_damaged_lines_are_dropped(tmp_path: Path) -> None:
     good = '{"step": 1, "loss": 1.5, "grad_norm": null, "skipped": 2}'
     lines = [
         good, '{"step": "2", "loss": 1.0}', '{"step": 2, "loss": "x"}', "[" * 100_000, "3", "\0", '{"loss": 1}',
-        '{"step": 2, "loss": ' + "9" * 5000 + "}", '{"step": 2, "loss": 1' + "0" * 400 + "}", '{"step": 2, "a": {}}',
+        '{"step": true, "loss": 1}', '{"step": 2, "loss": NaN}', '{"step": 2, "loss": ' + "9" * 5000 + "}",
+        '{"step": 2, "loss": 1' + "0" * 400 + "}", '{"step": 2, "a": {}}',
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
     writer = MetricWriter(tmp_path, 2)
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == good + "\n"
     assert (writer.last["loss"], writer.last["skipped"]) == (1.5, 2.0)
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_a_pipe_in_the_place_of_the_file_is_refused(tmp_path: Path, step: int | None) -> None:
+    """It would block until somebody reads."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl: expected a file or folder, got a named pipe"):
+        MetricWriter(tmp_path, step)
+
+
+def test_lists_are_no_metrics(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5, "examples": ["a"]}\n')
+    writer = MetricWriter(tmp_path, 2)
+    writer.close()
+    assert writer.last == {"loss": 1.5}

@@ -9,6 +9,7 @@ from vlm_jax.build.network import (
     Network,
     TrainStep,
     abstract_state,
+    cache_errors,
     default_cache,
     first_params,
     init_params,
@@ -21,7 +22,7 @@ from vlm_jax.build.published import load_tokenizer, tokenizer_folder
 from vlm_jax.build.run import Run, open_run
 
 __all__ = [
-    "Network", "Run", "TrainStep", "abstract_state", "data_sets", "default_cache", "first_params", "init_params",
-    "lay_out", "load_tokenizer", "open_mixture", "open_network", "open_run", "row_layout", "spec_layout",
+    "Network", "Run", "TrainStep", "abstract_state", "cache_errors", "data_sets", "default_cache", "first_params",
+    "init_params", "lay_out", "load_tokenizer", "open_mixture", "open_network", "open_run", "row_layout", "spec_layout",
     "tokenizer_folder", "train_step", "use_compilation_cache",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import os
 import re
 import reprlib
 import traceback
@@ -111,7 +112,9 @@ def _errors_of(path: Path) -> Iterator[None]:
         if isinstance(error, SyntaxError) and error.filename:
             file, line, text = error.filename, error.lineno, f"expected Python, got {error.msg}"
         else:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            here = os.path.abspath(path)  # as a module's file is named
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == here]
             file, line, text = path, lines[-1] if lines else None, f"{type(error).__name__}: {str(error)[:300]}"
         where = f"{file}:{line}" if line else file
         raise UserError(f"{where}: {' '.join(text.split())}") from error

@@ -7,9 +7,16 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vlm_jax.core import reading
+from vlm_jax.core.errors import UserError
+
+if TYPE_CHECKING:  # slow to import, and every command imports this module
+    from filelock import FileLock
 
 _MARK = ".vlm_jax-"  # in the name of each temporary file or folder, before 16 random hex digits
 _FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,8 +35,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     A file replaces a file or a symbolic link (not its target); a folder replaces an empty folder alone. Contents are
     synced to disk before the rename. If the block raises, they are removed and `path` is unchanged. The temporary name
-    is new: no file of anybody else is overwritten.
+    is new: no file of anybody else is overwritten. Raises `UserError` where `path` is a device or a pipe: the rename
+    would replace it.
     """
+    _check_target(path)
     new = path.with_name(f".{path.stem[:64]}{_MARK}{secrets.token_hex(8)}{path.suffix}")
     _open.add(new)
     try:
@@ -71,6 +80,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def file_lock(path: Path, **options: Any) -> "FileLock":
+    """A lock on the file `path`; `options` are `FileLock`'s. Raises `UserError` where something else stands there: a
+    link would create its target, and a folder cannot be locked.
+    """
+    from filelock import FileLock
+
+    found = "link" if path.is_symlink() else reading.kind(path)
+    if found not in ("", "file"):
+        raise UserError(f"{path}: expected a lock file, got a {found} (remove it)")
+    return FileLock(path, **options)
+
+
 def disk_problem(error: BaseException) -> str | None:
     """The reason if `error` comes from a disk (full, read-only, no permission, a file in the place of a folder), also
     one that a library passes on as text; else None."""
@@ -86,6 +107,15 @@ def disk_problem(error: BaseException) -> str | None:
 def is_full(reason: str) -> bool:
     """Whether a reason of `disk_problem` is one of space."""
     return reason.startswith(_FULL_TEXTS)
+
+
+def _check_target(path: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):  # what is missing can be written; the rest shows when it is
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{path}: expected a file to write, got a device or a pipe (name a file)")
+    if not path.name or path.absolute().parent == Path("/dev"):  # /dev/stdout is a link, even where output is a file
+        raise UserError(f"{path}: expected the name of a file to write")
 
 
 def _remove(path: Path) -> None:

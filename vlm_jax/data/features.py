@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from jaxtyping import Int, UInt8
 from rich.markup import escape
 from rich.progress import track
 
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write, remove_stale
+from vlm_jax.core.files import atomic_write, file_lock, remove_stale
 from vlm_jax.core.structs import Visual
 
 Encode = Callable[[UInt8[np.ndarray, "B H H 3"]], Visual]
@@ -59,7 +59,7 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root / name
-    with FileLock(root / f"{name}.lock"):
+    with file_lock(root / f"{name}.lock"):
         if not (folder / "meta.json").exists():
             remove_stale(folder)  # of a killed process; they are large
             _remove_incomplete(folder)
@@ -67,11 +67,8 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
                 new.mkdir()
                 _compute(new, images, encode)
     try:
-        tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        taps = np.load(folder / "taps.npy", mmap_mode="r") if (folder / "taps.npy").exists() else None
-        index = np.load(folder / "index.npy")
-        bad = {int(number): reason for number, reason in json.loads((folder / "bad.json").read_text()).items()}
-    except (OSError, ValueError, EOFError) as error:
+        tokens, taps, index, bad = _load(folder, images.count)
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise UserError(f"{folder}: unreadable features ({error}): delete the folder to compute them again") from error
 
     def read(numbers: Int[np.ndarray, " n"]) -> Visual:
@@ -81,6 +78,21 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
     stored = Stored(read, bad)
     _check(folder, stored, images, encode)
     return stored
+
+
+def _load(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, Int[np.ndarray, " n"], dict[int, str]]:
+    """The arrays of a folder, memory-mapped, and why images have no features. Raises `ValueError`, among others."""
+    kinds = {name: reading.kind(folder / name) for name in _STORES}  # a pipe would block
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    taps = np.load(folder / "taps.npy", mmap_mode="r") if kinds["taps.npy"] else None
+    index = np.load(folder / "index.npy")
+    bad = {int(number): str(reason) for number, reason in reading.read_object(folder / "bad.json").items()}
+    stores = [store for store in (tokens, taps) if store is not None]
+    rows = {len(store) if store.ndim > 1 and store.dtype == np.float16 else 0 for store in stores}
+    fits = index.shape == (count,) and index.dtype.kind in "iu" and len(rows) == 1
+    if not fits or not (index.min() >= 0 and index.max() < min(rows)) or not set(bad) <= set(range(count)):
+        raise ValueError(f"expected a row for each of {count} images")
+    return tokens, taps, index, bad
 
 
 def _remove_incomplete(folder: Path) -> None:
@@ -97,7 +109,9 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
     stores: dict[str, np.ndarray] = {}
     bad: dict[int, str] = {}
     for start in track(
-        range(0, len(firsts), _BATCH), description=f"features of {escape(images.label)}", transient=True
+        range(0, len(firsts), _BATCH),
+        description=f"features of {escape(text.one_line(images.label, 60))}",
+        transient=True,
     ):
         mine = firsts[start : start + _BATCH]
         visual = encode(_batch(images, mine, bad))
@@ -131,7 +145,9 @@ def _unique(images: Images) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " u"
     """(row of each image, number of the first image of each row); images with equal bytes share a row."""
     rows: dict[Any, int] = {}
     index, firsts = np.zeros(images.count, np.int64), []
-    for number in track(range(images.count), description=f"images of {escape(images.label)}", transient=True):
+    for number in track(
+        range(images.count), description=f"images of {escape(text.one_line(images.label, 60))}", transient=True
+    ):
         content: Any = number
         with contextlib.suppress(UserError):
             encoded = images.encoded(number)

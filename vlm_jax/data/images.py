@@ -192,21 +192,16 @@ def _cropped(image: UInt8[np.ndarray, "h w 3"], encoder: EncoderSpec) -> UInt8[n
         edge if width == short else edge * width // height,
         edge if height == short else edge * height // width,
     )
-    image = _resized(picture, width, height, encoder)
-    if min(height, width) < size:  # a crop larger than the resized image: black border
-        top, left = (max(0, -(-(size - n) // 2)) for n in (height, width))
-        resized, height, width = image, max(height, size), max(width, size)
-        image = np.zeros((height, width, 3), np.uint8)
-        image[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
+    # A crop larger than the resized image gets a black border.
+    left, top = ((n - size) // 2 if n >= size else -((size - n + 1) // 2) for n in (width, height))
+    return np.asarray(_resized(picture, width, height, encoder).crop((left, top, left + size, top + size)))
 
 
-def _resized(picture: Image.Image, width: int, height: int, encoder: EncoderSpec) -> UInt8[np.ndarray, "_ _ 3"]:
+def _resized(picture: Image.Image, width: int, height: int, encoder: EncoderSpec) -> Image.Image:
     _check_size(picture, width, height)
     if picture.size != (width, height):
         picture = picture.resize((width, height), INTERPOLATION[encoder.interpolation])
-    return np.asarray(picture)
+    return picture
 
 
 def _check_size(picture: Image.Image, width: int, height: int) -> None:

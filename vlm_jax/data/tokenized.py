@@ -12,19 +12,20 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from jaxtyping import Bool, Int
 from rich.markup import escape
 from rich.progress import track
 
+from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import atomic_write, remove_stale
+from vlm_jax.core.files import atomic_write, file_lock, remove_stale
 from vlm_jax.data.conversations import IMAGE, Conversation
 from vlm_jax.data.examples import BadItem, Source, Turn
 
@@ -38,6 +39,9 @@ _ARRAYS = {
     "questions": np.int32, "question_bounds": np.int64,
     "images": np.int32, "first_image": np.int64, "item": np.int64,
 }  # fmt: skip
+
+
+_MAX_META = 2**30  # bytes of the ids of skipped items
 
 
 class TokenizedDataset(NamedTuple):
@@ -101,6 +105,8 @@ class TokenizedDataset(NamedTuple):
             return self.source[self.item_of(number)].images[number - first]
         except BadItem as error:
             raise UserError(f"{self.source.name}, {error}") from error
+        except IndexError as error:
+            raise UserError(f"{self.source.name}: its tokens in the cache have more images than it has") from error
 
     def id_of(self, index: int) -> str:
         """The id of a conversation's item."""
@@ -121,7 +127,7 @@ def open_tokenized(
     identity = json.dumps([source.fingerprint, len(source), separate, key])
     folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:16]
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with file_lock(Path(f"{folder}.lock")):
         if not folder.exists():
             remove_stale(folder)
             with atomic_write(folder) as new:
@@ -129,7 +135,7 @@ def open_tokenized(
                 _write(new, source, separate, tokenize, bare_ids)
     try:
         dataset = _read(folder, source)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         raise UserError(f"{folder}: unreadable tokens ({error}): delete the folder to write them again") from error
     if not len(dataset):
         raise UserError(
@@ -140,8 +146,7 @@ def open_tokenized(
 
 def _read(folder: Path, source: Source) -> TokenizedDataset:
     """Raises `ValueError` for a file of another size than was written, among other errors."""
-    meta = json.loads((folder / "meta.json").read_text())
-    arrays = {}
+    meta, arrays = reading.read_object(folder / "meta.json", _MAX_META), {}
     for name, dtype in _ARRAYS.items():
         size, expected = (folder / name).stat().st_size, meta["bytes"][name]
         if size != expected:
@@ -150,7 +155,34 @@ def _read(folder: Path, source: Source) -> TokenizedDataset:
     # What is read for every conversation of an epoch is small and held in memory.
     for name in ("bounds", "turn_bounds", "images", "first_image", "item"):
         arrays[name] = np.array(arrays[name])
-    return TokenizedDataset(source, skipped=meta["skipped"], **arrays)
+    dataset = TokenizedDataset(source, skipped=meta["skipped"], **arrays)
+    if not _is_consistent(dataset):
+        raise ValueError("its numbers contradict each other")
+    return dataset
+
+
+def _is_consistent(data: TokenizedDataset) -> bool:
+    """Whether the arrays fit together: each bound within its array, each item in the source, images in order."""
+    n, item, images = len(data.item), data.item, data.images
+    pairs = ((data.bounds, data.ids), (data.turn_bounds, data.turn_ends), (data.question_bounds, data.questions))
+    for bounds, flat in pairs:
+        if len(bounds) != n + 1 or bounds[0] != 0 or bounds[-1] != len(flat) or (np.diff(bounds) < 0).any():
+            return False
+    if len(data.target) != len(data.ids) or len(images) != n or len(data.first_image) != n or (images < 0).any():
+        return False
+    if (np.diff(item) < 0).any() or (n and not 0 <= item[0] <= item[-1] < len(data.source)):
+        return False
+    first = np.flatnonzero(np.diff(item, prepend=-1))  # conversation of each item
+    before = np.cumsum(images[first]) - images[first]
+    lengths = np.repeat(np.diff(data.bounds), np.diff(data.turn_bounds))
+    counts = np.repeat(images[first], np.diff(first, append=n))  # of an item, all of whose images each shows
+    return (
+        np.array_equal(images, counts)
+        and np.array_equal(data.first_image, np.repeat(before, np.diff(first, append=n)))
+        and bool(((data.turn_ends > 0) & (data.turn_ends <= lengths)).all())
+        and isinstance(data.skipped, dict)
+        and all(isinstance(ids, list) and all(isinstance(i, str) for i in ids) for ids in data.skipped.values())
+    )
 
 
 def summary(skipped: dict[str, list[str]]) -> str:
@@ -226,7 +258,9 @@ def _write(folder: Path, source: Source, separate: bool, tokenize: Tokenize, bar
 
 
 def _progress(source: Source) -> Iterator[int]:
-    return iter(track(range(len(source)), description=f"tokens of {escape(source.name)}", transient=True))
+    return iter(
+        track(range(len(source)), description=f"tokens of {escape(text.one_line(source.name, 60))}", transient=True)
+    )
 
 
 class Mixture(NamedTuple):
@@ -274,7 +308,7 @@ def folder_fingerprint(folder: Path) -> str:
     files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix in _TOKENIZER_FILES)
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        digest.update(os.fsencode(file.name) + b"\0" + reading.read_bytes(file, _MAX_META))
     return digest.hexdigest()
 
 

@@ -23,11 +23,13 @@ from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.data import token_files
 from vlm_jax.data.token_files import TokenizerFiles, check_utf8
 
 _SPACE = "\u2581"  # SentencePiece's space
+_MAX_BYTES = 2**28  # of a SentencePiece model
 _LLAMAS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 _Encode = Callable[[str], list[int]]
@@ -289,7 +291,7 @@ def _read_sentencepiece(file: Path) -> tuple[Any, Any, bool]:
     """A SentencePiece model, the same model without `add_dummy_prefix`, and whether the first has it."""
     model, without_prefix = sentencepiece.SentencePieceProcessor(), sentencepiece.SentencePieceProcessor()
     try:
-        content = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+        content = sentencepiece_model_pb2.ModelProto.FromString(reading.read_bytes(file, _MAX_BYTES))
         model.LoadFromSerializedProto(content.SerializeToString())
     except (OSError, RuntimeError, DecodeError) as error:
         raise UserError(f"{file}: not a readable SentencePiece model ({error})") from error

@@ -6,7 +6,6 @@ host and process instead; one of a process that died on this host is replaced, o
 
 import contextlib
 import errno
-import json
 import os
 import socket
 import time
@@ -14,10 +13,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, SoftFileLock, Timeout
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.files import write_json
+from vlm_jax.core.files import file_lock, write_json
 from vlm_jax.distributed import processes
 
 _LOCK, _OWNER = "run.lock", "owner.json"
@@ -59,6 +59,8 @@ def _lock(workdir: Path, stack: contextlib.ExitStack) -> UserError | None:
         stack.callback((workdir / _OWNER).unlink, missing_ok=True)
     except Timeout:
         return UserError(f"{workdir}: {_owner(workdir)} trains here: wait for it, end it, or choose another --workdir")
+    except UserError as error:
+        return error
     except OSError as error:
         reason = error.strerror or str(error)
         return UserError(
@@ -71,7 +73,7 @@ def _acquire(path: Path) -> BaseFileLock:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of FileLock, where it falls back itself
         try:
-            lock: BaseFileLock = FileLock(path)
+            lock: BaseFileLock = file_lock(path)
             lock.acquire(timeout=_PATIENCE_SECS)
         except OSError as error:
             if error.errno not in _NO_FLOCK:
@@ -83,9 +85,9 @@ def _acquire(path: Path) -> BaseFileLock:
 
 def _owner(workdir: Path) -> str:
     try:
-        owner = json.loads((workdir / _OWNER).read_text())
+        owner = reading.read_object(workdir / _OWNER)
         return f"process {int(owner['pid'])} on {owner['host']} (since {owner['start']})"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (UserError, ValueError, TypeError, KeyError):
         return f"another process (it holds {workdir / _LOCK})"
 
 

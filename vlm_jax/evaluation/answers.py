@@ -13,12 +13,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation.benchmarks.files import check_fields
 from vlm_jax.evaluation.benchmarks.items import Item
 
+_MAX_BYTES = 2**32
 _WINDOW = 32  # batches that are sorted by length together; between windows, items keep the order of their files
 
 
@@ -43,10 +45,10 @@ class AnswerFile:
         self.path = path
         self._lines: dict[tuple[str, str], Answer] = {}
         self._by_id: dict[str, list[Answer]] = {}
-        text = _read(path) if path.exists() else b""
-        whole = text.rfind(b"\n") + 1
-        self._cut = whole if whole < len(text) else None  # where a half-written line begins
-        for number, line in enumerate(text[:whole].split(b"\n")[:-1], start=1):
+        content = reading.read_bytes(path, _MAX_BYTES) if reading.kind(path) else b""
+        whole = content.rfind(b"\n") + 1
+        self._cut = whole if whole < len(content) else None  # where a half-written line begins
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
             self._add(_parse(line, f"{path}:{number}"), f"{path}:{number}")
 
     def _add(self, answer: Answer, where: str) -> None:
@@ -78,7 +80,7 @@ class AnswerFile:
             if self._cut is not None:
                 os.truncate(self.path, self._cut)
                 self._cut = None
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
                 file.writelines(_to_line(answer) for answer in answers)
                 file.flush()
                 os.fsync(file.fileno())
@@ -94,24 +96,22 @@ def _to_line(answer: Answer) -> str:
     return json.dumps(values | {name: value for name, value in optional.items() if value}, ensure_ascii=False) + "\n"
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as answers: {error.strerror}") from error
-
-
 def _parse(line: bytes, where: str) -> Answer:
     try:
-        values: Any = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{where}: expected a line of JSON, got {error} (delete the line)") from error
+        values = reading.parse_json(line.decode(), where)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}): delete the line") from error
+    except UserError as error:
+        raise UserError(f"{error}: delete the line") from error
     check_fields(values, ("question_id", "text"), where)
     tokens = values.get("tokens")
     if not isinstance(values["text"], str):
         raise UserError(f"{where}: text: expected a text, got {values['text']!r}")
+    is_pair = isinstance(tokens, list) and len(tokens) == 2 and all(type(n) is int and n >= 0 for n in tokens)
+    if tokens is not None and not is_pair:
+        raise UserError(f"{where}: tokens: expected two counts, got {tokens!r}")
     prompt, note = str(values.get("prompt", "")), str(values.get("note", ""))
-    return Answer(str(values["question_id"]), prompt, values["text"], tokens and tuple(tokens), note)
+    return Answer(str(values["question_id"]), prompt, values["text"], tokens and (tokens[0], tokens[1]), note)
 
 
 def batches(items: Sequence[Item], length: Callable[[Item], int], size: int) -> Iterator[list[Item]]:

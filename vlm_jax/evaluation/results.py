@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from vlm_jax.core import reading, specs, text
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.files import file_lock
 from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.rows import DEFAULTS, FIELDS, ResultRow
 from vlm_jax.core.specs import ModelSpec
@@ -69,10 +70,7 @@ def _write_error(path: str | Path, error: OSError) -> UserError:
 
 def _lock(path: str | Path) -> FileLock:
     """Held from before the file is opened until after it is closed: NFS guarantees consistency only then."""
-    lock = Path(f"{path}.lock")
-    if lock.is_symlink() or (lock.exists() and not lock.is_file()):
-        raise UserError(f"{lock}: expected a lock file, got a link or a folder (remove it)")
-    return FileLock(lock, poll_interval=0.01)
+    return file_lock(Path(f"{path}.lock"), poll_interval=0.01)
 
 
 def _append(path: str | Path, line: bytes) -> None:

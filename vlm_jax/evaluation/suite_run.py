@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.core import specs
+from vlm_jax.core import reading, specs, text
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_json, write_text
 from vlm_jax.core.specs import ModelSpec
@@ -24,6 +24,7 @@ from vlm_jax.evaluation.suite_scores import BenchmarkScore
 from vlm_jax.evaluation.suites import Suite
 
 KINDS = ("answers", "answers_blind")
+_RECORD = {"suite": str, "options": dict, "model": dict, "costs": dict}  # run.json
 
 
 def load(suite: Suite, data: Path, limit: int) -> dict[str, Loaded]:
@@ -38,6 +39,8 @@ def load(suite: Suite, data: Path, limit: int) -> dict[str, Loaded]:
         except UserError as error:
             errors.append(str(error))
     if errors:
+        limit = (text.MAX_MESSAGE - 60) // len(errors)  # all of them are named
+        errors = [text.shorten(error, max(limit, 40)) for error in errors]
         raise UserError("; ".join(errors) + (" (--benchmarks evaluates some of the suite)" if len(errors) > 1 else ""))
     return out
 
@@ -78,18 +81,28 @@ def json_of(values: Any) -> Any:
 def read_record(out: Path) -> dict[str, Any] | None:
     """run.json, or None. Raises `UserError` for a broken one."""
     path = out / "run.json"
-    if not path.exists():
+    if not reading.kind(path):
         return None
-    try:
-        record = json.loads(path.read_text())
-        return {name: record[name] for name in ("suite", "options", "model", "costs")}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path}: not the record of an evaluation ({error}): choose another --out") from error
+    record = reading.read_object(path)
+    for name, kind in _RECORD.items():
+        if not isinstance(record.get(name), kind):
+            what = "a text" if kind is str else "an object"
+            raise UserError(f"{path}: {name}: expected {what}, got {record.get(name)!r}: choose another --out")
+    model, costs = record["model"], record["costs"]
+    if missing := [name for name in ("cell", "params_sha256", "model", "blind") if name not in model]:
+        raise UserError(f"{path}: model: expected {', '.join(missing)}, got none: choose another --out")
+    kinds = [kind if isinstance(kind, dict) else {"": None} for kind in costs.values()]
+    if not all(
+        isinstance(part, dict) for part in (model["blind"], *(cost for kind in kinds for cost in kind.values()))
+    ):
+        raise UserError(f"{path}: costs: expected an object for each benchmark: choose another --out")
+    return {name: record[name] for name in _RECORD}
 
 
 def add_costs(out: Path, kind: str, costs: Mapping[str, Mapping[str, float]]) -> None:
     """Records the tokens and FLOPs of benchmarks."""
-    record = json.loads((out / "run.json").read_text())
+    record = read_record(out)
+    assert record is not None, "begin() comes first"
     record["costs"][kind] = record["costs"].get(kind, {}) | json_of(costs)
     write_json(out / "run.json", record)
 

@@ -27,6 +27,7 @@ from vlm_jax.evaluation.benchmarks import files
 from vlm_jax.evaluation.benchmarks.items import Item
 from vlm_jax.inference.api import generate
 from vlm_jax.inference.loading import Model
+from vlm_jax.logbook import read_summary
 from vlm_jax.sizing import cost
 
 _SYSTEM = {
@@ -170,7 +171,7 @@ def _training(path: Path) -> dict[str, Any]:
     """What a run cost; 0 for published weights."""
     if not (path / "spec.json").is_file():
         return {"train_steps": 0, "train_flops": 0.0, "train_secs": 0.0, "seed": 0}
-    spec, summary = spec_from_dict(orbax.read_spec(path)), files.read_json(path / "summary.json")
+    spec, summary = spec_from_dict(orbax.read_spec(path)), read_summary(path / "summary.json")
     numbers = {"train_flops": summary["train_flops"], "train_secs": summary["secs"]}
     return {"train_steps": specs.total_steps(spec), **numbers, "seed": spec.seed}
 

@@ -1,6 +1,7 @@
 """Metrics to `metrics.jsonl` and TensorBoard, written by a thread that waits for the device."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -15,9 +16,11 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 
+_MAX_BYTES = 2**32  # of metrics.jsonl
 _FLUSH_SECS = 30.0  # of TensorBoard's file
 
 
@@ -32,6 +35,8 @@ class MetricWriter:
         path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
         try:
             board.mkdir(parents=True, exist_ok=True)
+            if reading.kind(path) == "folder":  # a pipe would block, and is refused
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             kept = [] if step is None else keep_until(path, step)
             self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except (IsADirectoryError, FileExistsError, NotADirectoryError) as error:
@@ -46,7 +51,8 @@ class MetricWriter:
         self._thread = ThreadPoolExecutor(1, "metrics")
         self._outstanding: list[Future[None]] = []
         before = {name: value for line in kept for name, value in line.items() if name != "step"}
-        self.last = {name: math.nan if value is None else float(value) for name, value in before.items()}
+        numbers = {name: math.nan if value is None else value for name, value in before.items()}
+        self.last = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
 
     def write(self, step: int, make: Callable[[], Mapping[str, float]]) -> None:
         """`make` returns numbers; values that are not finite are written as null."""
@@ -84,13 +90,13 @@ class MetricWriter:
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops the lines of later steps and a truncated line. Returns the others."""
-    if not path.exists():
+    if not reading.kind(path):
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in reading.read_bytes(path, _MAX_BYTES).decode(errors="replace").splitlines():
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
+            values = reading.parse_json(line, "")
+        except UserError:
             continue
         if _is_line(values) and values["step"] <= step:
             kept.append(values)
@@ -100,10 +106,6 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 def _is_line(values: Any) -> bool:
     """Whether this is a step with numbers or nulls, or with lists (the ids of `skipped.jsonl`)."""
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
         return False
-    return all(value is None or isinstance(value, float | list) or _is_float(value) for value in values.values())
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < 2**1023
+    return all(value is None or isinstance(value, int | float | list) for value in values.values())

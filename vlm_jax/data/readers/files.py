@@ -4,11 +4,13 @@ import contextlib
 import difflib
 import glob
 import hashlib
+import os
 import re
 import time
 from collections.abc import Collection
 from pathlib import Path
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 
@@ -23,20 +25,22 @@ def data_files(path: str, suffixes: Collection[str]) -> list[Path]:
     if not path:
         raise UserError("path: expected a file or folder, got '' (set the path of this source)")
     whole = Path(path).expanduser()
-    if whole.is_file():
+    braces = re.fullmatch(r"(.*)\{([^{}]*)\}(.*)", path)
+    found = "" if braces else reading.kind(whole)
+    if found == "file":
         return [whole]
-    if whole.is_dir():
+    if found == "folder":
         inside = sorted(file for file in whole.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
         inside = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(whole).parts)]
         if not inside:
             raise UserError(f"{path}: expected files that end in {' or '.join(sorted(suffixes))}, got none")
         return inside
-    if braces := re.fullmatch(r"(.*)\{([^{}]*)\}(.*)", path):
+    if braces:
         before, names, after = braces.groups()
         return [file for name in names.split(",") for file in data_files(f"{before}{name.strip()}{after}", suffixes)]
     if any(letter in path for letter in "*?["):
-        if matches := sorted(glob.glob(str(whole), recursive=True)):
-            return [Path(match) for match in matches if Path(match).is_file()]
+        if matches := [Path(match) for match in sorted(glob.glob(str(whole), recursive=True)) if os.path.isfile(match)]:
+            return matches
         raise UserError(f"{path}: expected a pattern that matches files, got no match")
     raise missing_path(whole)
 
@@ -53,7 +57,7 @@ def missing_path(path: Path, kind: str = "a file or folder") -> UserError:
 def image_folder(path: str, default: Path) -> Path:
     """The folder that image paths are relative to. Raises `UserError` where it does not exist."""
     folder = Path(path).expanduser() if path else default
-    if not folder.is_dir():
+    if reading.kind(folder) != "folder":
         raise missing_path(folder, "a folder of images")
     return folder
 
@@ -86,7 +90,7 @@ def file_sha256(path: Path, cache_dir: Path) -> str:
         before, _, digest = stored.read_text().rpartition(" ")
         if before == stamp and len(digest) == 64:
             return digest
-    with open(path, "rb") as file:
+    with reading.open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
         with contextlib.suppress(OSError):

@@ -7,12 +7,14 @@
 `scripts/v1_5` and `llava/train/train.py` of haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import SourceSpec
 from vlm_jax.data.examples import IMAGE_MARKER, BadItem, Example, Source, Turn
@@ -45,7 +47,7 @@ def open_llava(spec: SourceSpec, cache_dir: Path) -> Source:
 def json_files(path: str) -> list[Path]:
     """The files that a path means; of a folder its only json or jsonl: several are often versions of the same data."""
     folder = Path(path).expanduser()
-    if not path or not folder.is_dir():
+    if not path or reading.kind(folder) != "folder":
         return data_files(path, (".json", ".jsonl"))
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".json", ".jsonl"))
     if len(files) != 1:
@@ -59,9 +61,9 @@ def json_files(path: str) -> list[Path]:
 def _listed(file: Path) -> list[tuple[Path, str]]:
     """(file, how many to take) of a yaml: datasets: [{json_path: ..., sampling_strategy: "first:10%"}]."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(reading.read_text(file))
         entries = [(entry["json_path"], entry.get("sampling_strategy", "all")) for entry in content["datasets"]]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{file}: expected a list `datasets` of entries with a json_path ({why})") from error
     if not entries:
@@ -69,7 +71,7 @@ def _listed(file: Path) -> list[tuple[Path, str]]:
     out = []
     for name, take in entries:
         beside = file.parent / str(name)
-        paths = data_files(str(beside if beside.exists() else name), (".json", ".jsonl"))
+        paths = data_files(str(beside if os.path.exists(beside) else name), (".json", ".jsonl"))
         out += [(path, str(take)) for path in paths]
     return out
 

@@ -32,7 +32,7 @@ from vlm_jax.data.readers.mixture import Concatenation
 
 FIELDS = ("id", "image", "conversations", "texts", "question", "answer")
 LARGEST_GROUP = 2**31  # bytes of a row group; Arrow's arrays of nested bytes end there too
-_BROKEN = (pa.ArrowException, OSError)
+_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
 _SPLIT_FILE = re.compile(r"(.+?)-\d+(-of-\d+)?(-[0-9a-f]+)?\.parquet")  # train-00000-of-00010.parquet
 
 
@@ -117,8 +117,7 @@ def _kept_rows(path: Path, count: int, minima: Mapping[str, Any]) -> Int[np.ndar
     keep = np.ones(count, bool)
     for column, minimum in minima.items():
         schema = pq.read_schema(path)
-        numbers = [name for name in schema.names if pa.types.is_integer(schema.field(name).type)]
-        numbers += [name for name in schema.names if pa.types.is_floating(schema.field(name).type)]
+        numbers = [one.name for one in schema if pa.types.is_integer(one.type) or pa.types.is_floating(one.type)]
         if column not in numbers:
             raise unknown(f"column of numbers of {path}", column, numbers)
         if isinstance(minimum, bool) or not isinstance(minimum, int | float):
@@ -205,7 +204,7 @@ class ParquetSource(Source):
             mark = conversations.mark_in_place if isinstance(image, list) else conversations.mark_front_of_turn
             turns = mark(id, turns, count) if count else turns
         elif value.get("texts") is not None:
-            turns = [turn for text in value["texts"] for turn in _texts(id, text)]
+            turns = _texts(id, value["texts"])
             turns = conversations.check_turns(id, conversations.mark_first_turn(id, turns, count) if turns else turns)
         else:
             turns = question_turns(id, value.get("question"), value.get("answer"), count)
@@ -217,7 +216,7 @@ class ParquetSource(Source):
         try:
             table = read(self._path, self.fingerprint, group, columns)
             return table.slice(row - int(self._ends[group - 1] if group else 0), 1).to_pylist()[0]
-        except (*_BROKEN, UnicodeDecodeError) as error:
+        except _BROKEN as error:
             raise BadItem("unreadable file", f"{self._path.stem}:{row}", str(error)) from error
 
     def _image(self, id: str, value: Any) -> bytes | Path:
@@ -234,10 +233,11 @@ def _images_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _texts(id: str, text: Any) -> tuple[Turn, Turn]:
-    if not isinstance(text, Mapping) or not {"user", "assistant"} <= set(text):
-        raise BadItem("malformed", id, f"expected a question with 'user' and 'assistant', got {str(text)[:60]}")
-    return (
-        Turn("user", conversations.text_of(id, text["user"])),
-        Turn("assistant", conversations.text_of(id, text["assistant"])),
-    )
+def _texts(id: str, texts: Any) -> list[Turn]:
+    """The questions and answers of the_cauldron."""
+    turns = []
+    for text in texts if isinstance(texts, list) else [texts]:
+        if not isinstance(text, Mapping) or not {"user", "assistant"} <= set(text):
+            raise BadItem("malformed", id, f"expected a question with 'user' and 'assistant', got {str(text)[:60]}")
+        turns += [Turn(role, conversations.text_of(id, text[role])) for role in ("user", "assistant")]
+    return turns

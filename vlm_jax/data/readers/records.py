@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.data.examples import BadItem
 from vlm_jax.data.readers.columns import check_columns
@@ -34,7 +35,7 @@ class RecordFile:
         """Indexes the file. Raises `UserError` where it is no JSON array of records and no JSON Lines file."""
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with reading.open_regular(path) as file:
                 self.spans = _spans(file, path)
             self.sha256 = file_sha256(path, cache_dir)
         except OSError as error:
@@ -101,7 +102,7 @@ def _line_spans(file: BinaryIO, offset: int, path: Path) -> "array.array[int]":
 def _check_first_line(line: bytes, path: Path) -> None:
     try:
         json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected a JSON array, or one JSON object a line; line 1 is neither ({error})"
         ) from error

@@ -7,7 +7,6 @@ to one question the first counts. Other scalar features are `Example.extra`.
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import SourceSpec
 from vlm_jax.data.examples import BadItem, Example, Source
@@ -41,6 +41,8 @@ def open_tfds(spec: SourceSpec, cache_dir: Path) -> Source:
     )
     given = {PLURALS.get(field, field): column for field, column in spec.fields}
     check_fields("tfds", given, tuple(DEFAULTS))
+    for file in folder.iterdir():
+        reading.kind(file)  # TFDS would open a pipe
     if _file_format(folder) != "array_record":
         raise UserError(
             f"{folder}: expected files in the format array_record, got {_file_format(folder)} "
@@ -85,12 +87,12 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
 
 def _builder_folder(folder: Path) -> Path:
     """The folder that holds dataset_info.json: this one, or its only one or its newest version below."""
-    if not folder.is_dir():
+    if reading.kind(folder) != "folder":
         raise missing_path(folder, "the folder of a TFDS data set")
     if (folder / "dataset_info.json").is_file():
         return folder
     inside = sorted(child for child in folder.iterdir() if child.is_dir())
-    versions = [child for child in inside if all(part.isdigit() for part in child.name.split("."))]
+    versions = [child for child in inside if all(part.isdecimal() for part in child.name.split("."))]
     if versions:
         return _builder_folder(max(versions, key=lambda child: [int(part) for part in child.name.split(".")]))
     if len(inside) == 1:
@@ -103,8 +105,8 @@ def _builder_folder(folder: Path) -> Path:
 
 def _file_format(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "dataset_info.json").read_text())["fileFormat"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return str(reading.read_object(folder / "dataset_info.json")["fileFormat"])
+    except (UserError, KeyError) as error:
         raise _unreadable(folder, error) from error
 
 
@@ -151,13 +153,14 @@ class TfdsSource(Source):
         try:
             leaves = dict(_leaves_of(self._data[index]))
             record = {name: self._plain(name, leaves[name]) for name in self._used if name in leaves}
+            extra = self._extra(leaves)
         except Exception as error:  # of array_record and TFDS, whose types are their own
             raise BadItem("unreadable file", str(index), str(error)) from error
         value = {field: value_of(record, column) for field, column in self._columns.items()}
         id, images = item_id(value.get("id"), index), value.get("image")
         images = [] if images is None else images if isinstance(images, list) else [images]
         turns = question_turns(id, value.get("question"), value.get("answer"), len(images))
-        return Example(id, tuple(_encoded(id, image) for image in images), turns, self._extra(leaves))
+        return Example(id, tuple(_encoded(id, image) for image in images), turns, extra)
 
     def _extra(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Scalars and texts of the features that are not used."""

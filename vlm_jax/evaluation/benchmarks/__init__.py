@@ -47,7 +47,7 @@ def load(benchmark: Benchmark, data: Path, options: SuiteOptions) -> Loaded:
     """
     try:
         loaded = benchmark.read(data, options)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:  # a field is missing, or of another type
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a field is missing, or of another type
         raise UserError(
             f"{benchmark.name}: its files in {data} are not of the form of their layout"
             f" ({type(error).__name__}: {error}): download them again"

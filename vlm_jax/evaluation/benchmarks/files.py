@@ -9,16 +9,20 @@ import binascii
 import csv
 import functools
 import io
-import json
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation.benchmarks.items import Image, Item, ParquetImage
 
 _HUBS = ("", "lmms-lab", "lmms-lab-encoder", "eval", "playground/data/eval")  # folders between DATA and a benchmark's
+
+
+_MAX_BYTES = 2**32  # of a file with the questions or answers of a benchmark
 
 
 class Found(NamedTuple):
@@ -69,10 +73,14 @@ def _match(place: Path, patterns: Sequence[str]) -> list[Path]:
 
 def read_json(path: Path) -> Any:
     """Raises `UserError` for a file that is no JSON."""
+    return _parse(_text(path), str(path))
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: expected JSON, got {error.msg} (download it again)") from error
+        return reading.parse_json(text, where)
+    except UserError as error:
+        raise UserError(f"{error} (download it again)") from error
 
 
 def read_jsonl(path: Path, *fields: str) -> list[dict[str, Any]]:
@@ -83,10 +91,7 @@ def read_jsonl(path: Path, *fields: str) -> list[dict[str, Any]]:
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: expected JSON, got {error.msg} (download it again)") from error
+            rows += [_parse(line, f"{path}:{number}")] if line.strip() else []
     for number, row in enumerate(rows, start=1):
         check_fields(row, fields, f"{path}:{number}")
     return rows
@@ -101,18 +106,20 @@ def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
 
 def read_tsv(path: Path, *fields: str) -> list[dict[str, Any]]:
     """Rows of a table with a header. Raises `UserError`."""
-    csv.field_size_limit(sys.maxsize)
-    rows = list(csv.DictReader(io.StringIO(_text(path)), delimiter="\t"))
+    before = csv.field_size_limit(sys.maxsize)  # images in base64
+    try:
+        rows = list(csv.DictReader(io.StringIO(_text(path)), delimiter="\t"))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a table with tabs ({error}): download it again") from error
+    finally:
+        csv.field_size_limit(before)
     for number, row in enumerate(rows, start=2):
-        check_fields(row, fields, f"{path}:{number}")
+        check_fields({name: value for name, value in row.items() if value is not None}, fields, f"{path}:{number}")
     return rows
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from error
+    return reading.read_text(path, _MAX_BYTES)
 
 
 def read_parquet(paths: Sequence[Path], *fields: str) -> list[dict[str, Any]]:
@@ -141,7 +148,7 @@ def _without_images(path: Path) -> tuple[Any, list[str]]:
         leaves = [column.split(".") for column in (_open(path).schema.column(i).path for i in range(_columns(path)))]
         images = list(dict.fromkeys(leaf[0] for leaf in leaves if len(leaf) > 1 and leaf[-1] == "bytes"))
         return _open(path).read([".".join(leaf) for leaf in leaves if leaf[-1] != "bytes" or len(leaf) == 1]), images
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+    except (OSError, ValueError, LookupError) as error:  # pyarrow's errors derive from these
         raise UserError(f"{path}: not a readable parquet file ({error}): download it again") from error
 
 
@@ -153,6 +160,7 @@ def _columns(path: Path) -> int:
 def _open(path: Path) -> Any:
     import pyarrow.parquet
 
+    reading.open_regular(path).close()  # a pipe would block
     return pyarrow.parquet.ParquetFile(path)
 
 
@@ -193,13 +201,29 @@ def check(name: str, items: Sequence[Item]) -> None:
     if twice := next((item.id for item in items if item.id in seen or seen.add(item.id)), None):
         raise UserError(f"{name}: expected unique ids, got {twice!r} twice")
     shared: dict[tuple[str, str], Item] = {}
+    for item in items:
+        _check_item(name, item)
     for item in items:  # items that share an answer are the same question
         other = shared.setdefault((item.question_id, item.prompt), item)
         if (other.references, other.image_id) != (item.references, item.image_id):
             raise UserError(f"{name}: expected unique ids, got {item.question_id!r} for two questions with one prompt")
     paths = dict.fromkeys(image for item in items for image in item.images if isinstance(image, Path))
-    if missing := [path for path in paths if not path.is_file()]:
+    if missing := [path for path in paths if not os.path.isfile(path)]:
         raise UserError(f"{name}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
+
+
+def _check_item(name: str, item: Item) -> None:
+    """Raises `UserError` for fields of other types than a model and a scorer take."""
+    options = item.extra.get("options")
+    options = options.values() if isinstance(options, Mapping) else options
+    for what, values in (("prompt", [item.prompt]), ("answers", item.references), ("image", [item.image_id])):
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{name}: question {item.id!r}: {what}: expected text, got {list(values)!r}")
+    if options is not None and (isinstance(options, str) or not isinstance(options, Collection)):
+        raise UserError(f"{name}: question {item.id!r}: options: expected a list of texts, got {options!r}")
+    images = item.images if isinstance(item.images, tuple) else (item.images,)
+    if not all(isinstance(image, Path | bytes | ParquetImage) for image in images):
+        raise UserError(f"{name}: question {item.id!r}: expected images, got {item.images!r}")
 
 
 def look_up(name: str, keys: Sequence[Any], truth: Mapping[Any, Any], where: Path) -> list[Any]:

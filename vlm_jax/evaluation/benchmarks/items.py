@@ -123,7 +123,7 @@ def lettered(choices: Sequence[str]) -> str:
 
 def letter_chance(items: Sequence[Item], options: SuiteOptions) -> dict[str, float]:
     """Chance of a random letter: the mean of 1 / options."""
-    return {"chance": sum(1 / len(item.extra["options"]) for item in items) / len(items)}
+    return {"chance": sum(1 / max(len(item.extra["options"]), 1) for item in items) / len(items)}
 
 
 def without(text: str, *suffixes: str) -> str:

@@ -33,6 +33,7 @@ def _item(row: dict[str, Any], images: tuple, image_id: str, options: SuiteOptio
     else:
         listed = "\n".join(f"{letter}. {text}" for letter, text in texts.items())
         prompt = f"{hint} " * bool(hint) + f"{question} There are several options:\n{listed}\n{LETTER}"
+    int(key)  # another index has no rotations
     groups = tuple(
         f"{name.lower()}/{row[name]}" for name in ("category", "l2-category", "L2-category") if row.get(name)
     )

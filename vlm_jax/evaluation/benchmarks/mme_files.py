@@ -6,6 +6,7 @@ Some subtasks have images and texts side by side, others in `images/` and `quest
 import re
 from pathlib import Path
 
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation.benchmarks.items import SHORT, without
 
@@ -27,7 +28,7 @@ def read(root: Path) -> dict[Key, dict]:
         folder = root / task / "images" if (root / task / "images").is_dir() else root / task
         found = [path for end in ("png", "jpg", "jpeg") if (path := folder / f"{text.stem}.{end}").is_file()]
         image = found[0] if found else folder / f"{text.stem}.jpg"
-        for number, line in enumerate(text.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(reading.read_text(text).splitlines(), start=1):
             question, _, answer = (part.strip() for part in line.partition("\t"))
             if answer.lower() not in ("yes", "no"):
                 raise UserError(f"{text}:{number}: expected a question, a tab and Yes or No, got {line!r}")

@@ -55,7 +55,13 @@ def score(benchmark: str, prediction: Any, references: Any, flavour: str = "offi
         raise unknown("flavour", flavour, FLAVOURS)
     rules = RULES[benchmark]
     _check(benchmark, prediction, references)
-    return rules.get(flavour, rules["official"])(prediction, references, extra)
+    try:
+        return rules.get(flavour, rules["official"])(prediction, references, extra)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of a field in `extra`
+        fields = ", ".join(extra) or "no fields"
+        raise UserError(
+            f"{benchmark}: expected the fields that `score` describes, got {fields} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check(benchmark: str, prediction: Any, references: Any) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vlm_jax.core import reading
+from vlm_jax.core.errors import UserError
+
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MAX_STOPS = 4
 # Fields that change the answer, and the values under which they do not.
@@ -107,17 +110,12 @@ def prompt_of(request: ChatRequest, has_template: bool) -> str | list[dict[str, 
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    def reject(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        value = json.loads(body.decode(), parse_constant=reject)
+        value = reading.parse_json(body.decode(), "body")
     except UnicodeDecodeError:
         raise _error("body: expected JSON in UTF-8") from None
-    except RecursionError:
-        raise _error("body: expected JSON of a few levels, got far more") from None
-    except ValueError as error:
-        raise _error(f"body: expected JSON ({str(error)[:200]})") from None
+    except UserError as error:
+        raise _error(str(error)) from None
     if not isinstance(value, dict):
         raise _expected("body", "a JSON object", value)
     return value

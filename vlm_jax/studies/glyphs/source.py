@@ -7,13 +7,12 @@ import contextlib
 import hashlib
 import importlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.files import file_lock
 from vlm_jax.data.examples import Example, Source, Turn
 
 FAMILIES = {"ocr": "GlyphOcr", "facts": "GlyphFacts", "scene": "GlyphScene"}  # TFDS builder classes
@@ -69,7 +68,7 @@ def build(family: str, config: str, data_dir: str | Path) -> Path:
     _, folder = _locate(family, config, data_dir)
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(data_dir) / f".glyph_{family}-{config}.lock"):
+        with file_lock(Path(data_dir) / f".glyph_{family}-{config}.lock"):
             builder = _open(family, config, data_dir)
             if not folder.exists():
                 tfds.disable_progress_bar()  # the builder has its own; TFDS prints about downloads
@@ -105,8 +104,8 @@ def _open(family: str, config: str, data_dir: str | Path) -> Any:
         raise _unreadable(folder, error) from error
     if folder.exists():
         try:
-            identity = json.loads((folder / "metadata.json").read_text())["identity"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            identity = reading.read_object(folder / "metadata.json")["identity"]
+        except (UserError, LookupError) as error:
             raise _unreadable(folder, "it is incomplete") from error
         if not builder.is_prepared():
             raise _unreadable(folder, "it is incomplete")
