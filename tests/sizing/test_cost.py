@@ -10,7 +10,7 @@ from flax.linen import unbox
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec, EncoderSpec
-from vlm_jax.core.structs import Views
+from vlm_jax.core.structs import Views, Visual
 from vlm_jax.core.tree import count
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.vision import Encoder
@@ -63,6 +63,26 @@ def test_training_agrees_with_xla(train):
     counted = xla_flops(jax.grad(loss), live, frozen, rows, features)
     got = cost.train_flops(spec, rows.tokens.shape[1], train, "stored")
     assert got == pytest.approx(counted, rel=0.04)  # the softmax of the loss and its gradient are not products
+
+
+def test_a_row_that_tokens_leave_agrees_with_xla():
+    """Two conversations with an image each, of which the second layer sees two tokens; a third view is absent."""
+    wide = {name: getattr(WIDE, name) for name in ("width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab")}
+    spec = model("victor", 2, depth=2, **wide)
+    vlm = Vlm(spec, dataclasses.replace(COMPUTE, scan_layers=False))
+    rows = inputs(rows=1, questions=2, visual_tokens=vlm.visual_tokens, views=2)
+    rows = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0), (0, 40)]), rows._replace(views=None))
+    params = jax.eval_shape(lambda key: unbox(vlm.init(key)), jax.random.key(0))
+    features = Visual(jnp.zeros((1, 3, spec.encoder.patches, spec.encoder.width)))
+
+    def forward(params, rows):
+        hidden, _ = vlm.forward(params, rows._replace(views=Views(features=features)))
+        return vlm.logits(params, hidden)
+
+    length = rows.tokens.shape[1]
+    got = cost.row_pass(spec, length, 3)
+    assert got.total < 0.8 * cost.pass_flops(spec.decoder, length, length, length).total
+    assert got.total == pytest.approx(xla_flops(forward, params, rows), rel=0.02)
 
 
 def test_decode_flops_are_the_sum_of_the_steps():

@@ -4,6 +4,7 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -143,7 +144,7 @@ def _views(spec: RunSpec, shape: Any, count: int) -> Views | None:
     if not spec.data.frozen_features:
         side = encoder.image_size
         return Views(shape(count, side, side, 3, dtype="uint8"), question=question)
-    tokens, taps = (encoder.patches, encoder.width), len(encoder.taps)
+    tokens, taps = (math.prod(encoder.token_grid), encoder.width), len(encoder.taps)
     features = Visual(
         shape(count, *tokens, dtype="float16"), shape(count, taps, *tokens, dtype="float16") if taps else None
     )
