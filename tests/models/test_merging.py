@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.test_stages import products
+from tests.models.test_drop_stages import products
 
 from tests import builders
 from vlm_jax.compress import catalog
