@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.test_drop_stages import products
 
 from tests import builders
+from tests.models.test_drop_stages import products
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.models.vision import Encoder
