@@ -1,5 +1,7 @@
 """Entries that read benchmarks, answers, requests and conversations."""
 
+import base64
+import dataclasses
 import functools
 import json
 import random
@@ -10,10 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests import builders
 from tests.evaluation import benchmark_files
 from tests.fuzz import hostile
 from tests.fuzz.asking import llava_tokenizer
 from tests.fuzz.folders import folder
+from tests.fuzz.sources import png
+from vlm_jax.compress import catalog
 from vlm_jax.core import text
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import chat_formats, conversations, tokenizers
@@ -21,7 +26,9 @@ from vlm_jax.data.examples import BadItem, Turn
 from vlm_jax.data.readers import turns as readers
 from vlm_jax.evaluation import benchmarks, metrics, submissions, suite_run, suite_scores, suites
 from vlm_jax.evaluation.answers import Answer, AnswerFile
-from vlm_jax.inference.serving.requests import RequestError, parse, prompt_of
+from vlm_jax.inference.loading import Model
+from vlm_jax.inference.serving.jobs import prepare
+from vlm_jax.inference.serving.requests import RequestError, ServingSpec, parse
 
 _TEXT_FILES = (".json", ".jsonl", ".tsv", ".txt", ".parquet")
 
@@ -183,14 +190,27 @@ _URLS = ("http://169.254.169.254/", "file:///etc/passwd", "/etc/passwd", "data:,
          "data:image/png;base64," + "A" * 10**6, "data:image/svg+xml;base64,PHN2Zz4=")  # fmt: skip
 
 
+@functools.cache
+def _model() -> Model:
+    """A model without weights: enough to prepare a request."""
+    decoder = dataclasses.replace(builders.DECODER, vocab=2 * llava_tokenizer().size)
+    spec = catalog.model_spec(builders.ENCODER, "pool", 4, decoder)
+    chat_format = chat_formats.chat_format_of("LlavaForConditionalGeneration", llava_tokenizer(), "<image>")
+    image_token = llava_tokenizer().id("<image>")
+    return Model(spec, builders.COMPUTE, {}, None, llava_tokenizer(), chat_format, image_token, 0, (2,))
+
+
 def request(rng: random.Random, path: Path) -> None:
     """Bodies of chat completion requests."""
     body = json.loads(json.dumps(_BODY))
-    if rng.random() < 0.2:
-        body["messages"][1]["content"][1]["image_url"] = rng.choice(({"url": rng.choice(_URLS)}, rng.choice(_URLS)))
+    content = base64.b64encode(hostile.broken(png(), rng) if rng.random() < 0.3 else png()).decode()
+    url = rng.choice((*_URLS, f"data:image/png;base64,{content}", f"data:image/png;base64,{content}"))
+    body["messages"][1]["content"][1]["image_url"] = rng.choice(({"url": url}, {"url": url}, url))
+    if rng.random() < 0.3:
+        body["messages"][1]["content"][0]["text"] = rng.choice(("<image>", hostile.text(rng)))
+    plain = json.dumps(body).encode()
     try:
-        read = parse(hostile.json_bytes(body, rng), "m")
-        prompt_of(read, rng.random() < 0.7)
+        prepare(_model(), parse(plain if rng.random() < 0.3 else hostile.json_bytes(body, rng), "m"), ServingSpec())
     except RequestError as error:
         if not 400 <= error.status < 500 or "\n" in error.message or not text.is_printable(error.message):
             raise AssertionError(f"{error.status}: {error.message}") from error
@@ -231,6 +251,7 @@ def turns(rng: random.Random, path: Path) -> None:
 def warm() -> None:
     _benchmarks()
     _tokenizer()
+    _model()
 
 
 ENTRIES = {
