@@ -176,14 +176,20 @@ def table(result: dict[str, Any]) -> str:
             str(one["tokens"]), f"{fit['rows']:,}", f"{1 - fit['fill']:.1%}", f"{none['rows']:,}",
             f"{1 - none['fill']:.1%}", *(f"{a:.1e} / {b:.1e} = 1/{b / a:.1f}" for a, b in pairs),
         ])  # fmt: skip
+    slowest = max(one["fit"]["secs"] for one in result["epochs"])
+    text = (
+        f"{result['conversations']:,} conversations (99th percentile of their text: {result['p99']:,} tokens), rows of "
+        f"2,048 positions; packing them took at most {slowest:.1f} s.\n\n{markdown_table(lines)}"
+    )
+    return f"{text}\n\n{timing(result)}" if result["step"] else text
+
+
+def timing(result: dict[str, Any]) -> str:
+    """The sentence about the step's time."""
     step = result["step"]
     fit, none = step["fit"], step["none"]
     each, other = (1e3 * part["secs"] / part["conversations"] for part in (fit, none))
-    slowest = max(one["fit"]["secs"] for one in result["epochs"])
     return (
-        f"{result['conversations']:,} conversations (99th percentile of their text: {result['p99']:,} tokens), rows of "
-        f"2,048 positions; packing them took at most {slowest:.1f} s.\n\n"
-        f"{markdown_table(lines)}\n\n"
         f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} row(s), fastest of "
         f"{step['repeats']}, {result['cores']} core(s), load average {result['load']}): packed {fit['secs']:.2f} s for "
         f"{fit['conversations']} conversations, {each:.0f} ms each; one a row {none['secs']:.2f} s for "
@@ -195,7 +201,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.data_speed.packing", description=__doc__, allow_abbrev=False)
     parser.add_argument("--conversations", type=int, default=20_000)
     parser.add_argument("--batch-rows", type=int, default=1, help="of the step that is timed")
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=4, help="of the step that is timed; 0: none is")
     args = parser.parse_args(argv)
     if args.conversations < 100:
         raise UserError(f"--conversations: expected at least 100, got {args.conversations}")
@@ -205,7 +211,7 @@ def main(argv: list[str]) -> None:
         "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
         "conversations": len(mixture), "p99": int(np.percentile(text, 99)),
         "epochs": [measure(tokens, mixture) for tokens in TOKENS],
-        "step": step_secs(mixture, 16, args.batch_rows, args.repeats),
+        "step": step_secs(mixture, 16, args.batch_rows, args.repeats) if args.repeats else None,
     }  # fmt: skip
     (HERE / "packing.json").write_text(json.dumps(result, indent=1) + "\n")
     write_block(HERE / "README.md", "packing", table(result), "experiments.data_speed.packing")

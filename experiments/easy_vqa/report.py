@@ -21,7 +21,7 @@ from vlm_jax.evaluation import results
 
 HERE = Path(__file__).parent
 COMMAND = "experiments.easy_vqa.report"
-_PLAN = "--family easy-vqa --question-tokens 8 --answer-tokens 1 --tflops 1e-4 --top 5"
+_PLAN = "--family easy-vqa --question-tokens 8 --answer-tokens 1 --tflops 1.2e-4 --top 5"
 
 
 def law_and_plan(rows: Path, law: Path) -> str:
