@@ -136,5 +136,5 @@ def test_weights_of_another_size_are_an_error(published) -> None:
     spec, _ = published
     other = dataclasses.replace(spec.model.decoder, mlp_width=32)
     spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, decoder=other))
-    with pytest.raises(UserError, match=r"test with mlp_width=32, got 24"):
+    with pytest.raises(UserError, match=r"expected decoder test, got mlp_width=24 \(not 32\)"):
         build.first_params(build.open_network(spec))

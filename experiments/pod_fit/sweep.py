@@ -20,6 +20,10 @@ TOKENS = (16, 144, 1, 576)
 PODS = {"v5e:16x16": 16, "v5p:4x4x8": 8}
 
 
+# What all cells share: 256 rows with one image each, and a compressor that gives any V.
+CONFIG = "configs/llava.py:compressor=resampler,pack=none,batch=256"
+
+
 class PodCell(NamedTuple):
     """One program: a config's argument, a topology and a mode."""
 
@@ -75,7 +79,7 @@ def main(argv: list[str]) -> None:
         for cell in mine:
             progress.update(bar, description=cell.name)
             if cell.name not in {row["cell"] for row in read()}:
-                spec = resolve(load_config(f"configs/llava.py:{cell.arg}", dict(cell.overrides)))
+                spec = resolve(load_config(f"{CONFIG},{cell.arg}", dict(cell.overrides)))
                 row, text = variants.compile_row(spec, spec.stages[-1], cell.topology, cell.mode)
                 with (HERE / "rows.jsonl").open("a") as out:
                     out.write(json.dumps({"cell": cell.name, **row}) + "\n")

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-from experiments.pod_fit.sweep import HERE, LLMS, PODS, TOKENS, cells, read, train_cell
+from experiments.pod_fit.sweep import CONFIG, HERE, LLMS, PODS, TOKENS, cells, read, train_cell
 from vlm_jax.aot import ENVIRONMENT
 from vlm_jax.cli import ArgumentParser, run_main
 
@@ -59,7 +59,7 @@ def state_bytes(llm: str, chips: int) -> float:
     from vlm_jax.config.resolve import resolve
     from vlm_jax.distributed import partitioning
 
-    spec = resolve(load_config(f"configs/llava.py:llm={llm},tokens=144"))
+    spec = resolve(load_config(f"{CONFIG},llm={llm},tokens=144"))
     table = tuple(partitioning.TABLES[spec.compute.strategy].items())
     shape = partitioning.mesh_shape(spec.compute.mesh, chips)
     plan = partitioning.Plan(AbstractMesh((1, *shape), partitioning.MESH_AXES), table)
@@ -86,7 +86,7 @@ def checks(rows: dict[str, PodRow], scaled: dict[str, list[float]]) -> list[tupl
     study = [row for name, row in rows.items() if name in trained]
     held = []
     for row in study:
-        sizes = cost.params(resolve(load_config(f"configs/llava.py:{trained[row['cell']].arg}")).model)
+        sizes = cost.params(resolve(load_config(f"{CONFIG},{trained[row['cell']].arg}")).model)
         held.append(row["optimiser_bytes"] * row["chips"] / (8 * (sizes.total - sizes.encoder)))
     widest = max(row["checks"]["gathered_table"] for row in study)
     exchanged = max(row["checks"]["exchanges"] for row in study)
@@ -173,8 +173,8 @@ def main(argv: list[str]) -> int:
     rows = {row["cell"]: row for row in read() if row["cell"] in names}
     scaled = scaling()
     judged = checks(rows, scaled)
-    spec = resolve(load_config("configs/llava.py"))
-    large = resolve(load_config(f"configs/llava.py:{next(cell.arg for cell in cells() if 'gemma' in cell.arg)}"))
+    spec = resolve(load_config(CONFIG))
+    large = resolve(load_config(f"{CONFIG},{next(cell.arg for cell in cells() if 'gemma' in cell.arg)}"))
     pins = [
         text.split(";")[0].strip() for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")
     ]
