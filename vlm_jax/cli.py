@@ -58,6 +58,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = _fail("error", f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
         interrupts.exit_interrupted()
+    _discard_output()
     sys.exit(code or 0)
 
 

@@ -173,7 +173,7 @@ def test_items_with_several_images_are_asked_together(home: Path, tmp_path: Path
         ("--model m --data {data} --out {out}", "expected --suite .one of .* or --benchmarks"),
         ("--model m --suite quec --data {data} --out {out}", "unknown suite 'quec': did you mean 'quecc'"),
         ("--model m --suite ocr --data {data}/none --out {out}", "none: expected a folder of benchmarks"),
-        ("--model m --suite ocr --data {out} --out {out}", "docvqa: expected the files.*ChartQA_Dataset"),
+        ("--model m --suite ocr --data {out} --out {out}", "docvqa: expected the files.*chartqa: expected the files"),
         ("--model m --suite ocr --data {data} --out {out} --processes 2", "benchmarks are evaluated by one process"),
         ("--model m --suite ocr --data {data} --out {out} --limit -1", "--limit: expected 0 or more, got -1"),
         ("--model {out}/none --suite ocr --data {data} --out {out}", "none"),
