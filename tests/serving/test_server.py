@@ -274,7 +274,9 @@ def test_a_client_that_goes_away_ends_its_decoding(model: vlm_jax.Model, monkeyp
         engine.close()
         engine.join()
         assert len(steps) <= 2  # of 13
-        assert [each["type"] for each in sent].count("http.response.start") == int(stream)
+        assert [each["type"] for each in sent].count("http.response.start") <= int(
+            stream
+        )  # it may go before a token comes
 
 
 def test_an_error_in_a_batch_is_answered_and_the_server_goes_on(
