@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import parse_arg
+from vlm_jax.config.defaults import add_logs_and_checkpoints
 from vlm_jax.config.resolve import model_group
 from vlm_jax.sizing import zoo
 
@@ -95,10 +96,5 @@ def get_config(arg: str = "") -> ConfigDict:
         examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32, subset_examples=256
     )
     c.seed = arg.seed
-    c.log_every_steps = 10
-    c.evaluate_every_steps = 0
-    c.save_every_steps = 500
-    c.keep_checkpoints = 2
-    c.keep_every_steps = 0
-    c.bad_step = dict(policy="stop", spike_factor=0.0, skip_limit=10)
+    add_logs_and_checkpoints(c, 10, save_every_steps=500, keep_checkpoints=2)
     return c

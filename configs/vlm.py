@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import parse_arg
+from vlm_jax.config.defaults import add_logs_and_checkpoints
 from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
 from vlm_jax.sizing import zoo
@@ -112,10 +113,5 @@ def get_config(arg: str = "") -> ConfigDict:
         subset_examples=256,
     )
     c.seed = arg.seed
-    c.log_every_steps = max(steps // 20, 1)
-    c.evaluate_every_steps = 0
-    c.save_every_steps = 0
-    c.keep_checkpoints = 1
-    c.keep_every_steps = 0
-    c.bad_step = dict(policy="stop", spike_factor=0.0, skip_limit=10)
+    add_logs_and_checkpoints(c, max(steps // 20, 1))
     return c

@@ -115,11 +115,11 @@ def ask_all(url: str, asked: list[dict[str, Any]], clients: int) -> tuple[list[s
     """The answers, None where there is none, and the seconds until the last."""
     started = time.monotonic()
     with ThreadPoolExecutor(clients) as threads:
-        answers = list(threads.map(lambda request: ask(url, request), asked))
+        answers = list(threads.map(lambda request: post(url, request), asked))
     return answers, time.monotonic() - started
 
 
-def ask(url: str, request: dict[str, Any]) -> str | None:
+def post(url: str, request: dict[str, Any]) -> str | None:
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=600)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(request))

@@ -25,7 +25,7 @@ def mixed() -> Mixture:
     )
 
 
-def placed(batches: pipeline.Batches, step: int) -> list[tuple[int, int, int, int, bytes]]:
+def views_of(batches: pipeline.Batches, step: int) -> list[tuple[int, int, int, int, bytes]]:
     """(row, view, part, number of the image, file) of every image that a placeholder names."""
     mixed, inputs, out = batches.data.mixture, batches[step], []
     for row, plan in enumerate(batches.rows(step)):
@@ -48,7 +48,7 @@ def test_placeholders_name_the_view_with_their_image(mixed: Mixture, reads_quest
     seen = 0
     for step in range(3):
         pixels, tokens = batches[step].views.pixels, features[step].views.features.tokens
-        for row, view, part, number, file in placed(batches, step):
+        for row, view, part, number, file in views_of(batches, step):
             decoded = images.fit([images.read_image(file, "test")], batches.data.encoder)[0]
             np.testing.assert_array_equal(pixels[row, view], decoded)
             assert (tokens[row, view] == 1000 * part + number).all()

@@ -243,7 +243,7 @@ def test_a_client_that_goes_away_ends_its_decoding(model: vlm_jax.Model, monkeyp
 
     monkeypatch.setattr(decoding, "advance", slow)
 
-    async def ask(app: Any, stream: bool) -> list[Any]:
+    async def post(app: Any, stream: bool) -> list[Any]:
         sent: list[Any] = []
         messages = [
             {"type": "http.request", "body": json.dumps(body(message("read"), max_tokens=100, stream=stream)).encode()}
@@ -269,7 +269,7 @@ def test_a_client_that_goes_away_ends_its_decoding(model: vlm_jax.Model, monkeyp
         engine = Engine(model, SPEC)
         app = make_app(engine, "tiny")
         engine.start()
-        sent = asyncio.run(ask(app, stream))
+        sent = asyncio.run(post(app, stream))
         gone.set()
         engine.close()
         engine.join()
