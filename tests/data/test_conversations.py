@@ -331,3 +331,16 @@ def test_offsets_cover_the_text(loaded: dict[str, Any], name: str) -> None:
         assert ends == sorted(ends)
         covered = {i for start, end in offsets for i in range(start, end)}
         assert {i for i, letter in enumerate(text) if not letter.isspace()} <= covered
+
+
+def test_evaluation_has_the_text_of_training_and_answers_alone(loaded: dict[str, Any]) -> None:
+    """By any name of the format; others stay as they are."""
+    tokenizer, row = loaded["chatml"], turns("<image>\nWhat is it?", "A cat.")
+    for name in ("qwen_headers", "Qwen-Headers"):
+        trained, asked = (
+            conversations.tokenize(chat_formats.format_named(each, tokenizer), tokenizer, row)
+            for each in (name, chat_formats.for_evaluation(name))
+        )
+        assert trained.ids == asked.ids
+        assert sum(asked.target) < sum(trained.target)
+    assert [chat_formats.for_evaluation(name) for name in ("template", "v1", "chatml")] == ["template", "v1", "chatml"]

@@ -24,6 +24,9 @@ from vlm_jax.data.views import BadImages, Data, Features, read_pixels
 from vlm_jax.distributed import partitioning
 from vlm_jax.models.vlm import Vlm
 
+_VERSION = 1  # of rendering and tokenizing: a change makes token files anew
+_STORES: dict[tuple[Path, str], feature_store.Stored] = {}  # open feature stores
+
 
 def data_sets(spec: RunSpec) -> list[tuple[str, DataSpec, tuple[SourceSpec, ...]]]:
     """(name, settings, sources) of the training data of each stage, stages with the same data once, and of the test."""
@@ -66,7 +69,7 @@ def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path,
     """
     tokenizer = load_tokenizer(spec.tokenizer)
     chat_format = chat_formats.format_named(spec.format, tokenizer)
-    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format} {blind} {VERSION}"
+    key = f"{tokenized.folder_fingerprint(tokenizer_folder(spec.tokenizer))} {chat_format} {blind} {_VERSION}"
 
     def tokenize(turns: Sequence[Turn], images: int) -> Conversation:
         turns, images = (conversations.without_images(turns), 0) if blind else (turns, images)
@@ -85,10 +88,6 @@ def open_mixture(spec: DataSpec, sources: Sequence[SourceSpec], cache_dir: Path,
     items = [part.items for part in parts]
     passes = [count / n for count, n in zip(epoch_counts(sources, items), items, strict=True)]
     return tokenized.mix(parts, names, passes)
-
-
-VERSION = 1  # of rendering and tokenizing: a change makes token files anew
-_STORES: dict[tuple[Path, str], feature_store.Stored] = {}  # open feature stores
 
 
 def _features(network: Network, data: Data, number: int, folder: Path) -> Features:

@@ -10,6 +10,7 @@ from vlm_jax.build.network import Network, cache_errors, open_network
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
+from vlm_jax.data import chat_formats
 from vlm_jax.data.pipeline import Batches, evaluation_pairs
 from vlm_jax.data.views import Data
 
@@ -44,8 +45,7 @@ def _open_run(spec: RunSpec, network: Network, cache_dir: Path) -> Run:
 def _open_test(network: Network, cache_dir: Path) -> Data:
     """The test data; what cannot be evaluated raises before anything is trained."""
     data = network.spec.data
-    if data.format == "qwen_headers":  # of an answer only its text is evaluated
-        data = dataclasses.replace(data, format="chatml")
+    data = dataclasses.replace(data, format=chat_formats.for_evaluation(data.format))
     test = open_data(network, data, data.test, cache_dir)
     evaluation_pairs(test, network.spec.evaluation)
     return test

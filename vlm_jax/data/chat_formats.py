@@ -123,14 +123,24 @@ def chat_format_of(architecture: str, tokenizer: Tokenizer, image_token: str = "
     return ChatFormat("template" if template else "text", template, image_token)
 
 
+def for_evaluation(name: str) -> str:
+    """The format with the same text in which an answer is its text and end token alone."""
+    return "chatml" if _plain(name) == "qwen_headers" else name
+
+
+def _plain(name: str) -> str:
+    """A format's name in `NAMES`, if it is one or an alias of one."""
+    plain_name = str(name).lower().replace("-", "_")
+    return _ALIASES.get(plain_name, plain_name)
+
+
 def format_named(name: str, tokenizer: Tokenizer, image_token: str = "<image>") -> ChatFormat:
     """The chat format of a name in `NAMES`, or of its usual other names ("vicuna_v1", "llama2", "qwen").
 
     Raises `UserError` for an unknown name, "template" without a chat template, or a tokenizer without the tokens that
     the format ends answers with.
     """
-    plain_name = str(name).lower().replace("-", "_")
-    plain_name = _ALIASES.get(plain_name, plain_name)
+    plain_name = _plain(name)
     if plain_name not in NAMES:
         raise unknown("chat format", name, NAMES)
     if plain_name == "prefix":

@@ -136,7 +136,7 @@ def evaluation_batches(
         inputs, seen = pack(data.mixture, rows, data.layout, longest, learn=False)
         made = make_views(data, seen, len(rows), views)
         example = batch[:, 0].astype(np.int32)
-        for row, plan in enumerate(rows):  # questions about an image that cannot be read are not asked
+        for row, plan in enumerate(rows if data.bad.found else ()):  # questions about unreadable images are left out
             if any(data.bad.among(*data.mixture.locate(number)) for number in plan.conversation):
                 example[row], answer[row] = -1, -1
         return Questions(inputs._replace(views=made), answer, example)
