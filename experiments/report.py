@@ -85,7 +85,9 @@ def plans(law: LawFit, rows: list[ResultRow], family: str) -> list[list[str]]:
     for budget in least + np.geomspace((most - least) / 300, 1.001 * (most - least), 6):
         best = within(float(budget))[0]
         interval = f"{best.predicted_error:.3f} [{best.low:.3f}, {best.high:.3f}]"
-        lines.append([f"{budget / 1e6:.1f}", best.llm, str(best.visual_tokens), interval])
+        choice = [best.llm, str(best.visual_tokens), interval]
+        if lines[-1][1:] != choice:  # the least budget that buys it
+            lines.append([f"{budget / 1e6:.1f}", *choice])
     return lines
 
 
