@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     would replace it.
     """
     _check_target(path)
-    new = path.with_name(f".{path.stem[:64]}{_MARK}{secrets.token_hex(8)}{path.suffix}")
+    new = path.with_name(f".{path.stem[:64]}{_MARK}{os.urandom(8).hex()}{path.suffix}")
     _open.add(new)
     try:
         yield new

@@ -12,8 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 
-from vlm_jax.core.files import remove_temporary
-
 INTERRUPTED = 130  # exit code of Ctrl-C, as a shell reports it
 _SHOW_CURSOR = b"\x1b[?25h"
 _notices: dict[int, Callable[[], None]] = {}
@@ -58,7 +56,8 @@ def _interrupted() -> None:
 
 def exit_interrupted() -> None:
     """Ends the process as Ctrl-C does, without waiting for its threads."""
-    remove_temporary()
+    if files := sys.modules.get("vlm_jax.core.files"):  # else nothing is being written
+        files.remove_temporary()
     with contextlib.suppress(OSError):
         terminal = next((stream for stream in (1, 2) if os.isatty(stream)), None)
         if terminal is not None:
