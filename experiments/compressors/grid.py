@@ -27,7 +27,7 @@ def get_grid(arg: str = "") -> Grid:
     every = param("elastic", "+".join(map(str, sorted(TOKENS))))
     return Grid(
         "experiments/compressors/config.py",
-        product(param("compressor", "none"), rest)  # on which training-free ones are tried
+        product(param("compressor", "none"), param("tokens", 64), rest)  # on which training-free ones are tried
         + product(param("compressor", "blind"), param("tokens", 0), rest)
         + product(param("compressor", *TRAINED), param("tokens", *TOKENS), rest)
         + product(param("compressor", *ELASTIC), every, rest)

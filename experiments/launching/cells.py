@@ -25,6 +25,7 @@ class Cell(NamedTuple):
     name: str
     spec: RunSpec
     spec_hash: str
+    row_hashes: tuple[str, ...]  # `spec_hash` of each of its rows; its own is the last
     flops: float  # of its training
     folder: Path  # checkpoints, metrics, lock, row
 
@@ -40,11 +41,12 @@ def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
             spec = resolve(load_config(f"{grid.config}:{name}"))
         except UserError as error:
             raise UserError(f"cell {name}: {error}") from error
-        digest = spec_hash(spec)
+        hashes = tuple(spec_hash(at) for at in at_every_v(spec))
+        digest = hashes[-1]
         if digest in names:
             raise UserError(f"{grid_location}: {names[digest]} and {name} have the same spec (drop one)")
         names[digest] = name
-        cells.append(Cell(index, name, spec, digest, cost.run_flops(spec), workdir / "cells" / name))
+        cells.append(Cell(index, name, spec, digest, hashes, cost.run_flops(spec), workdir / "cells" / name))
     return cells
 
 
@@ -55,19 +57,14 @@ def row_of(cell: Cell) -> ResultRow | None:
 
 def _written(cell: Cell) -> dict[str, ResultRow]:
     """The rows in the cell's folder by `spec_hash`, if they are of this spec."""
-    path, hashes = cell.folder / "row.json", _hashes(cell)
+    path, hashes = cell.folder / "row.json", cell.row_hashes
     if not path.exists():
         return {}
     rows = results.read(path)
     if len(rows) != len(hashes):
         expected = "one row" if len(hashes) == 1 else f"{len(hashes)} rows"
         raise UserError(f"{path}: expected {expected}, got {len(rows)} (delete it and run the cell again)")
-    return {row.spec_hash: row for row in rows} if [row.spec_hash for row in rows] == hashes else {}
-
-
-def _hashes(cell: Cell) -> list[str]:
-    """The `spec_hash` of each row of a cell; that of the cell is the last one."""
-    return [spec_hash(spec) for spec in at_every_v(cell.spec)]
+    return {row.spec_hash: row for row in rows} if tuple(row.spec_hash for row in rows) == hashes else {}
 
 
 def write_row(cell: Cell, *rows: ResultRow) -> None:
@@ -79,10 +76,10 @@ def write_row(cell: Cell, *rows: ResultRow) -> None:
 def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
     """The rows of these cells by `spec_hash`, gathered or not."""
     table = workdir / "rows.jsonl"
-    hashes = {digest for cell in cells for digest in _hashes(cell)}
+    hashes = {digest for cell in cells for digest in cell.row_hashes}
     rows = {row.spec_hash: row for row in (results.read(table) if table.exists() else ()) if row.spec_hash in hashes}
     for cell in cells:
-        if not set(_hashes(cell)) <= set(rows):
+        if not set(cell.row_hashes) <= set(rows):
             rows |= _written(cell)
     return rows
 
@@ -93,7 +90,7 @@ def gather(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
         table = workdir / "rows.jsonl"
         stored = results.done(table)
         rows = rows_of(cells, workdir)
-        for digest in (digest for cell in cells for digest in _hashes(cell)):
+        for digest in (digest for cell in cells for digest in cell.row_hashes):
             if digest in rows and digest not in stored:
                 results.append(table, rows[digest])
     return rows

@@ -163,7 +163,9 @@ def init_params(network: Network, key: jax.Array) -> Any:
 
 def train_step(network: Network, stage: StageSpec) -> TrainStep:
     """The train step of a stage. With an elastic compressor a step is at one V of its weights, drawn anew each time, or
-    at all of them (`specs.ELASTIC_STEPS`); where the tokens of a smaller V come first among those of a larger, one program serves all."""
+    at all of them (`specs.ELASTIC_STEPS`); where the tokens of a smaller V come first among those of a larger, one
+    program serves all.
+    """
     spec, model, plan = network.spec, network.model, network.plan
     optimiser, abstract = _optimiser(spec, stage), abstract_state(network, stage)
     shardings = plan.shardings(abstract)
