@@ -18,7 +18,7 @@ import math
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
-from vlm_jax.config.arguments import parse_arg
+from vlm_jax.config.arguments import parse_arg, parse_list
 from vlm_jax.config.defaults import add_logs_and_checkpoints
 from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
@@ -43,6 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
         llm="qwen1.5-7b",
         encoder="clip-l14-336",
         tokens=144,
+        elastic="",  # several V, such as 1+4+16: one training serves all, and `tokens` is the last
+        elastic_steps="drawn",  # each step at one of them; or "all", "most"
         compressor="tokenpacker",
         llm_checkpoint="",  # folders of public weights
         encoder_checkpoint="",
@@ -61,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("stage", arg.stage, ("0", "1", "2"))
     c = ConfigDict()
     encoder, llm = zoo.encoder(arg.encoder), zoo.decoder(arg.llm)
-    model = catalog.model_spec(encoder, arg.compressor, arg.tokens, llm)
+    model = catalog.model_spec(encoder, arg.compressor, parse_list("elastic", arg.elastic) or arg.tokens, llm)
     c.model = model_group(model)
     c.encoder_checkpoint, c.decoder_checkpoint, c.connector_checkpoint = arg.encoder_checkpoint, arg.llm_checkpoint, ""
     arg.pack = arg.pack or ("none" if catalog.hides_tokens(model) else "fit")
@@ -112,6 +114,7 @@ def get_config(arg: str = "") -> ConfigDict:
         examples=0, questions_per_example=1, batch_examples=second["batch_rows"], max_new_tokens=32,
         subset_examples=256,
     )  # fmt: skip
+    c.elastic = arg.elastic_steps
     c.seed = arg.seed
     add_logs_and_checkpoints(c, 10, save_every_steps=500, keep_checkpoints=2)
     return c

@@ -95,6 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.evaluation = dict(
         examples=0, questions_per_example=1, batch_examples=arg.batch, max_new_tokens=32, subset_examples=256
     )
+    c.elastic = "drawn"
     c.seed = arg.seed
     add_logs_and_checkpoints(c, 10, save_every_steps=500, keep_checkpoints=2)
     return c

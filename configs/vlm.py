@@ -10,7 +10,7 @@ order, connector first, for a pretrained decoder.
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
-from vlm_jax.config.arguments import parse_arg
+from vlm_jax.config.arguments import parse_arg, parse_list
 from vlm_jax.config.defaults import add_logs_and_checkpoints
 from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
@@ -33,6 +33,8 @@ def get_config(arg: str = "") -> ConfigDict:
         arg,
         llm="d48",
         tokens=4,
+        elastic="",  # several V, such as 1+4+16: one training serves all, and `tokens` is the last
+        elastic_steps="drawn",  # each step at one of them; or "all", "most"
         compressor="",  # default: resampler, and blind where tokens=0
         family="ocr",
         recipe="study",
@@ -59,7 +61,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = ConfigDict()
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
-    model = catalog.model_spec(encoder, compressor, arg.tokens, llm, projector="linear")
+    tokens = parse_list("elastic", arg.elastic) or arg.tokens
+    model = catalog.model_spec(encoder, compressor, tokens, llm, projector="linear")
     c.model = model_group(model)
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"
     c.decoder_checkpoint = c.connector_checkpoint = ""
@@ -112,6 +115,7 @@ def get_config(arg: str = "") -> ConfigDict:
         max_new_tokens=family["answer_tokens"],
         subset_examples=256,
     )
+    c.elastic = arg.elastic_steps
     c.seed = arg.seed
     add_logs_and_checkpoints(c, max(steps // 20, 1))
     return c

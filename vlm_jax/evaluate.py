@@ -4,9 +4,9 @@
     python -m vlm_jax.evaluate --model llava-folder --suite quecc --data playground/data/eval --out results/llava
     python -m vlm_jax.evaluate --rescore --suite quecc --data playground/data/eval --out results/llava
 
-The first form appends a result row to rows.jsonl. The second needs the benchmarks' files in DATA, in any of LLaVA's,
-the publishers' or lmms-lab's layouts; it writes OUT/answers, scores.json and rows.jsonl, goes on from the answers that
-it finds, and with --rescore scores them without a model.
+The first form appends a result row to rows.jsonl, or one for each V of an elastic compressor. The second needs the
+benchmarks' files in DATA, in any of LLaVA's, the publishers' or lmms-lab's layouts; it writes OUT/answers, scores.json
+and rows.jsonl, goes on from the answers that it finds, and with --rescore scores them without a model.
 """
 
 import argparse
@@ -79,26 +79,29 @@ def _evaluate(workdir: Path, rows: Path) -> None:
     from vlm_jax import build, job
     from vlm_jax.checkpoints.orbax import read_spec
     from vlm_jax.config.resolve import spec_from_dict
-    from vlm_jax.core.specs import spec_hash, total_steps
+    from vlm_jax.core.specs import at_every_v, spec_hash, total_steps
     from vlm_jax.distributed import processes
     from vlm_jax.evaluation import results
 
     spec = spec_from_dict(read_spec(workdir))
     done = results.done(rows)
-    if processes.is_primary() and spec_hash(spec) not in done:  # fail before evaluating
+    missing = {spec_hash(at) for at in at_every_v(spec)} - done
+    if processes.is_primary() and missing:  # fail before evaluating
         results.check_writable(rows)
     cache = build.default_cache()
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
     params = job.restore(run.network, workdir, least_step=total_steps(spec))
-    batches = range(job.evaluation_batches(run))
-    progress = iter(track(batches, description="evaluating", transient=True, disable=not processes.is_primary()))
-    row = job.evaluate(run, params, workdir.name, workdir, lambda rows: next(progress, None))
-    if not processes.is_primary():
-        return
-    if row.spec_hash not in done:
-        results.append(rows, row)
-    print(json.dumps(dataclasses.asdict(row), indent=1))
+    for at in build.at_every_v(run, cache):
+        batches, tokens = range(job.evaluation_batches(at)), at.network.spec.model.compressor.tokens
+        label = f"evaluating at {tokens} tokens" if spec.model.compressor.elastic else "evaluating"
+        progress = iter(track(batches, description=label, transient=True, disable=not processes.is_primary()))
+        row = job.evaluate(at, params, workdir.name, workdir, lambda rows, progress=progress: next(progress, None))
+        if not processes.is_primary():
+            continue
+        if row.spec_hash not in done:
+            results.append(rows, row)
+        print(json.dumps(dataclasses.asdict(row), indent=1))
 
 
 def _evaluate_suite(args: argparse.Namespace) -> None:

@@ -160,7 +160,7 @@ def make_step(
     state = [training_step.init_state(params, update.optimiser, stage.train)]
 
     def run() -> None:
-        state[0], _, _ = jax.block_until_ready(update.step(state[0], inputs))
+        state[0], _, _ = jax.block_until_ready(update.step(state[0], inputs, 1))
 
     return run, sum(len(plan.conversation) for plan in plans)
 

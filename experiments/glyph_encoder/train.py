@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     optimiser = optim.make_optimiser(OptimSpec(0.05, 1.0, 0.9, 0.99, 0.01, ()), stage)
     plan = partitioning.make_plan(COMPUTE)
     params = plan.init(lambda key: init_params(key, encoder), jax.random.key(args.seed))
-    step = training_step.make_step(lambda p, b: forward(encoder, p, b), optimiser, PARTS)
+    step = plan.jit(training_step.make_step(lambda p, b: forward(encoder, p, b), optimiser, PARTS), donate_argnums=0)
     with Progress(
         BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn()
     ) as progress:
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
             args.steps,
             pages(args.seed, args.batch, args.steps),
             plan.put,
-            plan.jit(step, donate_argnums=0),
+            lambda state, batch, number: step(state, batch),
             log_every_steps=max(args.steps // 50, 1),
             save_every_steps=0,
             on_log=on_log,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from experiments.launching import states
 from experiments.launching.cells import Cell, write_row
 from vlm_jax.core.errors import LOST, STOPPED, RunStopped
-from vlm_jax.core.specs import RunSpec, total_steps
+from vlm_jax.core.specs import RunSpec, at_every_v, total_steps
 
 _TRAINING_SHARE = 0.95  # of a cell; the rest is its evaluation
 _CHECKPOINTS = 10
@@ -47,16 +47,16 @@ def _run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None
     on_log = lambda log, values: report("training", _TRAINING_SHARE * log.step / steps)  # noqa: E731
     params = job.train(run, cell.folder, on_log, stop)
     report("evaluating", _TRAINING_SHARE)
-    batches, done = job.evaluation_batches(run), 0
+    batches, done = job.evaluation_batches(run) * len(at_every_v(cell.spec)), 0
 
     def on_batch(rows: int) -> None:
         nonlocal done
         done += 1
-        report("evaluating", _TRAINING_SHARE + (1 - _TRAINING_SHARE) * done / batches)
+        report("evaluating", _TRAINING_SHARE + (1 - _TRAINING_SHARE) * min(done / batches, 1))
 
-    row = job.evaluate(run, params, cell.name, cell.folder, on_batch)
+    rows = [job.evaluate(at, params, cell.name, cell.folder, on_batch) for at in build.at_every_v(run, cache)]
     if processes.is_primary():
-        write_row(cell, row)
+        write_row(cell, *rows)
 
 
 def with_checkpoints(spec: RunSpec) -> RunSpec:

@@ -1,7 +1,8 @@
 """The cells of a grid and their rows.
 
-A cell's row is written to `WORKDIR/cells/NAME/row.json`. `gather` adds missing rows to `rows.jsonl`, which the other
-commands read. So training machines append to no shared file, and a bucket or a copied folder works too.
+A cell's row is written to `WORKDIR/cells/NAME/row.json`, one for each V of an elastic compressor. `gather` adds
+missing rows to `rows.jsonl`, which the other commands read. So training machines append to no shared file, and a bucket
+or a copied folder works too.
 """
 
 import os
@@ -14,7 +15,7 @@ from vlm_jax.config.sweep import cell_name, load_grid
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import file_lock, write_text
 from vlm_jax.core.rows import ResultRow
-from vlm_jax.core.specs import RunSpec, spec_hash
+from vlm_jax.core.specs import RunSpec, at_every_v, spec_hash
 from vlm_jax.evaluation import results
 from vlm_jax.sizing import cost
 
@@ -24,6 +25,7 @@ class Cell(NamedTuple):
     name: str
     spec: RunSpec
     spec_hash: str
+    row_hashes: tuple[str, ...]  # `spec_hash` of each of its rows; its own is the last
     flops: float  # of its training
     folder: Path  # checkpoints, metrics, lock, row
 
@@ -39,39 +41,46 @@ def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
             spec = resolve(load_config(f"{grid.config}:{name}"))
         except UserError as error:
             raise UserError(f"cell {name}: {error}") from error
-        digest = spec_hash(spec)
+        hashes = tuple(spec_hash(at) for at in at_every_v(spec))
+        digest = hashes[-1]
         if digest in names:
             raise UserError(f"{grid_location}: {names[digest]} and {name} have the same spec (drop one)")
         names[digest] = name
-        cells.append(Cell(index, name, spec, digest, cost.run_flops(spec), workdir / "cells" / name))
+        cells.append(Cell(index, name, spec, digest, hashes, cost.run_flops(spec), workdir / "cells" / name))
     return cells
 
 
 def row_of(cell: Cell) -> ResultRow | None:
     """The row in the cell's folder if it is of this spec."""
-    path = cell.folder / "row.json"
+    return _written(cell).get(cell.spec_hash)
+
+
+def _written(cell: Cell) -> dict[str, ResultRow]:
+    """The rows in the cell's folder by `spec_hash`, if they are of this spec."""
+    path, hashes = cell.folder / "row.json", cell.row_hashes
     if not path.exists():
-        return None
+        return {}
     rows = results.read(path)
-    if len(rows) != 1:
-        raise UserError(f"{path}: expected one row, got {len(rows)} (delete it and run the cell again)")
-    (row,) = rows
-    return row if row.spec_hash == cell.spec_hash else None
+    if len(rows) != len(hashes):
+        expected = "one row" if len(hashes) == 1 else f"{len(hashes)} rows"
+        raise UserError(f"{path}: expected {expected}, got {len(rows)} (delete it and run the cell again)")
+    return {row.spec_hash: row for row in rows} if tuple(row.spec_hash for row in rows) == hashes else {}
 
 
-def write_row(cell: Cell, row: ResultRow) -> None:
+def write_row(cell: Cell, *rows: ResultRow) -> None:
+    """Writes the cell's row, or its rows in the order of their V."""
     path = cell.folder / "row.json"
-    write_text(path, results.to_line(row, path))
+    write_text(path, "".join(results.to_line(row, path) for row in rows))
 
 
 def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
     """The rows of these cells by `spec_hash`, gathered or not."""
     table = workdir / "rows.jsonl"
-    hashes = {cell.spec_hash for cell in cells}
+    hashes = {digest for cell in cells for digest in cell.row_hashes}
     rows = {row.spec_hash: row for row in (results.read(table) if table.exists() else ()) if row.spec_hash in hashes}
     for cell in cells:
-        if cell.spec_hash not in rows and (row := row_of(cell)):
-            rows[cell.spec_hash] = row
+        if not set(cell.row_hashes) <= set(rows):
+            rows |= _written(cell)
     return rows
 
 
@@ -81,9 +90,9 @@ def gather(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
         table = workdir / "rows.jsonl"
         stored = results.done(table)
         rows = rows_of(cells, workdir)
-        for cell in cells:
-            if cell.spec_hash in rows and cell.spec_hash not in stored:
-                results.append(table, rows[cell.spec_hash])
+        for digest in (digest for cell in cells for digest in cell.row_hashes):
+            if digest in rows and digest not in stored:
+                results.append(table, rows[digest])
     return rows
 
 

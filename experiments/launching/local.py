@@ -84,7 +84,8 @@ def run(left: list[Cell], grid: str, workdir: Path, workers: int, console: Conso
     signal.signal(signal.SIGINT, signal.default_int_handler)  # workers end their step and save first
     running = {index: start(index) for index in range(workers)}
     try:
-        follow(left, workdir, _tender(running, left, start, log), console, _LOOK_EVERY_SECS)
+        look_every_secs = _LOOK_EVERY_SECS + len(left) / 100  # each look reads files of every cell
+        follow(left, workdir, _tender(running, left, start, log), console, look_every_secs)
     finally:
         _stop(list(running.values()), console)
 

@@ -14,7 +14,8 @@ from vlm_jax.compress import catalog, contract
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import model_group, resolve
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.structs import Evidence, Views, Visual
+from vlm_jax.core.structs import Evidence, Inputs, Views, Visual
+from vlm_jax.models import elastic
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost, zoo
 
@@ -58,9 +59,9 @@ def test_tokens_of_a_smaller_v_come_first(name):
         np.testing.assert_allclose(some, whole[:, :tokens], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PREFIX)
-def test_a_traced_v_is_the_model_of_that_v(name):
-    """One program for every V; positions count the tokens that are kept."""
+@pytest.mark.parametrize("name", [name for name in KINDS if not catalog.row(name).scores_tokens])
+def test_rows_for_the_most_tokens_are_the_model_of_every_v(name):
+    """Their places in front are padding; positions count the others. One program for every V of a prefix."""
     spec = elastic_model(name)
     model = Vlm(spec, builders.COMPUTE)
     params = jax.tree.map(jnp.asarray, builders.params(model))
@@ -69,17 +70,36 @@ def test_a_traced_v_is_the_model_of_that_v(name):
     def row(tokens):
         return builders.inputs(rows=2, questions=1, visual_tokens=tokens)._replace(views=Views(features=features))
 
-    programs = jax.jit(lambda inputs, kept: model.forward(params, inputs, kept=kept)[0])
-    whole = row(spec.compressor.tokens)
+    static = {} if KINDS[name] == "prefix" else dict(static_argnums=1)
+    programs = jax.jit(lambda inputs, tokens: elastic.forward(model, params, inputs, tokens), **static)
+    most = spec.compressor.tokens
+    whole = row(most)
     for tokens in spec.compressor.elastic:
         alone = Vlm(catalog.at_tokens(spec, tokens), builders.COMPUTE)
         own = row(tokens)
         text = np.asarray(whole.tokens)[whole.visual < 0].reshape(2, -1)
         own = own._replace(tokens=np.concatenate([own.tokens[:, :tokens], text], axis=1))
         expected = jax.jit(lambda inputs, alone=alone: alone.forward(params, inputs)[0])(own)
-        found = programs(whole, jnp.int32(tokens))
-        shown = lambda out, inputs: out[(inputs.visual < 0) & (inputs.segment > 0)]  # noqa: E731
-        np.testing.assert_allclose(shown(found, whole), shown(expected, own), atol=2e-5)
+        found = programs(whole, tokens)
+        # The last places of the image, and the text.
+        np.testing.assert_allclose(found[:, most - tokens :], expected, atol=3e-5)
+    assert programs._cache_size() == (1 if KINDS[name] == "prefix" else len(spec.compressor.elastic))
+
+
+def test_the_last_places_of_a_view_hold_its_first_tokens():
+    """Two views of three places, text between and behind; of a compressor that still gives three, or only two."""
+    row = lambda *numbers: jnp.array([numbers], jnp.int32)  # noqa: E731
+    position = row(0, 1, 2, 3, 4, 5, 6, 7)
+    inputs = Inputs(
+        row(9, 0, 0, 0, 8, 0, 0, 0), row(1, 1, 1, 1, 1, 1, 1, 1), position, position, row(-1, 0, 1, 2, -1, 3, 4, 5)
+    )
+    kept = elastic.first_tokens(inputs, 3, 2, 3)
+    np.testing.assert_array_equal(kept.segment, row(1, 0, 1, 1, 1, 0, 1, 1))
+    np.testing.assert_array_equal(kept.visual[kept.segment > 0], [-1, 0, 1, -1, 3, 4])
+    np.testing.assert_array_equal(kept.position[kept.segment > 0], [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(kept.order[kept.segment > 0], [0, 1, 2, 3, 4, 5])
+    fewer = elastic.first_tokens(inputs, 3, 2, 2)
+    np.testing.assert_array_equal(fewer.visual[fewer.segment > 0], [-1, 0, 1, -1, 2, 3])
 
 
 def test_a_model_of_several_v_has_the_cost_of_each():

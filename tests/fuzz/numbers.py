@@ -225,7 +225,7 @@ def config_file(rng: random.Random, path: Path) -> None:
 
 def states_of_cells(rng: random.Random, path: Path) -> None:
     """The files of a cell of a grid."""
-    cell = Cell(0, "cell", None, "hash", 1.0, path)
+    cell = Cell(0, "cell", None, "hash", ("hash",), 1.0, path)
     progress = {"doing": "training", "share": 0.5, "host": "a", "pid": 1, "time": 1.0}
     names = {"progress.json": progress, "summary.json": {"step": 1}, "error.txt": "a", "job.txt": "1"}
     for name in rng.sample(sorted(names), 2):

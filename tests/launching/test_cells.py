@@ -90,3 +90,24 @@ def test_speed_is_the_median_of_the_rows_of_one_device(cells: list[Cell]) -> Non
     assumed = tables.assumed(chips.chip("v6e"), 16)
     assert assumed.flops_per_sec == pytest.approx(0.6 * 16 * 9.2e14)
     assert "assumption" in assumed.source
+
+
+def test_an_elastic_cell_has_a_row_for_each_v(tmp_path: Path) -> None:
+    """All of them or none count, and all are gathered."""
+    grid = tmp_path / "grid.py"
+    grid.write_text(
+        "from vlm_jax.config.sweep import Grid, param\n"
+        f"def get_grid(arg): return Grid({str(ROOT / 'configs' / 'vlm.py')!r}, param('elastic', '1+4', '2+4'))\n"
+    )
+    cells = module.cells_of(str(grid), tmp_path)
+    for cell in cells:
+        cell.folder.mkdir(parents=True)
+    first = [dataclasses.replace(row(cells[0]), spec_hash=digest) for digest in cells[0].row_hashes]
+    assert len(first) == 2
+    module.write_row(cells[0], *first)
+    assert module.row_of(cells[0]) == first[-1]
+    assert set(module.gather(cells, tmp_path)) == set(cells[0].row_hashes)
+    assert [r.spec_hash for r in results.read(tmp_path / "rows.jsonl")] == list(cells[0].row_hashes)
+    module.write_row(cells[1], row(cells[1]))
+    with pytest.raises(UserError, match="expected 2 rows, got 1"):
+        module.rows_of(cells, tmp_path)

@@ -14,7 +14,7 @@ def run(first: int, last: int, log_every: int = 3, save_every: int = 0, initial:
     """Batch k holds the number k, a step adds it up. Returns (end, logs, saves)."""
     logs, saves = [], []
 
-    def step(state, batch):
+    def step(state, batch, number):
         return TrainState(state.step + 1, state.params + batch, None), {"sum": batch, "count": jnp.ones(())}, state.step
 
     end = loop.run(
@@ -64,7 +64,7 @@ def test_nothing_in_the_loop_waits_for_the_device() -> None:
         logs = []
         end = loop.run(
             state, 0, 7, (jnp.full((), k) for k in itertools.count()), lambda batch: batch,
-            lambda state, batch: (state._replace(params=state.params + batch), state.params * 2, state.params),
+            lambda state, batch, number: (state._replace(params=state.params + batch), state.params * 2, state.params),
             log_every_steps=2, save_every_steps=3, on_log=logs.append, on_save=lambda *saved: None,
         )  # fmt: skip
         return end.state, [(log.sums, log.norms) for log in logs]
@@ -79,7 +79,7 @@ def checked(first: int, last: int, stop_at: int = 0, **every: int) -> list:
     calls = []
     end = loop.run(
         TrainState(jnp.asarray(first), jnp.zeros(()), None), first, last, itertools.count(first + 1),
-        jnp.asarray, lambda state, batch: (state, {"sum": batch}, batch),
+        jnp.asarray, lambda state, batch, number: (state, {"sum": batch}, batch),
         on_log=lambda log: calls.append(("log", log.step)),
         on_save=lambda number, *_: calls.append(("save", number)),
         check=lambda steps, state: calls.append(("check", [(s.number, int(s.sums["sum"])) for s in steps])),
@@ -107,7 +107,7 @@ def test_a_stop_ends_the_loop_behind_its_step() -> None:
 
 def test_a_log_that_was_cut_in_two_adds_up() -> None:
     """Stopped behind step 5 of a log over steps 4 to 6, and gone on with what it had."""
-    step = lambda state, batch: (state, {"sum": batch}, batch)  # noqa: E731
+    step = lambda state, batch, number: (state, {"sum": batch}, batch)  # noqa: E731
     state, logs = TrainState(jnp.zeros(()), jnp.zeros(()), None), []
     every = dict(log_every_steps=3, save_every_steps=0, on_log=logs.append, on_save=print)
     batches = itertools.count

@@ -75,7 +75,7 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     if mode == "train":
         train = build.train_step(network, stage)
         state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments = train.step, (state, _train_inputs(spec, stage, plan))
+        jitted, arguments = train.program, (state, _train_inputs(spec, stage, plan), train.tokens(1))
         params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)

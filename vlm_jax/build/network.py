@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 from vlm_jax.build.published import load_tokenizer, located, public_params, public_projector
 from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
+from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import disk_problem, is_full
@@ -24,8 +26,9 @@ from vlm_jax.core.specs import (
     RunSpec,
     StageSpec,
 )  # fmt: skip
-from vlm_jax.core.structs import LossSums
+from vlm_jax.core.structs import Inputs, LossSums, TrainState
 from vlm_jax.distributed import partitioning, processes
+from vlm_jax.models import elastic
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.training import guard, loss, optim
 from vlm_jax.training import step as training_step
@@ -44,10 +47,15 @@ class Network(NamedTuple):
 class TrainStep(NamedTuple):
     """The jitted update of one stage."""
 
-    step: Any  # (state, batch) -> (state, LossSums, Norms); the state is donated
+    program: Any  # (state, batch, V or None) -> (state, LossSums, Norms); the state is donated
+    tokens: Callable[[int], int | None]  # the V of a step; None where every step is the same
     optimiser: Any
     abstract: Any  # boxed shapes of the state
     shardings: Any  # of the state, unboxed
+
+    def step(self, state: TrainState, batch: Inputs, number: int) -> tuple[TrainState, LossSums, Any]:
+        """The step of that number."""
+        return self.program(state, batch, self.tokens(number))
 
 
 def default_cache() -> Path:
@@ -154,19 +162,33 @@ def init_params(network: Network, key: jax.Array) -> Any:
 
 
 def train_step(network: Network, stage: StageSpec) -> TrainStep:
-    """The train step of a stage."""
+    """The train step of a stage. With an elastic compressor a step is at one V of its weights, drawn anew each time, or
+    at all of them (`specs.ELASTIC_STEPS`); where the tokens of a smaller V come first among those of a larger, one
+    program serves all.
+    """
     spec, model, plan = network.spec, network.model, network.plan
     optimiser, abstract = _optimiser(spec, stage), abstract_state(network, stage)
     shardings = plan.shardings(abstract)
 
     eos_ids, sources = load_tokenizer(spec.data.tokenizer).eos_ids, len(specs.data_of(spec, stage).train)
+    several = spec.model.compressor.elastic
 
-    def forward(params: Any, batch: Any) -> LossSums:
-        return loss.sums(model.forward(params, batch)[0], model.head(params), batch, eos_ids, sources)
+    def sums(params: Any, batch: Inputs, tokens: Any) -> LossSums:
+        hidden = model.forward(params, batch)[0] if tokens is None else elastic.forward(model, params, batch, tokens)
+        return loss.sums(hidden, model.head(params), batch, eos_ids, sources)
+
+    def forward(params: Any, batch: Inputs, tokens: Any) -> LossSums:
+        if spec.elastic != "all" or not several:
+            return sums(params, batch, tokens)
+        return jax.tree.map(lambda *parts: sum(parts), *(sums(params, batch, each) for each in several))
 
     step = training_step.make_step(forward, optimiser, stage.train, spec.compute.microbatches)
-    jitted = plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
-    return TrainStep(jitted, optimiser, abstract, shardings)
+    is_ladder = catalog.row(spec.model.compressor.name).elastic == "ladder"
+    static = dict(static_argnums=2) if is_ladder else {}
+    program = plan.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), **static)
+    is_drawn = bool(several) and spec.elastic == "drawn"
+    tokens = functools.partial(specs.drawn_tokens, spec) if is_drawn else lambda number: None
+    return TrainStep(program, tokens, optimiser, abstract, shardings)
 
 
 def _optimiser(spec: RunSpec, stage: StageSpec) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,19 @@ def _open_run(spec: RunSpec, network: Network, cache_dir: Path) -> Run:
         train.append(batches)
     network = network._replace(spec=dataclasses.replace(spec, stages=tuple(stages)))
     return Run(network, tuple(train), _open_test(network, cache_dir) if spec.data.test else None)
+
+
+def at_every_v(run: Run, cache_dir: Path) -> Iterator[Run]:
+    """The runs that one training serves, with their test data: one for each V of an elastic compressor."""
+    for spec in specs.at_every_v(run.network.spec):
+        if spec == run.network.spec:
+            yield run
+            continue
+        network = run.network
+        model = dataclasses.replace(network.model.spec, compressor=spec.model.compressor)
+        network = network._replace(spec=spec, model=network.model._replace(spec=model))
+        with cache_errors(cache_dir):
+            yield Run(network, (), _open_test(network, cache_dir) if spec.data.test else None)
 
 
 def _open_test(network: Network, cache_dir: Path) -> Data:

@@ -36,6 +36,14 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
+def parse_list(name: str, value: str) -> tuple[int, ...]:
+    """`"1+4+16"` -> (1, 4, 16), "" -> (). Raises `UserError`."""
+    parts = value.split("+") if value else []
+    if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
+        raise UserError(f"{name}: expected numbers such as 1+4+16, got {reprlib.repr(value)}")
+    return tuple(map(int, parts))
+
+
 def _typed(name: str, text: str, default: Any) -> Any:
     """`text` as a value of the default's type."""
     if isinstance(default, str):

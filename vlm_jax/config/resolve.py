@@ -15,6 +15,7 @@ from vlm_jax.compress.contract import encoder_for, key_width
 from vlm_jax.config import ranges
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import (
+    ELASTIC_STEPS,
     RAMPS,
     CompressorSpec,
     DataSpec,
@@ -50,6 +51,7 @@ _CHOICES = {
     "compute.attention": ("xla", "cudnn", "splash"),
     "compute.moments": ("float32", "bfloat16"),
     "bad_step.policy": ("stop", "skip_update"),
+    "elastic": ELASTIC_STEPS,
     "data.pack": ("none", "fit"),
     "data.long": ("cut", "drop"),
     "data.resize": ("", "squash", "crop", "pad"),
@@ -182,6 +184,12 @@ def _check(spec: RunSpec) -> None:
         raise UserError(
             f"config field compute.attention: expected xla for compressor {spec.model.compressor.name}, got "
             f"{spec.compute.attention}"
+        )
+    compressor = spec.model.compressor
+    if compressor.elastic and compressor.tokens != compressor.elastic[-1]:
+        raise UserError(
+            f"config field model.compressor.tokens: expected {compressor.elastic[-1]}, the most of "
+            f"elastic={list(compressor.elastic)}, got {compressor.tokens}"
         )
     if spec.data.frozen_features and spec.model.encoder.returns:
         raise UserError(

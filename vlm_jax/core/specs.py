@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,6 +276,11 @@ class BadStepSpec:
     skip_limit: int = 10  # the run stops beyond this many skipped updates in a stage
 
 
+# The V of a training step of an elastic compressor: one of them, drawn from seed and step; all of them; or the most
+# alone, as without `elastic`.
+ELASTIC_STEPS = ("drawn", "all", "most")
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """All settings of a run. Runs with equal `spec_hash` are the same experiment."""
@@ -295,6 +301,7 @@ class RunSpec:
     decoder_checkpoint: str = ""  # a Hugging Face folder; "" starts from random weights
     evaluate_every_steps: int = 0  # during training, on a fixed subset; 0: only at the end
     connector_checkpoint: str = ""  # a published model whose projector starts the run; "": random weights
+    elastic: str = ELASTIC_STEPS[0]  # of a compressor with several V
 
 
 # Fields without influence on results, left out of `spec_hash`.
@@ -328,6 +335,7 @@ _ADDED = {
     "bad_step": dataclasses.asdict(BadStepSpec()),
     "decoder_checkpoint": "",
     "connector_checkpoint": "",
+    "elastic": "drawn",
     "compute.slices": 1,
     "compute.moments": "float32",
     "evaluate_every_steps": 0,
@@ -373,6 +381,18 @@ def views_of_row(spec: DataSpec, reads_question: bool) -> int:
     """M: the views of a training row."""
     copies = max(spec.questions_per_example, 1) if spec.pack == "none" and reads_question else 1
     return spec.row_images * copies
+
+
+def at_every_v(spec: RunSpec) -> tuple[RunSpec, ...]:
+    """The specs that one training of `spec` serves: one for each V of an elastic compressor."""
+    compressor = spec.model.compressor
+    each = [dataclasses.replace(compressor, tokens=v) for v in compressor.elastic or (compressor.tokens,)]
+    return tuple(dataclasses.replace(spec, model=dataclasses.replace(spec.model, compressor=c)) for c in each)
+
+
+def drawn_tokens(spec: RunSpec, step: int) -> int:
+    """The V of a step of a run whose compressor has several: a function of seed and step."""
+    return random.Random(f"{spec.seed} {step}").choice(spec.model.compressor.elastic)
 
 
 def total_steps(spec: RunSpec) -> int:

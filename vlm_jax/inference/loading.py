@@ -108,9 +108,9 @@ def load(
         with contextlib.suppress(UserError):
             build.use_compilation_cache(build.default_cache())
     if (path / "spec.json").is_file():
-        if llm or compressor or tokens is not None or image_size is not None:
-            raise UserError(f"{path}: a run has its own llm, compressor, tokens and image_size: leave them out")
-        return _load_run(path, dtype, plan)
+        if llm or compressor or image_size is not None:
+            raise UserError(f"{path}: a run has its own llm, compressor and image_size: leave them out")
+        return _load_run(path, dtype, plan, tokens)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ComputeSpec(dtype, "none", "xla", 1, "replicated", (1, 1, 1))
     plan = plan or partitioning.make_plan(compute, jax.local_devices()[:1])
@@ -239,9 +239,12 @@ def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | No
     return model
 
 
-def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
+def _load_run(workdir: Path, dtype: str | None, plan: Plan | None, tokens: int | None) -> Model:
     """The model of a workdir of `vlm_jax.train`, with its tokenizer."""
     run = spec_from_dict(orbax.read_spec(workdir))
+    own = run.model.compressor.elastic or (run.model.compressor.tokens,)
+    if tokens not in (None, *own):
+        raise UserError(f"{workdir}: tokens: expected {' or '.join(map(str, own))} of this run, got {tokens}")
     context = run.model.decoder.context or run.data.row_tokens + run.evaluation.max_new_tokens
     compute = dataclasses.replace(run.compute, dtype=dtype or run.compute.dtype)
     if plan is None:
@@ -251,6 +254,8 @@ def _load_run(workdir: Path, dtype: str | None, plan: Plan | None) -> Model:
     compute = sampling.compute_for_decoding(compute)
     decoder = dataclasses.replace(run.model.decoder, context=context)
     spec = dataclasses.replace(network.model.spec, decoder=decoder)
+    if tokens is not None:
+        spec = catalog.at_tokens(spec, tokens)
     abstract = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     unboxed, shardings = nn.meta.unbox(abstract), plan.shardings(abstract)
 

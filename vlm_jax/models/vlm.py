@@ -69,13 +69,9 @@ class Vlm(NamedTuple):
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
 
     def forward(
-        self, params: Params, inputs: Inputs, cache: Cache | None = None, kept: Int[Array, ""] | None = None
+        self, params: Params, inputs: Inputs, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it.
-
-        kept: the first so many of each view's V tokens count, the others are padding: a traced V, for a compressor
-            whose elastic kind is "prefix".
-        """
+        """Final hidden states of all tokens. With a cache, the L tokens are appended to it and attend to it."""
         x = self.decoder.apply({"params": params["decoder"]}, inputs.tokens, method="embed")
         metadata, places = AttentionMetadata(inputs.segment, inputs.position, inputs.order), None
         if inputs.views is not None and self.visual_tokens:
@@ -85,10 +81,6 @@ class Vlm(NamedTuple):
                 ids = inputs.views.question
                 index = question_index(inputs.tokens, inputs.visual, inputs.segment, ids, self.visual_tokens)
                 x = merge_questions(x, image.question.reshape(*ids.shape, -1), index)
-            if kept is not None:
-                first = jnp.arange(image.tokens.shape[1]) % self.visual_tokens < kept
-                first = jnp.broadcast_to(first, image.tokens.shape[:2])
-                image = image._replace(mask=first if image.mask is None else first & image.mask)
             if image.mask is not None:
                 valid = jnp.take_along_axis(image.mask, jnp.maximum(inputs.visual, 0), axis=1)
                 metadata = masks.drop_masked(metadata, (inputs.visual < 0) | valid)

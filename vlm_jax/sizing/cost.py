@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from vlm_jax.core.errors import unknown
-from vlm_jax.core.specs import DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec, data_of
+from vlm_jax.core.specs import DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec, at_every_v, data_of
 from vlm_jax.sizing import compression
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -298,10 +298,20 @@ def train_flops(
 
 
 def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) -> float:
-    """Model FLOPs of one train step of a stage: `train_flops` times the batch."""
+    """Model FLOPs of one train step of a stage: `train_flops` times the batch.
+
+    An elastic compressor's rows have places for its most tokens at every V; where the smaller V are a prefix, all
+    tokens are computed at every step. Steps at one V each count as their mean, steps at all V as their sum.
+    """
     data, features = data_of(spec, stage), "stored" if spec.data.frozen_features else "pixels"
     views = compression.views_of_row(spec, data)
-    return data.batch_rows * train_flops(spec.model, data.row_tokens, stage.train, features, question_tokens, views)
+    is_prefix = compression.row(spec.model).elastic == "prefix"
+    models = [spec.model] if spec.elastic == "most" else [run.model for run in at_every_v(spec)]
+    each = [
+        train_flops(spec.model if is_prefix else model, data.row_tokens, stage.train, features, question_tokens, views)
+        for model in models
+    ]
+    return data.batch_rows * sum(each) / (1 if spec.elastic == "all" else len(each))
 
 
 def run_flops(spec: RunSpec, question_tokens: float = 0.0) -> float:

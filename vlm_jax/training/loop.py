@@ -58,6 +58,7 @@ def run(
 ) -> End:
     """Runs steps `first_step` + 1 to `last_step`, or until `stop(step)` is True after a step.
 
+    `step(state, batch, number)` returns the next state, `LossSums` and `Norms`.
     `on_log` gets device arrays and must not block. `on_save` is called every
     `save_every_steps` (0: never), except at the last step, where the caller saves. `on_evaluate` is called every
     `evaluate_every_steps` (0: never) and at the last step, before a save. `check` gets every step once, in order, as
@@ -67,7 +68,7 @@ def run(
     unchecked: list[StepRecord] = []
     logged, ahead = 0, deque()  # `logged`: the unchecked steps up to the last log
     for number in range(first_step + 1, last_step + 1):
-        state, new, norms = step(state, put(next(batches)))
+        state, new, norms = step(state, put(next(batches)), number)
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         since += 1
         unchecked.append(StepRecord(number, new, norms))

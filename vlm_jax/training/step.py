@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.core.structs import LossSums, TrainState
 from vlm_jax.training.guard import GuardState
 
-Forward = Callable[[Any, Any], LossSums]
-Step = Callable[[TrainState, Any], tuple[TrainState, LossSums, "Norms"]]
+Forward = Callable[..., LossSums]
+Step = Callable[..., tuple[TrainState, LossSums, "Norms"]]
 
 
 class Norms(NamedTuple):
@@ -35,26 +35,28 @@ def init_state(
 def make_step(
     forward: Forward, optimiser: optax.GradientTransformation, train: tuple[str, ...], microbatches: int = 1
 ) -> Step:
-    """`(state, batch) -> (state, sums, norms)` for a model's `forward(params, batch) -> LossSums`."""
+    """`(state, batch, ...) -> (state, sums, norms)` for a model's `forward(params, batch, ...) -> LossSums`. More
+    arguments are passed on."""
 
-    def total(trained: Any, frozen: Any, batch: Any) -> tuple[Array, LossSums]:
-        out = forward({**frozen, **trained}, batch)
+    def total(trained: Any, frozen: Any, batch: Any, *more: Any) -> tuple[Array, LossSums]:
+        out = forward({**frozen, **trained}, batch, *more)
         return out.nll, out
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, LossSums, Norms]:
+    def step(state: TrainState, batch: Any, *more: Any) -> tuple[TrainState, LossSums, Norms]:
         trained = _part(state.params, train)
         frozen = {name: part for name, part in state.params.items() if name not in train}
         value_and_grad = jax.value_and_grad(total, has_aux=True)
         if microbatches == 1:
-            (_, sums), grads = value_and_grad(trained, frozen, batch)
+            (_, sums), grads = value_and_grad(trained, frozen, batch, *more)
         else:
             parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
             def add(carry: Any, part: Any) -> tuple[Any, None]:
-                (_, sums), grads = value_and_grad(trained, frozen, part)
+                (_, sums), grads = value_and_grad(trained, frozen, part, *more)
                 return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-            shapes = jax.eval_shape(value_and_grad, trained, frozen, jax.tree.map(lambda x: x[0], parts))
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(lambda *args: value_and_grad(*args, *more), trained, frozen, first)
             (_, shape), shapes = shapes
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shape, shapes))
             (sums, grads), _ = jax.lax.scan(add, zeros, parts)
