@@ -112,6 +112,16 @@ def elastic_lines(found: dict[tuple[str, str, str, int], Cell], families: Sequen
     return lines
 
 
+def training_free_lines(rows: Iterable[ResultRow], families: Sequence[str]) -> list[list[str]]:
+    """Training-free methods on the models of all patches."""
+    found = cells(rows)
+    lines = [["method", *(f"{family}, V = {v}" for family in families for v in (*TOKENS, 64))]]
+    for name in dict.fromkeys(name for _, name, _, _ in found):
+        line = [shown(found.get((family, name, SEPARATE, v))) for family in families for v in (*TOKENS, 64)]
+        lines.append([name, *line])
+    return lines
+
+
 @plots.styled
 def draw(found: dict[tuple[str, str, str, int], Cell], families: Sequence[str], out: Path) -> Path:
     """A panel for each family: a line for each compressor, a point for each V."""
@@ -151,13 +161,16 @@ def main(argv: list[str]) -> None:
         (HERE / "rows.jsonl").write_text(lines)
     rows = results.read(HERE / "rows.jsonl")
     families = [family for family in FAMILIES if any(row.family == family for row in rows)]
+    free = HERE / "training_free.jsonl"
     found = cells(rows)
     draw(found, families, HERE / "figures" / "errors.png")
     secs = sum(row.train_secs for row in rows) / 60
     texts = {
-        "errors": f"{len(rows)} rows, {secs:.0f} minutes of training:\n\n{markdown_table(error_lines(found, families))}",
+        "errors": f"{len(rows)} rows, {secs:.0f} minutes of training:\n\n"
+        + markdown_table(error_lines(found, families)),
         "cost": markdown_table(cost_lines(rows, 4)),
         "elastic": markdown_table(elastic_lines(found, families)),
+        "training_free": markdown_table(training_free_lines(results.read(free), families)) if free.exists() else "",
     }
     for name, text in texts.items():
         write_block(HERE / "README.md", name, text, COMMAND)
