@@ -12,8 +12,8 @@ from vlm_jax.compress import plugins
 from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, key_width, no_segments, no_stages
 from vlm_jax.compress.rows import ROWS
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.segments import HIDDEN
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DataSpec, DecoderSpec, DropStage, EncoderSpec, ModelSpec
-from vlm_jax.ops.masks import HIDDEN
 
 # Sizes of every compressor after the built-in encoder, but those with stages: many narrow heads, since few hurt narrow
 # decoders most.

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from vlm_jax.compress import catalog
 from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
@@ -118,8 +119,6 @@ def _model(row: Mapping[str, str], params: float, tokens: int, where: str) -> Mo
         return None
     if not all(names):
         raise UserError(f"{where}: expected encoder, compressor and llm, or none of them; got {','.join(names)}")
-    from vlm_jax.compress import catalog  # imports jax, which a table without names does not need
-
     encoder, compressor, llm = names
     try:
         if zoo.nominal_params(llm) != params * BILLION:
