@@ -15,6 +15,7 @@ from vlm_jax.scaling import solve
 from vlm_jax.scaling.solve import Floats, Problem, Solution
 
 LEVEL = 0.95
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # of a central interval, as shares
 _BOOTSTRAP_TOLERANCE = 1e-6
 
 
@@ -28,6 +29,17 @@ class Draws(NamedTuple):
 def bootstrap(of: Problem, fit: Solution, predicted: Floats, cell: Floats, draws: int, seed: int) -> Draws:
     """Residual and case bootstrap of one problem with fitted errors `predicted` [n] and cell indices `cell` [n]."""
     rng = np.random.default_rng(seed)
+    residual = residual_draws(of, fit, predicted, draws, rng)
+    names, index = np.unique(cell, return_inverse=True)
+    chosen = rng.integers(0, len(names), (draws, len(names)))
+    weight = np.stack([np.bincount(row, minlength=len(names)) for row in chosen])[:, index].astype(float)
+    return Draws(residual, _refitted(of, fit, np.broadcast_to(of.error, weight.shape), weight * of.weight))
+
+
+def residual_draws(
+    of: Problem, fit: Solution, predicted: Floats, draws: int, rng: np.random.Generator
+) -> dict[str, Floats]:
+    """Parameters [draws] by name of a residual bootstrap of one problem with fitted errors `predicted` [n]."""
     count = len(predicted)
     precision = np.sqrt(of.weight[0])  # residuals times this have one variance
     widen = precision * np.sqrt(count / max(count - of.form.free_params, 1))
@@ -36,17 +48,13 @@ def bootstrap(of: Problem, fit: Solution, predicted: Floats, cell: Floats, draws
         error = np.maximum(predicted, 1e-6) * np.exp(_drawn(residual * widen, draws, rng) / precision)
     else:
         error = np.maximum(predicted + _drawn((of.error[0] - predicted) * widen, draws, rng) / precision, 1e-6)
-    names, index = np.unique(cell, return_inverse=True)
-    chosen = rng.integers(0, len(names), (draws, len(names)))
-    weight = np.stack([np.bincount(row, minlength=len(names)) for row in chosen])[:, index].astype(float)
-    same = np.broadcast_to(of.floor, (draws,))
-    problems = (
-        of._replace(error=error, weight=np.broadcast_to(of.weight, error.shape), floor=same),
-        of._replace(error=np.broadcast_to(of.error, weight.shape), weight=weight * of.weight, floor=same),
-    )
-    return Draws(
-        *(solve.named(each, solve.solve(each, seed, fit.theta, _BOOTSTRAP_TOLERANCE, 40)) for each in problems)
-    )
+    return _refitted(of, fit, error, np.broadcast_to(of.weight, error.shape))
+
+
+def _refitted(of: Problem, fit: Solution, error: Floats, weight: Floats) -> dict[str, Floats]:
+    """Parameters by name of fits to errors and weights [R, n], from the fit of the one problem."""
+    each = of._replace(error=error, weight=weight, floor=np.broadcast_to(of.floor, len(error)))
+    return solve.named(each, solve.solve(each, 0, fit.theta, _BOOTSTRAP_TOLERANCE, 40))
 
 
 def _drawn(residual: Floats, draws: int, rng: np.random.Generator) -> Floats:
@@ -56,7 +64,7 @@ def _drawn(residual: Floats, draws: int, rng: np.random.Generator) -> Floats:
 
 def percentiles(values: Floats) -> tuple[float, float]:
     """The central 95 % interval."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(values, ENDS)
     return float(low), float(high)
 
 

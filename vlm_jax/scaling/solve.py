@@ -47,7 +47,15 @@ class Problem(NamedTuple):
     loss: Loss
 
     def take(self, which: NDArray[np.intp]) -> "Problem":
+        """The problems of these indices."""
         return self._replace(error=self.error[which], weight=self.weight[which], floor=self.floor[which])
+
+    def rows(self, which: NDArray[np.bool_]) -> "Problem":
+        """The same problems with these of their n rows."""
+        return self._replace(
+            log_params=self.log_params[which], log_tokens=self.log_tokens[which],
+            error=self.error[:, which], weight=self.weight[:, which],
+        )  # fmt: skip
 
 
 def problem(
@@ -233,3 +241,9 @@ def named(of: Problem, solution: Solution) -> dict[str, Floats]:
     }
     extra = 0.0 if of.form.floor == "fixed" else solution.coefficients[:, -1]
     return {**values, "alpha": alpha, "beta": beta, "D": of.floor + extra}
+
+
+def predicted(of: Problem, solution: Solution) -> Floats:
+    """Errors [R, n] by each solution at the rows of its problem."""
+    values = {name: value[:, None] for name, value in named(of, solution).items()}
+    return of.form.function(np.exp(of.log_params), np.exp(of.log_tokens), **values)
