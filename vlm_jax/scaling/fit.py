@@ -26,8 +26,8 @@ def fit(
     """Fits all forms ("auto") and chooses one, or fits one form and the multiplicative, which gives `ratio`.
 
     `floor="blind"` takes scores relative to the blind baseline of the same size; `fixed_floor` is D of the "-fixed"
-    forms; `weights="stderr"` weights rows by their inverse variance; `interval="all"` gives intervals to every form, not
-    only to the chosen and the multiplicative one. `progress` is called with the name of each stage.
+    forms; `weights="stderr"` weights rows by their inverse variance; `interval="all"` gives intervals to every form and
+    not only to the chosen and the multiplicative one. `progress` is called with the name of each stage.
     Raises `UserError` for rows that no law can be fitted to, or that have no standard errors to weight by.
     """
     if weights not in WEIGHTS:
@@ -145,13 +145,18 @@ def _fit_form(of: solve.Problem, found: solve.Solution, data: _Data, seed: int) 
     """The fit with its held-out errors and its test, without intervals."""
     params = {name: float(values[0]) for name, values in solve.named(of, found).items()}
     sse = float(np.sum((solve.predicted(of, found)[0] - data.error) ** 2))
-    cost, free, hints = float(found.cost[0]), of.form.free_params, found.theta
+    cost, free = float(found.cost[0]), of.form.free_params
     aicc = _aicc(cost, len(data.error), free)
-    cell_error = _left_out(of, data, data.cell, seed, hints)[0] if len(np.unique(data.cell)) > free else None
-    tokens_error = _left_out(of, data, data.tokens, seed, hints)[0] if len(np.unique(data.tokens)) > 2 else None
-    size_error, largest = _left_out(of, data, data.params, seed) if len(np.unique(data.params)) > 2 else (None, None)
+    groups = {"cell": data.cell, "size": data.params, "tokens": data.tokens}
+    least = {"cell": free, "size": 2, "tokens": 2}  # groups that a held-out fit needs more of
+    groups = {name: group for name, group in groups.items() if len(np.unique(group)) > least[name]}
+    hints = [None if name == "size" else found.theta for name in groups]  # without a size the fit may be another
+    held = dict(zip(groups, intervals.left_out(of, list(groups.values()), hints, seed), strict=True)) if groups else {}
+    errors = {name: float(np.sqrt(np.mean((one.predicted - data.error) ** 2))) for name, one in held.items()}
+    largest = _largest_out(held["size"], data) if "size" in held else None
     test = lack_of_fit.test(of, found, data.cell, data.stderr, seed)
-    return FormFit(params, sse, cost, aicc, size_error, cell_error, largest, {}, {}, tokens_error, test)
+    out = errors.get("size"), errors.get("cell"), largest
+    return FormFit(params, sse, cost, aicc, *out, {}, {}, errors.get("tokens"), test)
 
 
 def _with_intervals(
@@ -186,19 +191,16 @@ def _aicc(cost: float, count: int, free_params: int) -> float | None:
     return float(count * np.log(max(cost, 1e-300) / count) + 2 * total + 2 * total * (total + 1) / (count - total - 1))
 
 
-def _left_out(
-    of: solve.Problem, data: _Data, group: Floats, seed: int, hints: Floats | None = None
-) -> tuple[float, dict[str, Any]]:
-    """The root mean square error on held-out groups, and the fit without the last group."""
-    predicted, every = intervals.left_out(of, group, seed, hints)
-    last = group == group.max()
-    relative = np.abs(predicted[last] / data.error[last] - 1)
-    return float(np.sqrt(np.mean((predicted - data.error) ** 2))), {
-        "llm_params_billion": float(data.params[last].max()),
+def _largest_out(held: intervals.LeftOut, data: _Data) -> dict[str, Any]:
+    """The fit without the largest size."""
+    last = data.params == data.params.max()
+    relative = np.abs(held.predicted[last] / data.error[last] - 1)
+    return {
+        "llm_params_billion": float(data.params.max()),
         "mean_relative_error": float(relative.mean()),
         "max_relative_error": float(relative.max()),
-        "relative_error_of_mean": float(abs(predicted[last].mean() / data.error[last].mean() - 1)),
-        "params": every[-1],
+        "relative_error_of_mean": float(abs(held.predicted[last].mean() / data.error[last].mean() - 1)),
+        "params": held.params[-1],
     }
 
 

@@ -6,7 +6,7 @@ Coefficients, ratios and predictions take percentiles of a residual bootstrap wh
 sqrt(n / (n - p)). The case bootstrap resamples whole cells with their replicates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -138,20 +138,42 @@ def _edge(cost: Callable[[Floats], Floats], value: Floats, bound: Floats, limit:
     return np.where(inside == bound, bound, (inside + outside) / 2)
 
 
-def left_out(
-    of: Problem, group: Floats, seed: int, hints: Floats | None = None
-) -> tuple[Floats, list[dict[str, float]]]:
-    """Predictions [n] of every row by a fit without its group, and the parameters of these fits by ascending group."""
-    groups = np.unique(group)
-    weight = np.where(group[None] == groups[:, None], 0.0, of.weight)
+class LeftOut(NamedTuple):
+    """Fits without one group of rows each, by ascending group."""
+
+    predicted: Floats  # [n] of every row by the fit without its group
+    params: list[dict[str, float]]  # of each fit
+
+
+def left_out(of: Problem, groupings: Sequence[Floats], hints: Sequence[Floats | None], seed: int) -> list[LeftOut]:
+    """The held-out predictions of one problem for each grouping [n] of its rows, all fits in one batch. `hints` [S, 2]
+    are the starts of a grouping's fits; None: they are searched for."""
+    names = [np.unique(group) for group in groupings]
+    kept = np.concatenate(
+        [group[None] != values[:, None] for group, values in zip(groupings, names, strict=True)]
+    )  # [R, n]
+    weight = np.where(kept, of.weight, 0.0)
     problems = of._replace(
-        error=np.broadcast_to(of.error, weight.shape), weight=weight, floor=np.broadcast_to(of.floor, len(groups))
+        error=np.broadcast_to(of.error, weight.shape), weight=weight, floor=np.broadcast_to(of.floor, len(weight))
     )
-    found = solve.solve(problems, seed, hints, _BOOTSTRAP_TOLERANCE)
+    ends = np.cumsum([len(values) for values in names])
+    parts = [np.arange(end - len(values), end) for end, values in zip(ends, names, strict=True)]
+    if of.form.floor == "none":
+        found = solve.solve(problems, seed)
+    else:
+        starts = [
+            solve.global_starts(problems.take(part), seed) if hint is None else np.tile(hint, (len(part), 1, 1))
+            for part, hint in zip(parts, hints, strict=True)
+        ]
+        index = np.concatenate([np.repeat(part, each.shape[1]) for part, each in zip(parts, starts, strict=True)])
+        flat = np.concatenate([each.reshape(-1, 2) for each in starts])
+        found = solve.solve_from(problems, index, flat, _BOOTSTRAP_TOLERANCE)
     values = solve.named(problems, found)
-    every = [{name: float(value[i]) for name, value in values.items()} for i in range(len(groups))]
-    predicted = np.empty(len(group))
-    for one, params in zip(groups, every, strict=True):
-        rows = group == one
-        predicted[rows] = of.form.function(np.exp(of.log_params[rows]), np.exp(of.log_tokens[rows]), **params)
-    return predicted, every
+    predicted = solve.predicted(problems, found)
+    return [
+        LeftOut(
+            predicted[part[np.searchsorted(ofs, group)], np.arange(len(group))],
+            [{name: float(value[i]) for name, value in values.items()} for i in part],
+        )
+        for part, ofs, group in zip(parts, names, groupings, strict=True)
+    ]
