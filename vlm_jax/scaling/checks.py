@@ -7,7 +7,7 @@ import numpy as np
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import laws, scores, solve
-from vlm_jax.scaling.fitted import FormFit, LackOfFit
+from vlm_jax.scaling.fitted import FormFit, LackOfFit, p_value
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import Measurement, Scores, params_label
 
@@ -68,17 +68,18 @@ def _about_fit(
         for name in ("alpha", "beta"):
             if key in forms and not solve.LOWEST < forms[key].params[name] < solve.HIGHEST:
                 yield f"exponent_at_bound: {name} of {key} ran into the bound of the search"
+    test = forms[chosen].lack_of_fit
     tokens = sorted({c.tokens for c in seen})
     edge, text = (tokens[0], "fewest") if basic.params["alpha"] > basic.params["beta"] else (tokens[-1], "most")
     best = f"without text (Q = 0) the best V is {edge}, the {text} measured"
-    yield f"optimum_on_edge: {best}; beyond it nothing is known"
+    if not test.rejects:
+        yield f"optimum_on_edge: {best}; beyond it nothing is known"
     if ratio["low"] is None:
         yield "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
-    test = forms[chosen].lack_of_fit
     if test.p is None:
         yield f"fit_not_tested: no replicates and no standard errors of rows; nobody knows whether {chosen} fits"
     elif test.rejects:
-        missed = f"{chosen} misses the cells' means by more than the noise of {test.noise} (p = {test.p:.2g})"
+        missed = f"{chosen} misses the cells' means by more than the noise of {test.noise} (p {p_value(test.p)})"
         yield f"lack_of_fit: {missed}; plans rank measured cells, not the law"
     out = forms[chosen].largest_out or {}
     if not out.get("extrapolates", True):

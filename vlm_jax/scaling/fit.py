@@ -1,6 +1,6 @@
 """Fits the forms of the law to families of rows. The same rows and seed give the same values."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,21 +124,33 @@ def _fit_family(
             ratio, difference = _contrast(forms[key], draws)
     progress("profile of D")
     d_profile = _profile_of_floor(data, loss)
+    noise = checks.noise(data.error, data.cell, forms[chosen].lack_of_fit)
     rows = {
         "cells": len(data.error),
         "sizes": sorted(set(data.params.tolist())),
         "tokens": sorted(set(data.tokens.astype(int).tolist())),
         "lowest_error": float(data.error.min()),
         "blind": {f"{size:g}": error for size, error in scores.blind_errors(cells).items()},
-        "noise": checks.noise(data.error, data.cell, forms[chosen].lack_of_fit),
+        "noise": noise,
         "harness": sorted({c.extra["harness"] for c in seen if c.extra.get("harness")}),
     }
     models = distinct(c.model for c in sorted(seen, key=lambda c: (c.params, c.tokens)) if c.model is not None)
     warnings = checks.warnings(original, seen, forms[BASIC], forms, chosen, ratio)
     # Draws are long, and only these are used.
     forms = {key: one if key in (chosen, BASIC) else one._replace(draws={}) for key, one in forms.items()}
-    measured = Measured(*map(list, zip(*scores.cell_means(seen), strict=True)))
-    return FamilyFit(rows, models, forms, chosen, selection, ratio, difference, d_profile, warnings, measured)
+    return FamilyFit(
+        rows, models, forms, chosen, selection, ratio, difference, d_profile, warnings, _measured(seen, data, noise)
+    )
+
+
+def _measured(cells: tuple[Measurement, ...], data: _Data, noise: Mapping[str, Any]) -> Measured:
+    """The means of cells; their standard error is that of images, or that of replicates pooled over cells if larger."""
+    params, tokens, error, _ = zip(*scores.cell_means(cells), strict=True)  # in the order of `_Data.cell`
+    index = data.cell.astype(int)
+    count = np.bincount(index)
+    images = np.sqrt(np.bincount(index, np.nan_to_num(data.stderr) ** 2)) / count
+    stderr = np.maximum(images, (noise["stdev"] or 0.0) / np.sqrt(count))
+    return Measured(list(params), list(tokens), list(error), stderr.tolist())
 
 
 def _fit_form(of: solve.Problem, found: solve.Solution, data: _Data, seed: int) -> FormFit:

@@ -40,6 +40,11 @@ BASIC = "multiplicative"
 Interval = tuple[float | None, float | None]
 
 
+def p_value(p: float) -> str:
+    """Behind a "p": "= 0.31", or "< 1e-06" for smaller ones."""
+    return f"= {p:.2g}" if p >= 1e-6 else "< 1e-06"
+
+
 def visual_side(model: ModelSpec) -> ModelSpec:
     """The model without V and the language model, in which the cells of a grid differ."""
     compressor = dataclasses.replace(model.compressor, tokens=0, text_width=0)
@@ -204,7 +209,7 @@ class FamilyFit(NamedTuple):
         one = self.lack_of_fit
         if one.p is None:
             return f"whether {self.chosen} fits cannot be tested: rows have no replicates and no standard errors"
-        against = f"p = {one.p:.2g} against the noise of {one.noise}"
+        against = f"p {p_value(one.p)} against the noise of {one.noise}"
         if not one.rejects:
             return f"{self.chosen} fits ({against})"
         tried = [key for key, form in self.forms.items() if laws.form(key).floor != "free"]
@@ -215,7 +220,7 @@ class FamilyFit(NamedTuple):
     def extrapolation(self) -> str:
         """Whether the law predicts its largest size from the others, as a sentence; "" if it was not tried."""
         out = self.forms[self.chosen].largest_out or {}
-        if "covered" not in out:
+        if "covered" not in out or (out["extrapolates"] and not self.fits):
             return ""
         size = f"{out['llm_params_billion']:.3g} billion"
         text = (

@@ -128,6 +128,7 @@ def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, ac
         axes.errorbar(
             [p[x_of] * shift for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
             fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0, label=label,
+            linestyle="none" if fitted.predicts == "law" else ":", linewidth=1.0,
         )  # fmt: skip
     blind = scores.blind_errors(cells)
     if blind:

@@ -15,7 +15,7 @@ from rich.text import Text
 from vlm_jax.core.specs import to_dict
 from vlm_jax.scaling import frontier
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.fitted import FamilyFit, LawFit
+from vlm_jax.scaling.fitted import FamilyFit, LawFit, p_value
 from vlm_jax.scaling.frontier import Choice, Ranking
 from vlm_jax.scaling.scores import params_label
 from vlm_jax.sizing.cost import PARTS
@@ -42,10 +42,10 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_law(law: LawFit, console: Console) -> None:
-    """Prints forms, ratio, verdict, prediction and warnings of every family. "size out", "V out" and "cell out" are
-    held-out errors, "fit p" is the test of lack of fit."""
+    """Prints forms, their checks, ratio, verdict, prediction and warnings of every family."""
     for name, family in law.families.items():
         console.print(_forms(name, family))
+        console.print(_checks(family))
         console.print(f"chosen: {family.selection}", style="dim")
         ratio, gap = family.ratio, family.difference
         console.print(
@@ -75,20 +75,29 @@ def print_law(law: LawFit, console: Console) -> None:
 def _forms(name: str, family: FamilyFit) -> Table:
     cells, sizes = family.rows["cells"], len(family.rows["sizes"])
     title = f"{name}: {cells} rows, {sizes} sizes, {len(family.rows['tokens'])} V; chosen: {family.chosen}"
-    columns = ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "V out", "cell out", "fit p")
+    columns = ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc")
     table = _table(columns, ("form",), title=title, title_style="bold")
     for key, one in family.forms.items():
         params = [_number(one.params.get(p)) for p in ("A", "B", "C", "alpha", "beta", "D")]
         scores = [f"{one.sse:.2e}", "-" if one.aicc is None else f"{one.aicc:.1f}"]
-        scores += [_number(each) for each in (one.loo_error, one.tokens_error, one.cv_error)]
-        scores += [_number(one.lack_of_fit.p, 2)]
         table.add_row(key, *params, *scores, style="bold green" if key == family.chosen else None)
+    return table
+
+
+def _checks(family: FamilyFit) -> Table:
+    """Held-out errors, and the test of lack of fit."""
+    columns = ("form", "error of a size left out", "of a V", "of a cell", "fits")
+    table = _table(columns, ("form",))
+    for key, one in family.forms.items():
+        errors = [_number(each) for each in (one.loo_error, one.tokens_error, one.cv_error)]
+        test = "-" if one.lack_of_fit.p is None else f"p {p_value(one.lack_of_fit.p)}"
+        table.add_row(key, *errors, test, style="bold green" if key == family.chosen else None)
     return table
 
 
 def _measured_frontier(family: FamilyFit, question: int = 50) -> Table:
     """The measured cells that no cheaper one beats, in the paper's cost."""
-    title = f"measured cells that no cheaper one beats, by 2 N (Q + V) at Q = {question}"
+    title = f"frontier of measured cells, Q = {question}"
     table = _table(("N", "V", "error", "stderr", "TFLOPs"), (), title=title)
     cells = family.measured
     cost = 2e9 * np.array(cells.params) * (question + np.array(cells.tokens))
