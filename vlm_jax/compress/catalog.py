@@ -1,8 +1,8 @@
 """The compressor catalog: lookup of rows by name, checks of specs, and what follows from a row.
 
-To add a compressor, write its functions in a file of this folder and add a row to `rows.ROWS`: configs, the contract
-test, the cost model, grids and figures include it. `compress.contract` says what a row is. `model_spec` alone chooses
-default sizes, for configs, `load` and plans.
+To add a compressor, write its functions in a file of this folder and one of `sizes/`, and add a row to `rows.ROWS`:
+configs, the contract test, the cost model, grids and figures include it. `compress.contract` says what a row is.
+`model_spec` alone chooses default sizes, for configs, `load` and plans.
 """
 
 import dataclasses

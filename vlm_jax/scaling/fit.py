@@ -8,7 +8,7 @@ import numpy as np
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.scaling import checks, intervals, lack_of_fit, laws, scores, solve
-from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, Interval, LawFit, Measured, distinct
+from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, Interval, LargestOut, LawFit, Measured, distinct
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import Measurement, Scores
 
@@ -203,7 +203,7 @@ def _aicc(cost: float, count: int, free_params: int) -> float | None:
     return float(count * np.log(max(cost, 1e-300) / count) + 2 * total + 2 * total * (total + 1) / (count - total - 1))
 
 
-def _largest_out(held: intervals.LeftOut, data: _Data) -> dict[str, Any]:
+def _largest_out(held: intervals.LeftOut, data: _Data) -> LargestOut:
     """The fit without the largest size."""
     last = data.params == data.params.max()
     relative = np.abs(held.predicted[last] / data.error[last] - 1)

@@ -22,7 +22,7 @@ determine the optimal V, and are identified where the exponents are not. `lack_o
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,19 @@ class Difference(TypedDict):
     high: float
 
 
+class LargestOut(TypedDict):
+    """The fit without the largest size, and how well it predicts that size."""
+
+    llm_params_billion: float
+    mean_relative_error: float
+    max_relative_error: float
+    relative_error_of_mean: float
+    params: dict[str, float]
+    covered: NotRequired[int]  # cells of that size in the 95 % interval; of forms with intervals
+    cells: NotRequired[int]  # all cells of that size
+    extrapolates: NotRequired[bool]  # False: chance does not leave so many out
+
+
 class LackOfFit(NamedTuple):
     """The test of one form against the noise of the rows (`scaling.lack_of_fit`)."""
 
@@ -142,7 +155,7 @@ class FormFit(NamedTuple):
     aicc: float | None
     loo_error: float | None
     cv_error: float | None
-    largest_out: dict[str, Any] | None
+    largest_out: LargestOut | None
     interval: dict[str, Interval]
     draws: dict[str, list[float]]
     tokens_error: float | None = None
@@ -220,7 +233,7 @@ class FamilyFit(NamedTuple):
     def extrapolation(self) -> str:
         """Whether the law predicts its largest size from the others, as a sentence; "" if it was not tried."""
         out = self.forms[self.chosen].largest_out or {}
-        if "covered" not in out or (out["extrapolates"] and not self.fits):
+        if not {"covered", "cells", "extrapolates"} <= set(out) or (out["extrapolates"] and not self.fits):
             return ""
         size = f"{out['llm_params_billion']:.3g} billion"
         text = (
