@@ -1,6 +1,7 @@
 """Fits the error law to result rows: `python -m vlm_jax.fit_law --rows FILE --out law.json`.
 
-Prints the law of each family with its warnings, and writes it to `law.json` (format: `scaling.fitted`).
+Prints the law of each family with its warnings, whether it fits its rows and predicts the largest LLM from the others,
+and writes it to `law.json` (format: `scaling.fitted`).
 """
 
 import math

@@ -85,7 +85,17 @@ def test_rows_without_noise_are_not_tested():
     copies = (np.append(each, each[0]) for each in (error, N, V))  # a second copy of a row is no replicate
     assert outcome(*copies, np.nan).noise == "nothing"
     few = error[:3], N[[0, 8, 16]], V[[0, 1, 2]]
-    assert outcome(*few, 0.01).noise == "nothing"  # as many rows as parameters
+    assert outcome(*few, 0.01) == LackOfFit("images", None, None)  # as many rows as parameters
+
+
+def test_rows_without_a_seed_are_no_replicates():
+    twice = [np.append(each, each) for each in (laws.predict("semilog", TRUE, N, V), N, V)]
+    twice[0][28:] += 0.001 * np.sin(np.arange(28))
+    seeds = [0] * 28 + [1] * 28
+    with_seeds, without = (fit.fit(tables.of(*twice, seeds=of), "semilog", **FEW).family(None) for of in (seeds, None))
+    assert (with_seeds.rows["noise"]["replicates"], with_seeds.lack_of_fit.noise) == (28, "seeds")
+    assert (without.rows["noise"]["replicates"], without.lack_of_fit.noise) == (0, "nothing")
+    assert "cannot be tested: rows have no replicates" in without.verdict
 
 
 def test_one_replicate_does_not_stand_for_all_where_images_are_known():

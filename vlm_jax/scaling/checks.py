@@ -77,7 +77,7 @@ def _about_fit(
     if ratio["low"] is None:
         yield "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
     if test.p is None:
-        yield f"fit_not_tested: no replicates and no standard errors of rows; nobody knows whether {chosen} fits"
+        yield f"fit_not_tested: {test.untested}, so nobody knows whether {chosen} fits"
     elif test.rejects:
         missed = f"{chosen} misses the cells' means by more than the noise of {test.noise} (p {p_value(test.p)})"
         yield f"lack_of_fit: {missed}; plans rank measured cells, not the law"

@@ -83,6 +83,7 @@ class _Data(NamedTuple):
     cell: Floats  # index of the (N, V) pair
     weight: Floats  # of mean 1
     stderr: Floats  # nan where unknown
+    replicate: Floats  # index of the pair, of rows with a seed; a row without one is no replicate of another
 
     @classmethod
     def of(cls, cells: Iterable[Measurement], weights: str) -> "_Data":
@@ -90,7 +91,10 @@ class _Data(NamedTuple):
         params, tokens, error = np.array([(c.params, c.tokens, c.error) for c in cells], float).T
         _, cell = np.unique(np.stack([params, tokens]), axis=1, return_inverse=True)
         stderr = np.array([np.nan if c.stderr is None else c.stderr for c in cells])
-        return cls(params, tokens, error, cell.astype(float), _weights(cells, weights), stderr)
+        alone = np.array([c.seed is None for c in cells])
+        replicate = np.where(alone, len(cells) + np.arange(len(cells)), cell)
+        weight = _weights(cells, weights)
+        return cls(params, tokens, error, cell.astype(float), weight, stderr, replicate.astype(float))
 
 
 def _weights(cells: list[Measurement], weights: str) -> Floats:
@@ -124,7 +128,7 @@ def _fit_family(
             ratio, difference = _contrast(forms[key], draws)
     progress("profile of D")
     d_profile = _profile_of_floor(data, loss)
-    noise = checks.noise(data.error, data.cell, forms[chosen].lack_of_fit)
+    noise = checks.noise(data.error, data.replicate, forms[chosen].lack_of_fit)
     rows = {
         "cells": len(data.error),
         "sizes": sorted(set(data.params.tolist())),
@@ -166,7 +170,7 @@ def _fit_form(of: solve.Problem, found: solve.Solution, data: _Data, seed: int) 
     held = dict(zip(groups, intervals.left_out(of, list(groups.values()), hints, seed), strict=True)) if groups else {}
     errors = {name: float(np.sqrt(np.mean((one.predicted - data.error) ** 2))) for name, one in held.items()}
     largest = _largest_out(held["size"], data) if "size" in held else None
-    test = lack_of_fit.test(of, found, data.cell, data.stderr, seed)
+    test = lack_of_fit.test(of, found, data.replicate, data.stderr, seed)
     out = errors.get("size"), errors.get("cell"), largest
     return FormFit(params, sse, cost, aicc, *out, {}, {}, errors.get("tokens"), test)
 

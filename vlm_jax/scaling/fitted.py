@@ -126,6 +126,13 @@ class LackOfFit(NamedTuple):
     misfit: float | None = None  # standard deviation of cells around the law beyond noise
 
     @property
+    def untested(self) -> str:
+        """Why there is no p."""
+        return (
+            "rows have no replicates and no standard errors" if self.noise == "nothing" else "there are too few cells"
+        )
+
+    @property
     def rejects(self) -> bool:
         """Whether the form misses the rows by more than their noise."""
         return self.p is not None and self.p < REJECTS
@@ -221,7 +228,7 @@ class FamilyFit(NamedTuple):
         """Whether the law fits, as a sentence."""
         one = self.lack_of_fit
         if one.p is None:
-            return f"whether {self.chosen} fits cannot be tested: rows have no replicates and no standard errors"
+            return f"whether {self.chosen} fits cannot be tested: {one.untested}"
         against = f"p {p_value(one.p)} against the noise of {one.noise}"
         if not one.rejects:
             return f"{self.chosen} fits ({against})"

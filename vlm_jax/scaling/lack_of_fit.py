@@ -19,11 +19,12 @@ from vlm_jax.scaling import intervals, solve
 from vlm_jax.scaling.fitted import LackOfFit
 from vlm_jax.scaling.laws import Floats
 
-_FEW = 5
+_FEW = 5  # degrees of freedom
 
 
 def test(of: solve.Problem, found: solve.Solution, cell: Floats, stderr: Floats, seed: int) -> LackOfFit:
-    """The test of one fit to rows of cell index `cell` [n] and standard error `stderr` [n], nan where unknown."""
+    """The test of one fit to rows of standard error `stderr` [n], nan where unknown. Rows of one index `cell` [n] are
+    replicates."""
     from scipy.special import chdtrc, fdtrc
 
     cells, index = np.unique(cell, return_inverse=True)
@@ -35,11 +36,12 @@ def test(of: solve.Problem, found: solve.Solution, cell: Floats, stderr: Floats,
         pure_dof = 0  # copies of rows say nothing about noise
     dof = len(cells) - of.form.free_params
     known = bool((stderr > 0).all())
+    by_seeds = pure_dof >= _FEW or (pure_dof > 0 and not known)
     if dof < 1 or not (pure_dof or known):
-        return LackOfFit("nothing", None, None)
+        return LackOfFit("seeds" if by_seeds else "images" if known else "nothing")
     variance = pure / pure_dof if pure_dof else 0.0
     lack = float(np.sum(total * mean**2))
-    if pure_dof and (pure_dof >= _FEW or not known):
+    if by_seeds:
         return LackOfFit(
             "seeds", float(fdtrc(dof, pure_dof, lack / dof / variance)), _beyond(lack, dof, variance, total)
         )
