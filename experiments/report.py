@@ -115,14 +115,17 @@ def write_page(workdir: Path, rows: list[ResultRow], law: LawFit) -> Path:
         "seeds.</p>"
     )
     for family in law.families:
-        parts.append(f"<h2>{to_html(family)}</h2><p>{to_html(contrast(law, family))}.</p>")
+        fitted = law.family(family)
+        claims = "; ".join(text for text in (fitted.verdict, fitted.extrapolation) if text)
+        parts.append(f"<h2>{to_html(family)}</h2><p>{to_html(contrast(law, family))}.</p><p>{to_html(claims)}.</p>")
         parts.append(html_table(error_table(rows, family)))
         for kind in ("by_tokens", "by_params"):
             picture = base64.b64encode((workdir / "figures" / f"{slug(family)}_{kind}.png").read_bytes()).decode()
             parts.append(f'<img alt="{to_html(family)}: error {kind}" src="data:image/png;base64,{picture}">')
-        parts.append("<p>What the law chooses from this ladder at a budget of FLOPs a question:</p>")
+        chooses = "the law chooses" if fitted.predicts == "law" else "the measured cells offer"
+        parts.append(f"<p>What {chooses} from this ladder at a budget of FLOPs a question:</p>")
         parts.append(html_table(plans(law, rows, family)))
-        warnings = "".join(f"<li>{to_html(w.partition(': ')[2])}</li>" for w in law.family(family).warnings)
+        warnings = "".join(f"<li>{to_html(w.partition(': ')[2])}</li>" for w in fitted.warnings)
         parts.append(f'<p class="note">Warnings:</p><ul class="note">{warnings}</ul>')
     path = workdir / "report.html"
     write_text(path, "\n".join(parts) + "\n")
@@ -153,6 +156,7 @@ def report(workdir: Path, loss: str = "squared") -> None:
             for line in lines:
                 console.print("  " + "   ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)))
         console.print(contrast(law, family))
+        console.print(law.family(family).verdict)
     console.print(
         f"\nlaw:     {workdir / 'law.json'}\nfigures: {workdir / 'figures'}\nreport:  {write_page(workdir, rows, law)}"
     )

@@ -1,6 +1,7 @@
 """Fits the error law to result rows: `python -m vlm_jax.fit_law --rows FILE --out law.json`.
 
-Prints the law of each family with its warnings, and writes it to `law.json` (format: `scaling.fitted`).
+Prints the law of each family with its warnings, whether it fits its rows and predicts the largest LLM from the others,
+and writes it to `law.json` (format: `scaling.fitted`).
 """
 
 import math
@@ -23,6 +24,7 @@ def parser() -> ArgumentParser:
     flags.add_argument("--weights", default="equal", help="stderr: each row by the inverse of its squared stderr")
     flags.add_argument("--fixed-d", type=float, default=0.0, help="D of the -fixed forms")
     flags.add_argument("--bootstraps", type=int, default=1000)
+    flags.add_argument("--intervals", default="chosen", help="all: of every form, not only the chosen one; slower")
     flags.add_argument("--seed", type=int, default=0)
     return flags
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
         law = fit.fit(
             rows, flags.form, family=flags.family, loss=flags.loss, floor=flags.floor, fixed_floor=flags.fixed_d,
             bootstraps=flags.bootstraps, seed=flags.seed, source=Path(flags.rows).name,
-            weights=flags.weights, progress=progress,
+            weights=flags.weights, interval=flags.intervals, progress=progress,
         )  # fmt: skip
     lawfile.write(flags.out, law)
     report.print_law(law, report.console())

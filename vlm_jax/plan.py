@@ -3,7 +3,8 @@
 
 Ranks the models within a budget by predicted error, with cost and latency by part: the encoder and compressor that the
 law was measured with, any V, any LLM of the measured family. --encoders, --llms and --compressors name others;
-extrapolations are marked * and rank last. Touches no accelerator.
+extrapolations are marked * and rank last. Where no form of the law fits, the measured cells are ranked. Touches no
+accelerator.
 """
 
 from vlm_jax.cli import ArgumentParser, run_main

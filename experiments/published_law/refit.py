@@ -104,6 +104,7 @@ def _family(name: str, one: FamilyFit, law: LawFit, rows: Scores) -> SimpleNames
     )
     return SimpleNamespace(
         chosen=one.chosen,
+        verdict=one.verdict,
         forms=SimpleNamespace(**forms),
         table="\n".join(_form_row(key, form, one.chosen) for key, form in one.forms.items()),
         ratio=SimpleNamespace(**one.ratio),
@@ -125,7 +126,11 @@ def _family(name: str, one: FamilyFit, law: LawFit, rows: Scores) -> SimpleNames
 
 def _form_row(key: str, form: FormFit, chosen: str) -> str:
     values = [f"{form.params[p]:.4g}" if p in form.params else "" for p in ("A", "B", "C", "alpha", "beta", "D")]
-    scores = [f"{form.sse:.3e}", f"{form.aicc:.1f}", f"{form.loo_error:.4f}", f"{form.cv_error:.4f}"]
+    scores = [
+        f"{form.sse:.3e}",
+        f"{form.aicc:.1f}",
+        *(f"{each:.4f}" for each in (form.loo_error, form.tokens_error, form.cv_error)),
+    ]
     name = f"**{key}**" if key == chosen else key
     return "| " + " | ".join([name, *values, *scores]) + " |"
 

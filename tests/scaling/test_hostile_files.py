@@ -80,6 +80,14 @@ BASIC = f"{FAMILY}forms/multiplicative/"
         (f"{FAMILY}models/0/decoder/depth", 10**12, "decoder.depth: expected 1 to"),
         (f"{FAMILY}models/0/decoder/name", "a\x1b[31m", "expected printable text"),
         (f"{FAMILY}selection", "a\x07", "expected printable text"),
+        (f"{FAMILY}measured/error", [0.5], "measured.params: expected 1 numbers, one for each error, got 28"),
+        (f"{FAMILY}measured/tokens", [0] * 28, "measured.tokens: expected numbers of 1 or more"),
+        (f"{FAMILY}measured/stderr", [None] * 28, "measured.stderr.0: expected float"),
+        (f"{FAMILY}measured", [], "measured: expected a group of fields"),
+        (f"{BASIC}lack_of_fit/noise", "\x1b[31m", "unknown families.ocr.forms.multiplicative.lack_of_fit.noise"),
+        (f"{BASIC}lack_of_fit/p", "0.1", "lack_of_fit.p: expected float"),
+        (f"{BASIC}largest_out", {"covered": 3}, "largest_out.llm_params_billion is missing"),
+        (f"{BASIC}largest_out/covered", "3", "largest_out.covered: expected int"),
     ],
 )
 def test_a_value_that_no_fit_writes(tmp_path: Path, field: str, value: Any, message: str) -> None:

@@ -1,1 +1,1 @@
-"""Floor 2: visual-token compressors, as rows of pure functions over arrays (`compress.catalog`)."""
+"""Floor 2: visual-token compressors, as rows of pure functions (`compress.catalog`)."""

@@ -1,8 +1,8 @@
 """The compressor catalog: lookup of rows by name, checks of specs, and what follows from a row.
 
-To add a compressor, write its functions in a file of this folder and add a row to `rows.ROWS`: configs, the contract
-test, the cost model, grids and figures include it. `compress.contract` says what a row is. `model_spec` alone chooses
-default sizes, for configs, `load` and plans.
+To add a compressor, write its functions in a file of this folder and one of `sizes/`, and add a row to `rows.ROWS`:
+configs, the contract test, the cost model, grids and figures include it. `compress.contract` says what a row is.
+`model_spec` alone chooses default sizes, for configs, `load` and plans.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from vlm_jax.compress import plugins
 from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, key_width, no_segments, no_stages
 from vlm_jax.compress.rows import ROWS
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.segments import HIDDEN
 from vlm_jax.core.specs import CompressorSpec, ComputeSpec, DataSpec, DecoderSpec, DropStage, EncoderSpec, ModelSpec
-from vlm_jax.ops.masks import HIDDEN
 
 # Sizes of every compressor after the built-in encoder, but those with stages: many narrow heads, since few hurt narrow
 # decoders most.

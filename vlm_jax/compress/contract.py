@@ -11,18 +11,35 @@
 """
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-
-from vlm_jax.compress.layers import Count, Weights
 from vlm_jax.core.specs import RETURNS, CompressorSpec, DecoderSpec, DropStage, EncoderSpec
-from vlm_jax.core.structs import Evidence, Prefix
 
+if TYPE_CHECKING:
+    import jax
+
+    from vlm_jax.core.structs import Evidence, Prefix
+
+Weights = dict[str, Any]  # nested, arrays at the leaves
+Count = int | float  # a count of tokens may be a mean
 TOKENS = frozenset({"tokens"})
 OF_QUESTION = frozenset({"question_vector", "question_tokens"})  # fields of Evidence that depend on the question
 ELASTIC = ("no", "prefix", "ladder")
+
+
+def function_at(path: str) -> Callable[..., Any]:
+    """The function at "module.name" of this package, which the first call imports: modules with functions of arrays
+    import jax, and a model is sized and priced without it."""
+    module, _, name = path.rpartition(".")
+
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"vlm_jax.compress.{module}"), name)
+
+    return lambda *args: function()(*args)
 
 
 class Cost(NamedTuple):
@@ -85,8 +102,8 @@ def no_stages(spec: CompressorSpec, depth: int) -> tuple[DropStage, ...]:
 class Compressor(NamedTuple):
     """One method. Every function of a `CompressorSpec` may assume that `catalog.check` accepts it."""
 
-    init_weights: Callable[[jax.Array, CompressorSpec], Weights]  # boxed arrays, or {}
-    apply: Callable[[Weights, Evidence, CompressorSpec], Prefix]  # unboxed weights
+    init_weights: "Callable[[jax.Array, CompressorSpec], Weights]"  # boxed arrays, or {}
+    apply: "Callable[[Weights, Evidence, CompressorSpec], Prefix]"  # unboxed weights
     tokens_out: Callable[[tuple[int, int]], tuple[int, ...]]  # supported V on a patch grid, ascending
     cost: Callable[[CompressorSpec, Count], Cost]  # with a question of that many tokens
     defaults: Callable[[EncoderSpec, DecoderSpec, int], CompressorSpec]  # default sizes at V tokens

@@ -20,10 +20,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.convolving import (  # noqa: F401
+    abstractor_cost,
+    abstractor_defaults,
+    ldpv2_cost,
+)
 from vlm_jax.core.axes import POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import table
@@ -42,18 +46,6 @@ def ldpv2(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
         evidence.project(evidence.tokens), evidence.mask, g.bins(h, shape[0]), g.bins(w, shape[1])
     )
     return Prefix(y + g.to_rows(layers.depthwise(weights["conv"], g.to_grid(y, shape))), mask)
-
-
-def ldpv2_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    pooled = g.weighted_mean_flops(spec.grid, g.pooling_shapes(spec.grid)[spec.tokens], spec.text_width)
-    conv = layers.depthwise_flops(spec.tokens, spec.text_width)
-    return Cost(pooled + conv, projected=spec.grid[0] * spec.grid[1])
-
-
-def abstractor_defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: three blocks a stage, of width 1024 (the encoder's, for a narrower one)."""
-    width = min(encoder.width, 1024)
-    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, width, 1, 3, 0)
 
 
 def init_abstractor(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -121,19 +113,3 @@ def _block(
     y = y * jax.nn.sigmoid(layers.linear(weights["excite"], inner, layers.OUTWARDS))[:, None]
     shortcut = convolved(weights["shortcut"], x) if "shortcut" in weights else x
     return jax.nn.silu(convolved(weights["last"], y) + shortcut)
-
-
-def abstractor_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    n, patches = round(spec.tokens**0.5), spec.grid[0] * spec.grid[1]
-    pooled = g.weighted_mean_flops(spec.grid, (n, n), spec.width)
-    return Cost(_stage_flops(patches, spec.encoder_width, spec) + pooled + _stage_flops(n * n, spec.width, spec))
-
-
-def _stage_flops(cells: int, inputs: int, spec: CompressorSpec) -> float:
-    total, width = 0.0, spec.width
-    for i in range(spec.depth):
-        first = inputs if i == 0 else width
-        ones = (2 if first != width else 1) * layers.linear_flops(cells, first, width)
-        squeeze = layers.mlp_flops(1, width, round(first / 4), width)
-        total += ones + layers.linear_flops(cells, width, width) + layers.depthwise_flops(cells, width) + squeeze
-    return total

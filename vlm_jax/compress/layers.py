@@ -1,22 +1,27 @@
 """Layers of compressors: linear, layer norm, two-layer MLP, multi-head attention.
 
 `init_*` returns boxed float32 weights; the layer takes them unboxed and computes in the dtype of its input (statistics
-and softmax in float32); `*_flops` counts its matrix products, a multiply-add as two, and nothing else.
+and softmax in float32). `compress.flops` counts their matrix products.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from vlm_jax.compress.contract import (  # noqa: F401
+    Count,
+    Weights,
+)
+from vlm_jax.compress.flops import (  # noqa: F401
+    attention_flops,
+    depthwise_flops,
+    linear_flops,
+    mlp_flops,
+)
 from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, POSITION, VISION, VISION_HEADS, VISION_MLP
 from vlm_jax.ops import initializers as w
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.logical_axes import AxisNames, gather_for_compute
-
-Weights = dict[str, Any]  # nested, arrays at the leaves
-Count = int | float  # a count of tokens may be a mean
 
 # Axis names of kernels.
 INWARDS: AxisNames = (VISION, VISION_MLP)
@@ -48,10 +53,6 @@ def without_bias(weights: Weights) -> Weights:
     return {k: without_bias(v) if isinstance(v, dict) else v for k, v in weights.items() if k != "bias"}
 
 
-def linear_flops(rows: Count, inputs: int, outputs: int) -> float:
-    return 2.0 * rows * inputs * outputs
-
-
 def init_norm(width: int) -> Weights:
     return {"scale": w.ones((width,), (NORM,)), "bias": w.zeros((width,), (NORM,))}
 
@@ -74,10 +75,6 @@ def init_mlp(key: jax.Array, inputs: int, hidden: int, outputs: int) -> Weights:
 def mlp(weights: Weights, x: Float[Array, "B *rows inputs"]) -> Float[Array, "B *rows outputs"]:
     """Linear, GELU (exact), Linear."""
     return linear(weights["down"], jax.nn.gelu(linear(weights["up"], x), approximate=False), OUTWARDS)
-
-
-def mlp_flops(rows: Count, inputs: int, hidden: int, outputs: int) -> float:
-    return linear_flops(rows, inputs, hidden) + linear_flops(rows, hidden, outputs)
 
 
 def init_attention(
@@ -119,15 +116,6 @@ def attention(
     return _biased(weights["out"], out)
 
 
-def attention_flops(
-    queries: Count, keys: Count, pairs: Count, width: int, outputs: int, query_inputs: int = 0, key_inputs: int = 0
-) -> float:
-    """`pairs` is the number of scored (query, key) pairs: queries * keys, or fewer for local attention."""
-    project_in = linear_flops(queries, query_inputs or width, width)
-    project_in += 2 * linear_flops(keys, key_inputs or width, width)
-    return project_in + 2 * linear_flops(pairs, width, 1) + linear_flops(queries, width, outputs)
-
-
 def _heads(weights: Weights, x: Float[Array, "B S inputs"]) -> Float[Array, "B S N C"]:
     kernel = gather_for_compute(weights["kernel"], TO_HEADS, x.dtype)
     return _biased(weights, jnp.einsum("bse,enc->bsnc", x, kernel))
@@ -146,10 +134,6 @@ def depthwise(weights: Weights, x: Float[Array, "B h w E"]) -> Float[Array, "B h
         x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=x.shape[-1]
     )
     return _biased(weights, y)
-
-
-def depthwise_flops(cells: int, width: int) -> float:
-    return 18.0 * cells * width
 
 
 def take(x: Shaped[Array, "B P *rest"], index: Int[Array, "B V"]) -> Shaped[Array, "B V *rest"]:

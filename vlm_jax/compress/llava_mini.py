@@ -10,18 +10,20 @@ tokens, and the fused question in place of its embeddings, which get no gradient
 The fused question is given for the tokens of the bare question; the published code fuses the whole instruction.
 """
 
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost, without_mlp
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.llava_mini import (  # noqa: F401
+    defaults,
+    for_decoder,
+    llava_mini_cost,
+    problem,
+)
 from vlm_jax.core.axes import EMBED, HEAD_DIM, HEADS, MLP, NORM, POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops import initializers as w
@@ -34,25 +36,6 @@ _IN, _OUT = (EMBED, HEADS, HEAD_DIM), (HEADS, HEAD_DIM, EMBED)
 _KERNELS: dict[str, AxisNames] = {
     "query": _IN, "key": _IN, "value": _IN, "out": _OUT, "gate": (EMBED, MLP), "up": (EMBED, MLP), "down": (MLP, EMBED)
 }  # fmt: skip
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: eight heads at the encoder's width, four fusion layers of the decoder's heads and MLP."""
-    heads = math.gcd(8, encoder.width)
-    spec = CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, encoder.width, heads, 4, 0)
-    return for_decoder(spec, decoder)
-
-
-def for_decoder(spec: CompressorSpec, decoder: DecoderSpec) -> CompressorSpec:
-    """The spec with the fusion layers of another decoder."""
-    heads = math.gcd(decoder.heads, decoder.width // 2)
-    return dataclasses.replace(spec, text_width=decoder.width, mlp_width=decoder.mlp_width, fusion_heads=heads)
-
-
-def problem(spec: CompressorSpec) -> str:
-    if spec.fusion_heads < 1 or spec.text_width % (2 * spec.fusion_heads):
-        return f"fusion_heads={spec.fusion_heads} must divide half of the decoder's width, {spec.text_width}"
-    return without_mlp(spec)
 
 
 def init_llava_mini(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -131,12 +114,3 @@ def _layer(
 def _rms_norm(scale: Float[Array, " D"], x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + _RMS_EPS) * scale).astype(x.dtype)
-
-
-def llava_mini_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    patches, tokens, width = spec.grid[0] * spec.grid[1], spec.tokens, spec.text_width
-    inner = (spec.width, spec.encoder_width, spec.encoder_width, spec.encoder_width)
-    compressed = layers.attention_flops(tokens, patches, tokens * patches, *inner)
-    length = patches + tokens + question_tokens
-    layer = 2.0 * length * (4 * width**2 + 3 * width * spec.mlp_width) + 4.0 * length**2 * width
-    return Cost(compressed, spec.depth * layer, projected=patches + tokens)

@@ -16,38 +16,25 @@ where text is the decoder's question vector, without gradient. The inner width i
 attention's output projection returns to E. The papers' last MLP is the projector of the `ModelSpec`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.compress import layers, published_init
-from vlm_jax.compress.contract import Cost
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.local import (  # noqa: F401
+    cell_shape,
+    cell_tokens,
+    defaults,
+    quecc_cost,
+    tapped_layers,
+    tokenpacker_cost,
+)
 from vlm_jax.core.axes import NORM, POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import dense, zeros
-
-
-def cell_tokens(grid: g.GridShape) -> tuple[int, ...]:
-    return tuple(g.cell_shapes(grid))
-
-
-def tapped_layers(encoder: EncoderSpec) -> tuple[int, ...]:
-    """Blocks n/2, 2n/3, n-2 and n-1 (12, 16, 22 and 23 of CLIP-L's 24, as published), none after that of the tokens;
-    all of four or fewer."""
-    n, last = encoder.depth, encoder.feature_layer or encoder.depth
-    chosen = (n // 2, 2 * n // 3, n - 2, n - 1) if n > 4 else range(1, n + 1)
-    return tuple(sorted({min(block, last) for block in chosen}))
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: the encoder's width, 8 heads (or the gcd of 8 and the width), one layer, no inner MLP."""
-    width, taps = encoder.width, len(tapped_layers(encoder))
-    return CompressorSpec(name, tokens, encoder.token_grid, width, taps, decoder.width, width, math.gcd(8, width), 1, 0)
 
 
 def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -62,15 +49,10 @@ def init_tokenpacker(key: jax.Array, spec: CompressorSpec) -> Weights:
 
 def tokenpacker(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, E]; the query of a cell is its down-sampled tokens."""
-    (h, w), (r, c) = spec.grid, _shape(spec)
+    (h, w), (r, c) = spec.grid, cell_shape(spec)
     coarse, _ = g.weighted_mean(evidence.tokens, evidence.mask, g.bilinear(h, r), g.bilinear(w, c))
     queries = layers.layer_norm(weights["query_norm"], layers.linear(weights["query"], coarse))
     return _attend_to_cells(weights, queries, evidence, spec)
-
-
-def tokenpacker_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    down = g.weighted_mean_flops(spec.grid, _shape(spec), spec.encoder_width)
-    return Cost(down + layers.linear_flops(spec.tokens, spec.encoder_width, spec.width) + _cells_flops(spec))
 
 
 def init_quecc(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -97,22 +79,10 @@ def quecc(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     if evidence.mask is not None:
         fine = jnp.where(evidence.mask[..., None], fine, 0)
     # Depthwise convolution with stride = kernel size: one weighted sum for each cell and channel.
-    cells = g.split_cells(fine, spec.grid, _shape(spec))
+    cells = g.split_cells(fine, spec.grid, cell_shape(spec))
     kernel, bias = (weights["down"][name].astype(fine.dtype) for name in ("kernel", "bias"))
     queries = jnp.einsum("bvse,se->bve", cells, kernel) + bias
     return _attend_to_cells(weights, queries, evidence, spec)
-
-
-def quecc_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    """All of it for each question: keys and values could be cached, but are not."""
-    patches = spec.grid[0] * spec.grid[1]
-    text = layers.linear_flops(1, spec.text_width, spec.encoder_width)
-    query = layers.mlp_flops(patches, spec.encoder_width, spec.width, spec.width)
-    return Cost(0.0, text + query + layers.linear_flops(patches, spec.width, 1) + _cells_flops(spec))
-
-
-def _shape(spec: CompressorSpec) -> g.GridShape:
-    return g.cell_shapes(spec.grid)[spec.tokens]
 
 
 def _init_cells(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -134,7 +104,7 @@ def _attend_to_cells(
     z = _tap_layers(evidence, spec)
 
     def by_cell(x: Array) -> Array:
-        cells = g.split_cells(x, spec.grid, _shape(spec))
+        cells = g.split_cells(x, spec.grid, cell_shape(spec))
         return cells.reshape(-1, *cells.shape[2:])
 
     keys, values = (
@@ -154,9 +124,3 @@ def _tap_layers(evidence: Evidence, spec: CompressorSpec) -> Float[Array, "B P f
         raise ValueError(f"{spec.name}: expected {spec.taps} tapped layers, got {found}")
     batch, _, patches, _ = evidence.taps.shape
     return jnp.swapaxes(evidence.taps, 1, 2).reshape(batch, patches, -1).astype(evidence.tokens.dtype)
-
-
-def _cells_flops(spec: CompressorSpec) -> float:
-    patches = spec.grid[0] * spec.grid[1]
-    features = layers.mlp_flops(patches, max(spec.taps, 1) * spec.encoder_width, spec.width, spec.width)
-    return 2 * features + layers.attention_flops(spec.tokens, patches, patches, spec.width, spec.encoder_width)

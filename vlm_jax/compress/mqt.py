@@ -12,33 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.mqt import (  # noqa: F401
+    QUERIES,
+    defaults,
+    mqt_cost,
+    mqt_tokens,
+    problem,
+)
 from vlm_jax.core.axes import POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import table
 
 _EPS = 1e-6
-QUERIES = 256
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: 256 queries, at the encoder's width with its number of heads (16 for CLIP-L)."""
-    sizes = (encoder.width, encoder.heads, 1, 0)
-    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, *sizes, queries=QUERIES)
-
-
-def mqt_tokens(grid: g.GridShape) -> tuple[int, ...]:
-    return tuple(range(1, min(QUERIES, grid[0] * grid[1]) + 1))
-
-
-def problem(spec: CompressorSpec) -> str:
-    side = round(spec.queries**0.5)
-    if side**2 != spec.queries or spec.queries < spec.tokens:
-        return f"queries={spec.queries} must be a square of at least tokens={spec.tokens}"
-    return ""
 
 
 def init_mqt(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -66,8 +54,3 @@ def mqt(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
         weights["attention"], queries, keys, layers.layer_norm(weights["value_norm"], x, _EPS), mask
     )
     return Prefix(tokens, None if mask is None else jnp.broadcast_to(mask.any(1, keepdims=True), tokens.shape[:2]))
-
-
-def mqt_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    tokens, patches, width = spec.tokens, spec.grid[0] * spec.grid[1], spec.encoder_width
-    return Cost(layers.attention_flops(tokens, patches, tokens * patches, spec.width, width, width, width))

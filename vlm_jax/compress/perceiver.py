@@ -13,20 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.perceiver import (  # noqa: F401
+    defaults,
+    perceiver_cost,
+)
 from vlm_jax.core.axes import POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops.initializers import table
 
 _EPS = 1e-5
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: six layers, eight heads of 64 channels, an MLP of four times the encoder's width."""
-    wide = 4 * encoder.width
-    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, 512, 8, 6, wide)
 
 
 def init_perceiver(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -64,9 +61,3 @@ def perceiver(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Pre
         z = z + layers.mlp(layer["mlp"], layers.layer_norm(layer["mlp_norm"], z, _EPS))
     tokens = layers.layer_norm(weights["norm"], z, _EPS)
     return Prefix(tokens, None if mask is None else jnp.broadcast_to(mask.any(1, keepdims=True), tokens.shape[:2]))
-
-
-def perceiver_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    tokens, width, keys = spec.tokens, spec.encoder_width, spec.grid[0] * spec.grid[1] + spec.tokens
-    attention = layers.attention_flops(tokens, keys, tokens * keys, spec.width, width, width, width)
-    return Cost(spec.depth * (attention + layers.mlp_flops(tokens, width, spec.mlp_width, width)))

@@ -15,21 +15,20 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.qformer import (  # noqa: F401
+    CROSS_EVERY,
+    defaults,
+    qformer_cost,
+    with_question_cost,
+)
 from vlm_jax.core.axes import POSITION, VISION
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops.initializers import table
 
 _EPS = 1e-12
-_CROSS_EVERY = 2
 _POSITIONS = 512  # of the question
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: BERT's sizes, width 768, 12 heads, 12 layers."""
-    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, 768, 12, 12, 3072)
 
 
 def init_qformer(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -61,7 +60,7 @@ def _init_layer(key: jax.Array, number: int, spec: CompressorSpec) -> Weights:
         "attention_norm": layers.init_norm(width),
         **_init_mlp(mlp, "mlp", spec),
     }
-    if number % _CROSS_EVERY == 0:
+    if number % CROSS_EVERY == 0:
         weights["cross"] = layers.init_attention(cross, width, spec.heads, width, key_inputs=spec.encoder_width)
         weights["cross_norm"] = layers.init_norm(width)
     return weights
@@ -98,21 +97,3 @@ def qformer(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefi
             text = added(layer, "text_mlp", text, layers.mlp(layer["text_mlp"], text))
             y = jnp.concatenate([y, text], axis=1)
     return Prefix(y, None if mask is None else jnp.broadcast_to(mask.any(1, keepdims=True), y.shape[:2]))
-
-
-def qformer_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    return Cost(_flops(spec, 0))
-
-
-def with_question_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    return Cost(0.0, _flops(spec, question_tokens))
-
-
-def _flops(spec: CompressorSpec, text: Count) -> float:
-    tokens, width, patches = spec.tokens, spec.width, spec.grid[0] * spec.grid[1]
-    length = tokens + text
-    attention = layers.attention_flops(length, length, length * length, width, width)
-    cross = layers.attention_flops(tokens, patches, tokens * patches, width, width, key_inputs=spec.encoder_width)
-    mlps = layers.mlp_flops(tokens * spec.depth + text * (spec.depth - 1), width, spec.mlp_width, width)
-    text_in = layers.linear_flops(text, spec.text_width, width)
-    return text_in + spec.depth * attention + -(-spec.depth // _CROSS_EVERY) * cross + mlps

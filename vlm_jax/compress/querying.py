@@ -17,25 +17,21 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost, most_tokens
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.contract import most_tokens
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.querying import (  # noqa: F401
+    defaults,
+    resampler_cost,
+    resampler_tokens,
+)
 from vlm_jax.core.axes import PATCH, POSITION, QUERIES, VISION, VISION_HEADS
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import boxed, table
 
 _BUMP = 0.7  # standard deviation of a head's initial attention, in patches
 _FAR = 2.0  # scores are at least -_FAR - log P: far patches get little attention in total, but a gradient
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """One layer with the encoder's number of heads, 64 channels each (Flamingo) within E, and an MLP of 4 x width:
-    width 1024, 16 heads and MLP 4096 for So400m and CLIP-L."""
-    width = min(64 * encoder.heads, encoder.width)
-    return CompressorSpec(
-        name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, width, encoder.heads, 1, 4 * width
-    )
 
 
 def init_resampler(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -114,15 +110,3 @@ def resampler(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Pre
     tokens = layers.linear(weights["project_out"], layers.layer_norm(weights["norm"], x))
     mask = None if evidence.mask is None else jnp.broadcast_to(evidence.mask.any(1, keepdims=True), tokens.shape[:2])
     return Prefix(tokens, mask)
-
-
-def resampler_tokens(grid: g.GridShape) -> tuple[int, ...]:
-    return tuple(range(1, grid[0] * grid[1] + 1))
-
-
-def resampler_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    patches, tokens, width = spec.grid[0] * spec.grid[1], spec.tokens, spec.width
-    layer = layers.attention_flops(tokens, patches, tokens * patches, width, width)
-    layer += layers.mlp_flops(tokens, width, spec.mlp_width, width)
-    projections = (patches + tokens) * layers.linear_flops(1, width, spec.encoder_width)
-    return Cost(projections + spec.depth * layer)

@@ -19,33 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.compress.contract import Cost
-from vlm_jax.compress.layers import Count, Weights, take
-from vlm_jax.core.specs import CompressorSpec, EncoderSpec
+from vlm_jax.compress.layers import Weights, take
+from vlm_jax.compress.sizes.selection import (  # noqa: F401
+    attention_of_last,
+    attention_of_tokens,
+    contextual_count,
+    divprune_cost,
+    prumerge_cost,
+    prumerge_plus_tokens,
+    prumerge_tokens,
+    zip_cost,
+    zip_tokens,
+)
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
-from vlm_jax.ops.grid import GridShape
 
 _NEIGHBOURS = 32
 _LOWEST = -jnp.inf
-
-
-def attention_of_tokens(encoder: EncoderSpec) -> tuple[int, str]:
-    """The block that gives the tokens, its heads averaged (VisionZip)."""
-    return encoder.feature_layer or encoder.depth, "heads"
-
-
-def attention_of_last(encoder: EncoderSpec) -> tuple[int, str]:
-    """The last block, one softmax over the whole width (PruMerge)."""
-    return encoder.depth, "width"
-
-
-def zip_tokens(grid: GridShape) -> tuple[int, ...]:
-    return tuple(range(1, grid[0] * grid[1] + 1))
-
-
-def contextual_count(tokens: int) -> int:
-    """c of V: 10 of 64, 20 of 128, 30 of 192 as published."""
-    return round(tokens * 10 / 64)
 
 
 def vision_zip(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
@@ -81,20 +71,6 @@ def zip_patches(evidence: Evidence, dominant: int, contextual: int) -> Prefix:
         tokens.append(take(x, targets) + mean)
         kept.append(take(valid, targets))
     return Prefix(jnp.concatenate(tokens, axis=1), None if mask is None else jnp.concatenate(kept, axis=1))
-
-
-def zip_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    """Cosines of all patches with the contextual ones, and the sums of tokens."""
-    pairs = spec.grid[0] * spec.grid[1] * contextual_count(spec.tokens)
-    return Cost(2.0 * pairs * (spec.key_width + spec.encoder_width))
-
-
-def prumerge_tokens(grid: GridShape) -> tuple[int, ...]:
-    return tuple(range(2, grid[0] * grid[1] + 1))
-
-
-def prumerge_plus_tokens(grid: GridShape) -> tuple[int, ...]:
-    return tuple(2 * n + 1 for n in range(1, (grid[0] * grid[1] - 1) // 2 + 1))
 
 
 def prumerge(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
@@ -142,11 +118,6 @@ def _merge_others(evidence: Evidence, kept: Int[Array, "B n"]) -> Prefix:
     return Prefix(tokens, mask)
 
 
-def prumerge_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    patches = spec.grid[0] * spec.grid[1]
-    return Cost(2.0 * patches * spec.encoder_width * (spec.tokens - 1 + spec.tokens))
-
-
 def divprune(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
     """Tokens [B, V, D] of the projector, in the order of the image."""
     x, mask = evidence.project(evidence.tokens), evidence.mask
@@ -174,11 +145,6 @@ def choose_diverse(x: Float[Array, "B P D"], valid: Bool[Array, "B P"], count: i
 
     chosen = jnp.zeros((x.shape[0], count), jnp.int32)
     return jax.lax.fori_loop(0, count, choose, (chosen, nearest))[0]
-
-
-def divprune_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    patches = spec.grid[0] * spec.grid[1]
-    return Cost(2.0 * patches**2 * spec.text_width, projected=patches)
 
 
 def _unit(x: Float[Array, "B P C"]) -> Float[Array, "B P C"]:

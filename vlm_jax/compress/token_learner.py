@@ -11,25 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.compress import layers
-from vlm_jax.compress.contract import Cost, most_tokens
-from vlm_jax.compress.layers import Count, Weights
+from vlm_jax.compress.contract import most_tokens
+from vlm_jax.compress.layers import Weights
+from vlm_jax.compress.sizes.token_learner import (  # noqa: F401
+    CONVS,
+    defaults,
+    learner_tokens,
+    token_learner_conv_cost,
+    token_learner_cost,
+)
 from vlm_jax.core.axes import PATCH, VISION, VISION_MLP
-from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import grid as g
 from vlm_jax.ops.initializers import dense
 
 _EPS = 1e-6
-_CONVS = 4
-
-
-def defaults(name: str, encoder: EncoderSpec, decoder: DecoderSpec, tokens: int) -> CompressorSpec:
-    """As published: 64 inner channels."""
-    return CompressorSpec(name, tokens, encoder.token_grid, encoder.width, 0, decoder.width, 64, 1, 1, 0)
-
-
-def learner_tokens(grid: g.GridShape) -> tuple[int, ...]:
-    return tuple(range(1, grid[0] * grid[1] + 1))
 
 
 def init_token_learner(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -51,18 +48,12 @@ def token_learner(weights: Weights, evidence: Evidence, spec: CompressorSpec) ->
     return _weighted_sum(share, evidence)
 
 
-def token_learner_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    patches = spec.grid[0] * spec.grid[1]
-    scores = layers.mlp_flops(patches, spec.encoder_width, spec.width, spec.tokens)
-    return Cost(scores + 2.0 * patches * spec.tokens * spec.encoder_width)
-
-
 def init_token_learner_conv(key: jax.Array, spec: CompressorSpec) -> Weights:
     def kernel(number: int, key: jax.Array) -> Weights:
         inputs = spec.encoder_width if number == 0 else spec.tokens
         return {"kernel": dense(key, (9, inputs, spec.tokens), (PATCH, VISION, VISION_MLP), inputs=2)}
 
-    kernels = {f"conv{i}": kernel(i, key) for i, key in enumerate(jax.random.split(key, _CONVS))}
+    kernels = {f"conv{i}": kernel(i, key) for i, key in enumerate(jax.random.split(key, CONVS))}
     return {"norm": layers.init_norm(spec.encoder_width), **kernels}
 
 
@@ -70,20 +61,14 @@ def token_learner_conv(weights: Weights, evidence: Evidence, spec: CompressorSpe
     """Tokens [B, V, E]; a masked patch is zero before each convolution and has weight zero."""
     x, mask = evidence.tokens, evidence.mask
     y = layers.layer_norm(weights["norm"], x, _EPS)
-    for i in range(_CONVS):
+    for i in range(CONVS):
         y = y if mask is None else jnp.where(mask[..., None], y, 0)
         kernel = weights[f"conv{i}"]["kernel"].astype(x.dtype)
         kernel = kernel.reshape(3, 3, *kernel.shape[1:])
         layout = ("NHWC", "HWIO", "NHWC")
         conv = jax.lax.conv_general_dilated(g.to_grid(y, spec.grid), kernel, (1, 1), "SAME", dimension_numbers=layout)
-        y = g.to_rows(conv) if i == _CONVS - 1 else jax.nn.gelu(g.to_rows(conv))
+        y = g.to_rows(conv) if i == CONVS - 1 else jax.nn.gelu(g.to_rows(conv))
     return _weighted_sum(jax.nn.sigmoid(y.astype(jnp.float32)), evidence)
-
-
-def token_learner_conv_cost(spec: CompressorSpec, question_tokens: Count) -> Cost:
-    patches, tokens = spec.grid[0] * spec.grid[1], spec.tokens
-    convolutions = 18.0 * patches * tokens * (spec.encoder_width + (_CONVS - 1) * tokens)
-    return Cost(convolutions + 2.0 * patches * tokens * spec.encoder_width)
 
 
 def _weighted_sum(share: jax.Array, evidence: Evidence) -> Prefix:

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-GridShape = tuple[int, int]  # rows, columns
+from vlm_jax.ops.grid_shapes import (  # noqa: F401
+    GridShape,
+    cell_shapes,
+    pooling_shapes,
+    square_tokens,
+    weighted_mean_flops,
+)
 
 
 def to_grid(tokens: Shaped[Array, "B P *rest"], grid: GridShape) -> Shaped[Array, "B h w *rest"]:
@@ -30,23 +36,6 @@ def split_cells(tokens: Shaped[Array, "B P *rest"], grid: GridShape, shape: Grid
     rest = tokens.shape[2:]
     parts = jnp.swapaxes(tokens.reshape(-1, r, h // r, c, w // c, *rest), 2, 3)
     return parts.reshape(tokens.shape[0], r * c, -1, *rest)
-
-
-def pooling_shapes(grid: GridShape) -> dict[int, GridShape]:
-    """V -> (r, c) for every V = r c with r <= h, c <= w: the squarest shape, and of two the wider."""
-    return _squarest(range(1, grid[0] + 1), range(1, grid[1] + 1))
-
-
-def cell_shapes(grid: GridShape) -> dict[int, GridShape]:
-    """V -> (r, c) for every V = r c where r divides h and c divides w: the squarest shape, and of two the wider."""
-    return _squarest(*([n for n in range(1, size + 1) if size % n == 0] for size in grid))
-
-
-def _squarest(rows: range | list[int], columns: range | list[int]) -> dict[int, GridShape]:
-    best: dict[int, GridShape] = {}
-    for shape in sorted(((r, c) for r in rows for c in columns), key=lambda s: (max(s) / min(s), s[0])):
-        best.setdefault(shape[0] * shape[1], shape)
-    return dict(sorted(best.items()))
 
 
 def bins(size: int, parts: int) -> Float[np.ndarray, "parts size"]:
@@ -95,11 +84,6 @@ def resize(table: Float[np.ndarray, "N E"], grid: GridShape, new_grid: GridShape
     return out.reshape(-1, table.shape[1]).astype(np.float32)
 
 
-def square_tokens(grid: GridShape) -> tuple[int, ...]:
-    """V = n^2 for n up to the shorter side."""
-    return tuple(n * n for n in range(1, min(grid) + 1))
-
-
 def weighted_mean(
     tokens: Float[Array, "B P E"],
     mask: Bool[Array, "B P"] | None,
@@ -125,9 +109,3 @@ def _sum(tokens: Float[Array, "B P E"], rows: Float[np.ndarray, "r h"], columns:
     grid = to_grid(tokens, (rows.shape[1], columns.shape[1]))
     by_row = jnp.einsum("bhwe,rh->brwe", grid, rows.astype(tokens.dtype), preferred_element_type=jnp.float32)
     return to_rows(jnp.einsum("brwe,cw->brce", by_row, columns, preferred_element_type=jnp.float32))
-
-
-def weighted_mean_flops(grid: GridShape, shape: GridShape, width: int) -> float:
-    """FLOPs of `weighted_mean` for one image; a multiply-add counts as two."""
-    (h, w), (r, c) = grid, shape
-    return 2.0 * width * (r * h * w + r * c * w)

@@ -38,10 +38,8 @@ Two questions that share an image of two tokens:
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from vlm_jax.core.segments import HIDDEN, SHARED
 from vlm_jax.core.structs import AttentionMetadata
-
-SHARED = -1  # the segment that all segments of a row attend to
-HIDDEN = -2  # a segment that only itself and the shared one attend to
 
 
 def attention_mask(

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DecoderSpec, ModelSpec
@@ -90,7 +92,18 @@ def candidates(
         )
     if not found:
         raise UserError("--compressors: expected one with V above 0, got blind only (name another)")
-    return found
+    return found if family.predicts == "law" else _measured(family, found)
+
+
+def _measured(family: FamilyFit, found: list[Candidate]) -> list[Candidate]:
+    """The candidates whose N and V were measured: all that a law may predict that does not fit."""
+    params, tokens = np.array([(one.params, one.tokens) for one in found], float).T
+    index = family.measured.index(params, tokens)
+    if (index < 0).all():
+        raise UserError(
+            "--llms, --tokens: expected an LLM and V of the law's rows, as no form fits them; got none (leave both out)"
+        )
+    return [one for one, at in zip(found, index, strict=True) if at >= 0]
 
 
 def names_of(limits: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from vlm_jax.core.errors import UserError
 from vlm_jax.scaling import laws, scores, solve
-from vlm_jax.scaling.fitted import FormFit
+from vlm_jax.scaling.fitted import FormFit, LackOfFit, p_value
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import Measurement, Scores, params_label
 
@@ -34,38 +34,27 @@ def require_fit(cells: tuple[Measurement, ...], family: str, loss: str, fixed_fl
             )
 
 
-def noise(error: Floats, cell: Floats, sse: float, free_params: int) -> dict[str, Any]:
-    """Pooled standard deviation within cells, and the p-value of the lack-of-fit F test against it.
-
-    Both are None without replicates.
-    """
+def noise(error: Floats, cell: Floats, lack_of_fit: LackOfFit) -> dict[str, Any]:
+    """Pooled standard deviation within cells, None without replicates, and the p-value of the chosen form's test."""
     cells, index = np.unique(cell, return_inverse=True)
     means = np.bincount(index, error) / np.bincount(index)
-    pure, pure_dof = float(np.sum((error - means[index]) ** 2)), len(error) - len(cells)
-    lack_dof = len(cells) - free_params
-    if pure_dof == 0:
-        return {"replicates": 0, "stdev": None, "lack_of_fit_p": None}
-    from scipy.special import fdtrc
-
-    p_value = None
-    if pure > 0 and lack_dof > 0:
-        p_value = float(fdtrc(lack_dof, pure_dof, max(sse - pure, 0) / lack_dof / (pure / pure_dof)))
-    return {"replicates": pure_dof, "stdev": float(np.sqrt(pure / pure_dof)), "lack_of_fit_p": p_value}
+    dof = len(error) - len(cells)
+    stdev = float(np.sqrt(np.sum((error - means[index]) ** 2) / dof)) if dof else None
+    return {"replicates": dof, "stdev": stdev, "lack_of_fit_p": lack_of_fit.p}
 
 
 def warnings(
     original: Scores, seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str,
-    ratio: Mapping[str, Any], noise: Mapping[str, Any],
+    ratio: Mapping[str, Any],
 ) -> list[str]:  # fmt: skip
     """Warnings of one family, sorted by code. `original` holds its rows before the floor was subtracted."""
-    about_fit = _about_fit(seen, basic, forms, chosen, ratio, noise["lack_of_fit_p"])
+    about_fit = _about_fit(seen, basic, forms, chosen, ratio)
     return sorted([*_about_rows(original), *_about_order(seen), *about_fit])
 
 
 def _about_fit(
-    seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str, ratio: Mapping[str, Any],
-    lack_of_fit_p: float | None,
-) -> Iterable[str]:  # fmt: skip
+    seen: tuple[Measurement, ...], basic: FormFit, forms: Mapping[str, FormFit], chosen: str, ratio: Mapping[str, Any]
+) -> Iterable[str]:
     count = len({(c.params, c.tokens) for c in seen})
     for key in forms:
         if count < laws.form(key).free_params + 2:
@@ -79,15 +68,26 @@ def _about_fit(
         for name in ("alpha", "beta"):
             if key in forms and not solve.LOWEST < forms[key].params[name] < solve.HIGHEST:
                 yield f"exponent_at_bound: {name} of {key} ran into the bound of the search"
+    test = forms[chosen].lack_of_fit
     tokens = sorted({c.tokens for c in seen})
     edge, text = (tokens[0], "fewest") if basic.params["alpha"] > basic.params["beta"] else (tokens[-1], "most")
     best = f"without text (Q = 0) the best V is {edge}, the {text} measured"
-    yield f"optimum_on_edge: {best}; beyond it nothing is known"
+    if not test.rejects:
+        yield f"optimum_on_edge: {best}; beyond it nothing is known"
     if ratio["low"] is None:
         yield "ratio_unbounded: beta may be 0, so alpha / beta has no bound; look at the difference alpha - beta"
-    if lack_of_fit_p is not None and lack_of_fit_p < 0.01:
-        noise = f"the noise of seeds (p = {lack_of_fit_p:.2g})"
-        yield f"lack_of_fit: {chosen} misses the cells' means by more than {noise}"
+    if test.p is None:
+        yield f"fit_not_tested: {test.untested}, so nobody knows whether {chosen} fits"
+    elif test.rejects:
+        missed = f"{chosen} misses the cells' means by more than the noise of {test.noise} (p {p_value(test.p)})"
+        yield f"lack_of_fit: {missed}; plans rank measured cells, not the law"
+    out = forms[chosen].largest_out or {}
+    if not out.get("extrapolates", True):
+        where = f"fitted without N={params_label(out['llm_params_billion'])}"
+        yield (
+            f"does_not_extrapolate: {where}, the 95 % interval of {chosen} covers {out['covered']} of its "
+            f"{out['cells']} cells"
+        )
 
 
 def _about_rows(original: Scores) -> Iterable[str]:

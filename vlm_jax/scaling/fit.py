@@ -1,31 +1,33 @@
 """Fits the forms of the law to families of rows. The same rows and seed give the same values."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
-from vlm_jax.scaling import checks, intervals, laws, scores, solve
-from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, Interval, LawFit, distinct
+from vlm_jax.scaling import checks, intervals, lack_of_fit, laws, scores, solve
+from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, Interval, LargestOut, LawFit, Measured, distinct
 from vlm_jax.scaling.laws import Floats
 from vlm_jax.scaling.scores import Measurement, Scores
 
 LOSSES = ("squared", "log")
 FLOORS = ("none", "blind")
 WEIGHTS = ("equal", "stderr")
+INTERVALS = ("chosen", "all")  # the forms that get intervals
 
 
 def fit(
     rows: Iterable[ResultRow] | Scores, form: str = "auto", *, family: str | None = None, loss: str = "squared",
     floor: str = "none", fixed_floor: int | float = 0.0, bootstraps: int = 1000, seed: int = 0, source: str = "",
-    weights: str = "equal", progress: Callable[[str], None] = lambda stage: None,
+    weights: str = "equal", progress: Callable[[str], None] = lambda stage: None, interval: str = "chosen",
 ) -> LawFit:  # fmt: skip
     """Fits all forms ("auto") and chooses one, or fits one form and the multiplicative, which gives `ratio`.
 
     `floor="blind"` takes scores relative to the blind baseline of the same size; `fixed_floor` is D of the "-fixed"
-    forms; `weights="stderr"` weights rows by their inverse variance. `progress` is called with the name of each stage.
+    forms; `weights="stderr"` weights rows by their inverse variance; `interval="all"` gives intervals to every form and
+    not only to the chosen and the multiplicative one. `progress` is called with the name of each stage.
     Raises `UserError` for rows that no law can be fitted to, or that have no standard errors to weight by.
     """
     if weights not in WEIGHTS:
@@ -34,6 +36,8 @@ def fit(
         raise unknown("loss", loss, LOSSES)
     if floor not in FLOORS:
         raise unknown("floor", floor, FLOORS)
+    if interval not in INTERVALS:
+        raise unknown("interval", interval, INTERVALS)
     _names(form)  # raises for an unknown form
     data = scores.of_rows(rows)
     if not data.cells:
@@ -45,7 +49,17 @@ def fit(
     for name in data.families():
         report = lambda stage, name=name: progress(f"{name}: {stage}")  # noqa: E731
         families[name] = _fit_family(
-            shifted.of(name).cells, data.of(name), name, form, loss, fixed_floor, bootstraps, seed, weights, report
+            shifted.of(name).cells,
+            data.of(name),
+            name,
+            form,
+            loss,
+            fixed_floor,
+            bootstraps,
+            seed,
+            weights,
+            report,
+            interval,
         )
     unit = {"llm_params": scores.BILLION, "params_are": data.params_are}
     return LawFit(VERSION, unit, loss, seed, bootstraps, floor, source, families, weights)
@@ -57,7 +71,7 @@ def _names(form: str) -> tuple[str, ...]:
 
 def stages(rows: Scores, form: str = "auto", family: str | None = None) -> int:
     """Number of calls of `progress` by `fit`."""
-    return (len(_names(form)) + 1) * (len(rows.families()) if family is None else 1)
+    return (len(_names(form)) + 2) * (len(rows.families()) if family is None else 1)
 
 
 class _Data(NamedTuple):
@@ -68,13 +82,19 @@ class _Data(NamedTuple):
     error: Floats
     cell: Floats  # index of the (N, V) pair
     weight: Floats  # of mean 1
+    stderr: Floats  # nan where unknown
+    replicate: Floats  # index of the pair, of rows with a seed; a row without one is no replicate of another
 
     @classmethod
     def of(cls, cells: Iterable[Measurement], weights: str) -> "_Data":
         cells = list(cells)
         params, tokens, error = np.array([(c.params, c.tokens, c.error) for c in cells], float).T
         _, cell = np.unique(np.stack([params, tokens]), axis=1, return_inverse=True)
-        return cls(params, tokens, error, cell.astype(float), _weights(cells, weights))
+        stderr = np.array([np.nan if c.stderr is None else c.stderr for c in cells])
+        alone = np.array([c.seed is None for c in cells])
+        replicate = np.where(alone, len(cells) + np.arange(len(cells)), cell)
+        weight = _weights(cells, weights)
+        return cls(params, tokens, error, cell.astype(float), weight, stderr, replicate.astype(float))
 
 
 def _weights(cells: list[Measurement], weights: str) -> Floats:
@@ -89,21 +109,26 @@ def _weights(cells: list[Measurement], weights: str) -> Floats:
 
 def _fit_family(
     cells: tuple[Measurement, ...], original: Scores, name: str, form: str, loss: str, fixed_floor: int | float,
-    bootstraps: int, seed: int, weights: str, progress: Callable[[str], None],
+    bootstraps: int, seed: int, weights: str, progress: Callable[[str], None], interval: str,
 ) -> FamilyFit:  # fmt: skip
     seen = scores.seen(cells)
     checks.require_fit(seen, name, loss, fixed_floor)
     data = _Data.of(seen, weights)
-    forms = {}
+    solved, forms = {}, {}
     for key in _names(form):
         progress(key)
-        forms[key], draws = _fit_form(laws.form(key), data, loss, fixed_floor, bootstraps, seed)
+        of = solve.problem(laws.form(key), data.params, data.tokens, data.error, data.weight, loss, fixed_floor)
+        solved[key] = of, solve.solve(of, seed)
+        forms[key] = _fit_form(*solved[key], data, seed)
+    chosen, selection = (_choose(forms, data), _SELECTION) if form == "auto" else (form, "asked for")
+    progress("intervals")
+    for key in forms if interval == "all" else dict.fromkeys((chosen, BASIC)):
+        forms[key], draws = _with_intervals(forms[key], *solved[key], data, bootstraps, seed)
         if key == BASIC:
             ratio, difference = _contrast(forms[key], draws)
-    chosen, selection = (_choose(forms, data), _SELECTION) if form == "auto" else (form, "asked for")
-    noise = checks.noise(data.error, data.cell, forms[chosen].sse, laws.form(chosen).free_params)
     progress("profile of D")
     d_profile = _profile_of_floor(data, loss)
+    noise = checks.noise(data.error, data.replicate, forms[chosen].lack_of_fit)
     rows = {
         "cells": len(data.error),
         "sizes": sorted(set(data.params.tolist())),
@@ -114,31 +139,56 @@ def _fit_family(
         "harness": sorted({c.extra["harness"] for c in seen if c.extra.get("harness")}),
     }
     models = distinct(c.model for c in sorted(seen, key=lambda c: (c.params, c.tokens)) if c.model is not None)
-    warnings = checks.warnings(original, seen, forms[BASIC], forms, chosen, ratio, noise)
+    warnings = checks.warnings(original, seen, forms[BASIC], forms, chosen, ratio)
     # Draws are long, and only these are used.
     forms = {key: one if key in (chosen, BASIC) else one._replace(draws={}) for key, one in forms.items()}
-    return FamilyFit(rows, models, forms, chosen, selection, ratio, difference, d_profile, warnings)
+    return FamilyFit(
+        rows, models, forms, chosen, selection, ratio, difference, d_profile, warnings, _measured(seen, data, noise)
+    )
 
 
-def _fit_form(
-    form: laws.Form, data: _Data, loss: solve.Loss, fixed_floor: int | float, bootstraps: int, seed: int
-) -> tuple[FormFit, intervals.Draws]:
-    of = solve.problem(form, data.params, data.tokens, data.error, data.weight, loss, fixed_floor)
-    found = solve.solve(of, seed)
+def _measured(cells: tuple[Measurement, ...], data: _Data, noise: Mapping[str, Any]) -> Measured:
+    """The means of cells; their standard error is that of images, or that of replicates pooled over cells if larger."""
+    params, tokens, error, _ = zip(*scores.cell_means(cells), strict=True)  # in the order of `_Data.cell`
+    index = data.cell.astype(int)
+    count = np.bincount(index)
+    images = np.sqrt(np.bincount(index, np.nan_to_num(data.stderr) ** 2)) / count
+    stderr = np.maximum(images, (noise["stdev"] or 0.0) / np.sqrt(count))
+    return Measured(list(params), list(tokens), list(error), stderr.tolist())
+
+
+def _fit_form(of: solve.Problem, found: solve.Solution, data: _Data, seed: int) -> FormFit:
+    """The fit with its held-out errors and its test, without intervals."""
     params = {name: float(values[0]) for name, values in solve.named(of, found).items()}
-    predicted = laws.predict(form.name, params, data.params, data.tokens)
-    sse, count = float(np.sum((predicted - data.error) ** 2)), len(data.error)
-    draws = intervals.bootstrap(of, found, predicted, data.cell, bootstraps, seed)
+    sse = float(np.sum((solve.predicted(of, found)[0] - data.error) ** 2))
+    cost, free = float(found.cost[0]), of.form.free_params
+    aicc = _aicc(cost, len(data.error), free)
+    groups = {"cell": data.cell, "size": data.params, "tokens": data.tokens}
+    least = {"cell": free, "size": 2, "tokens": 2}  # groups that a held-out fit needs more of
+    groups = {name: group for name, group in groups.items() if len(np.unique(group)) > least[name]}
+    hints = [None if name == "size" else found.theta for name in groups]  # without a size the fit may be another
+    held = dict(zip(groups, intervals.left_out(of, list(groups.values()), hints, seed), strict=True)) if groups else {}
+    errors = {name: float(np.sqrt(np.mean((one.predicted - data.error) ** 2))) for name, one in held.items()}
+    largest = _largest_out(held["size"], data) if "size" in held else None
+    test = lack_of_fit.test(of, found, data.replicate, data.stderr, seed)
+    out = errors.get("size"), errors.get("cell"), largest
+    return FormFit(params, sse, cost, aicc, *out, {}, {}, errors.get("tokens"), test)
+
+
+def _with_intervals(
+    one: FormFit, of: solve.Problem, found: solve.Solution, data: _Data, bootstraps: int, seed: int
+) -> tuple[FormFit, intervals.Draws]:
+    """The fit with intervals, draws, and how many cells of the largest size the others' interval covers."""
+    draws = intervals.bootstrap(of, found, solve.predicted(of, found)[0], data.cell, bootstraps, seed)
     interval: dict[str, Interval] = {name: intervals.percentiles(values) for name, values in draws.residual.items()}
-    dof = count - form.free_params
+    form, dof, largest = of.form, len(data.error) - of.form.free_params, one.largest_out
     if dof > 0 and form.floor != "none":
         for name in ("alpha", "beta", *(("D",) if form.floor != "fixed" else ())):
             interval[name] = _open_ends(intervals.profile(of, found, name, dof)[0], name)
-    loo_error, cv_error, largest = _left_out(of, found, data, form, seed)
-    cost = float(found.cost[0])
+    if largest and (counts := lack_of_fit.covered(of, data.params, seed, bootstraps)):
+        largest = largest | {"covered": counts[0], "cells": counts[1], "extrapolates": counts[2]}
     kept = {name: values.tolist() for name, values in draws.residual.items()}
-    aicc = _aicc(cost, count, form.free_params)
-    return FormFit(params, sse, cost, aicc, loo_error, cv_error, largest, interval, kept), draws
+    return one._replace(interval=interval, draws=kept, largest_out=largest), draws
 
 
 def _open_ends(ends: Floats, name: str) -> Interval:
@@ -157,32 +207,22 @@ def _aicc(cost: float, count: int, free_params: int) -> float | None:
     return float(count * np.log(max(cost, 1e-300) / count) + 2 * total + 2 * total * (total + 1) / (count - total - 1))
 
 
-def _left_out(
-    of: solve.Problem, found: solve.Solution, data: _Data, form: laws.Form, seed: int
-) -> tuple[float | None, float | None, dict[str, Any] | None]:
-    sizes = np.unique(data.params)
-    cell_error = size_error = largest = None
-    if len(np.unique(data.cell)) > form.free_params:
-        predicted, _ = intervals.left_out(of, data.cell, seed, found.theta)
-        cell_error = float(np.sqrt(np.mean((predicted - data.error) ** 2)))
-    if len(sizes) > 2:
-        predicted, every = intervals.left_out(of, data.params, seed)
-        size_error = float(np.sqrt(np.mean((predicted - data.error) ** 2)))
-        rows = data.params == sizes[-1]
-        relative = np.abs(predicted[rows] / data.error[rows] - 1)
-        largest = {
-            "llm_params_billion": float(sizes[-1]),
-            "mean_relative_error": float(relative.mean()),
-            "max_relative_error": float(relative.max()),
-            "relative_error_of_mean": float(abs(predicted[rows].mean() / data.error[rows].mean() - 1)),
-            "params": every[-1],
-        }
-    return size_error, cell_error, largest
+def _largest_out(held: intervals.LeftOut, data: _Data) -> LargestOut:
+    """The fit without the largest size."""
+    last = data.params == data.params.max()
+    relative = np.abs(held.predicted[last] / data.error[last] - 1)
+    return {
+        "llm_params_billion": float(data.params.max()),
+        "mean_relative_error": float(relative.mean()),
+        "max_relative_error": float(relative.max()),
+        "relative_error_of_mean": float(abs(held.predicted[last].mean() / data.error[last].mean() - 1)),
+        "params": held.params[-1],
+    }
 
 
 _SELECTION = (
     "lowest AICc among the forms whose floor is not negative and whose predictions stay between 0 and 1 up to ten times"
-    " the largest size"
+    " the largest size, of those that fit if any do"
 )
 
 
@@ -190,12 +230,12 @@ def _choose(forms: dict[str, FormFit], data: _Data) -> str:
     """The form by `_SELECTION`. Free floors are not chosen, as their error falls without bound."""
     far = np.array([data.params.min(), data.params.max(), 10 * data.params.max()])[:, None]
     ends = np.array([data.tokens.min(), data.tokens.max()])
-    best, name = np.inf, f"{BASIC}-fixed"
+    best, name = (True, np.inf), f"{BASIC}-fixed"
     for key, one in forms.items():
         predicted = laws.predict(key, one.params, far, ends)
         sane = ((predicted > 0) & (predicted < 1.0 + 1e-9)).all()
-        if laws.form(key).floor != "free" and one.aicc is not None and sane and one.aicc < best:
-            best, name = one.aicc, key
+        if laws.form(key).floor != "free" and one.aicc is not None and sane:
+            best, name = min((best, name), ((one.lack_of_fit.rejects, one.aicc), key), key=lambda each: each[0])
     return name
 
 

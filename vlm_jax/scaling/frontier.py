@@ -1,7 +1,8 @@
 """Ranks the models that fit a budget by predicted error.
 
 Two cost modes. "paper" charges 2 N (Q + V) as arXiv 2411.03312 does, whatever encoder and compressor cost. "full"
-charges the cost of every part. The law predicts from N and V only, so candidates whose encoder, compressor or LLM
+charges the cost of every part. Where no law fits, the cells that were
+measured are ranked by their errors. The law predicts from N and V only, so candidates whose encoder, compressor or LLM
 family its rows were not measured with rank behind all measured ones. Of candidates with the same N and V, which the law
 cannot distinguish, the cheapest is listed.
 
@@ -76,7 +77,7 @@ class ClosedForm(NamedTuple):
 class Ranking(NamedTuple):
     """Result of `plan`."""
 
-    closed_form: ClosedForm
+    closed_form: ClosedForm | None  # None: no law fits
     choices: list[Choice]
     by_mode: dict[str, Choice | None]  # the best of each mode
     extrapolated: Choice | None  # the best whose encoder, compressor or family was not measured
@@ -206,10 +207,13 @@ def plan(
         return choices(fitted, priced, of, request, offsets, "memory" if budget.kind == "cache_mb" else "")
 
     notes = [f"the law ({fitted.chosen}) predicts from N and V only; it was measured with {fitted.measured_with}"]
+    if fitted.predicts == "cells":
+        notes = [f"errors are those measured, with {fitted.measured_with}; nothing between the cells is known"]
+    notes += [text for text in (fitted.verdict, fitted.extrapolation) if text]
     if offsets:
         notes.append("compressor offsets are benchmark differences of one published LLM, applied to all sizes")
     return Ranking(
-        closed_form(fitted, budget, request, sorted({one.tokens for one in found})),
+        closed_form(fitted, budget, request, sorted({one.tokens for one in found})) if fitted.fits else None,
         listed(order[mode][: top + 1])[:top],
         {each: next(iter(listed(order[each][:2])), None) for each in MODES},
         next(iter(listed([i for i in order[mode] if priced.of[i].extrapolates][:2])), None),

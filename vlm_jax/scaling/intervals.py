@@ -6,7 +6,7 @@ Coefficients, ratios and predictions take percentiles of a residual bootstrap wh
 sqrt(n / (n - p)). The case bootstrap resamples whole cells with their replicates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from vlm_jax.scaling import solve
 from vlm_jax.scaling.solve import Floats, Problem, Solution
 
 LEVEL = 0.95
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # of a central interval, as shares
 _BOOTSTRAP_TOLERANCE = 1e-6
 
 
@@ -28,6 +29,17 @@ class Draws(NamedTuple):
 def bootstrap(of: Problem, fit: Solution, predicted: Floats, cell: Floats, draws: int, seed: int) -> Draws:
     """Residual and case bootstrap of one problem with fitted errors `predicted` [n] and cell indices `cell` [n]."""
     rng = np.random.default_rng(seed)
+    residual = residual_draws(of, fit, predicted, draws, rng)
+    names, index = np.unique(cell, return_inverse=True)
+    chosen = rng.integers(0, len(names), (draws, len(names)))
+    weight = np.stack([np.bincount(row, minlength=len(names)) for row in chosen])[:, index].astype(float)
+    return Draws(residual, _refitted(of, fit, np.broadcast_to(of.error, weight.shape), weight * of.weight))
+
+
+def residual_draws(
+    of: Problem, fit: Solution, predicted: Floats, draws: int, rng: np.random.Generator
+) -> dict[str, Floats]:
+    """Parameters [draws] by name of a residual bootstrap of one problem with fitted errors `predicted` [n]."""
     count = len(predicted)
     precision = np.sqrt(of.weight[0])  # residuals times this have one variance
     widen = precision * np.sqrt(count / max(count - of.form.free_params, 1))
@@ -36,17 +48,13 @@ def bootstrap(of: Problem, fit: Solution, predicted: Floats, cell: Floats, draws
         error = np.maximum(predicted, 1e-6) * np.exp(_drawn(residual * widen, draws, rng) / precision)
     else:
         error = np.maximum(predicted + _drawn((of.error[0] - predicted) * widen, draws, rng) / precision, 1e-6)
-    names, index = np.unique(cell, return_inverse=True)
-    chosen = rng.integers(0, len(names), (draws, len(names)))
-    weight = np.stack([np.bincount(row, minlength=len(names)) for row in chosen])[:, index].astype(float)
-    same = np.broadcast_to(of.floor, (draws,))
-    problems = (
-        of._replace(error=error, weight=np.broadcast_to(of.weight, error.shape), floor=same),
-        of._replace(error=np.broadcast_to(of.error, weight.shape), weight=weight * of.weight, floor=same),
-    )
-    return Draws(
-        *(solve.named(each, solve.solve(each, seed, fit.theta, _BOOTSTRAP_TOLERANCE, 40)) for each in problems)
-    )
+    return _refitted(of, fit, error, np.broadcast_to(of.weight, error.shape))
+
+
+def _refitted(of: Problem, fit: Solution, error: Floats, weight: Floats) -> dict[str, Floats]:
+    """Parameters by name of fits to errors and weights [R, n], from the fit of the one problem."""
+    each = of._replace(error=error, weight=weight, floor=np.broadcast_to(of.floor, len(error)))
+    return solve.named(each, solve.solve(each, 0, fit.theta, _BOOTSTRAP_TOLERANCE, 40))
 
 
 def _drawn(residual: Floats, draws: int, rng: np.random.Generator) -> Floats:
@@ -56,7 +64,7 @@ def _drawn(residual: Floats, draws: int, rng: np.random.Generator) -> Floats:
 
 def percentiles(values: Floats) -> tuple[float, float]:
     """The central 95 % interval."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(values, ENDS)
     return float(low), float(high)
 
 
@@ -130,20 +138,42 @@ def _edge(cost: Callable[[Floats], Floats], value: Floats, bound: Floats, limit:
     return np.where(inside == bound, bound, (inside + outside) / 2)
 
 
-def left_out(
-    of: Problem, group: Floats, seed: int, hints: Floats | None = None
-) -> tuple[Floats, list[dict[str, float]]]:
-    """Predictions [n] of every row by a fit without its group, and the parameters of these fits by ascending group."""
-    groups = np.unique(group)
-    weight = np.where(group[None] == groups[:, None], 0.0, of.weight)
+class LeftOut(NamedTuple):
+    """Fits without one group of rows each, by ascending group."""
+
+    predicted: Floats  # [n] of every row by the fit without its group
+    params: list[dict[str, float]]  # of each fit
+
+
+def left_out(of: Problem, groupings: Sequence[Floats], hints: Sequence[Floats | None], seed: int) -> list[LeftOut]:
+    """The held-out predictions of one problem for each grouping [n] of its rows, all fits in one batch. `hints` [S, 2]
+    are the starts of a grouping's fits; None: they are searched for."""
+    names = [np.unique(group) for group in groupings]
+    kept = np.concatenate(
+        [group[None] != values[:, None] for group, values in zip(groupings, names, strict=True)]
+    )  # [R, n]
+    weight = np.where(kept, of.weight, 0.0)
     problems = of._replace(
-        error=np.broadcast_to(of.error, weight.shape), weight=weight, floor=np.broadcast_to(of.floor, len(groups))
+        error=np.broadcast_to(of.error, weight.shape), weight=weight, floor=np.broadcast_to(of.floor, len(weight))
     )
-    found = solve.solve(problems, seed, hints, _BOOTSTRAP_TOLERANCE)
+    ends = np.cumsum([len(values) for values in names])
+    parts = [np.arange(end - len(values), end) for end, values in zip(ends, names, strict=True)]
+    if of.form.floor == "none":
+        found = solve.solve(problems, seed)
+    else:
+        starts = [
+            solve.global_starts(problems.take(part), seed) if hint is None else np.tile(hint, (len(part), 1, 1))
+            for part, hint in zip(parts, hints, strict=True)
+        ]
+        index = np.concatenate([np.repeat(part, each.shape[1]) for part, each in zip(parts, starts, strict=True)])
+        flat = np.concatenate([each.reshape(-1, 2) for each in starts])
+        found = solve.solve_from(problems, index, flat, _BOOTSTRAP_TOLERANCE)
     values = solve.named(problems, found)
-    every = [{name: float(value[i]) for name, value in values.items()} for i in range(len(groups))]
-    predicted = np.empty(len(group))
-    for one, params in zip(groups, every, strict=True):
-        rows = group == one
-        predicted[rows] = of.form.function(np.exp(of.log_params[rows]), np.exp(of.log_tokens[rows]), **params)
-    return predicted, every
+    predicted = solve.predicted(problems, found)
+    return [
+        LeftOut(
+            predicted[part[np.searchsorted(ofs, group)], np.arange(len(group))],
+            [{name: float(value[i]) for name, value in values.items()} for i in part],
+        )
+        for part, ofs, group in zip(parts, names, groupings, strict=True)
+    ]

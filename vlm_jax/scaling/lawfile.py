@@ -11,7 +11,7 @@ from vlm_jax.core.files import write_text
 from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling import laws
-from vlm_jax.scaling.fitted import BASIC, VERSION, FamilyFit, FormFit, LawFit
+from vlm_jax.scaling.fitted import BASIC, NOISES, VERSION, FamilyFit, FormFit, LawFit, Measured
 
 _DIGITS = 10  # significant; draws need fewer
 _DRAW_DIGITS = 6
@@ -39,7 +39,8 @@ def _family(family: FamilyFit) -> dict[str, Any]:
     forms = {name: form._asdict() for name, form in family.forms.items()}
     for form in forms.values():
         form["draws"] = {name: [_short(v, _DRAW_DIGITS) for v in draws] for name, draws in form["draws"].items()}
-    return {**family._asdict(), "forms": forms}
+        form["lack_of_fit"] = form["lack_of_fit"]._asdict()
+    return {**family._asdict(), "forms": forms, "measured": family.measured._asdict()}
 
 
 def _short(value: float, digits: int) -> float:
@@ -101,6 +102,7 @@ def _check(law: LawFit) -> None:
                 raise UserError(f"{where}forms.{kind}.draws is empty")
         for kind, form in family.forms.items():
             _check_form(form, laws.form(kind).params, f"{where}forms.{kind}.")
+        _check_measured(family.measured, f"{where}measured.")
         for i, model in enumerate(family.models):
             _check_model(model, f"{where}models.{i}.")
 
@@ -115,6 +117,19 @@ def _check_form(form: FormFit, names: tuple[str, ...], where: str) -> None:
         limit = _MAX_EXPONENT if name in ("alpha", "beta") else _MAX_COEFFICIENT
         if not max(map(abs, (form.params[name], *form.draws.get(name, ())))) <= limit:
             raise UserError(f"{where}{name}: expected numbers from {-limit:g} to {limit:g}")
+
+    if form.lack_of_fit.noise not in NOISES:
+        raise unknown(f"{where}lack_of_fit.noise", form.lack_of_fit.noise, NOISES)
+
+
+def _check_measured(cells: Measured, where: str) -> None:
+    count = len(cells.error)
+    for name, values in cells._asdict().items():
+        if len(values) != count:
+            raise UserError(f"{where}{name}: expected {count} numbers, one for each error, got {len(values)}")
+    for name, least in (("params", 1e-9), ("tokens", 1), ("error", 0), ("stderr", 0)):
+        if not all(least <= value <= 1e7 for value in getattr(cells, name)):
+            raise UserError(f"{where}{name}: expected numbers of {least:g} or more")
 
 
 def _check_model(model: ModelSpec, where: str) -> None:

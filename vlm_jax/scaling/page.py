@@ -67,8 +67,11 @@ def write(path: str | Path, law: LawFit, family: str | None, request: Request, l
 
 def _note(fitted: FamilyFit) -> str:
     sizes, tokens = fitted.rows["sizes"], fitted.rows["tokens"]
+    claims = ". ".join(text for text in (fitted.verdict, fitted.extrapolation) if text)
+    if fitted.predicts == "cells":
+        return f"{claims}. Points are measured cells, with {fitted.measured_with}."
     return (
-        f"Law: {fitted.chosen}, fitted from N = {params_label(sizes[0])} to {params_label(sizes[-1])} and"
+        f"{claims}. Law: {fitted.chosen}, fitted from N = {params_label(sizes[0])} to {params_label(sizes[-1])} and"
         f" V = {tokens[0]} to {tokens[-1]}, with {fitted.measured_with};"
         " hollow points extrapolate."
     )

@@ -121,7 +121,8 @@ def planner_figures(
         progress(f"cost_frontier, {name}")
         out.append(plots.cost_frontier(law, rows, name, folder / f"cost_frontier-{slug(name)}.png"))
     progress("optimal_tokens")
-    out.append(plots.optimal_tokens(law, folder / "optimal_tokens.png"))
+    if any(fitted.fits for fitted in law.families.values()):
+        out.append(plots.optimal_tokens(law, folder / "optimal_tokens.png"))
     progress("cost_shares")
     out.append(cost_shares(law, family, request, folder / "cost_shares.png", limits))
     progress("flops_or_latency")

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def log_axis(axis: Any, ticks: Sequence[Number] | None = None, text: Callable[[f
     axis.set_minor_formatter(NullFormatter())
 
 
+def claim(figure: Figure, families: Mapping[str, FamilyFit]) -> None:
+    """Writes below a figure whether the laws that it shows, by label, fit and extrapolate."""
+    lines = [
+        f"{name}: {text}" if name else text
+        for name, fitted in families.items()
+        for text in (fitted.verdict, fitted.extrapolation)
+        if text
+    ]
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color=FAINT)
+
+
 def flops_unit(largest: Number) -> tuple[float, str]:
     """Scale and name of the unit for FLOPs of that size."""
     units = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1e3, "kFLOPs"))
@@ -92,6 +103,7 @@ def error_curves(
     axes = figure.add_subplot()
     _draw_errors(axes, cells, fitted, across)
     axes.set_title(to_label(family))
+    claim(figure, {"": fitted})
     return save(figure, path)
 
 
@@ -110,11 +122,13 @@ def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, ac
             shift = (xs[-1] / xs[0]) ** (0.006 * (i - (len(lines) - 1) / 2))
         cell = (value, fine) if across == "tokens" else (fine, value)
         label = params_label(value) if across == "tokens" else f"V = {value}"
-        axes.fill_between(fine, *fitted.predict_interval(*cell), color=colour, alpha=0.18, linewidth=0)
-        axes.plot(fine, fitted.predict(*cell), color=colour, linewidth=1.5)
+        if fitted.predicts == "law":
+            axes.fill_between(fine, *fitted.predict_interval(*cell), color=colour, alpha=0.18, linewidth=0)
+            axes.plot(fine, fitted.predict(*cell), color=colour, linewidth=1.5)
         axes.errorbar(
             [p[x_of] * shift for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
             fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0, label=label,
+            linestyle="none" if fitted.predicts == "law" else ":", linewidth=1.0,
         )  # fmt: skip
     blind = scores.blind_errors(cells)
     if blind:
@@ -142,7 +156,8 @@ def cost_frontier(
 ) -> Path:
     """Plots error against 2 N (Q + V) for each V, a panel per Q, with 95 % bands (arXiv 2411.03312, Figure 1).
 
-    The red line is the least error at each cost within the measured sizes; dotted curves extrapolate.
+    The red line is the least error at each cost within the measured sizes; dotted curves extrapolate. Where no form
+    fits, only measured cells are drawn.
     """
     fitted = law.family(family)
     tokens, sizes = fitted.rows["tokens"], fitted.rows["sizes"]
@@ -153,18 +168,22 @@ def cost_frontier(
     for axes, question in zip(panels, questions, strict=True):
         ends = []
         for value, colour in zip(tokens, _shades(len(tokens)), strict=True):
-            cost = 2e9 * params * (question + value) / unit  # N is in billions
-            inside, error = params <= sizes[-1], fitted.predict(params, value)
+            scale = 2e9 * (question + value) / unit  # N is in billions
+            dots = {"markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.5, "color": colour}
+            if fitted.predicts == "cells":
+                at = np.array(fitted.measured.tokens) == value
+                cost, error = np.array(fitted.measured.params)[at] * scale, np.array(fitted.measured.error)[at]
+                axes.plot(cost, error, "o", **dots, label=f"{value}")
+                ends += list(zip(cost, error, strict=True))
+                continue
+            cost, inside, error = params * scale, params <= sizes[-1], fitted.predict(params, value)
             axes.fill_between(cost, *fitted.predict_interval(params, value), color=colour, alpha=0.2, linewidth=0)
             axes.plot(cost[inside], error[inside], color=colour, label=f"{value}")
             axes.plot(cost[~inside], error[~inside], color=colour, linestyle=(0, (1, 1.2)))
             ends += list(zip(cost[inside], error[inside], strict=True))
             if rows is not None:
                 measured = [c for c in rows.of(family).cells if c.tokens == value]
-                axes.plot(
-                    [2e9 * c.params * (question + value) / unit for c in measured], [c.error for c in measured],
-                    "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.5,
-                )  # fmt: skip
+                axes.plot([c.params * scale for c in measured], [c.error for c in measured], "o", **dots)
         cost, error = np.array(ends).T
         best = frontier.pareto(error, cost)
         line = {"color": CONTRAST[1], "linewidth": 1.2, "zorder": 5, "drawstyle": "steps-post"}
@@ -173,18 +192,22 @@ def cost_frontier(
         log_axis(axes.xaxis)
         axes.set_xlabel(f"{word} of the paper's cost, 2 N (Q + V)")
         axes.set_title(f"{to_label(family)}, Q = {question:g}")
-    panels[0].set_ylabel("predicted error")
+    panels[0].set_ylabel("predicted error" if fitted.predicts == "law" else "measured error")
     panels[-1].legend(title="V", bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    claim(figure, {"": fitted})
     return save(figure, path)
 
 
 @styled
 def optimal_tokens(law: LawFit, path: str | Path, highest: Number = 1000) -> Path:
-    """Plots V* = Q beta / (alpha - beta) against Q for every family with 95 % bands, clipped to the measured V."""
+    """Plots V* = Q beta / (alpha - beta) against Q for every family that a law fits, with 95 % bands, clipped to the
+    measured V."""
     question = np.geomspace(1, highest, 200)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for (name, fitted), colour in zip(law.families.items(), CONTRAST, strict=False):
+        if not fitted.fits:
+            continue
         tokens, form = fitted.rows["tokens"], fitted.forms[BASIC]
         draws = zip(form.draws["alpha"], form.draws["beta"], strict=True)
         drawn = np.array([[frontier.optimal_tokens(1.0, alpha, beta)] for alpha, beta in draws]) * question
@@ -200,4 +223,5 @@ def optimal_tokens(law: LawFit, path: str | Path, highest: Number = 1000) -> Pat
     log_axis(axes.yaxis, TOKEN_TICKS)
     axes.set_xlabel("question tokens Q")
     axes.set_ylabel("best number of visual tokens V*")
+    claim(figure, {to_label(name): one for name, one in law.families.items()})
     return save(figure, path)

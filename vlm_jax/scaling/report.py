@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from vlm_jax.core.specs import to_dict
+from vlm_jax.scaling import frontier
 from vlm_jax.scaling.budgets import Budget
-from vlm_jax.scaling.fitted import FamilyFit, LawFit
+from vlm_jax.scaling.fitted import FamilyFit, LawFit, p_value
 from vlm_jax.scaling.frontier import Choice, Ranking
 from vlm_jax.scaling.scores import params_label
 from vlm_jax.sizing.cost import PARTS
@@ -40,9 +42,10 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_law(law: LawFit, console: Console) -> None:
-    """Prints forms, ratio, prediction and warnings of every family; "size out" and "cell out" are held-out errors."""
+    """Prints forms, their checks, ratio, verdict, prediction and warnings of every family."""
     for name, family in law.families.items():
         console.print(_forms(name, family))
+        console.print(_checks(family))
         console.print(f"chosen: {family.selection}", style="dim")
         ratio, gap = family.ratio, family.difference
         console.print(
@@ -52,11 +55,17 @@ def print_law(law: LawFit, console: Console) -> None:
         noise, sizes = family.rows["noise"]["stdev"], family.rows["sizes"]
         if noise is not None:
             console.print(f"noise of one row, from replicates: {noise:.3g} (standard deviation)")
-        far, parts = 2 * sizes[-1], []
-        for v in (family.rows["tokens"][0], family.rows["tokens"][-1]):
-            parts.append(f"V={v} {float(family.predict(far, v)):.4f} {_interval(*family.predict_interval(far, v))}")
-        twice = f"at twice the largest size, N = {params_label(far)}"
-        console.print(f"{twice}, {family.chosen} predicts {', '.join(parts)}")
+        console.print(family.verdict, style="bold" if family.fits else "bold red")
+        if family.extrapolation:
+            console.print(family.extrapolation)
+        if family.predicts == "cells":
+            console.print(_measured_frontier(family))
+        else:
+            far, parts = 2 * sizes[-1], []
+            for v in (family.rows["tokens"][0], family.rows["tokens"][-1]):
+                parts.append(f"V={v} {float(family.predict(far, v)):.4f} {_interval(*family.predict_interval(far, v))}")
+            twice = f"at twice the largest size, N = {params_label(far)}"
+            console.print(f"{twice}, {family.chosen} predicts {', '.join(parts)}")
         for warning in family.warnings:
             code, _, text = warning.partition(": ")
             console.print(Text.assemble((code, "yellow"), f": {text}"))
@@ -66,13 +75,41 @@ def print_law(law: LawFit, console: Console) -> None:
 def _forms(name: str, family: FamilyFit) -> Table:
     cells, sizes = family.rows["cells"], len(family.rows["sizes"])
     title = f"{name}: {cells} rows, {sizes} sizes, {len(family.rows['tokens'])} V; chosen: {family.chosen}"
-    columns = ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc", "size out", "cell out")
+    columns = ("form", "A", "B", "C", "alpha", "beta", "D", "SSE", "AICc")
     table = _table(columns, ("form",), title=title, title_style="bold")
     for key, one in family.forms.items():
         params = [_number(one.params.get(p)) for p in ("A", "B", "C", "alpha", "beta", "D")]
         scores = [f"{one.sse:.2e}", "-" if one.aicc is None else f"{one.aicc:.1f}"]
-        scores += [_number(one.loo_error, 3), _number(one.cv_error, 3)]
         table.add_row(key, *params, *scores, style="bold green" if key == family.chosen else None)
+    return table
+
+
+def _checks(family: FamilyFit) -> Table:
+    """Held-out errors, and the test of lack of fit."""
+    columns = ("form", "error of a size left out", "of a V", "of a cell", "fits")
+    table = _table(columns, ("form",))
+    for key, one in family.forms.items():
+        errors = [_number(each) for each in (one.loo_error, one.tokens_error, one.cv_error)]
+        test = "-" if one.lack_of_fit.p is None else f"p {p_value(one.lack_of_fit.p)}"
+        table.add_row(key, *errors, test, style="bold green" if key == family.chosen else None)
+    return table
+
+
+def _measured_frontier(family: FamilyFit, question: int = 50) -> Table:
+    """The measured cells that no cheaper one beats, in the paper's cost."""
+    title = f"frontier of measured cells, Q = {question}"
+    table = _table(("N", "V", "error", "stderr", "TFLOPs"), (), title=title)
+    cells = family.measured
+    cost = 2e9 * np.array(cells.params) * (question + np.array(cells.tokens))
+    for i in frontier.pareto(np.array(cells.error), cost):
+        stderr = _number(cells.stderr[i] or None)
+        table.add_row(
+            params_label(cells.params[i]),
+            str(cells.tokens[i]),
+            f"{cells.error[i]:.4f}",
+            stderr,
+            f"{cost[i] / 1e12:.3g}",
+        )
     return table
 
 
@@ -87,7 +124,7 @@ def _interval(low: float | None, high: float | None) -> str:
 def plan_json(plan: Ranking, budget: Budget, request: Request, mode: str) -> str:
     """The plan as a JSON object: the fields of `Ranking`, with the whole `model` of each choice, and the request."""
     values = {
-        "closed_form": plan.closed_form._asdict(),
+        "closed_form": plan.closed_form and plan.closed_form._asdict(),
         "choices": [_choice_values(choice) for choice in plan.choices],
         "by_mode": {name: choice and _choice_values(choice) for name, choice in plan.by_mode.items()},
         "extrapolated": plan.extrapolated and _choice_values(plan.extrapolated),
@@ -116,9 +153,9 @@ def print_plan(plan: Ranking, budget: Budget, request: Request, mode: str, conso
     console.print(_parts(plan, "GFLOPs a request", [c.flops_by_part for c in plan.choices], 1e-9))
     if plan.choices[0].latency_ms_by_part is not None:
         console.print(_parts(plan, "milliseconds a batch", [c.latency_ms_by_part or {} for c in plan.choices], 1.0))
-    form = plan.closed_form
-    billions = "" if form.llm_params_billion is None else f", N = {form.llm_params_billion:.3g} billion"
-    console.print(f"closed form of the paper's cost 2 N (Q + V): V* = {form.visual_tokens:.3g}{billions}")
+    if form := plan.closed_form:
+        billions = "" if form.llm_params_billion is None else f", N = {form.llm_params_billion:.3g} billion"
+        console.print(f"closed form of the paper's cost 2 N (Q + V): V* = {form.visual_tokens:.3g}{billions}")
     console.print(
         "*: extrapolated; beats: share of bootstraps in which a choice errs less than the next; MB: cache of a request",
         style="dim",

@@ -2,6 +2,7 @@
 
     family,llm_params_billion,visual_tokens,mean_score
     encoder,compressor,llm                                optional: names in the zoo and the catalog
+    seed,stderr,questions                                 optional: replicates; noise of a score, or its questions
 
 Other columns are kept in `Measurement.extra`; `harness` goes into the law. Models of a CSV have the sizes of
 `catalog.model_spec`; without their names a plan needs --encoders, --compressors and --llms.
@@ -17,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from vlm_jax.compress import catalog
 from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.rows import ResultRow
@@ -91,7 +93,8 @@ def from_row(row: ResultRow, where: str) -> Measurement:
         raise UserError(f"{where}: expected visual_tokens of 0 or more, got {row.visual_tokens}")
     _check_fraction(row.error, "error", where)
     _check_fraction(row.stderr, "stderr", where)
-    return Measurement(row.family, params, row.visual_tokens, row.error, row.stderr, row.seed, where, {}, row.model)
+    stderr = row.stderr or binomial_stderr(row.error, row.images)
+    return Measurement(row.family, params, row.visual_tokens, row.error, stderr, row.seed, where, {}, row.model)
 
 
 def _read_csv(path: str | Path) -> Iterable[Measurement]:
@@ -106,6 +109,8 @@ def _read_csv(path: str | Path) -> Iterable[Measurement]:
         seed = int(_number(extra["seed"], "seed", where)) if extra.get("seed") else None
         stderr = _number(extra["stderr"], "stderr", where) if extra.get("stderr") else None
         _check_fraction(stderr or 0, "stderr", where)
+        if not stderr and extra.get("questions"):
+            stderr = binomial_stderr(1 - score, _number(extra["questions"], "questions", where))
         _check_name(extra.get("harness", ""), where)
         model = _model(extra, params, int(tokens), where)
         yield Measurement(row["family"], params, int(tokens), 1 - score, stderr, seed, where, extra, model)
@@ -118,8 +123,6 @@ def _model(row: Mapping[str, str], params: float, tokens: int, where: str) -> Mo
         return None
     if not all(names):
         raise UserError(f"{where}: expected encoder, compressor and llm, or none of them; got {','.join(names)}")
-    from vlm_jax.compress import catalog  # imports jax, which a table without names does not need
-
     encoder, compressor, llm = names
     try:
         if zoo.nominal_params(llm) != params * BILLION:
@@ -129,6 +132,15 @@ def _model(row: Mapping[str, str], params: float, tokens: int, where: str) -> Mo
         return catalog.model_spec(zoo.encoder(encoder), compressor if tokens else "blind", tokens, zoo.decoder(llm))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def binomial_stderr(error: float, count: int | float) -> float | None:
+    """Standard error of an error over `count` independent questions, of which half a one is added to each side so that
+    it is not 0 at an error of 0 or 1; None without questions."""
+    if count < 1:
+        return None
+    share = (error * count + 0.5) / (count + 1)
+    return math.sqrt(share * (1 - share) / count)
 
 
 def _number(field: str, name: str, where: str) -> float:

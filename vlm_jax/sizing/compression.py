@@ -1,33 +1,21 @@
-"""What the cost of a model needs to know about its compressor, from its catalog row.
-
-The catalog is imported when it is first used: it imports jax, which most callers of `sizing.cost` do not need.
-"""
+"""What the cost of a model needs to know about its compressor, from its catalog row."""
 
 import functools
-from types import ModuleType
-from typing import TYPE_CHECKING
 
+from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import Compressor, Cost
 from vlm_jax.core import specs
+from vlm_jax.core.segments import HIDDEN
 from vlm_jax.core.specs import CompressorSpec, DataSpec, DropStage, ModelSpec, RunSpec
-
-if TYPE_CHECKING:
-    from vlm_jax.compress.contract import Compressor, Cost
 
 LayerTokens = tuple[
     tuple[int, int], ...
 ]  # (layers, visual tokens of an image there), from the decoder's first layer on
 
 
-@functools.cache
-def _catalog() -> ModuleType:
-    from vlm_jax.compress import catalog
-
-    return catalog
-
-
-def row(model: ModelSpec) -> "Compressor":
+def row(model: ModelSpec) -> Compressor:
     """The compressor's row."""
-    return _catalog().row(model.compressor.name)
+    return catalog.row(model.compressor.name)
 
 
 def output_width(model: ModelSpec) -> int:
@@ -36,14 +24,14 @@ def output_width(model: ModelSpec) -> int:
 
 
 @functools.lru_cache(maxsize=100_000)
-def compressor_cost(spec: CompressorSpec, question_tokens: int | float = 0) -> "Cost":
+def compressor_cost(spec: CompressorSpec, question_tokens: int | float = 0) -> Cost:
     """Forward FLOPs of one image and one question through the compressor, without question pass and projector."""
-    return _catalog().row(spec.name).cost(spec, question_tokens)
+    return catalog.row(spec.name).cost(spec, question_tokens)
 
 
 def stages(model: ModelSpec) -> tuple[DropStage, ...]:
     """The stages at which tokens leave the decoder."""
-    return _catalog().stages(model)
+    return catalog.stages(model)
 
 
 def alive(model: ModelSpec) -> LayerTokens:
@@ -57,8 +45,6 @@ def alive(model: ModelSpec) -> LayerTokens:
 
 def cached(model: ModelSpec) -> LayerTokens:
     """The visual tokens that layers keep for decoding."""
-    from vlm_jax.ops.masks import HIDDEN
-
     segments = row(model).segments(model.compressor)
     return tuple((layers, tokens - segments.count(HIDDEN)) for layers, tokens in alive(model))
 
@@ -70,7 +56,7 @@ def entering(model: ModelSpec) -> int:
 
 def views_of_row(spec: RunSpec, data: DataSpec) -> int:
     """M: the views of a training row."""
-    return specs.views_of_row(data, _catalog().has_own_views(spec.model, spec.compute, data))
+    return specs.views_of_row(data, catalog.has_own_views(spec.model, spec.compute, data))
 
 
 def mean(parts: LayerTokens) -> int | float:

@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from vlm_jax.compress import catalog
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec, at_every_v, data_of
 from vlm_jax.sizing import compression
@@ -124,9 +125,8 @@ def projector_params(kind: str, inputs: int, width: int) -> int:
 
 def params(model: ModelSpec) -> ModelParams:
     """Parameters of every part of the model; the compressor's are counted from the shapes of its weights."""
-    import jax
+    import jax  # for the shapes of weights alone
 
-    from vlm_jax.compress import catalog
     from vlm_jax.core.tree import count
 
     compressor, inner = model.compressor, decoder_params(model.decoder, "excluded")
