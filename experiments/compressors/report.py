@@ -28,7 +28,7 @@ TOKENS = (1, 4, 16)
 SEPARATE, DRAWN, MOST = "one V", "elastic", "elastic, most"
 
 
-class Cell(NamedTuple):
+class SeedMean(NamedTuple):
     """The mean of the seeds of one cell."""
 
     error: float
@@ -43,7 +43,7 @@ def training(row: ResultRow) -> str:
     return MOST if "elastic_steps=most" in row.cell else DRAWN
 
 
-def cells(rows: Iterable[ResultRow]) -> dict[tuple[str, str, str, int], Cell]:
+def cells(rows: Iterable[ResultRow]) -> dict[tuple[str, str, str, int], SeedMean]:
     """(family, compressor, training, V) -> the mean over seeds. Its standard error has the spread of the seeds and the
     noise of the test images, which the seeds share."""
     grouped = defaultdict(list)
@@ -54,17 +54,17 @@ def cells(rows: Iterable[ResultRow]) -> dict[tuple[str, str, str, int], Cell]:
         errors = [row.error for row in same]
         spread = np.var(errors, ddof=1) / len(errors) if len(errors) > 1 else 0.0
         noise = np.mean([row.stderr**2 for row in same])
-        out[key] = Cell(float(np.mean(errors)), math.sqrt(spread + noise), len(errors))
+        out[key] = SeedMean(float(np.mean(errors)), math.sqrt(spread + noise), len(errors))
     return out
 
 
-def shown(cell: Cell | None) -> str:
+def shown(cell: SeedMean | None) -> str:
     if cell is None:
         return ""
     return f"{cell.error:.3f} ± {cell.stderr:.3f}" + ("" if cell.seeds > 1 else " (one seed)")
 
 
-def error_lines(found: dict[tuple[str, str, str, int], Cell], families: Sequence[str]) -> list[list[str]]:
+def error_lines(found: dict[tuple[str, str, str, int], SeedMean], families: Sequence[str]) -> list[list[str]]:
     """Trained compressors, best mean at V = 4 and 16 first; the blind baseline and all patches below them."""
     keys = list(itertools.product(families, (4, 16)))
 
@@ -101,7 +101,7 @@ def total(row: ResultRow) -> float:
     return row.encoder_flops + row.compressor_flops + row.question_flops + row.prefill_flops + row.decode_flops
 
 
-def elastic_lines(found: dict[tuple[str, str, str, int], Cell], families: Sequence[str]) -> list[list[str]]:
+def elastic_lines(found: dict[tuple[str, str, str, int], SeedMean], families: Sequence[str]) -> list[list[str]]:
     """One training for all V beside one for each."""
     lines = [["family", "compressor", "training", *(f"V = {v}" for v in TOKENS)]]
     names = sorted({name for _, name, how, _ in found if how != SEPARATE}, key=TRAINED.index)
@@ -123,7 +123,7 @@ def training_free_lines(rows: Iterable[ResultRow], families: Sequence[str]) -> l
 
 
 @plots.styled
-def draw(found: dict[tuple[str, str, str, int], Cell], families: Sequence[str], out: Path) -> Path:
+def draw(found: dict[tuple[str, str, str, int], SeedMean], families: Sequence[str], out: Path) -> Path:
     """A panel for each family: a line for each compressor, a point for each V."""
     import matplotlib.pyplot as plt
 
