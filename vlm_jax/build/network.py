@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from vlm_jax.build.published import load_tokenizer, located, public_params, public_projector
+from vlm_jax.build.published import load_tokenizer, public_params, public_projector
 from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.compress import catalog
