@@ -15,6 +15,7 @@ test: .venv/installed  ## every test; needs no accelerator
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: .venv/installed  ## the pages of docs/ and the API, into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

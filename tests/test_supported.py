@@ -1,4 +1,4 @@
-"""The table of architectures in docs/models.md names all that are read, what they are written as, and tests that exist."""
+"""The table of architectures in docs/models.md: all that are read, what they are written as, and tests that exist."""
 
 import importlib
 import json
