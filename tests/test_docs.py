@@ -21,7 +21,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """(module, arguments) of every command of a page, lines that end in a backslash joined."""
+    """(module, arguments) of every command of a page, lines that end in a backslash count as one."""
     text = re.sub(r"\\\n\s*", " ", page.read_text()).replace(", data=", ",data=")
     return [(module, shlex.split(rest.split("`")[0])) for module, rest in _COMMAND.findall(text)]
 
