@@ -4,7 +4,7 @@ BIN := .venv/bin
 export VLM_JAX_CACHE ?= $(CURDIR)/.cache
 export TF_CPP_MIN_LOG_LEVEL := 2
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint docs bench setup clean
 
 demo: .venv/installed  ## data, a grid of small models, a law, a plan and a report, in minutes
 	$(BIN)/python -m experiments.demo --workdir workdirs/demo
@@ -15,6 +15,10 @@ test: .venv/installed  ## every test; needs no accelerator
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/installed  ## the pages of docs/ and the API, into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/installed  ## every speed claim, as ratios measured side by side
 	$(BIN)/python -m experiments.published_law.benchmark
@@ -28,4 +32,4 @@ setup: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .cache workdirs
+	rm -rf .venv .cache workdirs site build

@@ -1,6 +1,7 @@
 """Updates every number in a README: `python -m experiments.readme`.
 
-Writes between pairs of marks in README.md and experiments/size_by_tokens/README.md, from the committed rows and laws.
+Writes between pairs of marks in README.md, docs/planning.md and experiments/size_by_tokens/README.md, from the
+committed rows and laws.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError("python -m experiments.readme takes no arguments")
     write_block(ROOT / "README.md", "table", summary())
-    write_block(ROOT / "README.md", "plan", planned())
+    write_block(ROOT / "docs" / "planning.md", "plan", planned())
     write_block(STUDY / "README.md", "table", tables())
     write_block(STUDY / "README.md", "doubts", doubts())
 

@@ -1,4 +1,4 @@
-"""README's table of architectures: it names all that are read, what they are written as, and tests that exist."""
+"""The table of architectures in docs/models.md: all that are read, what they are written as, and tests that exist."""
 
 import importlib
 import json
@@ -14,9 +14,9 @@ from vlm_jax.checkpoints import inspection
 from vlm_jax.checkpoints.huggingface import exporting
 from vlm_jax.core.specs import ModelSpec
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
 HEADER = "| read | which are | written | proven by, in `tests/checkpoints/` |\n"
-TABLE = README.partition(HEADER)[2].partition("\n\n")[0]
+TABLE = PAGE.partition(HEADER)[2].partition("\n\n")[0].rstrip()
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in TABLE.splitlines()[1:]]
 # What the tensors of a big_vision checkpoint of each kind are called.
 OF_BIG_VISION = {"SigLIP, one tower": "params/", "SigLIP, two towers": "params/txt/", "PaliGemma 1, 2": "params/llm/"}

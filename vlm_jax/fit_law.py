@@ -41,9 +41,10 @@ def main(argv: list[str]) -> int:
     if Path(flags.out).is_dir():
         raise UserError(f"--out: expected a file, got the folder {flags.out}")
 
+    from vlm_jax.core.located import located
     from vlm_jax.scaling import fit, lawfile, report, scores
 
-    rows = scores.read(flags.rows)
+    rows = scores.read(located(flags.rows))
     with report.progress(fit.stages(rows, flags.form, flags.family)) as progress:
         law = fit.fit(
             rows, flags.form, family=flags.family, loss=flags.loss, floor=flags.floor, fixed_floor=flags.fixed_d,

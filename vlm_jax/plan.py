@@ -44,11 +44,12 @@ def main(argv: list[str]) -> int:
     """Prints the plan; writes the page and figures."""
     flags = parser().parse_args(argv)
 
+    from vlm_jax.core.located import located
     from vlm_jax.scaling import budgets, frontier, lawfile, offsets, report
     from vlm_jax.sizing import calibration, chips
     from vlm_jax.sizing.roofline import Request
 
-    law = lawfile.read(flags.law)
+    law = lawfile.read(located(flags.law))
     law.family(flags.family)
     (kind,) = (kind for kind in budgets.BUDGETS if getattr(flags, kind) is not None)
     budget = budgets.Budget(kind, getattr(flags, kind), flags.usd_per_chip_hour)
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         efficiency=calibration.calibrate(flags.calibrate) if flags.calibrate else chips.ASSUMED,
     )  # fmt: skip
     limits = {name: tuple(getattr(flags, name)) for name in ("encoders", "llms", "compressors", "tokens")}
-    limits["offsets"] = offsets.read(flags.offsets) if flags.offsets else {}
+    limits["offsets"] = offsets.read(located(flags.offsets)) if flags.offsets else {}
     plan = frontier.plan(law, budget, request, family=flags.family, mode=flags.mode, top=flags.top, **limits)
     if flags.json:
         print(report.plan_json(plan, budget, request, flags.mode), end="")

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from vlm_jax.build.published import load_tokenizer, located, public_params, public_projector
+from vlm_jax.build.published import load_tokenizer, public_params, public_projector
 from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.located import located
 from vlm_jax.core.files import disk_problem, is_full
 from vlm_jax.core.specs import (
     PREPARATION,

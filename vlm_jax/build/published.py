@@ -10,16 +10,11 @@ from typing import Any
 import vlm_jax
 from vlm_jax.checkpoints import inspection
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.located import located
 from vlm_jax.core.specs import PREPARATION, DecoderSpec, EncoderSpec, ModelSpec
 from vlm_jax.data import tokenizers
 from vlm_jax.distributed import partitioning
 from vlm_jax.sizing import zoo
-
-
-def located(checkpoint: str) -> Path:
-    """A path relative to the working directory, else to the repository."""
-    path, in_repository = Path(checkpoint), Path(vlm_jax.__file__).parent.parent / checkpoint
-    return path if path.exists() or not in_repository.exists() else in_repository
 
 
 def tokenizer_folder(folder: str) -> Path:

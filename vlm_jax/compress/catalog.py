@@ -7,6 +7,8 @@ configs, the contract test, the cost model, grids and figures include it. `compr
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 from vlm_jax.compress import plugins
 from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, key_width, no_segments, no_stages
@@ -114,14 +116,15 @@ def model_spec(
     possible = method.tokens_out(encoder.token_grid)
     elastic: tuple[int, ...] = ()
     if isinstance(tokens, tuple):
-        tokens, elastic = max(tokens, default=None), tokens
+        elastic = tokens
+        tokens = max(elastic, default=None)
     if tokens is None and len(possible) > 1:
         raise UserError(f"compressor {compressor!r} gives several numbers of tokens: set tokens=V")
     if encoder.class_token and encoder.feature_layer in (0, encoder.depth):
         encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
     encoder = encoder_for(method, encoder)
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
-    own_sizes = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
+    own_sizes: Mapping[str, Any] = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
     spec = dataclasses.replace(spec, key_width=key_width(encoder), elastic=elastic, **own_sizes)
     check(spec)
     model = ModelSpec(encoder, spec, projector or method.projector, decoder, mask)

@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.located import located
 
 _DEFINES = re.compile(rb"^def get_(config|grid)\(", re.MULTILINE)
 
@@ -68,7 +69,8 @@ def call_function(path: str | Path, name: str, arg: str) -> Any:
 
     Raises `UserError` with file and line for whatever goes wrong in the file, and where there is no such function.
     """
-    module = _load_file(Path(path))
+    path = _find(Path(path))
+    module = _load_file(path)
     function = getattr(module, name, None)
     if not callable(function):
         got = "none" if function is None else type(function).__name__
@@ -79,20 +81,24 @@ def call_function(path: str | Path, name: str, arg: str) -> Any:
         line = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", None)
         where = path if line is None else f"{path}:{line}"
         raise UserError(f"{where}: expected a function {name}(arg), got one of other parameters ({error})") from error
-    with _errors_of(Path(path)):
+    with _errors_of(path):
         return function(arg)
 
 
-def _load_file(path: Path) -> ModuleType:
+def _find(path: Path) -> Path:
+    """The file of that path, here or shipped with the package. Raises `UserError` with those that exist."""
     try:
-        is_file = path.is_file()
-        others = [] if is_file else [str(p) for p in path.parent.glob("*.py") if p.is_file() and _defines(p)]
+        if (file := located(path)).is_file():
+            return file
+        others = _configs_in(path.parent) or ([] if path.is_absolute() else _configs_in(Path("configs")))
     except (OSError, ValueError) as error:
         raise UserError(
             f"config file {reprlib.repr(str(path))}: cannot be read ({error.__class__.__name__})"
         ) from error
-    if not is_file:
-        raise unknown("config file", str(path), others) if others else UserError(f"no config file {path}")
+    raise unknown("config file", str(path), others) if others else UserError(f"no config file {path}")
+
+
+def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: expected a Python file, whose name ends in .py")
@@ -100,6 +106,10 @@ def _load_file(path: Path) -> ModuleType:
     with _errors_of(path):
         spec.loader.exec_module(module)
     return module
+
+
+def _configs_in(folder: Path) -> list[str]:
+    return [str(folder / p.name) for p in located(folder).glob("*.py") if p.is_file() and _defines(p)]
 
 
 def _defines(path: Path) -> bool:

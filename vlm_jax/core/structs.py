@@ -103,7 +103,7 @@ class LossSums(NamedTuple):
     """Sums over target tokens. Ratios are formed outside jit: padding, microbatches and hosts cannot bias them."""
 
     nll: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # type: ignore[assignment]  # tuple.count
     hits: Float[Array, ""]  # without end tokens, as evaluation counts
     answers: Float[Array, ""]  # target tokens without end tokens
     part_nll: Float[Array, " S"] | None = None  # by source of a mixture

@@ -41,7 +41,7 @@ def _required(cls: type) -> Iterable[str]:
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
     if typing.is_typeddict(cls):
-        return sorted(cls.__required_keys__)
+        return sorted(cls.__required_keys__)  # type: ignore[attr-defined]
     return [name for name in cls._fields if name not in cls._field_defaults]  # type: ignore[attr-defined]
 
 

@@ -262,7 +262,7 @@ def attention_inputs(
 ) -> tuple[AttentionInputs, ...]:
     """The inputs of the global layers and, for models with a window, of the local layers."""
     angles = rotary.angles(queries.position, spec.head_dim, spec.rope_theta, spec.rope_factor, spec.rope_bands)
-    inputs = (AttentionInputs(angles, masks.attention_mask(queries, keys), index),)
+    inputs: tuple[AttentionInputs, ...] = (AttentionInputs(angles, masks.attention_mask(queries, keys), index),)
     if spec.window is not None:
         if spec.local_rope_theta:
             angles = rotary.angles(queries.position, spec.head_dim, spec.local_rope_theta)

@@ -20,7 +20,7 @@ def forward(model: Vlm, params: Params, inputs: Inputs, tokens: int | Int[Array,
     """
     if catalog.row(model.spec.compressor.name).elastic == "prefix":
         return model.forward(params, first_tokens(inputs, model.visual_tokens, tokens, model.visual_tokens))[0]
-    at = model._replace(spec=catalog.at_tokens(model.spec, tokens))
+    at = model._replace(spec=catalog.at_tokens(model.spec, tokens))  # type: ignore[arg-type]
     return at.forward(params, first_tokens(inputs, model.visual_tokens, at.visual_tokens, at.visual_tokens))[0]
 
 

@@ -130,8 +130,8 @@ class Encoder(nn.Module):
         patches = image.astype(dtype).reshape(batch, rows, size, columns, size, 3)
         x = self.patch(patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * 3))
         if spec.class_token:
-            first = jnp.broadcast_to(self.class_token.astype(dtype), (batch, 1, spec.width))
-            x = jnp.concatenate([first, x], axis=1)
+            class_token = jnp.broadcast_to(self.class_token.astype(dtype), (batch, 1, spec.width))
+            x = jnp.concatenate([class_token, x], axis=1)
         x = x + self.position.astype(dtype)
         if spec.pre_norm:
             x = self.pre_norm(x)

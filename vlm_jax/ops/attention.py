@@ -46,7 +46,9 @@ def attend(
         return plain(q, k, v, mask)
     implementation = "xla" if implementation == "splash" else implementation
     if softcap is None:
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation)
+        out = jax.nn.dot_product_attention(  # type: ignore[call-overload]
+            q, k, v, bias=bias, mask=mask, scale=scale, implementation=implementation
+        )
     else:
         out = _softcapped(q, k, v, mask, scale, softcap)
     if mask is None:

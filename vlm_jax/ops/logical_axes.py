@@ -75,7 +75,8 @@ def gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: jax.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather_for_compute(kernel: Array | np.ndarray, names: AxisNames, dtype: str, storage_dtype: str) -> Array:
     del storage_dtype
-    return _reshard(kernel.astype(dtype), lambda rules: rules.compute_shardings(names, kernel.shape))
+    values: Any = kernel.astype(dtype)
+    return _reshard(values, lambda rules: rules.compute_shardings(names, kernel.shape))
 
 
 def _forward(kernel: Array | np.ndarray, names: AxisNames, dtype: str, storage_dtype: str) -> tuple[Array, None]:

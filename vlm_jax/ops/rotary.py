@@ -22,7 +22,7 @@ def angles(
     """
     channel = jnp.arange(head_dim // 2, dtype=jnp.float32)
     frequency = theta ** (-2 * channel / head_dim)
-    keep = 0.0
+    keep: Array | float = 0.0
     if bands is not None and bands.ramp == "turns":
         turns = bands.original_context * frequency / (2 * math.pi)
         keep = jnp.clip((turns - bands.low) / (bands.high - bands.low), 0, 1)

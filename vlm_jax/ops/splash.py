@@ -80,6 +80,6 @@ def _on_tpu(
         return kernel(q, k, v, segment_ids=splash.SegmentIds(segment, segment))
 
     pad = ((0, 0), (0, 0), (0, 0), (0, -channels % LANES))
-    by_head = [jnp.pad(x, pad).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v)]
-    out = jax.vmap(one)(*by_head, segment.astype(jnp.int32)).swapaxes(1, 2)[..., :channels]
+    q, k, v = (jnp.pad(x, pad).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    out = jax.vmap(one)(q, k, v, segment.astype(jnp.int32)).swapaxes(1, 2)[..., :channels]
     return jnp.where((segment != 0)[:, :, None, None], out, 0)

@@ -303,7 +303,8 @@ def step_flops(spec: RunSpec, stage: StageSpec, question_tokens: float = 0.0) ->
     An elastic compressor's rows have places for its most tokens at every V; where the smaller V are a prefix, all
     tokens are computed at every step. Steps at one V each count as their mean, steps at all V as their sum.
     """
-    data, features = data_of(spec, stage), "stored" if spec.data.frozen_features else "pixels"
+    data = data_of(spec, stage)
+    features: Literal["pixels", "stored"] = "stored" if spec.data.frozen_features else "pixels"
     views = compression.views_of_row(spec, data)
     is_prefix = compression.row(spec.model).elastic == "prefix"
     models = [spec.model] if spec.elastic == "most" else [run.model for run in at_every_v(spec)]
