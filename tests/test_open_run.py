@@ -9,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+import vlm_jax
 from tests.data.mixtures import png
 from tests.training.test_resume import cache as cache  # a fixture
 from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job
 from vlm_jax.aot import programs
+from vlm_jax.checkpoints.orbax import read_spec
+from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import RunSpec, SourceSpec, StageDataSpec, spec_hash
+from vlm_jax.core.specs import RunSpec, SourceSpec, StageDataSpec, spec_hash, total_steps
 from vlm_jax.data import pipeline
 from vlm_jax.data.examples import Example, Source, Turn
 
@@ -149,3 +152,18 @@ def test_sources_of_one_name_have_two_names(cache: Path) -> None:
 def test_an_unknown_kind_of_source_names_the_nearest(cache: Path) -> None:
     with pytest.raises(UserError, match="unknown kind of source 'lava': did you mean 'llava'"):
         build.open_run(spec(cache, train=(SourceSpec("lava"),)), cache)
+
+
+def test_a_run_in_epochs_is_read_again(cache: Path, tmp_path: Path) -> None:
+    """What is stored with a checkpoint has steps beside epochs; it loads, and evaluates as before."""
+    stages = [{"total_steps": 3}, {"total_steps": 0, "epochs": 0.2, "warmup_steps": 0, "warmup_share": 0.5}]
+    run = build.open_run(spec(cache, stages), cache)
+    params = job.train(run, tmp_path, lambda log, values: None)
+    stored = spec_from_dict(read_spec(tmp_path))
+    assert stored == run.network.spec
+    assert spec_hash(stored) == spec_hash(spec(cache, stages))
+    again = build.open_run(stored, cache)
+    assert again.network.spec == stored
+    restored = job.restore(again.network, tmp_path, least_step=total_steps(stored))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(restored))
+    assert vlm_jax.load(tmp_path).spec.compressor == stored.model.compressor

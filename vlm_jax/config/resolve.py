@@ -268,7 +268,14 @@ def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> N
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
-    """The inverse of `core.specs.to_dict`, for a spec stored with a checkpoint. Raises `UserError`."""
+    """The inverse of `core.specs.to_dict`, for a spec stored with a checkpoint, whose stages have the numbers of steps
+    that followed from the data. Raises `UserError`."""
     spec = from_dict(RunSpec, values, "config field ")
-    _check(spec)
+    _check(dataclasses.replace(spec, stages=tuple(map(_as_given, spec.stages))))
     return spec
+
+
+def _as_given(stage: StageSpec) -> StageSpec:
+    """The stage without the numbers of steps that follow from the data."""
+    steps = 0 if stage.epochs or stage.examples else stage.total_steps
+    return dataclasses.replace(stage, total_steps=steps, warmup_steps=0 if stage.warmup_share else stage.warmup_steps)
