@@ -14,6 +14,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.compress.contract import encoder_for, key_width
 from vlm_jax.config import ranges
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.specs import (
     RAMPS,
     CompressorSpec,
@@ -262,5 +263,7 @@ def _keys(where: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> N
 def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
     """The inverse of `core.specs.to_dict`, for a spec stored with a checkpoint. Raises `UserError`."""
     spec = from_dict(RunSpec, values, "config field ")
+    check_model(spec.model, "config field model.")
+    _check_compressor(spec.model)
     _check(spec)
     return spec

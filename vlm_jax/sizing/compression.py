@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vlm_jax.core import specs
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CompressorSpec, DataSpec, DropStage, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
@@ -46,8 +47,23 @@ def stages(model: ModelSpec) -> tuple[DropStage, ...]:
     return _catalog().stages(model)
 
 
+def check_stages(model: ModelSpec, where: str) -> None:
+    """Raises `UserError`, behind the prefix `where`, for a model from a file whose decoder has no place for the
+    stages of its compressor. Nothing is imported for a compressor of less depth than the decoder: its stages fit.
+    """
+    compressor, decoder = model.compressor, model.decoder
+    if compressor is None or decoder is None or compressor.depth < decoder.depth:
+        return
+    if compressor.name in _catalog().names():  # a row may be of a package that is not installed
+        try:
+            _catalog().check_decoder(model)
+        except UserError as error:
+            raise UserError(f"{where}{error}") from error
+
+
 def alive(model: ModelSpec) -> LayerTokens:
-    """The visual tokens that layers process."""
+    """The visual tokens that layers process. Raises `UserError` for stages beyond the decoder's depth."""
+    check_stages(model, "")
     start, tokens, parts = 0, row(model).entering(model.compressor), []
     for stage in stages(model):
         parts.append((stage.layer - start, tokens))
