@@ -184,11 +184,6 @@ def _check(spec: RunSpec) -> None:
             f"config field compute.attention: expected xla for compressor {spec.model.compressor.name}, got "
             f"{spec.compute.attention}"
         )
-    if spec.data.frozen_features and spec.model.encoder.returns:
-        raise UserError(
-            f"compressor {spec.model.compressor.name} reads {', '.join(spec.model.encoder.returns)}, which stored "
-            "features do not have: set data.frozen_features=False"
-        )
     for data in dict.fromkeys([spec.data, *(data_of(spec, stage) for stage in spec.stages)]):
         _check_rows(spec, data)
     for stage in spec.stages:
