@@ -33,7 +33,11 @@ _DTYPES = {
     "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FOLDER_FILES = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first one is read
+# The first one is read; the last two are a connector alone (`huggingface.hf_llava`).
+_FOLDER_FILES = (
+    _SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "mm_projector.safetensors",
+    "mm_projector.bin",
+)  # fmt: skip
 _MAX_EXPANSION, _SMALL_BYTES = 64, 2**24  # an .npz holds at most 64 times its file's bytes, or 16 MiB
 _MAX_AXIS = 2**48
 # RuntimeError is raised for an archive with a password and a header that is nested too deeply.
