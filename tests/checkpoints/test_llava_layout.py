@@ -1,5 +1,7 @@
 """Checkpoints of LLaVA's own code, TokenPacker and QueCC, against what the official modules computed."""
 
+import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,24 +12,39 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
+from tests import builders
 from tests.checkpoints.test_vision_import import close
 from tests.golden import drawn
 from tests.golden import peers_llava_weights as peers
+from vlm_jax import build
+from vlm_jax.checkpoints.huggingface import exporting
 from vlm_jax.checkpoints.inspection import inspect, load_parts, model_spec
+from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import resolve
+from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import ModelSpec
 from vlm_jax.data import chat
 from vlm_jax.inference import api, programs, prompts
 from vlm_jax.inference.loading import Model
+from vlm_jax.models.vlm import Vlm
 
 GOLDEN = np.load(peers.GOLDEN)
 QUECCS = [name for name in peers.CASES if name.startswith("quecc")]
 TOWER = "clip-vit-large-patch14-336"
 
 
+@functools.cache
+def tensors(name: str, part: str = "") -> dict[str, np.ndarray]:
+    """The weights of a case, or of its tower."""
+    files = json.loads(str(GOLDEN[f"{name}/files"]))
+    return drawn.weights((files[part] if part else files)["shapes"])
+
+
 def write_tower(folder: Path, name: str = "llava15", processor: dict[str, Any] | None = None) -> Path:
     tower = json.loads(str(GOLDEN[f"{name}/files"]))["tower"]
     folder.mkdir()
-    save_file(drawn.weights(tower["shapes"]), folder / "model.safetensors")
+    save_file(tensors(name, "tower"), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(tower["config"]))
     size = tower["config"]["image_size"]
     (folder / "preprocessor_config.json").write_text(
@@ -41,11 +58,11 @@ def write(root: Path, name: str, **changes: Any) -> Path:
     files = json.loads(str(GOLDEN[f"{name}/files"]))
     folder = root / name
     folder.mkdir(parents=True)
-    tensors = drawn.weights(files["shapes"])
-    names = sorted(tensors)
+    drawn_here = tensors(name)
+    names = sorted(drawn_here)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, some in shards.items():
-        save_file({tensor: tensors[tensor] for tensor in some}, folder / file)
+        save_file({tensor: drawn_here[tensor] for tensor in some}, folder / file)
     index = {"weight_map": {tensor: file for file, some in shards.items() for tensor in some}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({**files["config"], **changes}))
@@ -165,17 +182,20 @@ def test_a_tower_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         vlm_jax.load(tmp_path / "other", llm=folder, vision=tmp_path / "other")
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_tower_in_the_checkpoint_counts_where_it_was_trained(tmp_path: Path, trained: bool) -> None:
+@pytest.mark.parametrize("tower", ["frozen", "trained", "config alone"])
+def test_a_tower_in_the_checkpoint_counts_where_it_was_trained(tmp_path: Path, tower: str) -> None:
     """LLaVA reads CLIP's folder over what is saved, except for a tower that was trained."""
-    folder = write(tmp_path, "llava15", unfreeze_mm_vision_tower=trained)
+    trained = tower != "frozen"
+    folder = write(tmp_path, "llava15", unfreeze_mm_vision_tower=tower == "trained")
     prefix = "model.vision_tower.vision_tower.vision_model."
     saved = {prefix + name: leaf for name, leaf in load_file(tmp_path / TOWER / "model.safetensors").items()}
     other = {name: np.zeros_like(leaf) for name, leaf in saved.items()}
     buffers = {f"{prefix}embeddings.position_ids": np.arange(37)[None]}
     rewrite(folder, (saved if trained else other) | buffers)
-    if trained:
+    if tower == "trained":
         save_file({"none": np.zeros(1, np.float32)}, tmp_path / TOWER / "model.safetensors")
+    elif tower == "config alone":
+        (tmp_path / TOWER / "model.safetensors").unlink()
     close(generated(vlm_jax.load(folder, dtype="float32"), "llava15")[0], GOLDEN["llava15/logits"])
 
 
@@ -313,18 +333,43 @@ def test_a_connector_alone_joins_its_language_model(tmp_path: Path, name: str) -
     close(generated(model, name)[0], GOLDEN[f"{name}/logits"])
     with pytest.raises(UserError, match="has no language model: name one with llm=FOLDER"):
         vlm_jax.load(stage)
-    with pytest.raises(UserError, match=r"connector expects a language model of width 24, got .* of width 16"):
-        config = json.loads((llm / "config.json").read_text())
-        narrow = {n: leaf[..., :16] if leaf.shape[-1] == 24 else leaf for n, leaf in _narrow(llm).items()}
-        save_file(narrow, llm / "model.safetensors")
-        (llm / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
-        vlm_jax.load(stage, llm=llm)
 
 
-def _narrow(llm: Path) -> dict[str, np.ndarray]:
-    """The language model's tensors with 16 rows where there are 24."""
-    tensors = load_file(llm / "model.safetensors")
-    return {name: np.ascontiguousarray(leaf[:16] if len(leaf) == 24 else leaf) for name, leaf in tensors.items()}
+def test_a_connector_for_another_language_model_is_refused(tmp_path: Path) -> None:
+    stage, _ = split_connector(tmp_path, "llava15")
+    narrow = dataclasses.replace(builders.DECODER, vocab=40)
+    spec = ModelSpec(None, None, None, narrow, "causal")
+    params = builders.params(Vlm(dataclasses.replace(builders.model(), decoder=narrow), builders.COMPUTE))
+    exporting.save_folder(tmp_path / "narrow", spec, {"decoder": params["decoder"]})
+    with pytest.raises(UserError, match=r"connector expects a language model of width 24, got narrow of width 16"):
+        vlm_jax.load(stage, llm=tmp_path / "narrow")
+
+
+@pytest.mark.parametrize("source", ["whole", "first stage", "file"])
+@pytest.mark.parametrize("name", ["llava15", "tokenpacker"])
+def test_a_run_starts_from_a_released_connector(tmp_path: Path, name: str, source: str) -> None:
+    """With the compressor's weights; CLIP's folder is the run's encoder_checkpoint, which need not be found again."""
+    stage, llm = split_connector(tmp_path, name)
+    write_tokenizer(llm)
+    info = inspect(tmp_path / name)
+    expected = load_parts(info, ("connector",))["connector"]
+    tower = (tmp_path / TOWER).rename(tmp_path / "tower")
+    path = {"whole": tmp_path / name, "first stage": stage, "file": stage / "mm_projector.safetensors"}[source]
+    run = resolve(load_config("configs/vlm.py:smoke,data=rows4_tiny"))
+    run = dataclasses.replace(
+        run, model=model_spec(info), data=dataclasses.replace(run.data, tokenizer=str(llm)),
+        encoder_checkpoint=str(tower), decoder_checkpoint=str(llm), connector_checkpoint=str(path),
+    )  # fmt: skip
+    found = tree.flatten(build.first_params(build.open_network(run))["connector"])
+    assert set(found) == set(tree.flatten(expected))
+    for path, leaf in tree.flatten(expected).items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+    if name == "tokenpacker":
+        model = dataclasses.replace(run.model, compressor=dataclasses.replace(run.model.compressor, tokens=4))
+        with pytest.raises(
+            UserError, match=r"expected the compressor of the config, got tokenpacker of tokens=9 \(not"
+        ):
+            build.first_params(build.open_network(dataclasses.replace(run, model=model)))
 
 
 def test_torchs_files_are_read_where_torch_is_installed(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def _inspect_folder(path: Path, weights: TensorFiles, vision: Path | None) -> Ch
     kind, rows = architecture(config, path), architectures(vision)
     if kind not in rows:
         raise UserError(f"{config_path(path)}: {unknown('architecture', kind, rows, cutoff=0.8)}")
-    _check_depth(weights, config, path)
+    fields.check_depth(config, len(weights.shapes), str(config_path(path)))
     return rows[kind](weights, config)
 
 
@@ -86,14 +86,6 @@ def architecture(config: Mapping[str, Any], where: Path) -> str:
     if not isinstance(names, list) or len(names) != 1:
         raise UserError(f"{config_path(where)}: architectures={names!r}: expected a list of one name")
     return str(names[0])
-
-
-def _check_depth(weights: TensorFiles, config: dict[str, Any], path: Path) -> None:
-    """Raises `UserError` for more layers than tensors, before a table of that size is built."""
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        depth, count = part.get("num_hidden_layers") if isinstance(part, dict) else None, len(weights.shapes)
-        if isinstance(depth, int | float) and depth > count:
-            raise UserError(f"{config_path(path)}: num_hidden_layers={depth}, but there are only {count} tensors")
 
 
 def _decoder_only(weights: TensorFiles, config: dict[str, Any], text: dict[str, Any] | None = None) -> CheckpointInfo:

@@ -34,7 +34,7 @@ _DTYPES = {
 }  # fmt: skip
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # The first one is read; the last two are a connector alone (`huggingface.hf_llava`).
-_FOLDER_FILES = (
+FOLDER_FILES = (
     _SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "mm_projector.safetensors",
     "mm_projector.bin",
 )  # fmt: skip
@@ -67,11 +67,11 @@ def open_weights(path: str | Path) -> TensorFiles:
         raise foreign.missing(path)
     if found == "file":
         return _open_file(path)
-    for name in _FOLDER_FILES:
+    for name in FOLDER_FILES:
         if reading.kind(path / name):
             opened = _open_shards(path / name) if name.endswith(".json") else _open_file(path / name)
             return opened._replace(path=path)
-    raise foreign.no_weights(path, _FOLDER_FILES)
+    raise foreign.no_weights(path, FOLDER_FILES)
 
 
 def _open_file(path: Path) -> TensorFiles:

@@ -3,53 +3,47 @@ vision tower in another.
 
     config.json               Llama's fields, and `mm_*` about the rest; `mm_vision_tower` is the tower's folder
     model.layers.*, ...       Llama
-    model.mm_projector.*      LLaVA-1.5's projector, TokenPacker (arXiv 2407.02392) or QueCC (arXiv 2411.03312)
+    model.mm_projector.*      the connector (`hf_llava_connector`)
     model.vision_tower.*      the tower, where it was trained too; else CLIP's own weights are read
 
-`mm_projector.bin` (or .safetensors) alone is the result of a first stage, which trains the connector only. The kind of
-connector is read from its tensors: TokenPacker's code ignores `mm_projector_type`.
+`mm_projector.bin` (or .safetensors) alone is the result of a first stage, which trains the connector only.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm, processors
+import numpy as np
+
+from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_llava_connector, hf_vlm, processors
 from vlm_jax.checkpoints.info import CheckpointInfo
-from vlm_jax.checkpoints.tensor_files import TensorFiles, open_weights
-from vlm_jax.checkpoints.tensor_tables import TensorTable, check, conv_patch, linear, multi_head, norm, same
-from vlm_jax.compress.local import tapped_layers
+from vlm_jax.checkpoints.tensor_files import FOLDER_FILES, TensorFiles, open_weights
+from vlm_jax.checkpoints.tensor_tables import check
 from vlm_jax.core import reading
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.specs import CompressorSpec, EncoderSpec
+from vlm_jax.core.specs import EncoderSpec
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 PROJECTOR = "mm_projector"
 _MARK, _TOWER, _TOWER_MODEL = f"{PROJECTOR}.", "model.vision_tower.", "model.vision_tower.vision_tower.vision_model."
-_HEADS = 8  # of TokenPacker and QueCC
-_TAPS = (12, 16, 22, 23)  # of both
-_SCALE = 2  # of TokenPacker's first code, whose config does not have it
 _READ = {
-    "mm_hidden_size", "mm_projector_type", "mm_vision_tower", "mm_vision_select_layer", "image_aspect_ratio",
-    "unfreeze_mm_vision_tower", "scale_factor", "down_rate", "mm_vision_token_compression_kernel_size",
-    "mm_vision_token_compression_stride", "mm_vision_output_token_count", "mm_vision_output_text_embedding_size",
+    *hf_llava_connector.READ, "mm_hidden_size", "mm_vision_tower", "mm_vision_select_layer", "image_aspect_ratio",
+    "unfreeze_mm_vision_tower",
     # Of training, and tokens that prompts do not use.
     "mm_use_im_patch_token", "image_grid_pinpoints", "image_crop_resolution", "image_split_resolution", "patch_num",
     "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "tune_mm_vision_resampler", "freeze_mm_vision_resampler",
     "mm_projector_lr", "mm_vision_tower_lr", "s2_scales", "mm_vision_output_combined_token_count",
 }  # fmt: skip
 _FIXED: dict[str, tuple[Any, ...]] = {
+    **hf_llava_connector.FIXED,
     "mm_vision_select_feature": ("patch",),
     "mm_use_im_start_end": (False,),
     "mm_patch_merge_type": ("flat",),
     "mm_resampler_type": (None,),
-    "mm_vision_token_compression_type": ("quecc",),
     "use_mm_proj": (True,),
     "s2": (False,),
 }
-_LAYERS = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2, "tokenpacker": 0}  # of `mm_projector_type`
 _ASPECTS = ("pad", "square")
 
 
@@ -90,7 +84,7 @@ def _with_vision(info: CheckpointInfo, mm: dict[str, Any], width: int | None, vi
     weights, where = info.weights, str(fields.config_path(info.weights.path))
     fields.check(mm, where, _READ, _FIXED)
     prefix = _prefix(weights)
-    method, layers = _connector(weights, prefix, mm, where)
+    method, layers = hf_llava_connector.find(weights, prefix, mm, where)
     outer = weights.shapes[f"{prefix}{layers[0]}weight"][0]
     if len(outer) != 2:
         raise UserError(f"{weights.path}: {prefix}{layers[0]}weight: expected two axes, got {list(outer)}")
@@ -104,11 +98,10 @@ def _with_vision(info: CheckpointInfo, mm: dict[str, Any], width: int | None, vi
         ignore = (*info.ignore, r"model\.vision_tower\..*", *(() if method == "none" else (rf".*{PROJECTOR}\..*",)))
         return info._replace(tables=tables, ignore=ignore, missing=_not_found(weights.path, mm))
     encoder, weights = _tower(weights, mm, folder, inputs, where)
-    compressor = _compressor(method, encoder, width, mm, where)
+    compressor = hf_llava_connector.compressor_spec(method, encoder, width, mm, where)
     if compressor is not None:
-        encoder = dataclasses.replace(encoder, taps=_taps(encoder))
-        make = {"tokenpacker": _tokenpacker, "quecc": _quecc}[method]
-        table = table | {f"compressor/{path}": leaf for path, leaf in make(prefix, compressor).items()}
+        encoder = dataclasses.replace(encoder, taps=hf_llava_connector.taps(encoder))
+        table = table | hf_llava_connector.compressor_table(prefix, compressor)
     tower = hf_encoder.prefix_of(weights)
     tables = {**info.tables, "encoder": hf_encoder.encoder_table(encoder, tower), "connector": table}
     ignore = (*info.ignore, *hf_encoder.IGNORED, *hf_encoder.unused(encoder, tower))
@@ -123,25 +116,6 @@ def _prefix(weights: TensorFiles) -> str:
     if len(found) != 1:
         raise UserError(f"{weights.path}: expected tensors model.{_MARK}*, got {', '.join(sorted(found)) or 'none'}")
     return found.pop()
-
-
-def _connector(weights: TensorFiles, prefix: str, mm: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
-    """(compressor, names of the projector's linear layers), from the tensors behind `prefix`."""
-    names = {name.removeprefix(prefix) for name in weights.shapes if name.startswith(prefix)}
-    if "q_proj_1.weight" in names:
-        return "tokenpacker", ("mlp.0.", "mlp.2.")
-    method = "quecc" if "0.q_downsample.weight" in names else "none"
-    kind, claimed = mm.get("mm_projector_type"), mm.get("mm_vision_token_compression_type")
-    if kind not in (None, *_LAYERS):
-        raise UserError(f"{where}: mm_projector_type={kind!r} is not supported: expected {', '.join(_LAYERS)}")
-    first = 1 if method == "quecc" else 0
-    layers = tuple(f"{i}." for i in range(first, first + 4, 2) if f"{i}.weight" in names)
-    layers = ("",) if "weight" in names else layers
-    if len(layers) != _LAYERS.get(kind, len(layers) or 1) or (claimed == "quecc") > (method == "quecc"):
-        said = f"mm_projector_type={kind!r}" + (f", mm_vision_token_compression_type={claimed!r}" if claimed else "")
-        listed = ", ".join(sorted(names)[:4])
-        raise UserError(f"{weights.path}: expected the connector of {said}, got the tensors {prefix}{{{listed}, ...}}")
-    return method, layers
 
 
 def _places(path: Path, mm: Mapping[str, Any]) -> list[tuple[str, Path]]:
@@ -171,26 +145,8 @@ def _not_found(path: Path, mm: Mapping[str, Any]) -> str:
 def _tower(
     weights: TensorFiles, mm: Mapping[str, Any], folder: Path, width: int, where: str
 ) -> tuple[EncoderSpec, TensorFiles]:
-    """The tower's spec, with the image preparation of the checkpoint, and all weights as one. Weights of a tower in the
-    checkpoint count only where it was trained, as in LLaVA."""
-    config = fields.read_json(folder / "config.json")
-    if config is None:
-        raise UserError(f"{folder / 'config.json'}: missing (it describes the vision tower of {where})")
-    own = {name: found for name, found in weights.shapes.items() if not name.startswith(_TOWER)}
-    if mm.get("unfreeze_mm_vision_tower"):
-        spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, str(folder)), str(folder / "config.json"))
-        joined = weights
-    else:
-        tower = hf_vlm.encoder_only(open_weights(folder), {"architectures": ["CLIPModel"], **config})
-        check(tower.weights, tower.tables.values(), tower.ignore)
-        spec, prefix = tower.encoder, hf_encoder.prefix_of(tower.weights)
-        names = {_TOWER_MODEL + n.removeprefix(prefix): n for n in tower.weights.shapes if n.startswith(prefix)}
-        shapes = {**own, **{name: tower.weights.shapes[theirs] for name, theirs in names.items()}}
-
-        def read(name: str) -> Any:
-            return tower.weights.read(names[name]) if name in names else weights.read(name)
-
-        joined = TensorFiles(weights.path, shapes, read)
+    """The tower's spec, with the image preparation of the checkpoint, and all weights as one."""
+    spec, weights = _join(weights, folder, is_trained=bool(mm.get("unfreeze_mm_vision_tower")))
     if not spec.class_token or spec.width != width:
         got = f"{spec.name} of width {spec.width}"
         raise UserError(f"{folder}: expected a CLIP tower of mm_hidden_size={width} ({where}), got {got}")
@@ -203,79 +159,34 @@ def _tower(
         )
     spec = processors.with_processor_files(spec, folder)
     resize = "pad" if aspect == "pad" else spec.resize
-    return dataclasses.replace(spec, feature_layer=layer, pooling_head=False, resize=resize), joined
+    return dataclasses.replace(spec, feature_layer=layer, pooling_head=False, resize=resize), weights
 
 
-def _taps(encoder: EncoderSpec) -> tuple[int, ...]:
-    """The published blocks, or those at the same places of a tower that has fewer."""
-    return _TAPS if encoder.depth >= _TAPS[-1] else tapped_layers(encoder)
+def _join(weights: TensorFiles, folder: Path, is_trained: bool) -> tuple[EncoderSpec, TensorFiles]:
+    """The spec in the tower's folder, and its tensors among those of the checkpoint. As in LLaVA, a tower in the
+    checkpoint counts only where it was trained, or where the folder has no weights."""
+    file = folder / "config.json"
+    config = fields.read_json(file)
+    if config is None:
+        raise UserError(f"{file}: missing (it describes the vision tower of {weights.path})")
+    saved = any(name.startswith(_TOWER) for name in weights.shapes)
+    if is_trained or (saved and not _has_weights(folder)):
+        fields.check_depth(config, len(weights.shapes), str(file))
+        return hf_encoder.encoder_spec(hf_encoder.vision_config(config, str(file)), str(file)), weights
+    tower = open_weights(folder)
+    fields.check_depth(config, len(tower.shapes), str(file))
+    info = hf_vlm.encoder_only(tower, {**config, "architectures": ["CLIPModel"]})
+    check(tower, info.tables.values(), info.ignore)
+    prefix = hf_encoder.prefix_of(tower)
+    names = {_TOWER_MODEL + name.removeprefix(prefix): name for name in tower.shapes if name.startswith(prefix)}
+    shapes = {name: found for name, found in weights.shapes.items() if not name.startswith(_TOWER)}
+    shapes |= {name: tower.shapes[inner] for name, inner in names.items()}
+
+    def read(name: str) -> np.ndarray:
+        return tower.read(names[name]) if name in names else weights.read(name)
+
+    return info.encoder, TensorFiles(weights.path, shapes, read)
 
 
-def _compressor(
-    method: str, encoder: EncoderSpec, width: int, mm: Mapping[str, Any], where: str
-) -> CompressorSpec | None:
-    """The spec of TokenPacker or QueCC; None: all patches are projected."""
-    if method == "none":
-        return None
-    if method == "tokenpacker":
-        name = "down_rate" if "scale_factor" not in mm and "down_rate" in mm else "scale_factor"
-        side = fields.number({name: _SCALE, **mm}, name, where)
-    else:
-        kernel, stride, patches, text = (
-            "mm_vision_token_compression_kernel_size", "mm_vision_token_compression_stride",
-            "mm_vision_output_token_count", "mm_vision_output_text_embedding_size",
-        )  # fmt: skip
-        name, given = stride, {kernel: 4, stride: 4, patches: encoder.patches, text: width, **mm}
-        side = fields.number(given, stride, where)
-        for field, value in ((kernel, side), (patches, encoder.patches), (text, width)):
-            if given[field] != value:
-                raise UserError(f"{where}: {field}={given[field]!r}: expected {value}")
-    rows = encoder.grid[0]
-    if rows % side:
-        divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-        raise UserError(f"{where}: {name}={side}: expected a divisor of the tower's {rows} patches a side ({divisors})")
-    e = encoder.width
-    tokens, heads = (rows // side) ** 2, math.gcd(_HEADS, e)
-    return CompressorSpec(method, tokens, encoder.grid, e, len(_taps(encoder)), width, e, heads, 1, 0)
-
-
-def _tokenpacker(prefix: str, spec: CompressorSpec) -> TensorTable:
-    """The weights of `compress.local.tokenpacker` in `TokenPacker`."""
-    e, w, z = (spec.encoder_width,), (spec.width,), (spec.taps * spec.encoder_width,)
-    table = {
-        "query/kernel": linear(f"{prefix}q_proj_1.weight", e, w),
-        **norm("query_norm", f"{prefix}ln_q_1", spec.width),
-    }
-    for part, name in (("keys", "k"), ("values", "v")):
-        table |= _mlp(part, f"{prefix}{name}_proj_1.", z, w) | norm(f"{part}_norm", f"{prefix}ln_{name}_1", spec.width)
-    return table | multi_head("attention", f"{prefix}clip_attn.", spec.width, spec.heads)
-
-
-def _quecc(prefix: str, spec: CompressorSpec) -> TensorTable:
-    """The weights of `compress.local.quecc` in `QueCC`, the first layer of the connector."""
-    e, w, z = (spec.encoder_width,), (spec.width,), (spec.taps * spec.encoder_width,)
-    side, text, down = (
-        spec.grid[0] // math.isqrt(spec.tokens),
-        f"{prefix}0.text_projection.",
-        f"{prefix}0.q_downsample.",
-    )
-    table = {
-        "text/kernel": linear(f"{text}0.weight", (spec.text_width,), e),
-        "text/bias": same(f"{text}0.bias", e),
-        **norm("text_norm", f"{text}1", spec.encoder_width),
-        "down/kernel": conv_patch(f"{down}weight", side, spec.width, channels=1),  # depthwise
-        "down/bias": same(f"{down}bias", w),
-    }
-    for part, name, inputs in (("query", "q", e), ("keys", "k", z), ("values", "v", z)):
-        hf_name = f"{prefix}0.{name}_proj."
-        table |= _mlp(part, hf_name, inputs, w) | norm(f"{part}_norm", f"{hf_name}3", spec.width)
-    return table | multi_head("attention", f"{prefix}0.clip_attn.", spec.width, spec.heads)
-
-
-def _mlp(path: str, hf_name: str, inputs: tuple[int, ...], width: tuple[int, ...]) -> TensorTable:
-    """Linear, GELU, Linear as a torch Sequential."""
-    table = {}
-    for name, number, size in (("up", 0, inputs), ("down", 2, width)):
-        table[f"{path}/{name}/kernel"] = linear(f"{hf_name}{number}.weight", size, width)
-        table[f"{path}/{name}/bias"] = same(f"{hf_name}{number}.bias", width)
-    return table
+def _has_weights(folder: Path) -> bool:
+    return any(reading.kind(folder / name) for name in FOLDER_FILES)
