@@ -392,7 +392,7 @@ def test_another_compressor_keeps_the_projector(tmp_path: Path) -> None:
     kernels = (model.params["connector"]["projector"]["kernel"] for model in (own, pooled))
     np.testing.assert_array_equal(*kernels)
     assert not vlm_jax.load(folder, compressor="tokenpacker", tokens=4).is_trained
-    with pytest.raises(UserError, match="tokens=4: expected 9, or the name of a compressor"):
+    with pytest.raises(UserError, match="tokens=4: expected 9; for another number name the compressor"):
         vlm_jax.load(folder, tokens=4)
     with pytest.raises(UserError, match=r"image_size=48: compressor 'tokenpacker' of .* 6 x 6 patches"):
         vlm_jax.load(folder, image_size=48)

@@ -248,7 +248,7 @@ def _has_connector(vision_info: CheckpointInfo, llm_info: CheckpointInfo) -> boo
 
 def _check_tokens(tokens: int | None, name: str | None, own: int) -> None:
     if name is None and tokens is not None and tokens != own:
-        raise UserError(f"tokens={tokens}: expected {own}, or the name of a compressor (compressor=NAME)")
+        raise UserError(f"tokens={tokens}: expected {own}; for another number name the compressor")
 
 
 def _check_width(vision_info: CheckpointInfo, decoder: DecoderSpec) -> None:

@@ -1,4 +1,4 @@
-"""Connectors of LLaVA's own code and of the projects that build on it, as specs and as tables of tensors: the projector,
+"""Connectors of LLaVA's own code and of the projects that build on it, as specs and as tables of tensors: projectors,
 TokenPacker (arXiv 2407.02392) and QueCC (arXiv 2411.03312).
 
     mm_projector.{weight, bias}                     "linear", LLaVA-1
