@@ -21,7 +21,7 @@ from vlm_jax.checkpoints import inspection, integrity, orbax, tensor_files, tens
 from vlm_jax.checkpoints.huggingface import exporting, hf_decoder
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.data import token_files, tokenizers
-from vlm_jax.inference import loading
+from vlm_jax.inference import joining, loading
 
 _SPEC = builders.DECODER
 _LLAMA = {**hf_decoder.hf_config(_SPEC), "eos_token_id": 2, "pad_token_id": 0}
@@ -58,7 +58,7 @@ def _read(path: Path) -> None:
     info = inspection.inspect(path)
     encoder = inspection.prepared_encoder(info)
     if encoder is not None and info.decoder is not None:
-        loading._joined_spec(info._replace(encoder=encoder), info, None, None)
+        joining.joined_spec(info._replace(encoder=encoder), info, None, None)
     if token_files.find(path) is not None:
         tokenizers.read_tokenizer(path, info.config, ("<image>",))
     for tensor in list(info.weights.shapes)[:2]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import build
-from vlm_jax.checkpoints import inspection, orbax, tensor_tables
+from vlm_jax.checkpoints import orbax, tensor_tables
 from vlm_jax.checkpoints.inspection import (
     CheckpointInfo,
     inspect,
@@ -33,11 +33,12 @@ from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core import reading, text
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import ComputeSpec, DecoderSpec, ModelSpec
+from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.data import chat_formats, token_files, tokenizers
 from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import sampling
+from vlm_jax.inference.joining import has_connector, joined_spec
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import unstack_layers
 from vlm_jax.models.vision import at_size, params_at_size
@@ -142,12 +143,12 @@ def load(
         raise UserError(f"{path}: a text-only model has no images: leave image_size out")
     own = prepared_encoder(vision_info)
     resized = vision_info if own is None else vision_info._replace(encoder=at_size(own, image_size))
-    spec = _joined_spec(resized, llm_info if llm else resized, compressor, tokens)
+    spec = joined_spec(resized, llm_info if llm else resized, compressor, tokens)
     if own is not None:
         # The compressor's taps, at the checkpoint's own resolution.
         vision_info = with_encoder(vision_info, dataclasses.replace(spec.encoder, image_size=own.image_size))
     parts = ("encoder",) if spec.encoder is not None else ()
-    own_parts = (*parts, "connector") if parts and _has_connector(vision_info, llm_info) else parts
+    own_parts = (*parts, "connector") if parts and has_connector(vision_info, llm_info) else parts
     count = _byte_counter(((llm_info, ("decoder",)), (vision_info, own_parts)), on_read)
     params, is_trained = load_parts(llm_info, ("decoder",), plan, dtype, count, scan_layers=False), True
     if spec.encoder is not None:
@@ -212,53 +213,6 @@ def _byte_counter(
         on_read(done, total)
 
     return count
-
-
-def _joined_spec(
-    vision_info: CheckpointInfo, llm_info: CheckpointInfo, name: str | None, tokens: int | None
-) -> ModelSpec:
-    """The spec of encoder, compressor `name` and decoder. Raises `UserError` for invalid combinations."""
-    encoder, decoder = vision_info.encoder, llm_info.decoder
-    if encoder is None:
-        if name or tokens is not None:
-            raise UserError("a text-only model has no visual tokens: leave compressor and tokens out")
-        return ModelSpec(None, None, None, decoder, llm_info.mask)
-    if not _has_connector(vision_info, llm_info):
-        _check_tokens(tokens, name, encoder.patches)
-        return catalog.model_spec(encoder, name or "none", tokens, decoder)
-    own, compressor = inspection.model_spec(vision_info._replace(decoder=decoder)), vision_info.compressor
-    if name in (None, own.compressor.name) and tokens in (None, own.compressor.tokens):
-        if compressor is not None and compressor.grid != encoder.grid:
-            raise UserError(
-                f"image_size={encoder.image_size}: compressor {compressor.name!r} of {vision_info.weights.path} was "
-                f"trained with {compressor.grid[0]} x {compressor.grid[1]} patches: leave image_size out"
-            )
-        _check_width(vision_info, decoder)
-        return own
-    _check_tokens(tokens, name, own.compressor.tokens)
-    return catalog.model_spec(encoder, name or "none", tokens, decoder, own.projector, own.mask)
-
-
-def _has_connector(vision_info: CheckpointInfo, llm_info: CheckpointInfo) -> bool:
-    """Whether the connector of the vision side's checkpoint is that of the joined model: the checkpoint has no other
-    language model."""
-    same = vision_info.decoder is None or vision_info.decoder is llm_info.decoder
-    return "connector" in vision_info.tables and same
-
-
-def _check_tokens(tokens: int | None, name: str | None, own: int) -> None:
-    if name is None and tokens is not None and tokens != own:
-        raise UserError(f"tokens={tokens}: expected {own}; for another number name the compressor")
-
-
-def _check_width(vision_info: CheckpointInfo, decoder: DecoderSpec) -> None:
-    """Raises `UserError` for a connector that was trained for a language model of another width."""
-    width = vision_info.tables["connector"]["projector/bias"].shape[0]
-    if width != decoder.width:
-        raise UserError(
-            f"{vision_info.weights.path}: its connector expects a language model of width {width}, got {decoder.name} "
-            f"of width {decoder.width}"
-        )
 
 
 def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | None) -> Model:
