@@ -18,7 +18,7 @@ from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import model_group, resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CompressorSpec
-from vlm_jax.inference import loading
+from vlm_jax.inference import joining
 from vlm_jax.models.vision import Encoder
 from vlm_jax.scaling import candidates, lawfile
 from vlm_jax.sizing import zoo
@@ -40,7 +40,7 @@ def loaded(encoder, compressor, tokens):
         encoder = dataclasses.replace(encoder, feature_layer=encoder.depth)
     parts = CheckpointInfo("a tower", encoder, None, None, "causal", None, {}, None, {})
     llm = CheckpointInfo("a language model", None, None, zoo.decoder(LLM), "causal", None, {}, None, {})
-    return loading._joined_spec(parts, llm, compressor, tokens)
+    return joining.joined_spec(parts, llm, compressor, tokens)
 
 
 def planned(encoder, compressor, tokens):

@@ -16,6 +16,8 @@ from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job
 from vlm_jax.aot import programs
 from vlm_jax.checkpoints.orbax import read_spec
+from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import encoder_for
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec, SourceSpec, StageDataSpec, spec_hash, total_steps
@@ -121,15 +123,15 @@ def test_broken_images_have_no_weight(cache: Path, frozen: bool) -> None:
         build.open_run(spec(cache, **data, max_bad_share=0.2), cache).train[0][0]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_compiler_is_given_the_shapes_of_training_batches(cache: Path, frozen: bool) -> None:
+@pytest.mark.parametrize(("frozen", "name"), [(True, "quecc"), (False, "quecc"), (True, "vision_zip")])
+def test_the_compiler_is_given_the_shapes_of_training_batches(cache: Path, frozen: bool, name: str) -> None:
     """Ahead of time, for each stage: its rows, views, questions, and the sources of a mixture."""
     own = StageDataSpec(train=(pages("good"),), batch_rows=8)
     asked = spec(cache, [{"data": own}, {}], frozen_features=frozen, question_tokens=2)
     compressor = dataclasses.replace(
-        asked.model.compressor, name="quecc", width=16, heads=2, depth=1, mlp_width=16, taps=1
+        asked.model.compressor, name=name, width=16, heads=2, depth=1, mlp_width=16, taps=1
     )
-    encoder = dataclasses.replace(asked.model.encoder, taps=(1,))
+    encoder = dataclasses.replace(encoder_for(catalog.row(name), asked.model.encoder), taps=(1,))
     asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, compressor=compressor, encoder=encoder))
     run = build.open_run(asked, cache)
     for batches, stage in zip(run.train, run.network.spec.stages, strict=True):

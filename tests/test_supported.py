@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import test_importers_decoders as decoders
+from tests.checkpoints import test_llava_layout as llava
 from tests.checkpoints import test_vision_import as vision
 from tests.golden import peers_decoders
 from vlm_jax.checkpoints import inspection
 from vlm_jax.checkpoints.huggingface import exporting
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
@@ -32,8 +34,10 @@ def named(cell: str) -> tuple[str, str, list[str]]:
 
 def architecture(case: str) -> str:
     """What the golden files say that a case is."""
-    config = DECODERS[case].config if case in DECODERS else json.loads(str(vision.HF[f"{case}/files"]))["config"]
-    return config["architectures"][0]
+    if case in DECODERS:
+        return DECODERS[case].config["architectures"][0]
+    golden = llava.GOLDEN if case in llava.peers.CASES else vision.HF
+    return json.loads(str(golden[f"{case}/files"]))["config"]["architectures"][0]
 
 
 def test_every_architecture_has_a_row() -> None:
@@ -69,6 +73,8 @@ def test_a_model_is_written_as_its_row_says(row: list[str], tmp_path: Path) -> N
         place = tmp_path / case
         if case in DECODERS:
             there = inspection.inspect(decoders.folder(place, DECODERS[case]))
+        elif case in llava.peers.CASES:
+            there = inspection.inspect(llava.write(place, case))
         else:
             place.mkdir()
             there = inspection.inspect((vision.write_npz if ".npz" in name else vision.write)(place, case))
@@ -77,6 +83,11 @@ def test_a_model_is_written_as_its_row_says(row: list[str], tmp_path: Path) -> N
         spec = inspection.model_spec(there) if whole else parts
         if ".npz" in name:
             exporting.check(place / "out.npz", spec, None)
+        elif written.startswith("its parts"):
+            with pytest.raises(UserError):
+                exporting.layout(spec, there.image_token)
+            for part in ("encoder", "decoder"):
+                kinds |= set(exporting.layout(exporting.part_of(spec, part))[0]["architectures"])
         else:
             kinds |= set(exporting.layout(spec, there.image_token)[0]["architectures"])
     if ".npz" not in name:

@@ -43,6 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--rescore", action="store_true", help="score the answers in OUT; needs no model")
     add("--batch", type=int, default=16, help="questions a batch (default: 16)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
+    add("--vision", type=Path, help="folder of the vision tower, for a checkpoint of LLaVA's own code")
     add("--compressor", help="compressor of the visual tokens, instead of the model's")
     add("--tokens", type=int, help="number of visual tokens")
     add("--tokenizer", type=Path, help="tokenizer.json or *.model (default: next to the weights)")
@@ -137,8 +138,9 @@ def _answer_suite(args: argparse.Namespace, suite: Any, loaded: Any) -> None:
     from vlm_jax.inference import answering
 
     model = vlm_jax.load(
-        args.model, dtype=args.dtype, compressor=args.compressor, tokens=args.tokens, tokenizer=args.tokenizer
-    )
+        args.model, dtype=args.dtype, vision=args.vision, compressor=args.compressor, tokens=args.tokens,
+        tokenizer=args.tokenizer,
+    )  # fmt: skip
     fields = answering.row_fields(model, args.model)
     suite_run.begin(args.out, suite, fields)
     for kind in suite_run.KINDS if args.blind else suite_run.KINDS[:1]:

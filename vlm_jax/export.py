@@ -62,7 +62,7 @@ def _read(
     import jax
 
     from vlm_jax.checkpoints import inspection
-    from vlm_jax.checkpoints.huggingface import exporting, processors
+    from vlm_jax.checkpoints.huggingface import exporting
     from vlm_jax.core.specs import ModelSpec
     from vlm_jax.models.decoder import stack_layers
 
@@ -81,8 +81,9 @@ def _read(
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
         return spec, params, None
     info = inspection.inspect(path)
-    if info.encoder is not None:
-        info = info._replace(encoder=processors.with_processor_files(info.encoder, path))
+    if info.missing and part != "decoder":
+        raise UserError(info.missing)
+    info = info._replace(encoder=inspection.prepared_encoder(info))
     is_vlm = info.encoder is not None and info.decoder is not None
     spec = inspection.model_spec(info) if is_vlm else ModelSpec(info.encoder, None, None, info.decoder, info.mask)
     spec = exporting.part_of(spec, part)

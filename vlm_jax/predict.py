@@ -31,6 +31,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--image", type=Path, nargs="+", default=[], help="image files (default: text only)")
     add("--prompt", help="the question; for a run, in the vocabulary of its data set")
     add("--llm", type=Path, help="join the encoder of --model with this language model")
+    add("--vision", type=Path, help="folder of the vision tower, for a checkpoint of LLaVA's own code")
     add("--compressor", help="compressor of the visual tokens")
     add("--tokens", type=int, help="number of visual tokens")
     add("--image-size", type=int, metavar="PIXELS", help="image side (default: that of the checkpoint)")
@@ -58,7 +59,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    import jax
     import numpy as np
     from rich.console import Console
     from rich.progress import DownloadColumn, MofNCompleteColumn
@@ -72,12 +72,12 @@ def main(argv: list[str]) -> None:
     images = [read_image(path) for path in args.image]
     with _progress("reading weights", DownloadColumn()) as on_read:
         model = vlm_jax.load(
-            args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
-            tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
+            args.model, dtype=args.dtype, llm=args.llm, vision=args.vision, compressor=args.compressor,
+            tokens=args.tokens, tokenizer=args.tokenizer, image_size=args.image_size, seed=args.seed, on_read=on_read,
         )  # fmt: skip
     if images and model.spec.encoder is None:
         raise UserError(f"{args.model}: has no image encoder: leave --image out, or join an encoder with --llm")
-    if args.llm or (args.compressor and jax.tree.leaves(model.params["connector"]["compressor"])):
+    if not model.is_trained:
         print("note: the connector is not trained: answers are meaningless", file=sys.stderr)
     if args.show_tokens is not None:
         indices, pixels = token_maps.shown(model), fit(images[:1], model.spec.encoder)

@@ -26,6 +26,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a Hugging Face folder, a big_vision .npz, or a run's workdir")
     add("--llm", type=Path, help="join the encoder of --model with this language model")
+    add("--vision", type=Path, help="folder of the vision tower, for a checkpoint of LLaVA's own code")
     add("--compressor", help="compressor of the visual tokens")
     add("--tokens", type=int, help="number of visual tokens")
     add("--tokenizer", type=Path, help="tokenizer.json or *.model (default: next to the weights)")
@@ -69,8 +70,8 @@ def main(argv: list[str]) -> None:
 
     _print(f"loading {args.model}")
     model = vlm_jax.load(
-        args.model, dtype=args.dtype, llm=args.llm, compressor=args.compressor, tokens=args.tokens,
-        tokenizer=args.tokenizer,
+        args.model, dtype=args.dtype, llm=args.llm, vision=args.vision, compressor=args.compressor,
+        tokens=args.tokens, tokenizer=args.tokenizer,
     )  # fmt: skip
     if model.tokenizer is None:
         raise UserError(f"{args.model}: has no tokenizer: name one with --tokenizer")

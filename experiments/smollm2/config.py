@@ -22,8 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
         arg,
         llm="smollm2",
         tokens=4,
-        align=80,  # steps of the first stage
-        tune=100,
+        align=300,  # steps of the first stage
+        tune=400,
         rows=2,
         row_tokens=128,
         images=1600,  # of the second stage's questions

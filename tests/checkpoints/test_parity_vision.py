@@ -1,6 +1,7 @@
 """Beside transformers and big_vision themselves (tests/parity.py)."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.checkpoints.test_vision_import import BV, HF, VLMS, close, write
+from tests.golden import peers_llava_weights as llava_weights
 from tests.golden import peers_vision as peers
-from tests.parity import MARKS, with_big_vision, with_transformers
+from tests.parity import MARKS, beside, with_big_vision, with_transformers
 from vlm_jax import export
 
 pytestmark = MARKS
@@ -37,6 +39,15 @@ def asked(folder: Path) -> dict[str, np.ndarray]:
 @with_transformers
 def test_the_golden_file_is_what_transformers_computes() -> None:
     same(peers.hugging_face(), HF)
+
+
+@with_transformers
+@beside("einops")
+def test_the_golden_file_is_what_the_official_connectors_compute() -> None:
+    if not {"LLAVA", "TOKENPACKER", "QUECC"} <= os.environ.keys():
+        pytest.skip("LLAVA, TOKENPACKER and QUECC name no repositories")
+    with np.load(llava_weights.GOLDEN) as golden:
+        same(llava_weights.golden(), golden)
 
 
 @with_transformers

@@ -80,17 +80,10 @@ def test_what_follows_a_summary_needs_a_causal_mask():
         catalog.model_spec(zoo.encoder("siglip-b16-224"), "voco", 4, zoo.decoder("d48"), mask="prefix")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"data.frozen_features": True}, "reads keys, salience, which stored features do not have: set data.frozen"),
-        ({"model.compressor.tokens": 65}, r"cannot give tokens=65 .* nearest possible: 57"),
-    ],
-)
-def test_an_encoder_without_what_a_row_reads_is_one_line(settings, message):
+def test_more_tokens_than_patches_are_one_line():
     config = load_config(f"{ROOT / 'configs' / 'vlm.py'}:compressor=vision_zip")
-    config.update_from_flattened_dict(settings)
-    with pytest.raises(UserError, match=message):
+    config.model.compressor.tokens = 65
+    with pytest.raises(UserError, match=r"cannot give tokens=65 .* nearest possible: 57"):
         resolve(config)
 
 

@@ -51,6 +51,16 @@ def test_a_spec_survives_json() -> None:
     assert spec_from_dict(json.loads(json.dumps(to_dict(spec)))) == spec
 
 
+def test_a_saved_spec_whose_stages_have_no_place_is_refused() -> None:
+    """spec.json of a run, edited by hand."""
+    values = to_dict(resolve(load_config(f"{VLM}:compressor=fastv,tokens=4")))
+    assert spec_from_dict(values).model.compressor.name == "fastv"
+    depth = values["model"]["decoder"]["depth"]
+    values["model"]["compressor"]["depth"] = depth
+    with pytest.raises(UserError, match=rf"nearest possible: compressor\.depth={depth - 1}\)"):
+        spec_from_dict(values)
+
+
 def test_the_hash_ignores_how_often_a_run_saves() -> None:
     plain = resolve(load_config(VLM))
     assert spec_hash(resolve(load_config(VLM, {"save_every_steps": "7", "log_every_steps": "3"}))) == spec_hash(plain)

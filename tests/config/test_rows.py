@@ -24,7 +24,6 @@ SEPARATE = {"data.format": "v1", "data.train.0.separate": "True"}
             {"data.row_images": "9"},
             r"data\.row_tokens: expected at least 4861 for compressor fastv and 9 images a row, got 2048",
         ),
-        ("vlm.py:compressor=vision_zip,tokens=4", {"data.frozen_features": "True"}, r"data\.frozen_features=False"),
         ("vlm.py", {"model.compressor.depth": "1", "compute.attention": "x"}, r"compute\.attention"),
     ],
 )
@@ -37,6 +36,6 @@ def test_rows_without_room_are_refused(config: str, fields: dict[str, str], mess
 def test_the_recipes_have_room_for_every_kind_of_compressor(compressor: str) -> None:
     """In the study's rows, and in packed rows; where patches are hidden, a row is one conversation."""
     spec = resolve(load_config(f"configs/vlm.py:compressor={compressor},tokens=4"))
-    assert spec.data.frozen_features == (compressor != "vision_zip")
+    assert spec.data.frozen_features
     packed = resolve(load_config(f"configs/llava.py:compressor={compressor},tokens=36"))
     assert packed.data.pack == ("none" if compressor == "voco" else "fit")

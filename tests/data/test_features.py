@@ -1,5 +1,6 @@
 """Stored features are the live encoder's, computed once."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from tests import builders
+from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import encoder_for
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.structs import Visual
+from vlm_jax.core.structs import Views, Visual
 from vlm_jax.data import features
 from vlm_jax.models.vlm import Vlm
 
@@ -184,3 +187,53 @@ def test_images_that_cannot_be_decoded_are_zero_and_named(bad: tuple[int, ...], 
 def test_a_source_without_a_readable_image_is_an_error(tmp_path) -> None:
     with pytest.raises(UserError, match=r"^test: expected a readable image, got none \(image 0: not an image\)"):
         Counted(brightness).store(tmp_path, bad=tuple(range(COUNT)))
+
+
+@pytest.fixture(scope="module", params=["heads", "width"])
+def selecting(request):
+    """A model of a compressor that chooses tokens by keys and salience, its parameters and its features."""
+    spec = builders.model({"heads": "vision_zip", "width": "prumerge"}[request.param], 5)
+    encoder = dataclasses.replace(builders.ENCODER, class_token=True, feature_layer=2)
+    encoder = dataclasses.replace(encoder_for(catalog.row(spec.compressor.name), encoder), taps=(1, 3))
+    vlm = Vlm(dataclasses.replace(spec, encoder=encoder), builders.COMPUTE)
+    params = builders.params(vlm)
+    return vlm, params, jax.jit(lambda image: vlm.features(params, image))
+
+
+def test_what_the_compressor_reads_is_stored_and_nothing_else(tmp_path, selecting) -> None:
+    """Keys and salience as the encoder gives them, since a rounded value would choose other tokens."""
+    vlm, _, encode = selecting
+    counted = Counted(encode)
+    read, live = counted.open(tmp_path), encode(counted.pixels)
+    reads = catalog.row(vlm.spec.compressor.name).reads
+    files = {path.stem for path in (tmp_path / "key").glob("*.npy")}
+    assert files == {"index"} | (reads & set(Visual._fields))
+    stored = read(np.arange(COUNT))
+    assert stored.taps is None  # which the encoder has, and this compressor does not read
+    for field in ("keys", "salience"):
+        assert getattr(stored, field).dtype == np.float32
+        np.testing.assert_allclose(getattr(stored, field), getattr(live, field), rtol=1e-5, atol=1e-7)
+
+
+def test_stored_features_give_the_logits_of_pixels(tmp_path, selecting) -> None:
+    """Of every image, to the rounding of float16: no other token is chosen."""
+    vlm, params, encode = selecting
+    counted = Counted(encode)
+    read = counted.open(tmp_path)
+    rows = builders.inputs(rows=COUNT, questions=1, visual_tokens=5)
+    features = jax.tree.map(lambda leaf: leaf[:, None], read(np.arange(COUNT)))
+    forward = jax.jit(lambda inputs: vlm.forward(params, inputs)[0])
+    live = forward(rows._replace(views=Views(counted.pixels[:, None])))
+    stored = forward(rows._replace(views=Views(features=features)))
+    np.testing.assert_allclose(stored, live, atol=4e-3 * float(np.abs(live).max()))
+
+
+def test_a_field_that_is_missing_or_left_over_is_told(tmp_path, selecting) -> None:
+    _, _, encode = selecting
+    Counted(encode).open(tmp_path)
+    (tmp_path / "key" / "salience.npy").rename(tmp_path / "salience.npy")
+    with pytest.raises(UserError, match=r"key: has no salience: delete the folder"):
+        Counted(encode).open(tmp_path)
+    (tmp_path / "salience.npy").rename(tmp_path / "key" / "salience.npy")
+    with pytest.raises(UserError, match=r"key: has, beside what is read, keys: delete the folder"):
+        Counted(lambda image: encode(image)._replace(keys=None)).open(tmp_path)

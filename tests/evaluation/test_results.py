@@ -123,3 +123,26 @@ def test_an_unwritable_file_is_an_error(tmp_path, name):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         results.read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("name", ["fastv", "victor", "pyramiddrop"])
+def test_stages_beyond_the_decoder_are_refused_with_the_nearest_depth(tmp_path, name):
+    """A row edited by hand: MODEL's decoder has 2 layers, so that at most one layer or stage is possible."""
+    path = tmp_path / "rows.jsonl"
+    line = json.loads(results.to_line(row(compressor=name), path))
+    path.write_text(json.dumps(line) + "\n")
+    assert results.read(path) == [row(compressor=name)]
+    line["model"]["compressor"]["depth"] = 40
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: model\..*2 layers \(nearest possible: compressor\.depth=1\)$"):
+        results.read(path)
+
+
+def test_encoder_layers_beyond_its_depth_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for field, value in (("feature_layer", 4), ("taps", [1, 9]), ("attention_layer", 5)):
+        line = json.loads(results.to_line(row(), path))
+        line["model"]["encoder"][field] = value
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(UserError, match=rf"rows\.jsonl:1: model\.encoder\.{field}: expected at most the depth, 3"):
+            results.read(path)

@@ -15,13 +15,13 @@ from safetensors.numpy import save
 
 from tests import builders
 from tests.fuzz import hostile
-from tests.golden import peers_answers
+from tests.golden import peers_answers, peers_llava_weights
 from tests.golden.drawn import weights
 from vlm_jax.checkpoints import inspection, integrity, orbax, tensor_files, tensor_tables
-from vlm_jax.checkpoints.huggingface import exporting, hf_decoder, processors
+from vlm_jax.checkpoints.huggingface import exporting, hf_decoder
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.data import token_files, tokenizers
-from vlm_jax.inference import loading
+from vlm_jax.inference import joining, loading
 
 _SPEC = builders.DECODER
 _LLAMA = {**hf_decoder.hf_config(_SPEC), "eos_token_id": 2, "pad_token_id": 0}
@@ -34,6 +34,11 @@ def base(name: str) -> dict[str, bytes]:
         table = hf_decoder.decoder_table(_SPEC)
         arrays = {name: np.ones(shape, np.float32) for name, shape in tensor_tables.expected([table]).items()}
         return {"config.json": json.dumps(_LLAMA).encode(), "model.safetensors": save(arrays)}
+    if name == "tokenpacker":
+        files = json.loads(str(np.load(peers_llava_weights.GOLDEN)[f"{name}/files"]))
+        parts = {"": files, "clip-vit-large-patch14-336/": files["tower"]}
+        configs = {f"{place}config.json": json.dumps(part["config"]).encode() for place, part in parts.items()}
+        return configs | {f"{place}model.safetensors": save(weights(part["shapes"])) for place, part in parts.items()}
     case = peers_answers.read()[name]
     files = {key: base64.b64decode(content) for key, content in case["files"].items()}
     return files | {"model.safetensors": save(weights(case["shapes"]))}
@@ -42,6 +47,7 @@ def base(name: str) -> dict[str, bytes]:
 def folder(name: str, path: Path) -> Path:
     path.mkdir(exist_ok=True)
     for file, content in base(name).items():
+        (path / file).parent.mkdir(exist_ok=True)
         (path / file).write_bytes(content)
     return path
 
@@ -50,9 +56,9 @@ def _read(path: Path) -> None:
     """What `load` reads, but for the weights of encoder and decoder."""
     loading._path("path", path)
     info = inspection.inspect(path)
-    encoder = info.encoder and processors.with_processor_files(info.encoder, path)
+    encoder = inspection.prepared_encoder(info)
     if encoder is not None and info.decoder is not None:
-        loading._joined_spec(info._replace(encoder=encoder), info, None, None)
+        joining.joined_spec(info._replace(encoder=encoder), info, None, None)
     if token_files.find(path) is not None:
         tokenizers.read_tokenizer(path, info.config, ("<image>",))
     for tensor in list(info.weights.shapes)[:2]:
@@ -61,8 +67,8 @@ def _read(path: Path) -> None:
 
 def json_of_folder(rng: random.Random, path: Path) -> None:
     """One settings file of a model changed or broken."""
-    model = folder(rng.choice(("decoder", "llava", "paligemma")), path / "model")
-    names = sorted(file.name for file in model.glob("*.json") if file.name != "tokenizer.json")
+    model = folder(rng.choice(("decoder", "llava", "paligemma", "tokenpacker")), path / "model")
+    names = sorted(str(file.relative_to(model)) for file in model.rglob("*.json") if file.name != "tokenizer.json")
     file = model / rng.choice((*names, "config.json", "preprocessor_config.json"))
     original = json.loads(file.read_bytes()) if file.exists() else {"size": {"height": 12, "width": 12}, "resample": 2}
     hostile.maybe_no_file(hostile.write(file, hostile.json_bytes(original, rng)), rng)

@@ -20,10 +20,12 @@ TORCH = "torch==2.13.0"
 TORCH_OF_CPU = "https://download.pytorch.org/whl/cpu"
 BIG_VISION = "https://github.com/google-research/big_vision"
 COMMIT = "0127fb6b337ee2a27bf4e54dea79cff176527356"
-# Named by the environment variables that `peers_conversations` reads.
-LLAVA = {
+# Named by the environment variables that `peers_conversations.source` reads.
+REPOSITORIES = {
     "LLAVA": ("https://github.com/haotian-liu/LLaVA", "c121f0432da27facab705978f83c4ada465e46fd"),
     "LLAVA_NEXT": ("https://github.com/LLaVA-VL/LLaVA-NeXT", "df179663ae8b83207df100a1f7af24caec633ff9"),
+    "TOKENPACKER": ("https://github.com/CircleRadon/TokenPacker", "771a16e7462c3afb908a0c429513ba43f709f2c1"),
+    "QUECC": ("https://github.com/locuslab/llava-token-compression", "bdedebdf8f4bf7a48c916357ec1dc5dc2720b606"),
 }
 _HUGGING_FACE = (TORCH, "transformers==5.23.0")
 
@@ -43,6 +45,7 @@ GROUPS = {
     "files": Group("peers_files.json.gz", ("peers_files",), _HUGGING_FACE),
     "conversations": Group("peers_conversations.json.gz", ("peers_conversations",), _HUGGING_FACE),
     "llava_json": Group("peers_llava_json.json.gz", ("peers_llava_json",), _HUGGING_FACE),
+    "llava_weights": Group("peers_llava_weights.npz", ("peers_llava_weights",), (*_HUGGING_FACE, "einops")),
     "answers": Group("peers_answers.json.gz", ("peers_answers",), _HUGGING_FACE),
     # Of all that big_vision's models import, only these are not ours already.
     "big_vision": Group("peers_vision_bv.npz", ("peers_vision", "big_vision"), ("tensorflow-cpu==2.21.0", "einops")),
@@ -113,8 +116,8 @@ def main(argv: list[str]) -> int:
         python = install(venv, sorted({peer for name in args.only for peer in GROUPS[name].peers}))
         if "big_vision" in args.only:
             clone(venv / "big_vision", BIG_VISION, COMMIT)
-        if {"conversations", "llava_json"} & set(args.only):
-            for name, (url, commit) in LLAVA.items():
+        if {"conversations", "llava_json", "llava_weights"} & set(args.only):
+            for name, (url, commit) in REPOSITORIES.items():
                 clone(venv / name.lower(), url, commit)
     except Failed as error:
         print(f"make_peers: {error} (it wants a network; the same command goes on from here)", file=sys.stderr)
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> int:
     # A run on CPU, whatever else the machine has: the golden files are float32 of the CPU.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     env |= {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(venv / "big_vision")}
-    env |= {name: str(venv / name.lower()) for name in LLAVA}
+    env |= {name: str(venv / name.lower()) for name in REPOSITORIES}
     for name in args.only:
         group = GROUPS[name]
         golden = ROOT / "tests" / "golden" / group.golden

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden import peers_text
-from tests.golden.make_peers import LLAVA as LLAVA_COMMITS
+from tests.golden.make_peers import REPOSITORIES
 
 PATH = Path(__file__).with_name("peers_conversations.json.gz")
 # Tokenizer of peers_text -> formats that end answers with a token of its own.
@@ -65,7 +65,7 @@ ROWS: dict[str, list[str]] = {
 
 
 def source(repository: str, path: str) -> str:
-    show = ("git", "-C", os.environ[repository], "show", f"{LLAVA_COMMITS[repository][1]}:{path}")
+    show = ("git", "-C", os.environ[repository], "show", f"{REPOSITORIES[repository][1]}:{path}")
     return subprocess.run(show, capture_output=True, text=True, check=True).stdout
 
 

@@ -78,6 +78,11 @@ BASIC = f"{FAMILY}forms/multiplicative/"
         (f"{FAMILY}models/0/encoder/image_size", 10**9, "encoder.image_size: expected 1 to"),
         (f"{FAMILY}models/0/decoder/heads", -4, "decoder.heads: expected 1 to"),
         (f"{FAMILY}models/0/decoder/depth", 10**12, "decoder.depth: expected 1 to"),
+        (
+            f"{FAMILY}models/0/compressor",
+            {**LAW["families"]["ocr"]["models"][0]["compressor"], "name": "victor", "depth": 99},
+            "models.0.compressor 'victor': expected a decoder with layers before and behind each of its stages",
+        ),
         (f"{FAMILY}models/0/decoder/name", "a\x1b[31m", "expected printable text"),
         (f"{FAMILY}selection", "a\x07", "expected printable text"),
         (f"{FAMILY}measured/error", [0.5], "measured.params: expected 1 numbers, one for each error, got 28"),

@@ -155,3 +155,11 @@ def test_a_part_takes_the_slower_of_its_two_limits():
     assert roofline.part_time(9.2e14, 1.0, v6e, 4, chips.Efficiency(0.5, 1.0)).secs == pytest.approx(0.5)
     with pytest.raises(UserError, match="did you mean 'v6e'"):
         chips.chip("v6")
+
+
+def test_a_model_whose_stages_lie_beyond_its_decoder_has_no_price():
+    good = model("fastv", depth=3)
+    assert cost.flops(good, 8, 4).total > 0
+    bad = dataclasses.replace(good, compressor=dataclasses.replace(good.compressor, depth=7))
+    with pytest.raises(UserError, match=r"nearest possible: compressor\.depth=2"):
+        cost.flops(bad, 8, 4)

@@ -4,7 +4,6 @@
 
 import importlib.metadata
 import importlib.util
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,8 @@ from vlm_jax import build
 from vlm_jax.core import axes, specs
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import RunSpec, StageSpec
-from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views, Visual
+from vlm_jax.core.structs import AttentionMetadata, Cache, Inputs, Views
+from vlm_jax.data.features import empty
 from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
@@ -144,10 +144,10 @@ def _views(spec: RunSpec, shape: Any, count: int) -> Views | None:
     if not spec.data.frozen_features:
         side = encoder.image_size
         return Views(shape(count, side, side, 3, dtype="uint8"), question=question)
-    tokens, taps = (math.prod(encoder.token_grid), encoder.width), len(encoder.taps)
-    features = Visual(
-        shape(count, *tokens, dtype="float16"), shape(count, taps, *tokens, dtype="float16") if taps else None
-    )
+    pixels = jax.ShapeDtypeStruct((1, encoder.image_size, encoder.image_size, 3), "uint8")
+    weights = nn.meta.unbox(jax.eval_shape(model.init_encoder, jax.random.key(0)))
+    encoded = jax.eval_shape(model.features, {"encoder": weights}, pixels)
+    features = jax.tree.map(lambda leaf: shape(count, *leaf.shape[1:], dtype=str(leaf.dtype)), empty(encoded, 0))
     return Views(features=features, question=question)
 
 

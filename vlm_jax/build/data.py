@@ -96,16 +96,18 @@ def _features(network: Network, data: Data, number: int, folder: Path) -> Featur
     # With several processes, each encodes on its own devices.
     local = dataclasses.replace(spec.compute, strategy="replicated", mesh=(-1, 1, 1), slices=1)
     plan = network.plan if jax.process_count() == 1 else partitioning.make_plan(local, jax.local_devices())
-    settings = {**dataclasses.asdict(data.encoder), "dtype": spec.compute.dtype}
+    # Runs share features if they read the same: taps count where they are read.
+    reads = catalog.row(model.spec.compressor.name).reads
+    encoder = data.encoder if "taps" in reads else dataclasses.replace(data.encoder, taps=())
+    settings = {**dataclasses.asdict(encoder), "dtype": spec.compute.dtype}
     key = feature_store.key(part.images_fingerprint, network.encoder_sha256, settings)
     if not part.image_count:  # text only
         shape = jax.ShapeDtypeStruct((1, data.encoder.image_size, data.encoder.image_size, 3), np.uint8)
-        shapes = jax.eval_shape(model.encode, {"encoder": network.encoder}, shape)
-        none = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), np.float16), shapes)
+        none = feature_store.empty(jax.eval_shape(model.features, {"encoder": network.encoder}, shape), 0)
         return lambda numbers: none
     if (folder, key) not in _STORES:
         weights = jax.device_put({"encoder": network.encoder}, plan.replicated)
-        encode = plan.jit(model.encode)
+        encode = plan.jit(model.features)
         images = feature_store.Images(
             part.image_count,
             part.image,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from vlm_jax.build.published import load_tokenizer, public_params, public_projector
+from vlm_jax.build.published import load_tokenizer, public_connector, public_params
 from vlm_jax.checkpoints import big_vision, inspection
 from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.compress import catalog
@@ -140,8 +140,10 @@ def _prepared(spec: RunSpec) -> EncoderSpec:
     """The encoder spec with the image preparation of its checkpoint, except for `data.resize`."""
     encoder, path = spec.model.encoder, located(spec.encoder_checkpoint)
     if spec.encoder_checkpoint:
-        known = inspection.inspect(path).encoder if path.suffix != ".npz" else None
-        source = processors.with_processor_files(known or encoder, path)
+        if path.suffix == ".npz":
+            source = processors.with_processor_files(encoder, path)
+        else:
+            source = inspection.prepared_encoder(inspection.inspect(path)) or encoder
         encoder = dataclasses.replace(encoder, **{name: getattr(source, name) for name in PREPARATION})
     return dataclasses.replace(encoder, resize=spec.data.resize or encoder.resize)
 
@@ -217,8 +219,10 @@ def first_params(network: Network) -> Any:
         path, scan_layers = located(spec.decoder_checkpoint), spec.compute.scan_layers
         params["decoder"] = public_params(path, "decoder", spec.model.decoder, plan, scan_layers)
     if spec.connector_checkpoint:
-        projector = public_projector(located(spec.connector_checkpoint), spec.model, plan)
-        params["connector"] = {**params["connector"], "projector": projector}
+        tower = located(spec.encoder_checkpoint)
+        vision = tower if spec.encoder_checkpoint and tower.is_dir() else None
+        public = public_connector(located(spec.connector_checkpoint), spec.model, plan, vision)
+        params["connector"] = {**params["connector"], **public}
     if "encoder" in params:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params["encoder"])
         params["encoder"] = jax.device_put(network.encoder, shardings)

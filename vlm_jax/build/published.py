@@ -9,6 +9,7 @@ from typing import Any
 
 import vlm_jax
 from vlm_jax.checkpoints import inspection
+from vlm_jax.compress import catalog
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.located import located
 from vlm_jax.core.specs import PREPARATION, DecoderSpec, EncoderSpec, ModelSpec
@@ -44,7 +45,9 @@ def public_params(
     info = inspection.inspect(path)
     found = getattr(info, part)
     if found is None:
-        raise UserError(f"{path}: expected a model with a {part}, got one without")
+        raise UserError(
+            (part == "encoder" and info.missing) or f"{path}: expected a model with a {part}, got one without"
+        )
     if differing := _differing(found, spec):
         values = ", ".join(f"{name}={getattr(found, name)} (not {getattr(spec, name)})" for name in differing)
         raise UserError(f"{path}: expected {part} {spec.name}, got {values}: {_advice(part, found, differing)}")
@@ -76,13 +79,27 @@ def _advice(part: str, found: Any, differing: Sequence[str]) -> str:
     return f"write --config.model.{field}={names[0]}{vocab}"
 
 
-def public_projector(path: Path, model: ModelSpec, plan: partitioning.Plan) -> Any:
-    """float32 weights of a published model's projector. Raises `UserError` where it has other sizes."""
+def public_connector(path: Path, model: ModelSpec, plan: partitioning.Plan, vision: Path | None) -> dict[str, Any]:
+    """float32 weights of a published model's projector, and of its compressor where the model has the same. `vision`:
+    the folder of a tower, if the checkpoint names none that is there. Raises `UserError` for other sizes."""
     info = inspection.inspect(path)
-    if info.encoder is None or info.projector is None:
-        raise UserError(f"{path}: expected a vision-language model with a projector, got one without")
-    expected = (model.projector, model.encoder.width, model.decoder.width)
-    actual = (info.projector, info.encoder.width, info.decoder.width if info.decoder else None)
-    if actual != expected:
+    if info.missing and "connector" not in info.tables and vision is not None:
+        info = inspection.inspect(path, vision)
+    if "connector" not in info.tables:
+        raise UserError(info.missing or f"{path}: expected a vision-language model with a projector, got one without")
+    theirs, ours = info.compressor, model.compressor
+    if theirs is not None and ours.name == theirs.name and ours != theirs:
+        fields = [field.name for field in dataclasses.fields(ours)]
+        values = [f"{n}={getattr(theirs, n)} (not {getattr(ours, n)})" for n in fields if _differ(theirs, ours, n)]
+        raise UserError(f"{path}: expected the compressor of the config, got {ours.name} of {', '.join(values)}")
+    loaded = inspection.load_connector(info, model, plan, "float32")
+    if "projector" not in loaded:
+        table = info.tables["connector"]
+        expected = (model.projector, catalog.output_width(ours), model.decoder.width)
+        actual = (info.projector, table["projector/kernel"].shape[0], table["projector/bias"].shape[0])
         raise UserError(f"{path}: expected a projector {expected} (kind, width in, width out), got {actual}")
-    return inspection.load_parts(info, ("connector",), plan, "float32")["connector"]["projector"]
+    return loaded
+
+
+def _differ(one: Any, other: Any, field: str) -> bool:
+    return getattr(one, field) != getattr(other, field)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from vlm_jax.checkpoints.tensor_files import TensorFiles
 from vlm_jax.checkpoints.tensor_tables import TensorTable
-from vlm_jax.core.specs import DecoderSpec, EncoderSpec
+from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec
 
 
 class CheckpointInfo(NamedTuple):
@@ -20,3 +20,6 @@ class CheckpointInfo(NamedTuple):
     weights: TensorFiles
     config: dict[str, Any]  # config.json, {} where the format has none
     ignore: tuple[str, ...] = ()  # regexes of tensors that are not read
+    compressor: CompressorSpec | None = None  # None: all patches are projected
+    prepared: bool = False  # `encoder` has the image preparation of files elsewhere; else it is beside the weights
+    missing: str = ""  # why there is no encoder, where config.json names one in another folder

@@ -4,21 +4,25 @@
 (weights, config) that returns a `CheckpointInfo`. A new architecture is a new row.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from vlm_jax.checkpoints import big_vision, foreign, tensor_tables
-from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_vlm
+from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder, hf_llava, hf_vlm, processors
 from vlm_jax.checkpoints.huggingface.fields import config_path
 from vlm_jax.checkpoints.info import CheckpointInfo
 from vlm_jax.checkpoints.tensor_files import TensorFiles, open_weights
 from vlm_jax.checkpoints.tensor_tables import OnTensor, TensorTable, load_params, noop
+from vlm_jax.compress import catalog
+from vlm_jax.core import tree
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import CompressorSpec, ComputeSpec, EncoderSpec, ModelSpec
+from vlm_jax.core.specs import ComputeSpec, EncoderSpec, ModelSpec
 from vlm_jax.core.structs import AttentionMetadata
 from vlm_jax.models import connector
 from vlm_jax.models.decoder import Decoder
@@ -27,31 +31,44 @@ from vlm_jax.models.vision import Encoder
 PARTS = ("encoder", "connector", "decoder")
 
 
-def inspect(path: str | Path) -> CheckpointInfo:
-    """The specs and tables of a folder (or a `.npz`), after a check of every name and shape. No tensor is read. Raises
-    `UserError` for an unsupported architecture, a config field that our modules cannot express, or tensors that do not
-    fit the config.
+def inspect(path: str | Path, vision: Path | None = None) -> CheckpointInfo:
+    """The specs and tables of a folder (or a `.npz`), after a check of every name and shape. No tensor is read.
+
+    vision: the folder of the vision tower, for a checkpoint of LLaVA's own code, instead of the one that it names.
+
+    Raises `UserError` for an unsupported architecture, a config field that our modules cannot express, or tensors that
+    do not fit the config.
     """
     path, weights = Path(path), open_weights(path)
     if weights.path.suffix == ".npz":
         info = big_vision.inspect_npz(weights)
     else:
         foreign.check_names(weights.shapes, weights.path)
-        config = read_config(path)
-        foreign.check_config(config, config_path(path))
-        kind, rows = architecture(config, path), architectures()
-        if kind not in rows:
-            raise UserError(f"{config_path(path)}: {unknown('architecture', kind, rows, cutoff=0.8)}")
-        _check_depth(weights, config, path)
-        info = rows[kind](weights, config)
-    tensor_tables.check(weights, info.tables.values(), info.ignore)
+        info = _inspect_folder(path, weights, vision)
+    tensor_tables.check(info.weights, info.tables.values(), info.ignore)
     return info
 
 
-def architectures() -> dict[str, Callable[[TensorFiles, dict[str, Any]], CheckpointInfo]]:
-    """Architecture -> the function that reads it."""
-    decoders = dict.fromkeys(hf_decoder.ARCHITECTURES, _decoder_only)
-    return {**decoders, "Gemma3ForConditionalGeneration": _text_of_gemma3, **hf_vlm.ROWS}
+def _inspect_folder(path: Path, weights: TensorFiles, vision: Path | None) -> CheckpointInfo:
+    if hf_llava.is_projector(weights):
+        return hf_llava.projector(weights, fields.read_json(config_path(path)) or {}, vision)
+    config = read_config(path)
+    foreign.check_config(config, config_path(path))
+    kind, rows = architecture(config, path), architectures(vision)
+    if kind not in rows:
+        raise UserError(f"{config_path(path)}: {unknown('architecture', kind, rows, cutoff=0.8)}")
+    fields.check_depth(config, len(weights.shapes), str(config_path(path)))
+    return rows[kind](weights, config)
+
+
+def architectures(vision: Path | None = None) -> dict[str, Callable[[TensorFiles, dict[str, Any]], CheckpointInfo]]:
+    """Architecture -> the function that reads it; `vision` as in `inspect`."""
+    rows = {
+        **dict.fromkeys(hf_decoder.ARCHITECTURES, _decoder_only),
+        "Gemma3ForConditionalGeneration": _text_of_gemma3,
+        **hf_vlm.ROWS,
+    }
+    return {**rows, hf_llava.ARCHITECTURE: functools.partial(hf_llava.llava, vision=vision)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,14 +86,6 @@ def architecture(config: Mapping[str, Any], where: Path) -> str:
     if not isinstance(names, list) or len(names) != 1:
         raise UserError(f"{config_path(where)}: architectures={names!r}: expected a list of one name")
     return str(names[0])
-
-
-def _check_depth(weights: TensorFiles, config: dict[str, Any], path: Path) -> None:
-    """Raises `UserError` for more layers than tensors, before a table of that size is built."""
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        depth, count = part.get("num_hidden_layers") if isinstance(part, dict) else None, len(weights.shapes)
-        if isinstance(depth, int | float) and depth > count:
-            raise UserError(f"{config_path(path)}: num_hidden_layers={depth}, but there are only {count} tensors")
 
 
 def _decoder_only(weights: TensorFiles, config: dict[str, Any], text: dict[str, Any] | None = None) -> CheckpointInfo:
@@ -104,6 +113,32 @@ def with_encoder(info: CheckpointInfo, encoder: EncoderSpec) -> CheckpointInfo:
     else:
         table = hf_encoder.encoder_table(encoder, hf_encoder.prefix_of(info.weights))
     return info._replace(encoder=encoder, tables={**info.tables, "encoder": table})
+
+
+def prepared_encoder(info: CheckpointInfo) -> EncoderSpec | None:
+    """The encoder with the image preparation of its weights; None without one. Raises `UserError`."""
+    if info.encoder is None or info.prepared:
+        return info.encoder
+    return processors.with_processor_files(info.encoder, info.weights.path)
+
+
+def load_connector(
+    info: CheckpointInfo, model: ModelSpec, plan: Any | None, dtype: str, on_tensor: OnTensor | None = None
+) -> dict[str, Any]:
+    """What a model's connector has in common with the checkpoint's: {"projector": ...} of the same kind and widths, and
+    {"compressor": ...} of an equal spec."""
+    boxed_params = jax.eval_shape(lambda key: connector.init_weights(key, model), jax.random.key(0))
+    table, loaded = info.tables.get("connector", {}), {}
+    for part in ("projector", "compressor"):
+        shapes = {path: leaf.shape for path, leaf in tree.flatten(nn.meta.unbox(boxed_params[part])).items()}
+        mine = {path.partition("/")[2]: leaf for path, leaf in table.items() if path.startswith(f"{part}/")}
+        if part == "projector":
+            is_same = info.projector == model.projector and shapes == {name: leaf.shape for name, leaf in mine.items()}
+        else:
+            is_same = info.compressor == model.compressor
+        if is_same:
+            loaded[part] = load_params(info.weights, mine, boxed_params[part], plan, dtype, (".*",), on_tensor or noop)
+    return loaded
 
 
 def load_parts(
@@ -159,9 +194,11 @@ def boxed(info: CheckpointInfo, part: str, scan_layers: bool = True) -> Any:
 
 
 def model_spec(info: CheckpointInfo) -> ModelSpec:
-    """The spec of a whole model, without compression. Raises `UserError` where a part is missing."""
+    """The spec of a whole model, with the compressor of the checkpoint or none. Raises `UserError` where a part is
+    missing."""
     encoder, decoder = info.encoder, info.decoder
     if encoder is None or decoder is None or info.projector is None:
-        raise UserError(f"{info.weights.path}: expected a whole model, got {info.kind} ({', '.join(info.tables)})")
-    compressor = CompressorSpec("none", encoder.patches, encoder.grid, encoder.width, 0, decoder.width, 1, 1, 1, 0)
+        actual = f"expected a whole model, got {info.kind} ({', '.join(info.tables)})"
+        raise UserError(info.missing or f"{info.weights.path}: {actual}")
+    compressor = info.compressor or catalog.row("none").defaults(encoder, decoder, encoder.patches)
     return ModelSpec(encoder, compressor, info.projector, decoder, info.mask)

@@ -33,7 +33,11 @@ _DTYPES = {
     "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FOLDER_FILES = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first one is read
+# The first one is read; the last two are a connector alone (`huggingface.hf_llava`).
+FOLDER_FILES = (
+    _SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "mm_projector.safetensors",
+    "mm_projector.bin",
+)  # fmt: skip
 _MAX_EXPANSION, _SMALL_BYTES = 64, 2**24  # an .npz holds at most 64 times its file's bytes, or 16 MiB
 _MAX_AXIS = 2**48
 # RuntimeError is raised for an archive with a password and a header that is nested too deeply.
@@ -63,11 +67,11 @@ def open_weights(path: str | Path) -> TensorFiles:
         raise foreign.missing(path)
     if found == "file":
         return _open_file(path)
-    for name in _FOLDER_FILES:
+    for name in FOLDER_FILES:
         if reading.kind(path / name):
             opened = _open_shards(path / name) if name.endswith(".json") else _open_file(path / name)
             return opened._replace(path=path)
-    raise foreign.no_weights(path, _FOLDER_FILES)
+    raise foreign.no_weights(path, FOLDER_FILES)
 
 
 def _open_file(path: Path) -> TensorFiles:

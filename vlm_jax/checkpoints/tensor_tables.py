@@ -33,6 +33,7 @@ OnTensor = Callable[[int], None]  # called with the bytes of each tensor that wa
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _MAX_PROBLEMS = 4  # that a message lists
+NORM = {"scale": "weight", "bias": "bias"}  # our name -> torch's
 _ALIGNMENT = 64  # bytes; JAX uses an aligned host buffer as a CPU array without a copy
 _CHUNK = 2**17  # scalars copied at once: a transposition stays in the cache
 _CHUNKS = 32  # chunks between two releases of the file's pages
@@ -78,6 +79,11 @@ class Leaf(NamedTuple):
             return self._replace(hf_name=self.names()[i], blocks=0)
         return self._replace(view=self.view[1:], order=tuple(axis - 1 for axis in self.order[1:]), layer=i)
 
+    @property
+    def shape(self) -> _Shape:
+        """The parameter's shape, of one block."""
+        return tuple(self.view[axis] for axis in self.order)
+
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_param`, for this part."""
         transposed = tuple(self.view[axis] for axis in self.order)
@@ -100,6 +106,26 @@ def linear(hf_name: str, inputs: Sequence[int], outputs: Sequence[int], blocks: 
     view = (*outputs, *inputs)
     order = (*range(len(outputs), len(view)), *range(len(outputs)))
     return Leaf(hf_name, (math.prod(outputs), math.prod(inputs)), view, order, blocks)
+
+
+def norm(path: str, hf_name: str, width: int, blocks: int = 0) -> "TensorTable":
+    """The rows of a layer norm at `path`."""
+    return {f"{path}/{name}": same(f"{hf_name}.{part}", (width,), blocks) for name, part in NORM.items()}
+
+
+def multi_head(path: str, hf_name: str, width: int, heads: int) -> "TensorTable":
+    """The rows of torch's MultiheadAttention at `path`, which has queries, keys and values in one tensor."""
+    shape = (heads, width // heads)
+    table = {
+        f"{path}/out/kernel": linear(f"{hf_name}out_proj.weight", shape, (width,)),
+        f"{path}/out/bias": same(f"{hf_name}out_proj.bias", (width,)),
+    }
+    for part, name in enumerate(("query", "key", "value")):
+        kernel = linear(f"{hf_name}in_proj_weight", (width,), shape)
+        table[f"{path}/{name}/kernel"] = kernel._replace(file_shape=(3 * width, width), part=(0, part, 3))
+        bias = Leaf(f"{hf_name}in_proj_bias", (3 * width,), (width,), (0,), part=(0, part, 3))
+        table[f"{path}/{name}/bias"] = bias
+    return table
 
 
 def conv_patch(hf_name: str, patch_size: int, width: int, channels: int = 3) -> Leaf:

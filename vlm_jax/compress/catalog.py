@@ -197,14 +197,23 @@ def check_encoder(model: ModelSpec) -> None:
 def check_decoder(model: ModelSpec) -> None:
     """Raises `UserError` for a decoder in which the compressor's stages have no place."""
     name, depth = model.compressor.name, model.decoder.depth
-    cuts = [0, *(stage.layer for stage in stages(model)), depth]
-    if any(start >= stop for start, stop in itertools.pairwise(cuts)):
+    if not _stages_fit(model):
+        layers = ", ".join(str(stage.layer) for stage in stages(model))
+        nearest = for_decoder(model.compressor, model.decoder)
+        fits = nearest != model.compressor and _stages_fit(dataclasses.replace(model, compressor=nearest))
         raise UserError(
             f"compressor {name!r}: expected a decoder with layers before and behind each of its stages (behind layers "
-            f"{', '.join(map(str, cuts[1:-1]))}), got {model.decoder.name} with {depth} layers"
+            f"{layers}), got {model.decoder.name} with {depth} layers"
+            + (f" (nearest possible: compressor.depth={nearest.depth})" if fits else "")
         )
     if hides_tokens(model) and model.mask != "causal":
         raise UserError(f"compressor {name!r}: expected model.mask=causal, got {model.mask}")
+
+
+def _stages_fit(model: ModelSpec) -> bool:
+    """Whether the decoder has layers before and behind each stage."""
+    cuts = [0, *(stage.layer for stage in stages(model)), model.decoder.depth]
+    return all(start < stop for start, stop in itertools.pairwise(cuts))
 
 
 def _listed(possible: tuple[int, ...], tokens: int, limit: int = 24) -> str:

@@ -14,6 +14,7 @@ from vlm_jax.compress import catalog
 from vlm_jax.compress.contract import encoder_for, key_width
 from vlm_jax.config import ranges
 from vlm_jax.core.errors import UserError, unknown
+from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.specs import (
     ELASTIC_STEPS,
     RAMPS,
@@ -191,11 +192,6 @@ def _check(spec: RunSpec) -> None:
             f"config field model.compressor.tokens: expected {compressor.elastic[-1]}, the most of "
             f"elastic={list(compressor.elastic)}, got {compressor.tokens}"
         )
-    if spec.data.frozen_features and spec.model.encoder.returns:
-        raise UserError(
-            f"compressor {spec.model.compressor.name} reads {', '.join(spec.model.encoder.returns)}, which stored "
-            "features do not have: set data.frozen_features=False"
-        )
     for data in dict.fromkeys([spec.data, *(data_of(spec, stage) for stage in spec.stages)]):
         _check_rows(spec, data)
     for stage in spec.stages:
@@ -271,6 +267,8 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
     """The inverse of `core.specs.to_dict`, for a spec stored with a checkpoint, whose stages have the numbers of steps
     that followed from the data. Raises `UserError`."""
     spec = from_dict(RunSpec, values, "config field ")
+    check_model(spec.model, "config field model.")
+    _check_compressor(spec.model)
     _check(dataclasses.replace(spec, stages=tuple(map(_as_given, spec.stages))))
     return spec
 

@@ -35,6 +35,11 @@ def check_model(model: ModelSpec, where: str) -> None:
         if encoder.patch_size > encoder.image_size or encoder.patches > _MAX_PATCHES:
             got = f"image_size={encoder.image_size}, patch_size={encoder.patch_size}"
             raise UserError(f"{where}encoder: expected 1 to {_MAX_PATCHES:,} patches, got {got}")
+        for name in ("feature_layer", "attention_layer", "taps"):
+            layers = getattr(encoder, name)
+            deepest = max(layers, default=0) if isinstance(layers, tuple) else layers
+            if deepest > encoder.depth:
+                raise UserError(f"{where}encoder.{name}: expected at most the depth, {encoder.depth}, got {deepest}")
 
 
 def _check_part(spec: object, where: str) -> None:

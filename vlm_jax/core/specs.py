@@ -300,7 +300,7 @@ class RunSpec:
     bad_step: BadStepSpec = BadStepSpec()
     decoder_checkpoint: str = ""  # a Hugging Face folder; "" starts from random weights
     evaluate_every_steps: int = 0  # during training, on a fixed subset; 0: only at the end
-    connector_checkpoint: str = ""  # a published model whose projector starts the run; "": random weights
+    connector_checkpoint: str = ""  # a published model whose connector starts the run; "": random weights
     elastic: str = ELASTIC_STEPS[0]  # of a compressor with several V
 
 

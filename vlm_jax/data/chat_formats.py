@@ -110,6 +110,8 @@ FAMILIES = {
         "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     ),
 }
+# Families whose own code formats prompts, whatever template a folder has.
+_NAMED_FAMILIES = {"LlavaLlamaForCausalLM": "v1"}
 # Families whose processor builds the prompt itself.
 _PREFIX_FAMILIES = ("PaliGemmaForConditionalGeneration", "big_vision PaliGemma")
 OWN_TEMPLATES = frozenset((*FAMILIES.values(), *(named.template for named in _NAMED.values())))
@@ -119,6 +121,8 @@ def chat_format_of(architecture: str, tokenizer: Tokenizer, image_token: str = "
     """The chat format of a published model, with the template of its folder if it has one."""
     if architecture in _PREFIX_FAMILIES:
         return ChatFormat("prefix", None, image_token)
+    if architecture in _NAMED_FAMILIES:
+        return format_named(_NAMED_FAMILIES[architecture], tokenizer, image_token)
     template = tokenizer.template or FAMILIES.get(architecture)
     return ChatFormat("template" if template else "text", template, image_token)
 

@@ -1,8 +1,9 @@
-"""Features of the frozen encoder, computed once for all cells with the same images, encoder and taps.
+"""Features of the frozen encoder, computed once for all cells with the same images and encoder that read the same.
 
-A folder per key holds `tokens.npy` [n,P,E], `taps.npy` [n,A,P,E] (float16, memory-mapped), `index.npy` (the row of each
-image: equal files share one), `bad.json` (images that cannot be decoded) and `meta.json`. It is written atomically,
-under a lock: one process computes, others wait.
+A folder per key holds an array for each field of `Visual` that the encoder gives, such as `tokens.npy` [n,P,E] and
+`taps.npy` [n,A,P,E] (memory-mapped; dtypes are those of `empty`), `index.npy` (the row of each image: equal files share
+one), `bad.json` (images that cannot be decoded) and `meta.json`. It is written atomically, under a lock: one process
+computes, others wait.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ from vlm_jax.core.structs import Visual
 
 Encode = Callable[[UInt8[np.ndarray, "B H H 3"]], Visual]
 _BATCH = 128
-_STORES = ("tokens.npy", "taps.npy", "index.npy", "bad.json")
+# Fields whose values choose tokens are not rounded: a rounded value would choose others.
+_DTYPES = {"mask": np.dtype(bool), "keys": np.dtype(np.float32), "salience": np.dtype(np.float32)}
+_FILES = (*(f"{field}.npy" for field in Visual._fields), "index.npy", "bad.json")
 
 
 class Images(NamedTuple):
@@ -67,39 +70,54 @@ def open_or_compute(root: Path, name: str, images: Images, encode: Encode) -> St
                 new.mkdir()
                 _compute(new, images, encode)
     try:
-        tokens, taps, index, bad = _load(folder, images.count)
+        stores, index, bad = _load(folder, images.count)
     except Exception as error:  # NumPy raises many types for a damaged header
         raise UserError(f"{folder}: unreadable features ({error}): delete the folder to compute them again") from error
 
     def read(numbers: Int[np.ndarray, " n"]) -> Visual:
         rows = index[numbers]
-        return Visual(tokens[rows], None if taps is None else taps[rows])
+        return Visual(**{field: store[rows] for field, store in stores.items()})
 
     stored = Stored(read, bad)
     _check(folder, stored, images, encode)
     return stored
 
 
-def _load(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, Int[np.ndarray, " n"], dict[int, str]]:
-    """The arrays of a folder, memory-mapped, and why images have no features. Raises `ValueError`, among others."""
-    kinds = {name: reading.kind(folder / name) for name in _STORES}  # a pipe would block
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-    taps = np.load(folder / "taps.npy", mmap_mode="r") if kinds["taps.npy"] else None
+def empty(visual: Visual, rows: int) -> Visual:
+    """Zeros for that many images, in the shapes of `visual` (arrays or shapes) and the dtypes of a store: float16, but
+    float32 for keys and salience."""
+    return Visual(
+        *(
+            None if value is None else np.zeros((rows, *value.shape[1:]), _dtype(field))
+            for field, value in zip(Visual._fields, visual, strict=True)
+        )
+    )
+
+
+def _dtype(field: str) -> np.dtype:
+    return _DTYPES.get(field, np.dtype(np.float16))
+
+
+def _load(folder: Path, count: int) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " n"], dict[int, str]]:
+    """The arrays of a folder by field, memory-mapped, and why images have no features. Raises `ValueError`, among
+    others."""
+    kinds = {name: reading.kind(folder / name) for name in _FILES}  # a pipe would block
+    names = [field for field in Visual._fields if field == "tokens" or kinds[f"{field}.npy"]]
+    stores = {field: np.load(folder / f"{field}.npy", mmap_mode="r") for field in names}
     index = np.load(folder / "index.npy")
     bad = {int(number): str(reason) for number, reason in reading.read_object(folder / "bad.json").items()}
-    stores = [store for store in (tokens, taps) if store is not None]
-    rows = {len(store) if store.ndim > 1 and store.dtype == np.float16 else 0 for store in stores}
+    rows = {len(one) if one.ndim > 1 and one.dtype == _dtype(field) else 0 for field, one in stores.items()}
     fits = index.shape == (count,) and index.dtype.kind in "iu" and len(rows) == 1
     if not fits or not (index.min() >= 0 and index.max() < min(rows)) or not set(bad) <= set(range(count)):
         raise ValueError(f"expected a row for each of {count} images")
-    return tokens, taps, index, bad
+    return stores, index, bad
 
 
 def _remove_incomplete(folder: Path) -> None:
     """Removes a folder of features without `meta.json`. Raises `UserError` where it holds anything else."""
     if not os.path.lexists(folder):
         return
-    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= set(_STORES):
+    if folder.is_symlink() or not folder.is_dir() or not {path.name for path in folder.iterdir()} <= set(_FILES):
         raise UserError(f"{folder}: expected features with their meta.json, got something else: move it away")
     shutil.rmtree(folder)
 
@@ -115,12 +133,12 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
     ):
         mine = firsts[start : start + _BATCH]
         visual = encode(_batch(images, mine, bad))
-        for field, value in (("tokens", visual.tokens), ("taps", visual.taps)):
+        for field, value in visual._asdict().items():
             if value is None:
                 continue
-            array = np.asarray(value).astype(np.float16)
+            array = np.asarray(value).astype(_dtype(field))
             if field not in stores:
-                stores[field] = _new_store(folder / f"{field}.npy", (len(firsts), *array.shape[1:]))
+                stores[field] = _new_store(folder / f"{field}.npy", (len(firsts), *array.shape[1:]), array.dtype)
             stores[field][start : start + _BATCH] = array[: len(mine)]
     unusable = np.isin(index, [index[number] for number in bad])
     for store in stores.values():
@@ -132,9 +150,9 @@ def _compute(folder: Path, images: Images, encode: Encode) -> None:
     (folder / "meta.json").write_text(json.dumps({"images": images.count, "source": images.label}) + "\n")
 
 
-def _new_store(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _new_store(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A writable memory map whose disk space is reserved: writing to a map of a full disk ends the process."""
-    store = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    store = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -178,9 +196,15 @@ def _check(folder: Path, stored: Stored, images: Images, encode: Encode) -> None
         raise UserError(f"{images.label}: expected a readable image, got none ({next(iter(stored.bad.values()))})")
     numbers = np.array([*good[: _BATCH - 1], good[-1]])
     encoded, kept = encode(_batch(images, numbers, {})), stored.read(numbers)
-    for a, b in zip((encoded.tokens, encoded.taps), (kept.tokens, kept.taps), strict=True):
+    for field, a, b in zip(Visual._fields, encoded, kept, strict=True):
+        if (a is None) != (b is None):
+            problem = "has no" if b is None else "has, beside what is read,"
+            raise UserError(f"{folder}: {problem} {field}: delete the folder to compute the features again")
         if a is None:
             continue
-        difference = float(np.max(np.abs(np.asarray(a, np.float32)[: len(numbers)] - b.astype(np.float32))))
-        if not difference <= 4e-3 * max(float(np.max(np.abs(b))), 1.0):  # also True for NaN
+        a, b = np.asarray(a, np.float32)[: len(numbers)], b.astype(np.float32)
+        difference = float(np.max(np.abs(a - b)))
+        # Salience is a share of an attention that all patches add up to: its size is far below 1.
+        size = max(float(np.max(np.abs(b))), 0.0 if field == "salience" else 1.0)
+        if not difference <= 4e-3 * size:  # also True for NaN
             raise UserError(f"{folder}: stored features differ from the encoder by {difference:.3g}: delete the folder")

@@ -21,6 +21,7 @@ from vlm_jax.core.files import file_lock
 from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.rows import DEFAULTS, FIELDS, ResultRow
 from vlm_jax.core.specs import ModelSpec
+from vlm_jax.sizing.compression import check_stages
 
 _MAX_BYTES = 2**28
 _LARGEST, _LONGEST = 1e100, 2000  # number and text of a row
@@ -140,6 +141,7 @@ def parse(values: Mapping[str, Any], where: str) -> ResultRow:
     if row.model.compressor.tokens != row.visual_tokens:
         raise UserError(f"{where}: model: expected {row.visual_tokens} tokens, got {row.model.compressor.tokens}")
     check_model(row.model, f"{where}: model.")
+    check_stages(row.model, f"{where}: model.")
     return row
 
 

@@ -22,6 +22,7 @@ from vlm_jax.evaluation.answers import AnswerFile
 from vlm_jax.evaluation.benchmarks.items import Loaded
 from vlm_jax.evaluation.suite_scores import BenchmarkScore
 from vlm_jax.evaluation.suites import Suite
+from vlm_jax.sizing.compression import check_stages
 
 KINDS = ("answers", "answers_blind")
 _RECORD = {"suite": str, "options": dict, "model": dict, "costs": dict}  # run.json
@@ -148,7 +149,9 @@ def _model_fields(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Fields of a `ResultRow` about the model; without images, those of the blind one."""
     blind = model["blind"] if kind != KINDS[0] else {}
     fields = {name: value for name, value in model.items() if name != "blind"} | blind
-    return fields | {"model": specs.from_dict(ModelSpec, fields["model"], "run.json: model.")}
+    spec = specs.from_dict(ModelSpec, fields["model"], "run.json: model.")
+    check_stages(spec, "run.json: model.")
+    return fields | {"model": spec}
 
 
 def _line(one: BenchmarkScore, label: str) -> str:

@@ -21,8 +21,14 @@ import jax.numpy as jnp
 
 from vlm_jax import build
 from vlm_jax.checkpoints import orbax, tensor_tables
-from vlm_jax.checkpoints.huggingface import processors
-from vlm_jax.checkpoints.inspection import CheckpointInfo, inspect, load_parts, with_encoder
+from vlm_jax.checkpoints.inspection import (
+    CheckpointInfo,
+    inspect,
+    load_connector,
+    load_parts,
+    prepared_encoder,
+    with_encoder,
+)
 from vlm_jax.compress import catalog
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core import reading, text
@@ -32,8 +38,10 @@ from vlm_jax.data import chat_formats, token_files, tokenizers
 from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import sampling
-from vlm_jax.models import connector, vision
+from vlm_jax.inference.joining import has_connector, joined_spec
+from vlm_jax.models import connector
 from vlm_jax.models.decoder import unstack_layers
+from vlm_jax.models.vision import at_size, params_at_size
 from vlm_jax.models.vlm import Vlm
 
 DTYPES = ("float32", "bfloat16")
@@ -53,6 +61,7 @@ class Model(NamedTuple):
     pad: int | None = None
     eos_ids: tuple[int, ...] = ()
     answer_tokens: int = 64  # default of max_new_tokens
+    is_trained: bool = True  # False: some weights of the connector are random
 
     @property
     def visual_tokens(self) -> int:
@@ -71,6 +80,7 @@ def load(
     dtype: Any = None,
     plan: Plan | None = None,
     llm: str | Path | None = None,
+    vision: str | Path | None = None,
     compressor: str | None = None,
     tokens: int | None = None,
     tokenizer: str | Path | None = None,
@@ -84,7 +94,10 @@ def load(
         dtype: "float32" or "bfloat16", of weights and activations; None: bfloat16 on TPU and GPU, float32 on CPU, or
             that of a run. A run has float32 weights.
         plan: the sharding of parameters; None: one device.
-        llm: a folder whose language model replaces that of `path`; projector and compressor are then random.
+        llm: a folder whose language model replaces that of `path`; projector and compressor are then random, unless
+            `path` is a connector alone (LLaVA's mm_projector.bin).
+        vision: the folder of the vision tower, for a checkpoint of LLaVA's own code whose config.json names a folder
+            that is not there.
         compressor, tokens: a row of `compress.catalog` and its V, instead of those of `path`. Compressors with weights
             must be trained; others ("pool") work at once.
         tokenizer: a `tokenizer.json`, a SentencePiece `*.model`, or a folder with one; None: that of the checkpoint.
@@ -98,6 +111,7 @@ def load(
     Raises `UserError` for files that are missing, unsupported or inconsistent.
     """
     path, llm, tokenizer = _path("path", path), llm and _path("llm", llm), tokenizer and _path("tokenizer", tokenizer)
+    vision_folder = vision and _path("vision", vision)
     dtype, tokens, image_size = _dtype(dtype), as_int("tokens", tokens), as_int("image_size", image_size)
     seed = check_seed(seed)
     if not isinstance(compressor, str | None):
@@ -108,14 +122,18 @@ def load(
         with contextlib.suppress(UserError):
             build.use_compilation_cache(build.default_cache())
     if (path / "spec.json").is_file():
-        if llm or compressor or image_size is not None:
-            raise UserError(f"{path}: a run has its own llm, compressor and image_size: leave them out")
+        if llm or vision or compressor or image_size is not None:
+            raise UserError(f"{path}: a run has its own llm, vision, compressor and image_size: leave them out")
         return _load_run(path, dtype, plan, tokens)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     compute = ComputeSpec(dtype, "none", "xla", 1, "replicated", (1, 1, 1))
     plan = plan or partitioning.make_plan(compute, jax.local_devices()[:1])
     compute = sampling.compute_for_decoding(compute)
-    vision_info = inspect(path)
+    vision_info = inspect(path, vision_folder)
+    if vision_info.missing:
+        raise UserError(vision_info.missing)
+    if vision and not vision_info.prepared:
+        raise UserError(f"vision={vision}: {path} is no checkpoint of LLaVA's own code: leave vision out")
     llm_info = inspect(llm) if llm else vision_info
     if llm_info.decoder is None:
         raise UserError(f"{llm or path}: has no language model: name one with llm=FOLDER")
@@ -123,25 +141,27 @@ def load(
         raise UserError(f"{path}: has no image encoder to join with {llm}")
     if image_size is not None and vision_info.encoder is None:
         raise UserError(f"{path}: a text-only model has no images: leave image_size out")
-    own = vision_info.encoder and processors.with_processor_files(vision_info.encoder, path)
-    resized = vision_info if own is None else vision_info._replace(encoder=vision.at_size(own, image_size))
-    spec = _joined_spec(resized, llm_info if llm else resized, compressor, tokens)
+    own = prepared_encoder(vision_info)
+    resized = vision_info if own is None else vision_info._replace(encoder=at_size(own, image_size))
+    spec = joined_spec(resized, llm_info if llm else resized, compressor, tokens)
     if own is not None:
         # The compressor's taps, at the checkpoint's own resolution.
         vision_info = with_encoder(vision_info, dataclasses.replace(spec.encoder, image_size=own.image_size))
-    parts = () if spec.encoder is None else ("encoder",) if llm else ("encoder", "connector")
-    count = _byte_counter(((llm_info, ("decoder",)), (vision_info, parts)), on_read)
-    params = load_parts(llm_info, ("decoder",), plan, dtype, count, scan_layers=False)
+    parts = ("encoder",) if spec.encoder is not None else ()
+    own_parts = (*parts, "connector") if parts and has_connector(vision_info, llm_info) else parts
+    count = _byte_counter(((llm_info, ("decoder",)), (vision_info, own_parts)), on_read)
+    params, is_trained = load_parts(llm_info, ("decoder",), plan, dtype, count, scan_layers=False), True
     if spec.encoder is not None:
         loaded = load_parts(vision_info, parts, plan, dtype, count)
         connector_params = plan.init(lambda key: connector.init_weights(key, spec), jax.random.key(seed))
         connector_params = jax.tree.map(lambda leaf: leaf.astype(dtype), connector_params)
-        if "connector" in loaded and catalog.output_width(spec.compressor) == spec.encoder.width:
-            connector_params["projector"] = loaded["connector"]["projector"]
+        trained = load_connector(vision_info, spec, plan, dtype, count) if own_parts != parts else {}
+        connector_params |= trained
         method = "bilinear" if path.suffix == ".npz" else "bicubic"
-        encoder = vision.params_at_size(loaded["encoder"], vision_info.encoder, spec.encoder.image_size, method)
+        encoder = params_at_size(loaded["encoder"], vision_info.encoder, spec.encoder.image_size, method)
         params |= {"encoder": encoder, "connector": connector_params}
-    return _add_tokenizer(Model(spec, compute, params, plan), llm_info, tokenizer)
+        is_trained = all(part in trained or not jax.tree.leaves(leaf) for part, leaf in connector_params.items())
+    return _add_tokenizer(Model(spec, compute, params, plan, is_trained=is_trained), llm_info, tokenizer)
 
 
 def _dtype(dtype: Any) -> str | None:
@@ -193,21 +213,6 @@ def _byte_counter(
         on_read(done, total)
 
     return count
-
-
-def _joined_spec(
-    vision_info: CheckpointInfo, llm_info: CheckpointInfo, name: str | None, tokens: int | None
-) -> ModelSpec:
-    """The spec of encoder, compressor `name` and decoder. Raises `UserError` for invalid combinations."""
-    encoder, decoder = vision_info.encoder, llm_info.decoder
-    if encoder is None:
-        if name or tokens is not None:
-            raise UserError("a text-only model has no visual tokens: leave compressor and tokens out")
-        return ModelSpec(None, None, None, decoder, llm_info.mask)
-    if name is None and tokens is not None and tokens != encoder.patches:
-        raise UserError(f"tokens={tokens}: name the compressor of {encoder.patches} patches")
-    own = {"projector": vision_info.projector, "mask": vision_info.mask} if vision_info is llm_info else {}
-    return catalog.model_spec(encoder, name or "none", tokens, decoder, **own)
 
 
 def _add_tokenizer(model: Model, llm_info: CheckpointInfo, path: str | Path | None) -> Model:

@@ -68,6 +68,11 @@ class Vlm(NamedTuple):
             image = pixels.normalise(image, self.spec.encoder)
         return self.encoder.apply({"params": params["encoder"]}, image, method="encode")
 
+    def features(self, params: Params, image: Array) -> Visual:
+        """Of `encode`, what the compressor reads: what is stored of an image where the encoder is frozen."""
+        visual, reads = self.encode(params, image), catalog.row(self.spec.compressor.name).reads
+        return visual._replace(**dict.fromkeys(set(Visual._fields) - {*reads, *_ALWAYS}))
+
     def forward(
         self, params: Params, inputs: Inputs, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
@@ -115,11 +120,12 @@ class Vlm(NamedTuple):
         batch, count = (views.features.tokens if has_features else views.pixels).shape[:2]
 
         def flat(leaf: Array) -> Array:
-            leaf = leaf.reshape(batch * count, *leaf.shape[2:])
-            to_cast = has_features and jnp.issubdtype(leaf.dtype, jnp.floating)
-            return leaf.astype(self.compute.dtype) if to_cast else leaf
+            return leaf.reshape(batch * count, *leaf.shape[2:])
 
-        visual = jax.tree.map(flat, views.features) if has_features else self.encode(params, flat(views.pixels))
+        if has_features:
+            visual = _as_encoded(jax.tree.map(flat, views.features), self.compute.dtype)
+        else:
+            visual = self.encode(params, flat(views.pixels))
         question = None if views.question is None else flat(views.question)
         out = connector.compress(params["connector"], self.evidence(params, visual, question), self.spec)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, -1, *leaf.shape[2:]), out)
@@ -156,6 +162,15 @@ class Vlm(NamedTuple):
 
 def _frozen(params: Params) -> Params:
     return {"params": jax.lax.stop_gradient(params["decoder"])}
+
+
+def _as_encoded(features: Visual, dtype: str) -> Visual:
+    """Stored features in the dtypes of the encoder: that of activations, but float32 for salience."""
+
+    def cast(leaf: Array | None) -> Array | None:
+        return leaf.astype(dtype) if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return Visual(*map(cast, features))._replace(salience=features.salience)
 
 
 def merge_image_embeddings(

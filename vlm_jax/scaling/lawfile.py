@@ -12,6 +12,7 @@ from vlm_jax.core.model_ranges import check_model
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling import laws
 from vlm_jax.scaling.fitted import BASIC, NOISES, VERSION, FamilyFit, FormFit, LawFit, Measured
+from vlm_jax.sizing.compression import check_stages
 
 _DIGITS = 10  # significant; draws need fewer
 _DRAW_DIGITS = 6
@@ -139,6 +140,7 @@ def _check_model(model: ModelSpec, where: str) -> None:
             raise UserError(f"{where}{part}: expected a group of fields, got None")
         _check_names((spec.name,), f"{where}{part}.name")
     check_model(model, where)
+    check_stages(model, where)
 
 
 def _check_names(names: Iterable[str], where: str) -> None:

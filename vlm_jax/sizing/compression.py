@@ -5,6 +5,7 @@ import functools
 from vlm_jax.compress import catalog
 from vlm_jax.compress.contract import Compressor, Cost
 from vlm_jax.core import specs
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.segments import HIDDEN
 from vlm_jax.core.specs import CompressorSpec, DataSpec, DropStage, ModelSpec, RunSpec
 
@@ -34,13 +35,29 @@ def stages(model: ModelSpec) -> tuple[DropStage, ...]:
     return catalog.stages(model)
 
 
+def check_stages(model: ModelSpec, where: str) -> None:
+    """Raises `UserError`, behind the prefix `where`, for a model from a file whose decoder has no place for the
+    stages of its compressor.
+    """
+    if model.compressor is None or model.decoder is None:
+        return
+    if model.compressor.name in catalog.names():  # a row may be of a package that is not installed
+        try:
+            catalog.check_decoder(model)
+        except UserError as error:
+            raise UserError(f"{where}{error}") from error
+
+
 def alive(model: ModelSpec) -> LayerTokens:
-    """The visual tokens that layers process."""
+    """The visual tokens that layers process. Raises `UserError` for stages beyond the decoder's depth."""
     start, tokens, parts = 0, row(model).entering(model.compressor), []
     for stage in stages(model):
         parts.append((stage.layer - start, tokens))
         start, tokens = stage.layer, stage.keep
-    return (*parts, (model.decoder.depth - start, tokens))
+    parts.append((model.decoder.depth - start, tokens))
+    if min(layers for layers, _ in parts) < 1:
+        catalog.check_decoder(model)
+    return tuple(parts)
 
 
 def cached(model: ModelSpec) -> LayerTokens:

@@ -72,6 +72,14 @@ def check(config: Mapping[str, Any], where: str, read: Collection[str], fixed: F
             raise UserError(f"{where}: unknown field {name}={reprlib.repr(value)}, which may change the outputs")
 
 
+def check_depth(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Raises `UserError` for more layers than tensors, before a table of that size is built."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        depth = part.get("num_hidden_layers") if isinstance(part, Mapping) else None
+        if isinstance(depth, int | float) and depth > tensors:
+            raise UserError(f"{where}: num_hidden_layers={depth}, but there are only {tensors} tensors")
+
+
 def number(config: Mapping[str, Any], name: str, where: str, kind: type = int) -> Any:
     """A positive `int` or `float`. Raises `UserError` with the field's name."""
     value = config[name]

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm_jax.checkpoints.huggingface import fields
 from vlm_jax.checkpoints.tensor_files import TensorFiles
-from vlm_jax.checkpoints.tensor_tables import Leaf, TensorTable, conv_patch, linear, same
+from vlm_jax.checkpoints.tensor_tables import NORM, TensorTable, conv_patch, linear, multi_head, norm, same
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 
@@ -57,7 +57,6 @@ _OUTER = {
     "projection_dim", "projection_size", "projector_hidden_act", "num_positions", "vocab_size", "patch_size",
     "logit_scale_init_value", "vision_use_head", "tie_word_embeddings",
 }  # fmt: skip
-_NORM = {"scale": "weight", "bias": "bias"}
 _FIRST = "embeddings.patch_embedding.weight"
 
 
@@ -138,8 +137,8 @@ def encoder_table(spec: EncoderSpec, prefix: str) -> TensorTable:
     table = {
         "patch/kernel": conv_patch(f"{stem}patch_embedding.weight", spec.patch_size, width),
         "position": same(f"{stem}position_embedding.weight", (spec.patches + spec.class_token, width)),
-        **_norm("blocks/attention_norm", f"{block}layer_norm1", width, n),
-        **_norm("blocks/mlp_norm", f"{block}layer_norm2", width, n),
+        **norm("blocks/attention_norm", f"{block}layer_norm1", width, n),
+        **norm("blocks/mlp_norm", f"{block}layer_norm2", width, n),
         **_mlp("blocks/mlp", f"{block}mlp.", spec, n),
         "blocks/attention/out/kernel": linear(f"{block}self_attn.out_proj.weight", heads, (width,), n),
         "blocks/attention/out/bias": same(f"{block}self_attn.out_proj.bias", (width,), n),
@@ -152,27 +151,17 @@ def encoder_table(spec: EncoderSpec, prefix: str) -> TensorTable:
     if spec.class_token:
         table["class_token"] = same(f"{stem}class_embedding", (width,))
     if spec.pre_norm:
-        table |= _norm("pre_norm", f"{prefix}pre_layrnorm", width)  # sic
+        table |= norm("pre_norm", f"{prefix}pre_layrnorm", width)  # sic
     if not spec.feature_layer:
-        table |= _norm("norm", f"{prefix}post_layernorm", width)
+        table |= norm("norm", f"{prefix}post_layernorm", width)
     if spec.pooling_head:
         table |= {
             "pooling/probe": same(f"{pool}probe", (1, 1, width)),
-            **_norm("pooling/norm", f"{pool}layernorm", width),
+            **norm("pooling/norm", f"{pool}layernorm", width),
             **_mlp("pooling/mlp", f"{pool}mlp.", spec),
-            "pooling/attention/out/kernel": linear(f"{pool}attention.out_proj.weight", heads, (width,)),
-            "pooling/attention/out/bias": same(f"{pool}attention.out_proj.bias", (width,)),
+            **multi_head("pooling/attention", f"{pool}attention.", width, spec.heads),
         }
-        for part, path in enumerate(("query", "key", "value")):  # one tensor in torch
-            kernel = linear(f"{pool}attention.in_proj_weight", (width,), heads)
-            kernel = kernel._replace(file_shape=(3 * width, width), part=(0, part, 3))
-            bias = Leaf(f"{pool}attention.in_proj_bias", (3 * width,), (width,), (0,), part=(0, part, 3))
-            table |= {f"pooling/attention/{path}/kernel": kernel, f"pooling/attention/{path}/bias": bias}
     return table
-
-
-def _norm(path: str, hf_name: str, width: int, blocks: int = 0) -> TensorTable:
-    return {f"{path}/{name}": same(f"{hf_name}.{part}", (width,), blocks) for name, part in _NORM.items()}
 
 
 def _mlp(path: str, hf_name: str, spec: EncoderSpec, blocks: int = 0) -> TensorTable:
@@ -199,7 +188,7 @@ def identity_norm(table: TensorTable, like: Any) -> tuple[dict[str, np.ndarray],
     """
     hf_name = table["position"].hf_name.replace("embeddings.position_embedding.weight", "post_layernorm")
     params = {"scale": np.ones(like.shape[1], like.dtype), "bias": np.zeros(like.shape[1], like.dtype)}
-    return params, {name: same(f"{hf_name}.{part}", like.shape[1:]) for name, part in _NORM.items()}
+    return params, {name: same(f"{hf_name}.{part}", like.shape[1:]) for name, part in NORM.items()}
 
 
 def encoder_config(spec: EncoderSpec) -> dict[str, Any]:

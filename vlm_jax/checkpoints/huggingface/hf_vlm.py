@@ -8,7 +8,7 @@ PaliGemma's reference divides image features by sqrt(D) and then multiplies all 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_jax.checkpoints.huggingface import fields, hf_decoder, hf_encoder
@@ -47,13 +47,7 @@ def llava(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
     read = {*OUTER, "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length", "vocab_size"}
     fields.check(config, where, read, {**FIXED, **fixed})
     spec = hf_encoder.encoder_spec(hf_encoder.vision_config(config, where), where)
-    layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise UserError(f"{where}: vision_feature_layer={layer!r}: expected one layer")
-    layer += spec.depth + 1 if layer < 0 else 0  # transformers counts the embeddings as layer 0
-    if not 1 <= layer <= spec.depth:
-        layer = config["vision_feature_layer"]
-        raise UserError(f"{where}: vision_feature_layer={layer}: expected a layer of the tower, which has {spec.depth}")
+    layer = feature_layer(spec, config.get("vision_feature_layer", -2), f"{where}: vision_feature_layer")
     select = config.get("vision_feature_select_strategy", "default")
     if str(select) not in _SELECT:
         raise unknown(f"{where}: vision_feature_select_strategy", select, _SELECT)
@@ -62,6 +56,17 @@ def llava(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
         raise UserError(f"{where}: vision_feature_select_strategy={select!r} {effect}, which is not supported")
     spec = dataclasses.replace(spec, feature_layer=layer, pooling_head=False)
     return _whole(weights, config, LLAVA, spec, "mlp", "causal", 32000)
+
+
+def feature_layer(encoder: EncoderSpec, value: Any, field: str) -> int:
+    """`EncoderSpec.feature_layer` of a field that counts layers from the embeddings, 0, or from the end. Raises
+    `UserError` that names the field."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{field}={value!r}: expected one layer")
+    layer = value + encoder.depth + 1 if value < 0 else value
+    if not 1 <= layer <= encoder.depth:
+        raise UserError(f"{field}={value}: expected a layer of the tower, which has {encoder.depth}")
+    return layer
 
 
 def paligemma(weights: TensorFiles, config: dict[str, Any]) -> CheckpointInfo:
@@ -108,7 +113,7 @@ def _whole(
     prefix = hf_encoder.prefix_of(weights)
     tables = {
         "encoder": hf_encoder.encoder_table(encoder, prefix),
-        "connector": projector_table(projector, encoder.width, decoder.width, min(roots, default="") + _PROJECTOR),
+        "connector": projector_table(_layers(projector, min(roots, default="")), encoder.width, decoder.width),
         "decoder": hf_decoder.decoder_table(decoder, *hf_decoder.prefixes(weights)),
     }
     ignore = (*hf_encoder.IGNORED, *hf_encoder.unused(encoder, prefix), *hf_decoder.ignore(decoder))
@@ -122,15 +127,20 @@ ROWS = {
 }
 
 
-def projector_table(projector: str, encoder_width: int, width: int, prefix: str) -> TensorTable:
-    """The projector of `models.connector` under Hugging Face's names."""
-    layers = {"linear": {"": "linear"}, "mlp": {"": "linear_1", "out_": "linear_2"}}[projector]
-    table = {}
-    for name, hf_name in layers.items():
-        inputs = width if name else encoder_width
-        table[f"projector/{name}kernel"] = linear(f"{prefix}{hf_name}.weight", (inputs,), (width,))
-        table[f"projector/{name}bias"] = same(f"{prefix}{hf_name}.bias", (width,))
+def projector_table(layers: Sequence[str], encoder_width: int, width: int) -> TensorTable:
+    """The projector of `models.connector`, from the names of its one or two linear layers."""
+    table, inputs = {}, encoder_width
+    for name, hf_name in zip(("", "out_"), layers, strict=False):
+        table[f"projector/{name}kernel"] = linear(f"{hf_name}weight", (inputs,), (width,))
+        table[f"projector/{name}bias"] = same(f"{hf_name}bias", (width,))
+        inputs = width
     return table
+
+
+def _layers(projector: str, root: str) -> tuple[str, ...]:
+    """Hugging Face's names of a projector's layers."""
+    names = {"linear": ("linear.",), "mlp": ("linear_1.", "linear_2.")}[projector]
+    return tuple(f"{root}{_PROJECTOR}{name}" for name in names)
 
 
 def export_kind(spec: ModelSpec) -> str:
@@ -182,6 +192,6 @@ def export_tables(spec: ModelSpec) -> dict[str, TensorTable]:
     """Part -> table under the names that every version of transformers reads."""
     return {
         "encoder": hf_encoder.encoder_table(spec.encoder, "vision_tower.vision_model."),
-        "connector": projector_table(spec.projector, spec.encoder.width, spec.decoder.width, _PROJECTOR),
+        "connector": projector_table(_layers(spec.projector, ""), spec.encoder.width, spec.decoder.width),
         "decoder": hf_decoder.decoder_table(spec.decoder, "language_model.model.", "language_model.lm_head.weight"),
     }
