@@ -268,7 +268,6 @@ def spec_from_dict(values: Mapping[str, Any]) -> RunSpec:
     that followed from the data. Raises `UserError`."""
     spec = from_dict(RunSpec, values, "config field ")
     check_model(spec.model, "config field model.")
-    _check_compressor(spec.model)
     _check(dataclasses.replace(spec, stages=tuple(map(_as_given, spec.stages))))
     return spec
 
