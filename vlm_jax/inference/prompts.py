@@ -38,7 +38,7 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         if images.ndim not in (4, 5):
             raise UserError(f"images: expected [B, H, W, 3] or [B, M, H, W, 3], got shape {list(images.shape)}")
         images = list(images if images.ndim == 5 else images[:, None])
-    return [[_prepare(model, image, f"images[{row}]") for image in _as_list(entry)] for row, entry in enumerate(images)]
+    return [[prepare_image(model, image, f"images[{row}]") for image in _as_list(entry)] for row, entry in enumerate(images)]
 
 
 def _as_list(entry: Any) -> list[Any]:
@@ -48,7 +48,8 @@ def _as_list(entry: Any) -> list[Any]:
     return list(entry) if isinstance(entry, list | tuple) or (is_array and entry.ndim == 4) else [entry]
 
 
-def _prepare(model: Model, image: Any, name: str) -> np.ndarray:
+def prepare_image(model: Model, image: Any, name: str) -> np.ndarray:
+    """An image (see `images_by_row`) as uint8 or float [H, H, 3]. Errors call it `name`."""
     side = model.spec.encoder.image_size
     if isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating):
         image = np.asarray(image, np.float32)
