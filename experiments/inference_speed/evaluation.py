@@ -5,9 +5,9 @@ Two pairs, each measured in turn in one process, without compilation:
     suite       `vlm_jax.evaluate --suite` on GQA (answers and scores written) / `generate` at its best batch size
     training    greedy and teacher-forced errors, as evaluation in training has them / greedy decoding alone
 
-Random weights of SigLIP-B/16 and SmolLM2-135M with fewer layers, JPEGs of 640 x 480 pixels, questions of 6 to 39 words;
-every sixth token ends an answer, so that their lengths differ. Prints JSON and updates evaluation.json and the table of
-README.md. A ratio is the time of the evaluation over that of `generate`.
+Random weights of SigLIP-B/16 and SmolLM2-135M with fewer layers and an output embedding of its own, JPEGs of 640 x 480
+pixels, questions of 6 to 39 words; every sixth token ends an answer, so that their lengths differ. Prints JSON, and
+updates evaluation.json and the table of README.md. A ratio is the time of the evaluation over that of `generate`.
 """
 
 import dataclasses
@@ -49,16 +49,16 @@ Seconds = tuple[float, float]  # by the clock, of the processor
 
 def main(argv: list[str]) -> None:
     parser = make_parser("evaluation", __doc__)
-    parser.add_argument("--questions", type=int, default=96)
-    parser.add_argument("--layers", type=int, nargs=2, default=[2, 6], metavar=("ENCODER", "LLM"))
+    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--layers", type=int, nargs=2, default=[2, 4], metavar=("ENCODER", "LLM"))
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16, help="questions a batch of the evaluation")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="batch sizes of `generate`")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16], help="batch sizes of `generate`")
+    parser.add_argument("--pairs", type=int, default=4)
     args = parser.parse_args(argv)
     if min(args.questions, *args.layers, args.new_tokens, args.batch, *args.batches, args.pairs) < 1:
         raise UserError("expected numbers of at least 1")
-    encoder, llm = zoo.encoder("siglip-b16-224"), zoo.decoder("smollm2-135m")
+    encoder, llm = zoo.encoder("siglip-b16-224"), dataclasses.replace(zoo.decoder("smollm2-135m"), tied_head=False)
     depths = dict(zip(("encoder", "llm"), args.layers, strict=True))
     spec = catalog.model_spec(
         dataclasses.replace(encoder, depth=depths["encoder"]), "pool", TOKENS,
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         write_gqa(folder / "data", args.questions)
         model = vlm_jax.load(paths[0], llm=paths[1], compressor="pool", tokens=TOKENS)
         result = {
-            "model": f"{encoder.name} ({args.layers[0]} layers), pool to {TOKENS}, {llm.name} ({args.layers[1]} layers)",
+            "model": f"{encoder.name} ({args.layers[0]} layers), {TOKENS} tokens, {llm.name} ({args.layers[1]} layers)",
             **{key: getattr(args, key) for key in ("questions", "new_tokens", "batch", "batches", "pairs")},
             "suite": measure_suite(model, folder, args.new_tokens, args.batch, args.batches, args.pairs),
             "training": measure_training(model, folder, args.new_tokens, args.batch, args.pairs),
@@ -182,8 +182,8 @@ def table(result: dict[str, Any]) -> str:
     text = (
         f"{result['model']}; {result['questions']} questions, at most {result['new_tokens']} new tokens, batches of "
         f"{result['batch']} (`generate`: {result['suite']['best_batch']}, the best of {result['batches']}), "
-        f"{result['suite']['same_answers']:.0%} same answers; minimum / **median** / maximum of {result['pairs']} pairs; "
-        f"{result['cores']} core(s), load average {result['load']}, {result['cpu']}."
+        f"{result['suite']['same_answers']:.0%} same answers; minimum / **median** / maximum of {result['pairs']} "
+        f"pairs; {result['cores']} core(s), load average {result['load']}, {result['cpu']}."
     )
     return f"{markdown_table(lines)}\n\n{text}"
 
