@@ -64,7 +64,7 @@ def prepare_image(model: Model, image: Any, name: str) -> np.ndarray:
         if not np.isfinite(image).all():
             raise UserError(f"{name}: expected finite pixels, got inf or nan")
         return image
-    return pictures.fit([pictures.read_image(image, name)], model.spec.encoder)[0]
+    return pictures.read_and_fit(image, model.spec.encoder, name)
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:

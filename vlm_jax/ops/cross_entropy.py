@@ -53,10 +53,10 @@ def weighted_nll(
     return _where_counted(_value, states, table, softcap, targets, weight)[0]
 
 
-Found = tuple[Nll, tuple[Array, ...]]  # and the gradients of its total: none, or those of states and table
+_Found = tuple[Nll, tuple[Array, ...]]  # and the gradients of its total: none, or those of states and table
 
 
-def _forward(states: Array, table: Array, softcap: float | None, targets: Array, weight: Array) -> Found:
+def _forward(states: Array, table: Array, softcap: float | None, targets: Array, weight: Array) -> _Found:
     return _where_counted(_value_and_gradients, states, table, softcap, targets, weight)
 
 
@@ -69,13 +69,13 @@ weighted_nll.defvjp(_forward, _backward)
 
 
 def _where_counted(
-    function: Callable[..., Found],
+    function: Callable[..., _Found],
     states: Float[Array, "B L D"],
     table: Float[Array, "W D"],
     softcap: float | None,
     targets: Int[Array, "B L"],
     weight: Float[Array, "B L"],
-) -> Found:
+) -> _Found:
     """`function`, called with the positions that count alone, in rows of those of a device."""
     (batch, length), devices = weight.shape, axis_size(axes.BATCH)
     rows = devices if batch % devices == 0 else 1
@@ -93,7 +93,7 @@ def _where_counted(
     place = jnp.cumsum(counted, axis=1) - 1
     sizes = sorted({-(-positions // part) for part in _PARTS})
 
-    def first_positions(size: int, states: Array, table: Array, targets: Array, weight: Array) -> Found:
+    def first_positions(size: int, states: Array, table: Array, targets: Array, weight: Array) -> _Found:
         chosen = (take(in_rows(leaf), first[:, :size]) for leaf in (states, targets, weight))
         states, targets, weight = chosen
 
@@ -106,7 +106,7 @@ def _where_counted(
         nll = nll._replace(tokens=back(nll.tokens), hits=back(nll.hits))
         return nll, gradients and (back(gradients[0]), gradients[1])
 
-    def every_position(states: Array, table: Array, targets: Array, weight: Array) -> Found:
+    def every_position(states: Array, table: Array, targets: Array, weight: Array) -> _Found:
         return function(states, table, softcap, targets, weight)
 
     branches = [*(functools.partial(first_positions, size) for size in sizes[:-1]), every_position]
@@ -126,7 +126,7 @@ def token_scores(
     return lse - chosen, winner == targets
 
 
-def _value(states: Array, table: Array, softcap: float | None, targets: Array, weight: Array) -> Found:
+def _value(states: Array, table: Array, softcap: float | None, targets: Array, weight: Array) -> _Found:
     return _weighted(*token_scores(states, table, softcap, targets), weight), ()
 
 
@@ -134,7 +134,7 @@ def _weighted(nll: Array, hits: Array, weight: Array) -> Nll:
     return Nll(jnp.sum(nll * weight), jnp.where(weight != 0, nll, 0), hits & (weight != 0))
 
 
-def _value_and_gradients(states: Array, table: Array, softcap: float | None, targets: Array, weight: Array) -> Found:
+def _value_and_gradients(states: Array, table: Array, softcap: float | None, targets: Array, weight: Array) -> _Found:
     """With p = softmax(z):  d nll / d z = p - [v is the target].  With one block, its logits are formed once."""
     vocabulary = _Vocabulary(table.shape[0], states.shape)
     blocks, to_table = jax.vjp(vocabulary.blocks, table)
