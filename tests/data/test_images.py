@@ -18,9 +18,9 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 from vlm_jax.data import images
 from vlm_jax.models import vision
+from vlm_jax.sizing import zoo
 
 HF = np.load(Path(__file__).parents[1] / "golden/peers_vision_hf.npz")
-from vlm_jax.sizing import zoo
 
 
 def encoder(family: str) -> EncoderSpec:
