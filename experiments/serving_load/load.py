@@ -19,6 +19,7 @@ import platform
 import tempfile
 import time
 import urllib.parse
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ from vlm_jax.cli import make_parser, run_main
 from vlm_jax.compress import catalog
 from vlm_jax.core import files
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.specs import ModelSpec
 from vlm_jax.inference import api, sampling
 from vlm_jax.inference.serving import requests
 from vlm_jax.sizing import zoo
 
 HERE = Path(__file__).parent
 ENCODER, COMPRESSOR, TOKENS, LLM = "siglip-b16-224", "pool", 49, "smollm2-135m"
+SPEC = catalog.model_spec(zoo.encoder(ENCODER), COMPRESSOR, TOKENS, zoo.decoder(LLM))
 _TIE = 1e-5  # relative difference of scores
 
 
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> None:
     distinct = [draw_request(rng, rng.random() < args.image_share) for _ in range(args.distinct)]
     order = rng.permutation(np.arange(args.requests) % args.distinct).tolist()
     with tempfile.TemporaryDirectory() as folder:
-        encoder, llm = write_model(Path(folder))
+        encoder, llm = write_model(Path(folder), SPEC)
         flags = ["--llm", str(llm), "--compressor", COMPRESSOR, "--tokens", str(TOKENS)]
         flags += ["--max-batch", str(args.max_batch), "--queue", str(2 * args.clients)]
         with served(encoder, *flags) as url:
@@ -155,11 +158,10 @@ def is_tie(encoder: Path, llm: Path, request: dict[str, Any], alone: str | None,
     return bool(abs(logits[first[count]] - logits[second[count]]) <= _TIE * abs(logits).max())
 
 
-def write_model(folder: Path) -> tuple[Path, Path]:
-    """Folders of an encoder and of a language model with random weights. Each id of its tokenizer is a word, so that a
-    text shows its tokens.
+def write_model(folder: Path, spec: ModelSpec, eos_ids: Sequence[int] = ()) -> tuple[Path, Path]:
+    """Folders of the encoder and of the language model of `spec` with random weights. Each id of the tokenizer is a
+    word, so that a text shows its tokens.
     """
-    spec = catalog.model_spec(zoo.encoder(ENCODER), COMPRESSOR, TOKENS, zoo.decoder(LLM))
     for part in ("encoder", "decoder"):
         (folder / part).mkdir()
         config, tables = exporting.layout(exporting.part_of(spec, part))
@@ -168,7 +170,8 @@ def write_model(folder: Path) -> tuple[Path, Path]:
         rng = np.random.default_rng(0)
         arrays = ((name, draw_weights(rng, name, shape)) for name, (shape, _) in shapes.items())
         tensor_files.write_safetensors(folder / part, shapes, arrays, tensor_tables.MAX_SHARD_BYTES)
-        (folder / part / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+        ends = {"eos_token_id": list(eos_ids)} if eos_ids and part == "decoder" else {}
+        (folder / part / "config.json").write_text(json.dumps({**config, **ends, "torch_dtype": "float32"}))
     processor = processors.processor_config(spec.encoder)
     (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor))
     words = collections.OrderedDict((f"w{i}", i) for i in range(spec.decoder.vocab))

@@ -18,6 +18,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 from vlm_jax.data import images
 from vlm_jax.models import vision
+from vlm_jax.sizing import zoo
 
 HF = np.load(Path(__file__).parents[1] / "golden/peers_vision_hf.npz")
 
@@ -307,3 +308,16 @@ def test_a_pipe_is_not_opened_as_an_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UserError, match="expected a file, got a named pipe"):
         images.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["siglip-b16-224", "clip-l14-224"])
+def test_one_image_has_the_pixels_of_many(name: str) -> None:
+    """With and without a copy of the whole image in between, in every kind of image; normalised in float64."""
+    encoder, rng = zoo.encoder(name), np.random.default_rng(0)
+    whole = Image.fromarray(rng.integers(0, 256, (120, 90, 4), np.uint8))
+    for mode in ("RGB", "L", "RGBA", "P", "CMYK", "1"):
+        image = whole.convert("RGB").convert(mode) if mode != "RGBA" else whole
+        one = images.read_and_fit(image, encoder)
+        np.testing.assert_array_equal(one, images.fit([images.read_image(image)], encoder)[0])
+        expected = (one * encoder.pixel_rescale).astype(np.float32) - np.float32(encoder.pixel_mean)
+        np.testing.assert_array_equal(images.normalise(one, encoder), expected / np.float32(encoder.pixel_std))

@@ -159,6 +159,16 @@ def test_evaluation_asks_all_questions_equally_often() -> None:
     assert pairs[:6, 1].tolist() == [0, 1, 2, 8, 9, 5]  # i q, i q + 1, ... modulo 5
 
 
+def test_a_batch_is_as_long_as_its_own_questions() -> None:
+    """One question of 200 words among short ones lengthens its batch alone; the others are padded to a bucket."""
+    items = [mixtures.example(str(n), f"{'5 ' * (200 if n == 7 else 2 + n % 3)}| 6") for n in range(24)]
+    mixed, fields = mixtures.mixture(mixtures.dataset(items)), {"row_tokens": 300}
+    batches = evaluation_of(mixed, EvaluationSpec(0, 1, 4, 4), fields=fields)
+    lengths = [batch.inputs.tokens.shape[1] for batch in batches]
+    assert lengths[1] == 200
+    assert {*lengths[:1], *lengths[2:]} == {20}  # 16 and the four visual tokens of an absent image
+
+
 def test_evaluation_rows_are_divided_among_processes(sets: Mixture) -> None:
     evaluation = EvaluationSpec(0, 2, 8, 4)
     parts = [evaluation_of(sets, evaluation, slots=mine) for mine in np.array_split(np.arange(8), 2)]

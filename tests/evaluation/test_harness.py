@@ -86,6 +86,22 @@ def test_scores_are_those_of_forward_and_of_sample() -> None:
     np.testing.assert_array_equal(score.wrong, ((np.asarray(answers) != batch.answer) & counted).sum(1))
 
 
+def test_long_answers_are_scored_in_pieces() -> None:
+    """Answers of 1 to 20 tokens, in pieces of 8: as each alone, whose answer is not padded; to rounding."""
+    model, params = model_and_params()
+    whole, rng = questions(6), np.random.default_rng(0)
+    sizes = np.array([1, 2, 9, 10, 17, 20])
+    answer = np.where(np.arange(20) < sizes[:, None], rng.integers(2, 32, (6, 20)), -1).astype(np.int32)
+    program = jax.jit(harness.make_evaluate(model, 20, eos_id=END))
+    together = program(params, whole._replace(answer=answer))
+    for row, size in enumerate(sizes):
+        one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], whole)
+        alone = program(params, one._replace(answer=answer[row : row + 1, :size]))
+        for name in scoring.Score._fields:
+            expected = np.asarray(getattr(alone, name))[0]
+            assert getattr(together, name)[row] == pytest.approx(expected, rel=1e-4), (name, size)
+
+
 def test_no_buffer_holds_the_logits_of_every_position() -> None:
     """Nothing of rows x positions x words numbers, in any order of its axes."""
     model, params = model_and_params()

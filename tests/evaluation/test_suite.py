@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_files
+import numpy as np
 import pytest
 from result_rows import row
 from safetensors.numpy import save_file
@@ -18,9 +19,10 @@ from tests.golden.drawn import weights
 from vlm_jax import evaluate
 from vlm_jax.cli import run_main
 from vlm_jax.core.errors import UserError
+from vlm_jax.core.structs import Inputs
 from vlm_jax.evaluation import results, suite_run
 from vlm_jax.evaluation.answers import AnswerFile
-from vlm_jax.inference import answering
+from vlm_jax.inference import answering, api
 from vlm_jax.scaling import scores
 
 SUITE = ("--suite", "ocr", "--set", "ocr_tokens=given")
@@ -46,15 +48,17 @@ def arguments(home: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def parrot(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
-    """Instead of generating, answers with the prompt's first word; records (rows, images of the first row)."""
+    """Instead of generating, answers with the prompt's last token; records (rows, images a row)."""
     calls: list[tuple[int, int | None]] = []
 
-    def generate(model: Any, images: Any, prompts: Any, max_new_tokens: int) -> list[str]:
-        calls.append((len(prompts), images and len(images[0])))
-        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-        return [f" {text.split()[0]}\n" for text in texts]
+    def decode(model: Any, inputs: Inputs, max_new_tokens: int) -> np.ndarray:
+        calls.append((len(inputs.tokens), None if inputs.views is None else inputs.views.pixels.shape[1]))
+        last = (inputs.segment != 0).sum(axis=1, keepdims=True) - 1
+        out = np.full((len(inputs.tokens), max_new_tokens), model.eos_ids[0])
+        out[:, :1] = np.take_along_axis(inputs.tokens, last, axis=1)
+        return out
 
-    monkeypatch.setattr(answering, "generate", generate)
+    monkeypatch.setattr(answering, "decode", decode)
     return calls
 
 
@@ -68,7 +72,11 @@ def test_a_model_is_evaluated_and_its_rows_are_fitted(home: Path, tmp_path: Path
     for kind, images in (("answers", pictures), ("answers_blind", None)):
         lines = [json.loads(line) for line in (out / kind / "gqa.jsonl").read_text().splitlines()]
         by_prompt = {line["prompt"]: line["text"] for line in lines}
-        assert [by_prompt[p] for p in prompts] == [t.strip() for t in vlm_jax.generate(model, images, prompts, 16)]
+        texts = vlm_jax.generate(model, images, prompts, 16)
+        assert [by_prompt[p] for p in prompts] == [t.strip() for t in texts]
+        counts = {line["prompt"]: line["tokens"][1] for line in lines}
+        tokens = api.decode(model, api.inputs_of_rows(model, api.prompt_rows(model, images, prompts)), 16)
+        assert [counts[p] for p in prompts] == [[*row, *model.eos_ids].index(model.eos_ids[0]) for row in tokens]
     rows = results.read(out / "rows.jsonl")
     assert [(r.family, r.visual_tokens, r.compressor, r.limit, r.questions) for r in rows] == [
         ("gqa", 9, "none", 2, 2),

@@ -104,3 +104,28 @@ def test_cycles_of_loops_count_once_a_trip() -> None:
         "%alone = f32[8]{0} all-reduce(%p0),", '%alone = f32[8]{0} all-reduce(%p0), {"estimated_cycles":"11"},'
     )
     assert hlo.compiler_cycles(text) == 5 * 7 + 11
+
+
+def test_of_a_conditional_the_last_branch_is_counted() -> None:
+    """As of one program that always takes it."""
+    text = """HloModule m
+
+%few (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %s = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, backend_config={"estimated_cycles":"3"}
+}
+
+%all (b: f32[64]) -> f32[64] {
+  %b = f32[64]{0} parameter(0)
+  ROOT %t = f32[64]{0} all-reduce(%b), channel_id=2, replica_groups={{0,1}}, backend_config={"estimated_cycles":"40"}
+}
+
+ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  ROOT %c = f32[8]{0} conditional(%i, %x, %x), branch_computations={%few, %all}
+}
+"""
+    (found,) = hlo.collectives(text, {"data": 2})
+    assert (found.trips, found.wire_bytes) == (1, 4 * 64)  # twice (n - 1) / n of them, with n = 2
+    assert hlo.compiler_cycles(text) == 40

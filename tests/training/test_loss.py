@@ -20,9 +20,10 @@ END = 33
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """48 words become four blocks of 15, of which the last holds three words."""
+    """48 words become four blocks of 12, and a prime number of words blocks of which the last is padded."""
     monkeypatch.setattr(cross_entropy, "_MIN_BLOCK", 10)
     monkeypatch.setattr(cross_entropy, "_ALIGN", 5)
+    monkeypatch.setattr(cross_entropy, "_MAX_BYTES", 64)
 
 
 def problem(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, Inputs]:
@@ -128,15 +129,55 @@ def test_no_buffer_holds_the_logits_of_every_word() -> None:
         return loss.sums(states, Head(table, None), inputs).nll
 
     text = jax.jit(jax.grad(nll, argnums=(0, 1))).lower(states, table).compile().as_text()
-    assert "f32[3,11,15]" in text
+    assert "f32[3,11,12]" in text
     sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"\bf32\[([\d,]+)\]", text)]
     assert max(sizes) < 3 * 11 * WORDS
 
 
 @pytest.mark.parametrize(
-    ("words", "shape"), [(151936, (18, 8448)), (256000, (31, 8320)), (96, (1, 96)), (10000, (1, 10000))]
+    ("words", "positions", "align", "shape"),
+    [
+        (151936, 32, 1, (1, 151936)),
+        (151936, 256, 1, (8, 18992)),
+        (151936, 4096, 1, (16, 9496)),  # 151936 = 128 * 1187
+        (151936, 4096, 128, (18, 8448)),  # so no block of whole tiles divides it
+        (256000, 4096, 128, (25, 10240)),
+        (96, 2**20, 1, (1, 96)),
+        (32003, 2**20, 1, (3, 10752)),  # a prime number
+    ],
 )
-def test_blocks_cover_the_vocabulary(words: int, shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_cover_the_vocabulary(
+    words: int, positions: int, align: int, shape: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
-    assert cross_entropy.block_shape(words) == shape
+    assert cross_entropy.block_shape(words, positions, align) == shape
     assert 0 <= shape[0] * shape[1] - words < shape[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("words", [48, 47])
+def test_every_position_with_weight_counts(share: float, words: int) -> None:
+    """For every part of the positions that is computed: loss, hits and gradients are those of the plain formula."""
+    rng = np.random.default_rng(1)
+    states, table = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 16, WIDTH), (words, WIDTH)))
+    labels = rng.integers(0, words, (4, 16)).astype(np.int32)
+    weight = (rng.random((4, 16)) < share) * rng.choice([1.0, 0.5], (4, 16)).astype(np.float32)
+
+    def plain(states: jax.Array, table: jax.Array) -> tuple:
+        log_p = jax.nn.log_softmax(states @ table.T)
+        nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+        hits = jnp.argmax(log_p, axis=-1) == labels
+        return jnp.sum(nll * weight), (jnp.where(weight != 0, nll, 0), hits & (weight != 0))
+
+    def ours(states: jax.Array, table: jax.Array) -> tuple:
+        nll = cross_entropy.weighted_nll(states, table, None, jnp.asarray(labels), jnp.asarray(weight))
+        return nll.total, (nll.tokens, nll.hits)
+
+    arguments = jnp.asarray(states), jnp.asarray(table)
+    expected, found = (
+        jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))(*arguments) for function in (plain, ours)
+    )
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-6, atol=3e-6)
+    (value, _), _ = found
+    np.testing.assert_allclose(jax.jit(ours)(*arguments)[0], value, rtol=1e-6)  # without gradients

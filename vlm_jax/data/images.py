@@ -1,6 +1,7 @@
 """Image preprocessing of training, evaluation and generation.
 
-    levels = fit([read_image(path), read_image(pil_image)], encoder)   # uint8[B, H, H, 3], on the host
+    levels = read_and_fit(path, encoder)                               # uint8[H, H, 3], on the host
+    levels = fit([read_image(path), read_image(pil_image)], encoder)   # uint8[B, H, H, 3], the same pixels
     pixels = normalise(levels, encoder)                                # float32; `Vlm.encode` does it on the device
 
 The fields of `EncoderSpec` decide how; they are read with the weights. Resizing is Pillow's, on 8-bit pixels, as in
@@ -40,6 +41,16 @@ def read_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "h w 3"]:
     truncated or no image, an image with more than `MAX_PIXELS`, values of unknown range (arrays other than uint8, PIL's
     modes "F" and "I"), and anything else.
     """
+    return np.asarray(_read(image, name))
+
+
+def read_and_fit(image: Any, encoder: EncoderSpec, name: str = "image") -> UInt8[np.ndarray, "H H 3"]:
+    """`fit` of one image of `read_image`, without a copy of the whole image in between. Raises as they do."""
+    return _fit(_read(image, name), encoder)
+
+
+def _read(image: Any, name: str) -> Image.Image | UInt8[np.ndarray, "h w 3"]:
+    """`read_image`; a PIL image of mode RGB, decoded, where that is what is read."""
     if isinstance(image, Image.Image):
         return _rgb(image, name)
     if isinstance(image, str | Path | bytes):
@@ -97,13 +108,15 @@ def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"{name}: not a readable image ({str(error)[:200]})")
 
 
-def _rgb(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w 3"]:
+def _rgb(image: Image.Image, name: str) -> Image.Image | UInt8[np.ndarray, "h w 3"]:
     _check_pixels(*image.size, name)
     file_format = image.format  # lost by exif_transpose
     try:
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB":
+            return image
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and file_format in _16_BIT)
         if image.mode in ("F", "I") and not is_16_bit:
             kind = {"F": "float", "I": "integer"}[image.mode]
@@ -163,24 +176,29 @@ def fit(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], encoder: EncoderSpec) -> U
     center crop; "pad" first pads to a square with the mean colour. Raises `UserError` for an image whose resized copy
     would have more than `MAX_PIXELS`.
     """
+    side = encoder.image_size
+    out = np.empty((len(images), side, side, 3), np.uint8)
+    for row, image in zip(out, images, strict=True):
+        row[...] = _fit(image, encoder)
+    return out
+
+
+def _fit(image: Image.Image | UInt8[np.ndarray, "h w 3"], encoder: EncoderSpec) -> UInt8[np.ndarray, "H H 3"]:
     if encoder.resize not in RESIZING:
         raise unknown("resize", encoder.resize, RESIZING)
     if encoder.interpolation not in INTERPOLATION:
         raise unknown("interpolation", encoder.interpolation, INTERPOLATION)
-    side = encoder.image_size
-    out = np.empty((len(images), side, side, 3), np.uint8)
-    for row, image in zip(out, images, strict=True):
-        if encoder.resize != "squash":
-            row[...] = _cropped(image, encoder)
-        elif image.shape[:2] == (side, side):
-            row[...] = image
-        else:
-            row[...] = _resized(Image.fromarray(image), side, side, encoder)
-    return out
+    side, is_array = encoder.image_size, isinstance(image, np.ndarray)
+    if encoder.resize == "squash" and is_array and image.shape[:2] == (side, side):
+        return image
+    picture = Image.fromarray(image) if is_array else image
+    return (
+        _cropped(picture, encoder) if encoder.resize != "squash" else np.asarray(_resized(picture, side, side, encoder))
+    )
 
 
-def _cropped(image: UInt8[np.ndarray, "h w 3"], encoder: EncoderSpec) -> UInt8[np.ndarray, "H H 3"]:
-    size, (height, width), picture = encoder.image_size, image.shape[:2], Image.fromarray(image)
+def _cropped(picture: Image.Image, encoder: EncoderSpec) -> UInt8[np.ndarray, "H H 3"]:
+    size, (width, height) = encoder.image_size, picture.size
     if encoder.resize == "pad":
         side = max(height, width)
         _check_size(picture, side, side)

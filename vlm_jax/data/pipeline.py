@@ -16,7 +16,7 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import EvaluationSpec, views_of_row
 from vlm_jax.core.structs import Inputs
 from vlm_jax.data import packing
-from vlm_jax.data.rows import RowPlan, pack
+from vlm_jax.data.rows import RowPlan, bucket, pack
 from vlm_jax.data.tokenized import TokenizedDataset
 from vlm_jax.data.views import Data, make_views
 
@@ -103,7 +103,8 @@ def train_batches(batches: Batches, first_step: int, last_step: int) -> Iterator
 def evaluation_batches(
     data: Data, evaluation: EvaluationSpec, slots: Slots = None, examples: int | None = None
 ) -> Iterator[Questions]:
-    """One question a row, in a fixed order. Padding rows of the last batch have the example -1.
+    """One question a row, in a fixed order. Padding rows of the last batch have the example -1. A batch is as long as
+    its longest question, up to a bucket.
 
     The first `examples` examples (None: `evaluation.examples`; 0: all) have q = `questions_per_example` questions each,
     example i those of the numbers i q, i q + 1, ... modulo K, so that all of its K questions occur equally often. A
@@ -116,13 +117,17 @@ def evaluation_batches(
     every = np.unique(pairs[:, 1])
     views = max(int(images[every].max()), 1)
     # With padding in place of the tokens of absent views that leave the decoder.
-    longest = int((begin + images * (visual - 1) + (views - images) * data.layout.leaving)[every].max())
+    lengths = begin + images * (visual - 1) + (views - images) * data.layout.leaving
+    longest, image_tokens = int(lengths[every].max()), views * visual
     answer_tokens = int((end - begin)[every].max())
     pairs = np.pad(pairs, ((0, -len(pairs) % size), (0, 0)), constant_values=-1)
     local = slice(None) if slots is None else slots
 
     def make(step: int) -> Questions:
-        batch = pairs[step * size : (step + 1) * size][local]
+        whole = pairs[step * size : (step + 1) * size]  # of all processes, whose rows are equally long
+        length = int(lengths[whole[whole[:, 1] >= 0, 1]].max())
+        length = min(image_tokens + bucket(max(length - image_tokens, 1)), longest)
+        batch = whole[local]
         answer = np.full((len(batch), answer_tokens), -1, np.int32)
         rows = []
         for row, (_, number) in zip(answer, batch.tolist(), strict=True):
@@ -133,7 +138,7 @@ def evaluation_batches(
             ids, _ = data.mixture.parts[part].conversation(index)
             row[: end[number] - begin[number]] = ids[begin[number] : end[number]]
             rows.append(RowPlan((number,), (int(begin[number]),)))
-        inputs, seen = pack(data.mixture, rows, data.layout, longest, learn=False)
+        inputs, seen = pack(data.mixture, rows, data.layout, length, learn=False)
         made = make_views(data, seen, len(rows), views)
         example = batch[:, 0].astype(np.int32)
         for row, plan in enumerate(rows if data.bad.found else ()):  # questions about unreadable images are left out

@@ -31,6 +31,14 @@ class ViewOf(NamedTuple):
     conversation: int
 
 
+def bucket(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ..., for few compiled programs with little padding."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
 def pack(
     mixture: Mixture, rows: Sequence[RowPlan], layout: RowLayout, length: int, learn: bool = True
 ) -> tuple[Inputs, list[ViewOf]]:

@@ -69,8 +69,10 @@ def read_pixels(
 ) -> UInt8[np.ndarray, "n H H 3"]:
     """Images as the encoder's input. Raises `UserError`."""
     name = dataset.source.name
-    decoded = [images.read_image(dataset.image(n), f"{name}, image {n}") for n in np.asarray(numbers).tolist()]
-    return images.fit(decoded, encoder)
+    out = np.empty((len(numbers), encoder.image_size, encoder.image_size, 3), np.uint8)
+    for row, number in zip(out, np.asarray(numbers).tolist(), strict=True):
+        row[...] = images.read_and_fit(dataset.image(number), encoder, f"{name}, image {number}")
+    return out
 
 
 def make_views(data: Data, views: Sequence[ViewOf], rows: int, count: int) -> Views | None:

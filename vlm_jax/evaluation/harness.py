@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.core.structs import Cache
 from vlm_jax.data.pipeline import Questions
 from vlm_jax.evaluation import clusters, scoring
 from vlm_jax.inference import sampling
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.ops.cross_entropy import token_scores
+
+_PIECE = 8  # answer tokens that are scored at once, at most
 
 
 class Result(NamedTuple):
@@ -34,18 +37,55 @@ def make_evaluate(model: Vlm, max_new_tokens: int, eos_id: int) -> Callable[[Any
     """
 
     def evaluate(params: Any, batch: Questions) -> scoring.Score:
-        answer = jnp.maximum(batch.answer, 0)
-        prefilled = sampling.prefill(model, params, batch.inputs, max(max_new_tokens, answer.shape[1]))
-        length = max_new_tokens
-        generated, _ = sampling.sample(model, params, prefilled, sampling.greedy, (eos_id,), length, length)
-        forced = sampling.continuation(answer[:, :-1], prefilled.cache, batch.answer[:, :-1] >= 0)
-        hidden, _ = model.forward(params, forced, prefilled.cache)
-        hidden = jnp.concatenate([prefilled.hidden, hidden], axis=1)
-        head = model.head(params)
-        nll, hits = token_scores(hidden, head.table, head.softcap, answer)
+        room = max(max_new_tokens, batch.answer.shape[1] + _PIECE)
+        prefilled = sampling.prefill(model, params, batch.inputs, room)
+        nll, hits, cache = teacher_forced(model, params, prefilled, batch.answer)
+        prefilled = prefilled._replace(cache=_rewound(cache, prefilled.cache))
+        counted = (batch.answer >= 0) & (batch.answer != eos_id)
+        limit = jnp.sum(counted, axis=1)  # later tokens count nowhere
+        generated, _ = sampling.sample(model, params, prefilled, sampling.greedy, (eos_id,), limit, max_new_tokens)
         return scoring.score(nll, hits, generated, batch.answer, eos_id)
 
     return evaluate
+
+
+def teacher_forced(
+    model: Vlm, params: Any, prefilled: sampling.Prefilled, answer: Int[Array, "B A"]
+) -> tuple[Float[Array, "B A"], Bool[Array, "B A"], Cache]:
+    """Negative log-likelihood and arg-max hits of true answers (padded with -1) after their prompts, and a cache with
+    them. Runs in pieces, as many as the longest answer needs.
+    """
+    head, length = model.head(params), answer.shape[1]
+    piece = min(_PIECE, max(length - 1, 1))
+    padded = jnp.pad(answer, ((0, 0), (0, -(length - 1) % piece)), constant_values=-1)
+    longest = jnp.max(jnp.sum(answer >= 0, axis=1))
+
+    def scores(hidden: Float[Array, "B n D"], targets: Int[Array, "B n"]) -> tuple[Array, Array]:
+        return token_scores(hidden, head.table, head.softcap, jnp.maximum(targets, 0))
+
+    def put(array: Array, part: Array, start: Any) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1)
+
+    def step(state: tuple[Array, Array, Array, Cache]) -> tuple[Array, Array, Array, Cache]:
+        start, nll, hits, cache = state
+        tokens, targets = (jax.lax.dynamic_slice_in_dim(padded, start + i, piece, axis=1) for i in (0, 1))
+        inputs = sampling.continuation(jnp.maximum(tokens, 0), cache, tokens >= 0)
+        hidden, cache = model.forward(params, inputs, cache)
+        part_nll, part_hits = scores(hidden, targets)
+        return start + piece, put(nll, part_nll, start + 1), put(hits, part_hits, start + 1), cache
+
+    first_nll, first_hits = scores(prefilled.hidden, padded[:, :1])
+    nll, hits = (put(jnp.zeros(padded.shape, part.dtype), part, 0) for part in (first_nll, first_hits))
+    start = (jnp.int32(0), nll, hits, prefilled.cache)
+    _, nll, hits, cache = jax.lax.while_loop(lambda state: state[0] < longest - 1, step, start)
+    return nll[:, :length], hits[:, :length], cache
+
+
+def _rewound(cache: Cache, before: Cache) -> Cache:
+    """The state `before` of a cache that has been extended, in the arrays of the later one: what was written since is
+    masked, and overwritten."""
+    later = tuple(_rewound(*pair) for pair in zip(cache.later, before.later, strict=True))
+    return before._replace(key=cache.key, value=cache.value, later=later)
 
 
 class QuestionScores(NamedTuple):

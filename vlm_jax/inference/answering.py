@@ -1,14 +1,16 @@
 """A loaded model's answers to the items of a benchmark, and its fields of their result rows.
 
-Items are asked in batches of similar length; the images of the next batch are decoded while one is generated.
+Items are asked in batches of similar length. While the device generates one, threads decode the images of the next two
+and write the answers of the one before.
 """
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,13 +22,14 @@ from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ModelSpec
+from vlm_jax.core.structs import Inputs
 from vlm_jax.data import chat
-from vlm_jax.data.images import read_image
 from vlm_jax.evaluation.answers import Answer, AnswerFile, batches
 from vlm_jax.evaluation.benchmarks import files
 from vlm_jax.evaluation.benchmarks.items import Item
-from vlm_jax.inference.api import generate
+from vlm_jax.inference.api import PromptRows, answer_length, answer_text, decode, inputs_of_rows, question_ids
 from vlm_jax.inference.loading import Model
+from vlm_jax.inference.prompts import prepare_image
 from vlm_jax.logbook import read_summary
 from vlm_jax.sizing import cost
 
@@ -35,7 +38,16 @@ _SYSTEM = {
     "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
 }
+_READERS, _AHEAD = 4, 2  # threads that decode images, and batches that they are ahead
 _NOTE_SECS = 30.0  # between lines of progress where there is no terminal
+
+
+class _Prompt(NamedTuple):
+    """What an item asks, as token ids."""
+
+    item: Item
+    tokens: list[int]
+    question: list[int] | None  # for a compressor that reads the question
 
 
 def answer(
@@ -51,25 +63,68 @@ def answer(
         system = "none"
     done = file.matched(items)
     todo = [item for item in items if item.id not in done]
-    prompts = {item.id: _prompt(model, item, _SYSTEM[system]) for item in todo}
     try:
-        lengths = {item.id: _length(model, prompts[item.id], len(item.images)) for item in todo}
+        prompts = {item.id: _tokenize(model, item, _SYSTEM[system]) for item in todo}
     except UserError as error:  # a template may refuse system prompts
         raise UserError(f"{name}: {error}" + (" (try --set system=none)" if system != "none" else "")) from error
+    lengths = {key: len(prompt.tokens) for key, prompt in prompts.items()}
     context = model.spec.decoder.context or 2**20
     too_long = [item for item in todo if lengths[item.id] >= context]
     note = f"the prompt is longer than the context of {context} tokens"
     file.append([Answer(item.question_id, item.prompt, "", None, note) for item in too_long])
     queue = list(batches([i for i in todo if lengths[i.id] < context], lambda item: lengths[item.id], size))
-    with _progress(name, sum(map(len, queue))) as on_done:
-        for batch, images in _decoded(queue, name):
-            longest = max(lengths[item.id] for item in batch)
-            rows = _row_count(len(batch), size) - len(batch)
-            asked = [prompts[item.id] for item in batch]
-            given = [*images, *images[-1:] * rows] if batch[0].images else None
-            texts = generate(model, given, [*asked, *asked[-1:] * rows], min(new_tokens, context - longest))
-            file.append([_line(model, *pair, lengths) for pair in zip(batch, texts, strict=False)])
+    asked = [[prompts[item.id] for item in batch] for batch in queue]
+    with _progress(name, sum(map(len, queue))) as on_done, ThreadPoolExecutor(1) as writer:
+
+        def write(batch: list[_Prompt], rows: list[list[int]]) -> None:
+            file.append([_line(model, *pair) for pair in zip(batch, rows, strict=False)])
             on_done(len(batch))
+
+        written: list[Future[None]] = []
+        for batch, inputs in _prepared(model, name, asked, size):
+            longest = max(len(prompt.tokens) for prompt in batch)
+            rows = decode(model, inputs, min(new_tokens, context - longest)).tolist()
+            while written:
+                written.pop().result()
+            written.append(writer.submit(write, batch, rows))
+        while written:
+            written.pop().result()
+
+
+def _tokenize(model: Model, item: Item, system: str) -> _Prompt:
+    prompt: Any = item.prompt.replace(model.chat_format.image_token, "")
+    if system:
+        prompt = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    ids = chat.prompt_ids(
+        model.chat_format, model.tokenizer, prompt, model.image_token, model.visual_tokens, len(item.images)
+    )
+    return _Prompt(item, ids, question_ids(model, prompt) if model.reads_question and item.images else None)
+
+
+def _prepared(
+    model: Model, name: str, queue: Sequence[list[_Prompt]], size: int
+) -> Iterator[tuple[list[_Prompt], Inputs]]:
+    """Batches with their inputs, two batches ahead: images are decoded in threads while a batch is generated."""
+
+    def read(item: Item) -> list[np.ndarray]:
+        paths = [files.read_image(image) for image in item.images]
+        return [prepare_image(model, image, f"{name}: {item.id}") for image in paths]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead: deque[list[Future[list[np.ndarray]]]] = deque()
+        for number, batch in enumerate(queue):
+            for following in queue[number + len(ahead) : number + 1 + _AHEAD]:
+                ahead.append([pool.submit(read, prompt.item) for prompt in following])
+            images = [future.result() for future in ahead.popleft()]
+            yield batch, _inputs(model, batch, images, _row_count(len(batch), size))
+
+
+def _inputs(model: Model, batch: list[_Prompt], images: list[list[np.ndarray]], rows: int) -> Inputs:
+    """Inputs of a batch, whose last row is repeated up to `rows` rows."""
+    batch, images = ([*part, *part[-1:] * (rows - len(part))] for part in (batch, images))  # type: ignore[assignment]
+    questions = None if batch[0].question is None else [prompt.question or [] for prompt in batch]
+    tokens = [prompt.tokens for prompt in batch]
+    return inputs_of_rows(model, PromptRows(tokens, images if batch[0].item.images else None, questions))
 
 
 def _row_count(rows: int, size: int) -> int:
@@ -77,36 +132,10 @@ def _row_count(rows: int, size: int) -> int:
     return min(size, 1 << (rows - 1).bit_length())
 
 
-def _line(model: Model, item: Item, text: str, lengths: dict[str, int]) -> Answer:
-    asked = lengths[item.id] - len(item.images) * model.visual_tokens
-    return Answer(item.question_id, item.prompt, text.strip(), (asked, len(model.tokenizer.encode(text))))
-
-
-def _prompt(model: Model, item: Item, system: str) -> str | list[dict[str, str]]:
-    text = item.prompt.replace(model.chat_format.image_token, "")
-    if not system:
-        return text
-    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-
-
-def _length(model: Model, prompt: Any, images: int) -> int:
-    return len(
-        chat.prompt_ids(model.chat_format, model.tokenizer, prompt, model.image_token, model.visual_tokens, images)
-    )
-
-
-def _decoded(queue: Sequence[list[Item]], name: str) -> Iterator[tuple[list[Item], list[list[np.ndarray]]]]:
-    """Batches with their images, one batch ahead."""
-
-    def read(batch: list[Item]) -> list[list[np.ndarray]]:
-        return [[read_image(files.read_image(i), f"{name}: {item.id}") for i in item.images] for item in batch]
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(read, batch) for batch in queue[:1]]
-        for number, batch in enumerate(queue, start=1):
-            images = ahead.pop().result()
-            ahead = [pool.submit(read, following) for following in queue[number : number + 1]]
-            yield batch, images
+def _line(model: Model, prompt: _Prompt, tokens: list[int]) -> Answer:
+    item, asked = prompt.item, len(prompt.tokens) - len(prompt.item.images) * model.visual_tokens
+    text = answer_text(model, tokens).strip()
+    return Answer(item.question_id, item.prompt, text, (asked, answer_length(model, tokens)))
 
 
 class _progress:

@@ -73,13 +73,18 @@ def generate_tokens(
     tokens = host.array_of("tokens", tokens)
     by_row = host.images_by_row(model, images, len(tokens) if tokens.ndim else 0)
     inputs = host.inputs_of(model, by_row, tokens, mask, None, questions)
-    return _decode(model, inputs, max_new_tokens, temperature, top_p, seed)
+    return decode(model, inputs, max_new_tokens, temperature, top_p, seed)
 
 
-def _decode(
-    model: Model, inputs: Inputs, max_new_tokens: int | None, temperature: Any, top_p: Any, seed: Any
+def decode(
+    model: Model,
+    inputs: Inputs,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> Int[np.ndarray, "B new"]:
-    """Prefill and decoding with the cached programs of the model and of the inputs' bucket."""
+    """`generate_tokens` of inputs on the host: prefill and decoding with the cached programs of their bucket."""
     rows, count = len(inputs.tokens), decoding.new_tokens(model, inputs, max_new_tokens)
     params = decoding.sampling_params(rows, count, temperature, top_p, seed)
     with decoding.memory_errors(rows, count):
@@ -112,9 +117,7 @@ def generate(
     rows = prompt_rows(model, images, prompts)
     if not rows.tokens:
         return []
-    tokens, mask = host.padded(rows.tokens)
-    inputs = host.inputs_of(model, rows.images, tokens, mask, None, rows.questions)
-    out = _decode(model, inputs, max_new_tokens, temperature, top_p, seed)
+    out = decode(model, inputs_of_rows(model, rows), max_new_tokens, temperature, top_p, seed)
     return [answer_text(model, row) for row in out.tolist()]
 
 
@@ -146,10 +149,20 @@ def prompt_rows(model: Model, images: Any | None, prompts: Any) -> PromptRows:
     return PromptRows(rows, by_row, questions)
 
 
+def inputs_of_rows(model: Model, rows: PromptRows) -> Inputs:
+    """`Inputs` on the host, rows padded on the right."""
+    tokens, mask = host.padded(rows.tokens)
+    return host.inputs_of(model, rows.images, tokens, mask, None, rows.questions)
+
+
 def answer_text(model: Model, tokens: Sequence[int]) -> str:
     """The text of generated tokens, up to the first token that ends it."""
-    length = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
-    return _tokenizer(model).decode(tokens[:length])
+    return _tokenizer(model).decode(tokens[: answer_length(model, tokens)])
+
+
+def answer_length(model: Model, tokens: Sequence[int]) -> int:
+    """The number of generated tokens before the first that ends the answer."""
+    return next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
 
 
 def question_ids(model: Model, prompt: Any) -> list[int]:

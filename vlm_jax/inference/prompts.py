@@ -14,6 +14,7 @@ from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import images as pictures
+from vlm_jax.data.rows import bucket as bucket
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference.loading import Model
 
@@ -38,7 +39,9 @@ def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]
         if images.ndim not in (4, 5):
             raise UserError(f"images: expected [B, H, W, 3] or [B, M, H, W, 3], got shape {list(images.shape)}")
         images = list(images if images.ndim == 5 else images[:, None])
-    return [[_prepare(model, image, f"images[{row}]") for image in _as_list(entry)] for row, entry in enumerate(images)]
+    return [
+        [prepare_image(model, image, f"images[{row}]") for image in _as_list(entry)] for row, entry in enumerate(images)
+    ]
 
 
 def _as_list(entry: Any) -> list[Any]:
@@ -48,7 +51,8 @@ def _as_list(entry: Any) -> list[Any]:
     return list(entry) if isinstance(entry, list | tuple) or (is_array and entry.ndim == 4) else [entry]
 
 
-def _prepare(model: Model, image: Any, name: str) -> np.ndarray:
+def prepare_image(model: Model, image: Any, name: str) -> np.ndarray:
+    """An image (see `images_by_row`) as uint8 or float [H, H, 3]. Errors call it `name`."""
     side = model.spec.encoder.image_size
     if isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating):
         image = np.asarray(image, np.float32)
@@ -60,7 +64,7 @@ def _prepare(model: Model, image: Any, name: str) -> np.ndarray:
         if not np.isfinite(image).all():
             raise UserError(f"{name}: expected finite pixels, got inf or nan")
         return image
-    return pictures.fit([pictures.read_image(image, name)], model.spec.encoder)[0]
+    return pictures.read_and_fit(image, model.spec.encoder, name)
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
@@ -173,14 +177,6 @@ def _check_placeholders(model: Model, images: list[list[np.ndarray]] | None, is_
             raise UserError(
                 f"row {row}: expected {expected} image placeholders (id {model.image_token}) for {given}, got {count}"
             )
-
-
-def bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ..., for few compiled programs with little padding."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 def to_bucket(inputs: Inputs, model: Model) -> Inputs:

@@ -107,8 +107,8 @@ def compiler_cycles(text: str, open_trips: int = 1) -> float:
     computations, entry = _computations(text)
     trips = _trips(computations, entry, open_trips)
     scheduled = {entry} | {
-        name for lines in computations.values() for line in lines if line.opcode == "while"
-        for name in re.findall(r"(?:body|condition)=%?([\w.-]+)", line.text)
+        name for lines in computations.values() for line in lines if line.opcode in ("while", "conditional")
+        for name in re.findall(r"(?:body=|condition=|branch_computations=\{(?:[^}]*[ ,])?)%?([\w.-]+)", line.text)
     }  # fmt: skip
     total = 0
     for computation in scheduled:
@@ -169,6 +169,7 @@ def _trips(computations: Mapping[str, list[_Line]], entry: str, open_trips: int)
             times = _loop_trips(line.text, computations, open_trips) if line.opcode == "while" else 1
             callees = [(name, times) for _, name in _CALLS.findall(line.text)]
             callees += [(name.strip(" %"), 1) for group in _LISTS.findall(line.text) for name in group.split(",")]
+            callees = callees[-1:] if line.opcode == "conditional" else callees  # the last branch does the most
             calls.setdefault(computation, []).extend((name, times) for name, times in callees if name in computations)
     order: list[str] = []
     done: set[str] = set()
