@@ -109,7 +109,8 @@ def _where_counted(
     def every_position(states: Array, table: Array, targets: Array, weight: Array) -> _Found:
         return function(states, table, softcap, targets, weight)
 
-    branches = [*(functools.partial(first_positions, size) for size in sizes[:-1]), every_position]
+    smaller = [functools.partial(first_positions, size) for size in sizes[:-1]]
+    branches: list[Callable[..., _Found]] = [*smaller, every_position]
     index = jnp.searchsorted(jnp.array(sizes), jnp.max(jnp.sum(counted, axis=1)))
     return jax.lax.switch(index, branches, states, table, targets, weight)
 
