@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax import __version__
 from vlm_jax.checkpoints import orbax
@@ -46,7 +47,7 @@ class _Prompt(NamedTuple):
     """What an item asks, as token ids."""
 
     item: Item
-    tokens: list[int]
+    tokens: Int[np.ndarray, " T"]  # a benchmark has many
     question: list[int] | None  # for a compressor that reads the question
 
 
@@ -98,7 +99,9 @@ def _tokenize(model: Model, item: Item, system: str) -> _Prompt:
     ids = chat.prompt_ids(
         model.chat_format, model.tokenizer, prompt, model.image_token, model.visual_tokens, len(item.images)
     )
-    return _Prompt(item, ids, question_ids(model, prompt) if model.reads_question and item.images else None)
+    return _Prompt(
+        item, np.array(ids, np.int32), question_ids(model, prompt) if model.reads_question and item.images else None
+    )
 
 
 def _prepared(
@@ -165,7 +168,8 @@ class _progress:
         now = time.monotonic()
         if self._bar.disable and now - self._noted > _NOTE_SECS:
             left = (now - self._start) / self._done * (self._total - self._done)
-            print(f"{self._name}: {self._done:,} of {self._total:,}, {left / 60:.0f} minutes left", file=sys.stderr)
+            minutes = f"{left / 60:.0f} min" if left >= 60 else "less than a minute"
+            print(f"{self._name}: {self._done:,} of {self._total:,}, {minutes} left", file=sys.stderr)
             self._noted = now
 
 

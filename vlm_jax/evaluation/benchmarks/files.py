@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,6 +165,9 @@ def _open(path: Path) -> Any:
     return pyarrow.parquet.ParquetFile(path)
 
 
+_reading = threading.Lock()  # of the files that `_open` keeps: pyarrow reads one from one thread at a time
+
+
 @functools.lru_cache(8)
 def _row_group(path: Path, group: int, column: str) -> list[Any]:
     return _open(path).read_row_group(group, columns=[column]).column(column).to_pylist()
@@ -174,12 +178,13 @@ def read_image(image: Image) -> Path | bytes:
     if not isinstance(image, ParquetImage):
         return image
     row, group = image.row, 0
-    while row >= (size := _open(image.path).metadata.row_group(group).num_rows):
-        row, group = row - size, group + 1
-    try:
-        value = _row_group(image.path, group, image.column)[row]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{image.path}: not a readable parquet file ({error}): download it again") from error
+    with _reading:
+        while row >= (size := _open(image.path).metadata.row_group(group).num_rows):
+            row, group = row - size, group + 1
+        try:
+            value = _row_group(image.path, group, image.column)[row]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{image.path}: not a readable parquet file ({error}): download it again") from error
     value = value[image.index] if isinstance(value, list) else value
     if not value or value.get("bytes") is None:
         raise UserError(f"{image.path}: row {image.row}: expected an image in column {image.column}, got none")
