@@ -124,7 +124,7 @@ def generate(
 class PromptRows(NamedTuple):
     """Prompts as token ids, their prepared images, and the questions of a question-dependent compressor."""
 
-    tokens: list[list[int]] | list[Int[np.ndarray, " T"]]
+    tokens: Sequence[host.Ids]
     images: list[list[np.ndarray]] | None
     questions: list[list[int]] | None
 

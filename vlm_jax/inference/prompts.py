@@ -18,6 +18,8 @@ from vlm_jax.data.rows import bucket as bucket
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference.loading import Model
 
+Ids = Sequence[int] | Int[np.ndarray, "_"]  # of a row
+
 
 def images_by_row(model: Model, images: Any, rows: int) -> list[list[np.ndarray]] | None:
     """The prepared images of each row, uint8 or float [H, H, 3]; None for text only.
@@ -67,7 +69,7 @@ def prepare_image(model: Model, image: Any, name: str) -> np.ndarray:
     return pictures.read_and_fit(image, model.spec.encoder, name)
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+def padded(rows: Sequence[Ids], fill: int = 0) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Rows of different lengths padded on the right, and their mask."""
     tokens = np.full((len(rows), max(map(len, rows))), fill, np.int32)
     mask = np.zeros(tokens.shape, bool)
