@@ -15,7 +15,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
-    package_data={"vlm_jax": ["py.typed", "evaluation/metrics/*.json", "studies/glyphs/tokenizer/*.json"]},
+    package_data={
+        "vlm_jax": [
+            "py.typed",
+            "evaluation/metrics/*.json",
+            "scaling/*.css",
+            "scaling/*.html",
+            "scaling/*.js",
+            "studies/glyphs/tokenizer/*.json",
+        ]
+    },
     install_requires=[
         "filelock>=4",
         "flax>=0.12",

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if flags.html:
         from vlm_jax.scaling import page
 
-        page.write(flags.html, law, flags.family, request, limits)
+        page.write(flags.html, law, flags.family, budget, request, limits, flags.top)
     if flags.figures:
         from vlm_jax.scaling import planner_plots
 

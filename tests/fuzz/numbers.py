@@ -147,7 +147,7 @@ def names(rng: random.Random, path: Path) -> None:
         law = lawfile.read(hostile.write(path / "law.json", json.dumps(values).encode()))
         report.print_law(law, report.console())
         plots.cost_frontier(law, None, name, path / f"{text.slug(name)}.png", (50,))
-        page.write(path / "page.html", law, name, Request(50, 20), {"llms": ("qwen1.5-0.5b",)})
+        page.write(path / "page.html", law, name, Budget("tflops", 2), Request(50, 20), {"llms": ("qwen1.5-0.5b",)})
         assert "<img src=x" not in (path / "page.html").read_text()
 
 
