@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import report as study
+from experiments import report_page
 from experiments.launching import states
 from experiments.launching.cells import Cell
 from tests.fuzz import hostile
@@ -140,7 +140,7 @@ def names(rng: random.Random, path: Path) -> None:
         (path / folded).write_text("")
     assert len(list(path.iterdir())) == 2
     assert not set("<>\"'") & set(text.to_html(name))
-    assert "<img" not in study.html_table([[name], [name]])
+    assert "<img" not in report_page.html_table([[name], [name]])
     if text.is_printable(name) and rng.random() < 0.1:
         values = json.loads(json.dumps(_law(_LAWS[0])))
         values["families"] = {name: values["families"]["ocr"]}

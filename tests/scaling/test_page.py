@@ -135,9 +135,9 @@ def plotly():
 
 
 def test_many_candidates_keep_the_page_small(law):
-    limits = {"compressors": ("resampler",), "llms": ("qwen1.5-0.5b", "qwen1.5-7b")}
+    limits = {"compressors": ("resampler",), "llms": ("qwen1.5-0.5b",)}
     data = page.page_data(law, "ocr", Budget("tflops", 2), Request(), limits)
-    assert len(data["candidates"]["v"]) > 1000
+    assert len(data["candidates"]["v"]) > 500
     assert (data["questions"], data["batches"]) == (["50"], ["1"])
     assert len(json.dumps(data)) < 4e6
 
