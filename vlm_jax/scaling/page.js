@@ -90,7 +90,7 @@ function bar(title, values, units) {
   const used = data.parts.map((part, k) => [part, values[k], COLOURS[k]]).filter(([, value]) => value > 0);
   const text = used.map(([part, value]) => `${part} ${amountText(value, units)}`).join(", ");
   const strip = el("div", {class: "bar", role: "img", "aria-label": `${title} by part: ${text}`});
-  const list = el("ul", {class: "parts"});
+  const list = add(el("ul", {class: "parts"}), el("li", {}, `${title}:`));
   for (const [part, value, colour] of used) {
     strip.append(el("span", {style: `width:${100 * value / total}%;background:${colour}`}));
     list.append(add(el("li"), el("i", {style: `background:${colour}`}), `${part} ${percent(value / total)}`));
@@ -114,6 +114,7 @@ function card(kind, title, i, cost, lines) {
     if (view.price > 0) rows.push(["per million requests", `US$ ${short(dollars(cost.secs[i]))}`]);
   }
   rows.push(["cache per request", amountText(cost.cache[i], BYTES)], ...lines);
+  if (!cost.fits[i]) rows.push(["memory of the chip", "too small"]);
   const list = el("dl");
   for (const [key, value] of rows) add(list, el("dt", {}, key), el("dd", {}, value));
   if (timed(view.kind)) add(node, bar("time", cost.secs_by_part[i], SECS));
@@ -135,7 +136,8 @@ function showCards(cost, full, paper) {
     card("next", "Runner-up", next, cost, worse(next)),
     card("paper", "By the paper's cost, 2 N (Q + V)", chosen, cost, share(chosen)));
   const judged = chosen === undefined ? "no model" : chosen === best ? "the same" :
-    `${modelText(chosen)}, which in full takes ${short(value[chosen] / limit)} times the budget`;
+    `${modelText(chosen)}, which in full takes ${short(value[chosen] / limit)} times the budget` +
+    (cost.fits[chosen] ? "" : " and does not fit into the chip's memory");
   const beyond = c.basis[best] === "outside" ? " (extrapolated)" : "";
   const within = `${amountText(limit, KINDS[view.kind].units)} ${KINDS[view.kind].of}`;
   $("answer").textContent = `Within ${within}: ${modelText(best)}, ` +
@@ -146,14 +148,14 @@ function showTable(cost, full, paper) {
   const columns = [  // title, class, text
     ["", "", (i, rank) => rank + 1], ["", "", i => MARK[c.basis[i]]],
     ["LLM", "left", i => c.llm[i]], ["V", "", i => c.v[i]],
-    ...named.map(key => [key, key === "encoder" ? "left spare" : "left", i => c[key][i]]),
+    ...named.map(key => [key, key === "encoder" ? "left rare" : "left", i => c[key][i]]),
     ["error", "", i => errorText(c.error[i])], ["95 %", "spare", i => intervalText(i)],
     ...(data.law ? [["measured", "spare", i => c.measured[i] === null ? "" : errorText(c.measured[i])]] : []),
-    ["FLOPs", timed(view.kind) ? "spare" : "", i => amountText(cost.flops[i], FLOPS)],
+    ["FLOPs", view.kind === "tflops" ? "" : "spare", i => amountText(cost.flops[i], FLOPS)],
     ...(cost.secs ? [["time", timed(view.kind) ? "" : "spare", i => amountText(cost.secs[i], SECS)]] : []),
-    ["cache", view.kind === "cache_mb" ? "" : "spare", i => amountText(cost.cache[i], BYTES)],
-    ["binds", "left spare short", i => binds(cost, i)],
-    ["basis", "left short spare", i => BASIS[c.basis[i]].split(" ")[0]],
+    ["cache", view.kind === "cache_mb" ? "" : "rare", i => amountText(cost.cache[i], BYTES)],
+    ["binds", "left rare short", i => binds(cost, i)],
+    ["basis", "left rare short", i => BASIS[c.basis[i]].split(" ")[0]],
   ];
   const head = el("tr");
   for (const [title, style] of columns) head.append(el("th", {scope: "col", class: style}, title));

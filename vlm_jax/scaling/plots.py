@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb, rgb_to_hsv, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -89,11 +89,10 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
                 y[k], y[k + 1] = y[k] - lack / 2, y[k + 1] + lack / 2
     for height_of_label, i in zip(y, order, strict=True):
         _, text, colour = ends[i]
-        shade = colour if matplotlib.colors.rgb_to_hsv(matplotlib.colors.to_rgb(colour))[2] < 0.87 else RAMP[1]
+        hue, saturation, value = rgb_to_hsv(to_rgb(colour))
+        dark = hsv_to_rgb((hue, max(saturation, 0.4), min(value, 0.75)))  # a pale curve's label stays legible
         where = {"xycoords": "axes fraction", "xytext": (6, 0), "textcoords": "offset points"}
-        axes.annotate(
-            text, (1.0, height_of_label), **where, color=shade, fontsize=9, va="center", annotation_clip=False
-        )
+        axes.annotate(text, (1.0, height_of_label), **where, color=dark, fontsize=9, va="center", annotation_clip=False)
 
 
 def claim(figure: Figure, families: Mapping[str, FamilyFit]) -> None:
