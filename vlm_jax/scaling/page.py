@@ -45,7 +45,7 @@ def write(
     data = page_data(law, family, budget, request, limits) | {"top": top}
     title = f"{name}: the best model within a budget"
     law_text = f"law: {fitted.chosen}" if fitted.predicts == "law" else "measured cells only"
-    about = f"{law_text}; {request.answer_tokens:g} answer tokens"
+    about = f"{law_text}; {request.answer_tokens:g} answer tokens, question {request.question}"
     parts = {
         "$TITLE": to_html(title), "$ABOUT": to_html(about), "$DOUBT": "ok" if fitted.fits else "doubt",
         "$NOTES": "".join(f"<li>{to_html(note)}</li>" for note in notes(fitted, limits.get("offsets", {}))),
