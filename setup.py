@@ -40,7 +40,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
-    package_data={"vlm_jax": ["py.typed", "evaluation/metrics/*.json", "studies/glyphs/tokenizer/*.json"]},
+    package_data={
+        "vlm_jax": [
+            "py.typed",
+            "evaluation/metrics/*.json",
+            "scaling/*.css",
+            "scaling/*.html",
+            "scaling/*.js",
+            "studies/glyphs/tokenizer/*.json",
+        ]
+    },
     cmdclass={"build_py": BuildWithShipped},
     install_requires=[
         "filelock>=4",

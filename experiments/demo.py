@@ -8,8 +8,8 @@ A second run finds every row there and only draws again.
 import argparse
 from pathlib import Path
 
-from experiments import launch, report
-from experiments.launching import local
+from rich.console import Console
+
 from vlm_jax.cli import ArgumentParser, run_main
 
 GRID = Path(__file__).parents[1] / "configs" / "grids" / "demo.py"
@@ -20,13 +20,25 @@ def main(argv: list[str]) -> int:
         prog="python -m experiments.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/demo"))
-    parser.add_argument("--workers", type=int, default=local.default_workers(), help="processes")
+    parser.add_argument("--workers", type=int, help="processes (default: one a GPU or TPU host, else one a core)")
     args = parser.parse_args(argv)
-    failed = launch.main(["--grid", str(GRID), "--workdir", str(args.workdir), "--workers", str(args.workers)])
+    _step(1, f"train and evaluate a grid of small models in {args.workdir}")
+    with Console(stderr=True).status("importing JAX"):
+        from experiments.launching import command
+    workers = [] if args.workers is None else ["--workers", str(args.workers)]
+    failed = command.main(["--grid", str(GRID), "--workdir", str(args.workdir), *workers])
     if failed:
         return failed
+    _step(2, "fit the law, plan, draw")
+    from experiments import report
+
     report.report(args.workdir)
     return 0
+
+
+def _step(number: int, what: str) -> None:
+    """Printed before the slow imports, so that the first line appears at once."""
+    print(f"step {number} of 2: {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,9 +74,10 @@ def test_a_plan_as_a_page_and_as_figures(law, tmp_path, capsys):
     head, data = page.split("const data = ")
     assert "<script src" not in head
     assert "<link" not in head.split("<script>")[0]
-    tables = json.loads(data.split(";\nconst state")[0])["tables"]
-    assert {"0/1", "50/8", "1000/32"} <= set(tables)
-    assert set(tables["50/1"]["llm"]) == {"qwen1.5-0.5b", "qwen1.5-7b"}
+    data = json.loads(data.split(";\n")[0])
+    assert {"0", "50", "1000"} <= set(data["at"])
+    assert {"1", "8", "32"} <= set(data["at"]["50"])
+    assert set(data["candidates"]["llm"]) == {"qwen1.5-0.5b", "qwen1.5-7b"}
     pictures = {path.name for path in (tmp_path / "figures").iterdir()}
     names = {"cost_frontier-ocr", "cost_frontier-reasoning", "cost_shares", "flops_or_latency", "optimal_tokens"}
     assert pictures == {f"{name}.png" for name in names}

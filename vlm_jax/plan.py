@@ -35,7 +35,7 @@ def parser() -> ArgumentParser:
     flags.add_argument("--mode", default="full", help="full, or paper: charge 2 N (Q + V) only")
     flags.add_argument("--top", type=int, default=12, help="how many choices to list")
     flags.add_argument("--json", action="store_true", help="print an object instead of tables")
-    flags.add_argument("--html", help="write an interactive page")
+    flags.add_argument("--html", help="write an interactive page with a slider for the budget")
     flags.add_argument("--figures", help="write PNG figures into this folder")
     return flags
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     if flags.html:
         from vlm_jax.scaling import page
 
-        page.write(flags.html, law, flags.family, request, limits)
+        page.write(flags.html, law, flags.family, budget, request, limits, flags.top)
     if flags.figures:
         from vlm_jax.scaling import planner_plots
 

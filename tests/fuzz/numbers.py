@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import report as study
+from experiments import report_page
 from experiments.launching import states
 from experiments.launching.cells import Cell
 from tests.fuzz import hostile
@@ -140,14 +140,14 @@ def names(rng: random.Random, path: Path) -> None:
         (path / folded).write_text("")
     assert len(list(path.iterdir())) == 2
     assert not set("<>\"'") & set(text.to_html(name))
-    assert "<img" not in study.html_table([[name], [name]])
+    assert "<img" not in report_page.html_table([[name], [name]])
     if text.is_printable(name) and rng.random() < 0.1:
         values = json.loads(json.dumps(_law(_LAWS[0])))
         values["families"] = {name: values["families"]["ocr"]}
         law = lawfile.read(hostile.write(path / "law.json", json.dumps(values).encode()))
         report.print_law(law, report.console())
         plots.cost_frontier(law, None, name, path / f"{text.slug(name)}.png", (50,))
-        page.write(path / "page.html", law, name, Request(50, 20), {"llms": ("qwen1.5-0.5b",)})
+        page.write(path / "page.html", law, name, Budget("tflops", 2), Request(50, 20), {"llms": ("qwen1.5-0.5b",)})
         assert "<img src=x" not in (path / "page.html").read_text()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import report as study
+from experiments import report_page
 from tests.result_rows import row
 from tests.scaling.tables import PUBLISHED
 from vlm_jax import plan
@@ -173,7 +173,7 @@ def test_a_familys_name_is_text_in_tables_and_pages(tmp_path: Path, capsys: pyte
     text = (tmp_path / "page.html").read_text()
     assert "<img src" not in text
     assert text.count("<h1>") == 1
-    assert "<img" not in study.html_table([[name], [name]])
+    assert "<img" not in report_page.html_table([[name], [name]])
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -172,7 +172,7 @@ def test_tables_pages_and_figures_say_that_no_form_fits(bent_law, tmp_path, caps
     assert "no form fits" in (tmp_path / "page.html").read_text().partition("<script>")[0]
     assert plan.main([*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["closed_form"] is None
-    assert page._note(bent_law.family(None)).startswith("no form fits")
+    assert page.notes(bent_law.family(None))[0].startswith("no form fits")
     for path in (
         plots.error_curves(bent(), bent_law, "made", tmp_path / "a.png"),
         plots.cost_frontier(bent_law, None, "made", tmp_path / "b.png"),

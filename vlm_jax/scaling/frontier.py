@@ -126,16 +126,26 @@ def price_all(family: FamilyFit, of: list[Candidate], request: Request, offsets:
     if request.question not in ("fresh", "cached"):
         raise unknown("question", request.question, ("fresh", "cached"))
     shift = np.array([offsets.get((one.model.compressor.name, one.tokens), 0.0) for one in of])
-    error = family.predict(*_law_arguments(of)) + shift
+    error = family.predict(*law_arguments(of)) + shift
     return Priced(of, [candidates.price(one.model, request) for one in of], shift, np.clip(error, 0, 1))
 
 
-def _law_arguments(of: Sequence[Candidate]) -> tuple[Floats, Floats]:
+def with_offsets(found: Sequence[Candidate], offsets: Offsets) -> list[Candidate]:
+    """The candidates, where a compressor with a measured offset at this V is no extrapolation."""
+    return [
+        one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
+        if (one.model.compressor.name, one.tokens) in offsets
+        else one
+        for one in found
+    ]
+
+
+def law_arguments(of: Sequence[Candidate]) -> tuple[Floats, Floats]:
     """N and V, [n]."""
     return np.array([one.params for one in of], float), np.array([one.tokens for one in of], float)
 
 
-def _paper_flops(priced: Priced, request: Request) -> Floats:
+def paper_flops(priced: Priced, request: Request) -> Floats:
     """2 N (Q + V), [n]; a cached question is not charged."""
     question = _charged_question(request)
     return np.array([2e9 * one.params * (question + one.tokens) for one in priced.of])
@@ -146,7 +156,7 @@ def _charge(priced: Priced, budget: Budget, request: Request, mode: str) -> tupl
     if budget.kind == "cache_mb":
         return priced.each("cache_bytes"), budget.amount * 1e6
     if mode == "paper":
-        return _paper_flops(priced, request), budgets.flops(budget, request) or 0.0
+        return paper_flops(priced, request), budgets.flops(budget, request) or 0.0
     if budget.kind == "tflops":
         return priced.each("total_flops"), budget.amount * 1e12
     return priced.each("secs"), budgets.secs(budget, request) or 0.0
@@ -191,9 +201,7 @@ def plan(
     budgets.check(budget, request)
     fitted = law.family(family)
     found = candidates.candidates(fitted, law.unit["params_are"], encoders, llms, compressors, tokens)
-    for i, one in enumerate(found):  # a compressor with a measured offset at this V is no extrapolation
-        if (one.model.compressor.name, one.tokens) in offsets:
-            found[i] = one._replace(extrapolates=tuple(kind for kind in one.extrapolates if kind != "compressor"))
+    found = with_offsets(found, offsets)
     priced = price_all(fitted, found, request, offsets)
     order, allowed = {}, {}
     for each in MODES:
@@ -232,7 +240,7 @@ def _tie_breaker(priced: Priced, request: Request, mode: str) -> Floats:
     """Cost by which equal errors are ordered: the paper's FLOPs, then full FLOPs; or seconds; or FLOPs."""
     flops = priced.each("total_flops")
     if mode == "paper":
-        return _paper_flops(priced, request) * (1 + 1e-9 * flops / flops.max())
+        return paper_flops(priced, request) * (1 + 1e-9 * flops / flops.max())
     return flops if request.on is None else priced.each("secs")
 
 
@@ -253,7 +261,7 @@ def choices(
     """The candidates of these indices as choices; `binds` names the limit unless it is compute or memory time."""
     if not order:
         return []
-    draws = family.predict_draws(*_law_arguments([priced.of[i] for i in order])) + priced.shift[list(order)]
+    draws = family.predict_draws(*law_arguments([priced.of[i] for i in order])) + priced.shift[list(order)]
     low, high = np.clip(np.quantile(draws, (0.025, 0.975), axis=0), 0, 1)
     wins = 0.5 + np.sign(draws[:, 1:] - draws[:, :-1]).mean(axis=0) / 2  # a tie is half a win
     out = []
@@ -267,14 +275,14 @@ def choices(
             latency_ms=price.secs * 1e3 if timed else None,
             latency_ms_by_part={part: time.secs * 1e3 for part, time in price.times.items()} if timed else None,
             cache_bytes=float(price.cache_bytes), memory_bytes=float(price.memory_bytes),
-            binds=binds or (_bound(price) if timed else "budget"),
+            binds=binds or (bound(price) if timed else "budget"),
             beats_next=float(wins[rank]) if rank < len(wins) else None,
             extrapolates=tuple(beyond), warnings=_warnings(model, price, beyond, request, offsets), model=model,
         ))  # fmt: skip
     return out
 
 
-def _bound(price: Price) -> str:
+def bound(price: Price) -> str:
     """The resource, compute or memory, that limits most of the time."""
     by_compute = sum(time.secs for time in price.times.values() if time.binds == "compute")
     return "compute" if 2 * by_compute >= price.secs else "memory"

@@ -1,7 +1,8 @@
 """The interactive page of a plan: one self-contained HTML file that needs no network.
 
-Error against cost of every candidate with the frontiers of measured and of all candidates, and tabs for question
-length, batch and cost axis. The page selects one of the tables computed here.
+It holds every candidate with its error and interval, and its cost by part for several question lengths, batches and
+chips. The page's script (`page.js`, `page_figure.js`) charges them, leaves out what exceeds the budget and ranks the
+rest as `frontier.plan` does: measured candidates first, then by error, then by cost.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ import numpy as np
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 from vlm_jax.core.reading import reason
-from vlm_jax.core.text import to_html
+from vlm_jax.core.text import printable, to_html
 from vlm_jax.scaling import candidates, frontier
+from vlm_jax.scaling.budgets import Budget
 from vlm_jax.scaling.candidates import Candidate
 from vlm_jax.scaling.fitted import FamilyFit, LawFit
+from vlm_jax.scaling.frontier import Choice, Priced
 from vlm_jax.scaling.scores import params_label
 from vlm_jax.sizing import chips
 from vlm_jax.sizing.cost import PARTS
@@ -27,165 +30,153 @@ from vlm_jax.sizing.roofline import Request
 
 QUESTIONS = (0, 50, 200, 1000)
 BATCHES = (1, 8, 32)
-CHIP = "v6e"  # default
+_MANY = 300  # candidates, of which a page has the request's question length and batch only
 
 
-def write(path: str | Path, law: LawFit, family: str | None, request: Request, limits: Mapping[str, Any]) -> None:
-    """Writes the page for every question length and batch, the request's included. Raises `UserError` if it cannot."""
+def write(
+    path: str | Path, law: LawFit, family: str | None, budget: Budget, request: Request, limits: Mapping[str, Any],
+    top: int = 12,
+) -> None:  # fmt: skip
+    """Writes the page, which opens with this budget and request. `limits` are keywords of `frontier.plan`; `top` is the
+    number of choices that its table lists at first. Raises `UserError` if the file cannot be written."""
     from plotly.offline import get_plotlyjs
 
-    fitted = law.family(family)
-    name = family or next(iter(law.families))
-    on = request.on or chips.chip(CHIP)
-    questions = sorted({*QUESTIONS, request.question_tokens})
-    batches = sorted({*BATCHES, request.batch})
-    offsets = limits.get("offsets", {})
-    found = candidates.candidates(fitted, law.unit["params_are"], **candidates.names_of(limits))
-    tables = {
-        f"{question:g}/{batch}": _table(
-            fitted, found, dataclasses.replace(request, question_tokens=question, batch=batch, on=on), offsets
-        )
-        for question in questions
-        for batch in batches
-    }
-    data = {
-        "tables": tables, "questions": [f"{q:g}" for q in questions], "batches": [str(b) for b in batches],
-        "question": f"{request.question_tokens:g}", "batch": str(request.batch), "parts": PARTS,
-    }  # fmt: skip
-    title = f"{name}: error against cost, {request.answer_tokens:g} answer tokens, {request.chips} x {on.name}"
+    fitted, name = law.family(family), family or next(iter(law.families))
+    data = page_data(law, family, budget, request, limits) | {"top": top}
+    title = f"{name}: the best model within a budget"
+    law_text = f"law: {fitted.chosen}" if fitted.predicts == "law" else "measured cells only"
+    about = f"{law_text}; {request.answer_tokens:g} answer tokens, question {request.question}"
     parts = {
-        "$TITLE": to_html(title), "$NOTE": to_html(_note(fitted)), "$PLOTLY": get_plotlyjs(),
+        "$TITLE": to_html(title), "$ABOUT": to_html(about), "$DOUBT": "ok" if fitted.fits else "doubt",
+        "$NOTES": "".join(f"<li>{to_html(note)}</li>" for note in notes(fitted, limits.get("offsets", {}))),
+        "$STYLE": _asset("page.css"), "$SCRIPT": _asset("page.js"), "$FIGURE": _asset("page_figure.js"),
+        "$PLOTLY": get_plotlyjs(),
         "$DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),  # no tag ends or starts in a script
     }  # fmt: skip
     # All at once: a name may contain "$DATA".
-    text = re.sub(r"\$(TITLE|NOTE|PLOTLY|DATA)", lambda match: parts[match[0]], _PAGE)
+    text = re.sub(rf"\$({'|'.join(key[1:] for key in parts)})\b", lambda match: parts[match[0]], _asset("page.html"))
     try:
         write_text(Path(path), text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
-def _note(fitted: FamilyFit) -> str:
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
+
+
+def notes(fitted: FamilyFit, offsets: frontier.Offsets = frontier.NO_OFFSETS) -> list[str]:
+    """What the numbers of the page rest on, as sentences; the first says whether the law fits."""
     sizes, tokens = fitted.rows["sizes"], fitted.rows["tokens"]
-    claims = ". ".join(text for text in (fitted.verdict, fitted.extrapolation) if text)
+    span = f"N = {params_label(sizes[0])} to {params_label(sizes[-1])} and V = {tokens[0]} to {tokens[-1]}"
+    found = [text for text in (fitted.verdict, fitted.extrapolation) if text]
     if fitted.predicts == "cells":
-        return f"{claims}. Points are measured cells, with {fitted.measured_with}."
-    return (
-        f"{claims}. Law: {fitted.chosen}, fitted from N = {params_label(sizes[0])} to {params_label(sizes[-1])} and"
-        f" V = {tokens[0]} to {tokens[-1]}, with {fitted.measured_with};"
-        " hollow points extrapolate."
-    )
+        found.append(f"errors are those of measured cells, with {fitted.measured_with}; nothing between is known")
+    else:
+        found.append(f"{fitted.chosen} predicts from N and V only, fitted from {span}, with {fitted.measured_with}")
+    if offsets:
+        found.append("compressor offsets are benchmark differences of one published LLM, applied to all sizes")
+    return found
 
 
-def _table(
-    fitted: FamilyFit, found: Sequence[Candidate], request: Request, offsets: frontier.Offsets
-) -> dict[str, Sequence[Any]]:
-    """Columns of one tab: measured candidates first, each in ascending error."""
-    priced = frontier.price_all(fitted, list(found), request, offsets)
-    fits = priced.each("memory_bytes") <= request.on.memory_bytes * request.chips
-    order = frontier.ranked(priced, priced.each("secs"), fits)
-    choices = frontier.choices(fitted, priced, order, request, offsets)
+def page_data(
+    law: LawFit, family: str | None, budget: Budget, request: Request, limits: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The data of the page's script. Lists over candidates have one order; costs are in FLOPs, seconds and bytes, exact
+    where they are compared, and to four digits by part."""
+    fitted, offsets = law.family(family), limits.get("offsets", frontier.NO_OFFSETS)
+    found = candidates.candidates(fitted, law.unit["params_are"], **candidates.names_of(limits))
+    found = frontier.with_offsets(found, offsets)
+    few = len(found) <= _MANY
+    questions = sorted({*(QUESTIONS if few else ()), request.question_tokens})
+    batches = sorted({*(BATCHES if few else ()), request.batch})
+    hardware = chips.CHIPS | ({request.on.name: request.on} if request.on else {})
+    priced = frontier.price_all(fitted, found, request, offsets)
+    every = frontier.choices(fitted, priced, range(len(found)), request, offsets)
+    at: dict[str, Any] = {}
+    for question in questions:
+        one = dataclasses.replace(request, question_tokens=question)
+        at[f"{question:g}"] = _flops(frontier.price_all(fitted, found, dataclasses.replace(one, on=None)), one)
+        for batch in batches:
+            served = dataclasses.replace(one, batch=batch)
+            on_chips = {
+                name: frontier.price_all(fitted, found, dataclasses.replace(served, on=chip))
+                for name, chip in hardware.items()
+            }
+            at[f"{question:g}"][str(batch)] = _times(on_chips)
     return {
-        "llm": [to_html(c.llm) for c in choices],  # shown by Plotly, which reads some HTML
-        "n": _short([c.llm_params_billion for c in choices]),
-        "v": [c.visual_tokens for c in choices],
-        "side": [to_html(f"{c.encoder} + {c.compressor}") for c in choices],
-        "error": _short([c.predicted_error for c in choices]),
-        "low": _short([c.low for c in choices]),
-        "high": _short([c.high for c in choices]),
-        "tflops": _short([c.flops / 1e12 for c in choices]),
-        "ms": _short([c.latency_ms for c in choices]),
-        "mb": _short([c.cache_bytes / 1e6 for c in choices]),
-        "binds": [c.binds for c in choices],
-        "outside": [", ".join(c.extrapolates) for c in choices],
-        "share": [[round(100 * value / c.flops) for value in c.flops_by_part.values()] for c in choices],
+        "law": fitted.predicts == "law",
+        "start": {
+            "kind": budget.kind, "amount": budget.amount, "question": f"{request.question_tokens:g}",
+            "batch": str(request.batch), "chip": request.on.name if request.on else "",
+            "price": budget.usd_per_chip_hour,
+        },
+        "questions": [f"{q:g}" for q in questions], "batches": [str(b) for b in batches], "parts": PARTS,
+        "chips": {
+            name: {"memory": chip.memory_bytes * request.chips, "peak": chip.peak_flops * request.efficiency.compute}
+            for name, chip in hardware.items()
+        },
+        "count": request.chips,
+        "candidates": _columns(fitted, found, priced, every),
+        "at": at,
+    }  # fmt: skip
+
+
+def _columns(
+    fitted: FamilyFit, found: Sequence[Candidate], priced: Priced, every: Sequence[Choice]
+) -> dict[str, Sequence[Any]]:
+    """What does not depend on the request, a list for each column."""
+    cells = fitted.measured
+    known = np.full(len(found), -1)
+    if cells.error:
+        known = cells.index(*frontier.law_arguments(found))
+    known = np.where([bool(choice.extrapolates) for choice in every], -1, known)
+    outside = [
+        "; ".join(text.partition(": ")[2] for text in choice.warnings if text.startswith("extrapolates_"))
+        for choice in every
+    ]
+    return {
+        "llm": [printable(choice.llm) for choice in every],
+        "size": [params_label(choice.llm_params_billion) for choice in every],
+        "n": _short([choice.llm_params_billion for choice in every]),
+        "encoder": [printable(choice.encoder) for choice in every],
+        "compressor": [printable(choice.compressor) for choice in every],
+        "v": [choice.visual_tokens for choice in every],
+        "error": [float(error) for error in priced.error],
+        "low": _short([choice.low for choice in every]),
+        "high": _short([choice.high for choice in every]),
+        "measured": [None if i < 0 else float(f"{cells.error[i]:.4g}") for i in known],
+        "basis": [
+            "outside" if choice.extrapolates else "cell" if i >= 0 else "between"
+            for i, choice in zip(known, every, strict=True)
+        ],
+        "outside": [printable(text) for text in outside],
+        "last": [int(bool(one.extrapolates)) for one in found],  # ranks behind all measured ones
+    }
+
+
+def _flops(priced: Priced, request: Request) -> dict[str, Any]:
+    """Costs that depend on the question's length alone."""
+    return {
+        "flops": priced.each("total_flops").tolist(),
+        "flops_by_part": [_short([price.flops[part] for part in PARTS]) for price in priced.prices],
+        "paper_flops": frontier.paper_flops(priced, request).tolist(),
+        "cache": priced.each("cache_bytes").tolist(),
+    }
+
+
+def _times(on_chips: Mapping[str, Priced]) -> dict[str, Any]:
+    """Memory of a batch, and its seconds on every chip."""
+    memory = next(iter(on_chips.values())).each("memory_bytes").tolist()
+    return {"memory": memory} | {
+        name: {
+            "secs": priced.each("secs").tolist(),
+            "secs_by_part": [_short([price.times[part].secs for part in PARTS]) for price in priced.prices],
+            "binds": [frontier.bound(price)[0] for price in priced.prices],  # c(ompute) or m(emory)
+        }
+        for name, priced in on_chips.items()
     }
 
 
 def _short(values: Any) -> list[float]:
     return [float(f"{value:.4g}") for value in np.asarray(values, float)]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$TITLE</title>
-<style>
-  body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 24px auto; max-width: 1080px; padding: 0 16px; }
-  h1 { font-size: 19px; margin: 0 0 4px; }
-  p { color: #666; margin: 4px 0 14px; }
-  .tabs { display: inline-flex; align-items: center; gap: 4px; margin: 0 22px 8px 0; }
-  .tabs span { color: #666; margin-right: 4px; }
-  button { font: inherit; padding: 3px 11px; border: 1px solid #ccc; border-radius: 5px; background: #fff; }
-  button.on { background: #2468a2; border-color: #2468a2; color: #fff; }
-  #plot { height: 600px; }
-</style></head><body>
-<h1>$TITLE</h1><p>$NOTE</p>
-<div id="controls"></div><div id="plot"></div>
-<script>$PLOTLY</script>
-<script>
-const data = $DATA;
-const state = {question: data.question, batch: data.batch, x: "tflops"};
-const axes = {tflops: "TFLOPs a request", ms: "milliseconds a batch"};
-function tabs(label, key, values, texts) {
-  const box = document.createElement("div"); box.className = "tabs";
-  const name = document.createElement("span"); name.textContent = label; box.append(name);
-  values.forEach((value, i) => {
-    const button = document.createElement("button");
-    button.textContent = (texts || values)[i];
-    button.onclick = () => { state[key] = value; draw(); };
-    button.dataset.key = key; button.dataset.value = value; box.append(button);
-  });
-  document.getElementById("controls").append(box);
-}
-tabs("question tokens Q", "question", data.questions);
-tabs("batch", "batch", data.batches);
-tabs("cost", "x", ["tflops", "ms"], ["FLOPs", "latency"]);
-function hover(t, i) {
-  const parts = data.parts.map((part, k) => [part, t.share[i][k]]).filter(pair => pair[1]);
-  return [
-    `<b>${t.llm[i]}, V = ${t.v[i]}</b>`, t.side[i], `error ${t.error[i]} [${t.low[i]}, ${t.high[i]}]`,
-    `${t.tflops[i]} TFLOPs: ${parts.map(pair => `${pair[0]} ${pair[1]} %`).join(", ")}`,
-    `${t.ms[i]} ms a batch, bound by ${t.binds[i]}`, `cache ${t.mb[i]} MB a request`,
-  ].concat(t.outside[i] ? [`<i>extrapolates ${t.outside[i]}</i>`] : []).join("<br>");
-}
-const bar = {
-  title: {text: "V"}, thickness: 12, len: .6,
-  tickvals: [0, 2, 4, 6, 8, 10], ticktext: ["1", "4", "16", "64", "256", "1024"],
-};
-function points(t, x, rows, name, symbol, showscale) {
-  return {
-    x: rows.map(i => x[i]), y: rows.map(i => t.error[i]), text: rows.map(i => hover(t, i)), name,
-    mode: "markers", type: "scatter", hovertemplate: "%{text}<extra></extra>",
-    marker: {
-      symbol, size: 7, opacity: .85, color: rows.map(i => Math.log2(t.v[i])), cmin: 0, cmax: 10, showscale,
-      colorscale: [[0, "#a9cfe8"], [.5, "#2468a2"], [1, "#0b2a4f"]], colorbar: bar,
-    },
-  };
-}
-function frontier(t, x, rows, name, dash) {
-  let best = Infinity;
-  const kept = [...rows].sort((a, b) => x[a] - x[b] || t.error[a] - t.error[b])
-    .filter(i => t.error[i] < best && ((best = t.error[i]), true));
-  return {
-    x: kept.map(i => x[i]), y: kept.map(i => t.error[i]), name, mode: "lines", type: "scatter", hoverinfo: "skip",
-    line: {shape: "hv", color: "#d1603d", width: 1.8, dash},
-  };
-}
-function draw() {
-  document.querySelectorAll("button").forEach(b => b.classList.toggle("on", state[b.dataset.key] === b.dataset.value));
-  const t = data.tables[state.question + "/" + state.batch], x = t[state.x] || [], rows = t.n.map((_, i) => i);
-  const inside = rows.filter(i => !t.outside[i]), outside = rows.filter(i => t.outside[i]);
-  Plotly.react("plot", [
-    points(t, x, inside, "measured", "circle", true),
-    points(t, x, outside, "extrapolated", "circle-open", false),
-    frontier(t, x, inside, "frontier, measured", "solid"), frontier(t, x, rows, "frontier, all", "dot"),
-  ], {
-    margin: {l: 64, r: 20, t: 10, b: 56}, hovermode: "closest", plot_bgcolor: "#fff",
-    font: {family: "system-ui, sans-serif", color: "#222"}, legend: {orientation: "h", y: 1.06, x: 0},
-    xaxis: {type: "log", title: {text: axes[state.x]}, gridcolor: "#eee", dtick: 1},
-    yaxis: {title: {text: "predicted error"}, gridcolor: "#eee", zeroline: false},
-  }, {responsive: true, displaylogo: false});
-}
-draw();
-</script></body></html>
-"""

@@ -14,7 +14,7 @@ from vlm_jax.core.text import slug, to_label
 from vlm_jax.scaling import budgets, candidates, frontier, plots
 from vlm_jax.scaling.candidates import names_of
 from vlm_jax.scaling.fitted import LawFit, visual_side
-from vlm_jax.scaling.plots import CONTRAST, FAINT, TOKEN_TICKS, flops_unit, log_axis, save, styled
+from vlm_jax.scaling.plots import CONTRAST, FAINT, TOKEN_TICKS, flops_unit, label_ends, log_axis, save, styled
 from vlm_jax.scaling.scores import Scores
 from vlm_jax.sizing import chips
 from vlm_jax.sizing.cost import PARTS, Number
@@ -39,11 +39,12 @@ def cost_shares(law: LawFit, family: str | None, request: Request, path: str | P
     unit, unit_name = flops_unit(np.median([sum(parts.values()) for parts in flops.values()]))
     for axes, llm in zip(panels, sizes, strict=True):
         total = np.array([sum(flops[llm, v].values()) for v in tokens])
-        bottom = np.zeros(len(tokens))
+        bottom, ends = np.zeros(len(tokens)), []
         for part, colour in zip(PARTS, CONTRAST, strict=True):
             share = 100 * np.array([flops[llm, v][part] for v in tokens]) / total
             if share.any():
-                axes.bar(range(len(tokens)), share, 0.72, bottom=bottom, color=colour, label=part)
+                axes.bar(range(len(tokens)), share, 0.72, bottom=bottom, color=colour)
+                ends.append((bottom[-1] + share[-1] / 2, part, colour))
             bottom += share
         for x, value in enumerate(total):
             axes.text(x, 101, _short(value / unit), ha="center", va="bottom", fontsize=8, color=FAINT)
@@ -51,7 +52,7 @@ def cost_shares(law: LawFit, family: str | None, request: Request, path: str | P
         axes.set(title=to_label(llm), xlabel="V", ylim=(0, 108))
         axes.grid(visible=False)
     panels[0].set_ylabel(f"share of FLOPs, %  ({unit_name} above)")
-    panels[-1].legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    label_ends(panels[-1], ends)
     _subtitle(figure, to_label(f"{first.encoder.name} + {first.compressor.name}"), request)
     return save(figure, path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb, rgb_to_hsv, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -75,6 +75,26 @@ def log_axis(axis: Any, ticks: Sequence[Number] | None = None, text: Callable[[f
     axis.set_minor_formatter(NullFormatter())
 
 
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
+    """Writes labels right of the axes at their heights, in the colours of their curves, apart from each other. The
+    limits and scale of the axis must be final. `ends`: (value on the y axis, text, colour)."""
+    height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
+    at = axes.transAxes.inverted().transform(axes.transData.transform([(axes.get_xlim()[1], y) for y, _, _ in ends]))
+    order, gap = np.argsort(at[:, 1]), 12.0 / height
+    y = np.clip(at[order, 1], 0, 1)
+    for _ in range(len(y)):  # neighbours that are too near move apart by equal amounts
+        for k in range(len(y) - 1):
+            lack = gap - (y[k + 1] - y[k])
+            if lack > 1e-9:
+                y[k], y[k + 1] = y[k] - lack / 2, y[k + 1] + lack / 2
+    for height_of_label, i in zip(y, order, strict=True):
+        _, text, colour = ends[i]
+        hue, saturation, value = rgb_to_hsv(to_rgb(colour))
+        dark = hsv_to_rgb((hue, max(saturation, 0.4), min(value, 0.75)))  # a pale curve's label stays legible
+        where = {"xycoords": "axes fraction", "xytext": (6, 0), "textcoords": "offset points"}
+        axes.annotate(text, (1.0, height_of_label), **where, color=dark, fontsize=9, va="center", annotation_clip=False)
+
+
 def claim(figure: Figure, families: Mapping[str, FamilyFit]) -> None:
     """Writes below a figure whether the laws that it shows, by label, fit and extrapolate."""
     lines = [
@@ -115,19 +135,22 @@ def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, ac
     x_of, line_of = (1, 0) if across == "tokens" else (0, 1)
     lines, xs = sorted({m[line_of] for m in means}), sorted({m[x_of] for m in means})
     fine = np.geomspace(xs[0], xs[-1], 120)
+    ends = []
     for i, (value, colour) in enumerate(zip(lines, _shades(len(lines)), strict=True)):
         points = [m for m in means if m[line_of] == value]
         shift = 1.0
         if any(p[3] for p in points):  # error bars would cover each other
             shift = (xs[-1] / xs[0]) ** (0.006 * (i - (len(lines) - 1) / 2))
         cell = (value, fine) if across == "tokens" else (fine, value)
-        label = params_label(value) if across == "tokens" else f"V = {value}"
+        last = float(fitted.predict(*(at[-1] if np.ndim(at) else at for at in cell)))
+        label = f"N = {params_label(value)}" if across == "tokens" else f"V = {value}"
+        ends.append((last if fitted.predicts == "law" else points[-1][2], label, colour))
         if fitted.predicts == "law":
             axes.fill_between(fine, *fitted.predict_interval(*cell), color=colour, alpha=0.18, linewidth=0)
             axes.plot(fine, fitted.predict(*cell), color=colour, linewidth=1.5)
         axes.errorbar(
             [p[x_of] * shift for p in points], [p[2] for p in points], yerr=[1.96 * p[3] for p in points],
-            fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0, label=label,
+            fmt="o", color=colour, markersize=4.5, elinewidth=1.2, capsize=0,
             linestyle="none" if fitted.predicts == "law" else ":", linewidth=1.0,
         )  # fmt: skip
     blind = scores.blind_errors(cells)
@@ -140,14 +163,15 @@ def _draw_errors(axes: Axes, cells: Iterable[Measurement], fitted: FamilyFit, ac
     errors = [m[2] for m in means] + list(blind.values())
     if max(errors) > 4 * max(min(errors), 1e-9):
         axes.set_yscale("log")
-        log_axis(axes.yaxis, [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if min(errors) * 0.7 <= t <= 1])
+        axes.set_ylim(bottom=max(min(errors), 1e-4) * 0.6)
+        log_axis(
+            axes.yaxis,
+            [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if min(errors) * 0.7 <= t <= 1],
+        )
     log_axis(axes.xaxis, xs, (lambda v: f"{v:g}") if across == "tokens" else params_label)
     axes.set_xlabel("visual tokens V" if across == "tokens" else "LLM parameters N")
     axes.set_ylabel("error")
-    order = 1 if across == "tokens" else -1
-    handles, labels = axes.get_legend_handles_labels()
-    title = "LLM" if across == "tokens" else None
-    axes.legend(handles[::order], labels[::order], title=title, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    label_ends(axes, ends)
 
 
 @styled
