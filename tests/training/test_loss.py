@@ -24,6 +24,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "_MIN_BLOCK", 10)
     monkeypatch.setattr(cross_entropy, "_ALIGN", 5)
     monkeypatch.setattr(cross_entropy, "_MAX_BYTES", 64)
+    monkeypatch.setattr(cross_entropy, "_FEW_BYTES", 0)
 
 
 def problem(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, Inputs]:

@@ -2,7 +2,8 @@
 
 A position counts where its weight is not 0. The C that count are moved to the front of the N positions of a device's
 rows, and only N/8, N/4, N/2 or all of them are computed: the least that holds C on every device. Each is a branch of a
-conditional, so no position is ever left out.
+conditional, so no position is ever left out. Logits of at most `_FEW_BYTES` are all computed: branches take longer to
+compile than they would save.
 
 The logits of all words are formed at once where they take at most `_MAX_BYTES`. Else one scan runs over n blocks of the
 embedding table, rematerialised in the backward pass; with the logits z_w of block w,
@@ -25,6 +26,7 @@ from vlm_jax.core import axes
 from vlm_jax.ops.logical_axes import axis_size, constrain, gather_for_compute
 
 _MAX_BYTES = 2**25  # of a device's float32 logits of a block; on CPUs larger ones leave the cache and take longer
+_FEW_BYTES = 2**22  # of a device's float32 logits of all words and positions
 _MIN_BLOCK = 8192  # vocabulary entries; blocks are not narrower, whatever their bytes
 _ALIGN = 128  # a TPU tile: XLA reduce-scatters gradients of whole tiles, and all-reduces others
 _TABLE = (axes.VOCAB, axes.EMBED)
@@ -80,6 +82,8 @@ def _where_counted(
     (batch, length), devices = weight.shape, axis_size(axes.BATCH)
     rows = devices if batch % devices == 0 else 1
     positions = batch // rows * length
+    if 4 * positions * (table.shape[0] // axis_size(axes.VOCAB)) <= _FEW_BYTES:
+        return function(states, table, softcap, targets, weight)
 
     def in_rows(leaf: Array) -> Array:
         leaf = leaf.reshape(rows, positions, *leaf.shape[2:])
