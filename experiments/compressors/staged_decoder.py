@@ -3,19 +3,22 @@
     python -m experiments.compressors.staged_decoder --llm qwen1.5-1.8b --layers 16 --compressor fastv --tokens 288
 
 Random weights; pairs of calls in turn, so that other work on the machine hits both. Prints the median ratio of the
-pairs beside the ratio of their FLOPs.
+pairs beside the ratio of their FLOPs, and writes them to README.md.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.readme import write_block
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
@@ -44,17 +47,29 @@ def main(argv: list[str]) -> None:
     staged = catalog.model_spec(encoder, args.compressor, args.tokens, decoder, projector="linear")
     plain = catalog.model_spec(encoder, "none", None, decoder, projector="linear")
     params = random_params(plain)
-    runs = {}
+    runs, compiling = {}, {}
     for name, spec in (("plain", plain), ("staged", staged)):
         run, inputs, secs = compiled(spec, params, args.question)
+        compiling[name] = secs
         runs[name] = lambda run=run, inputs=inputs: timed(run, params, inputs)
         print(f"{name}: compiled in {secs:.1f} s")
     pairs = [(runs["plain"](), runs["staged"]()) for _ in range(args.pairs + 1)][1:]
+    medians = {}
     for name, number in (("plain", 0), ("staged", 1)):
-        print(f"{name}: {statistics.median(pair[number] for pair in pairs):.2f} s")
+        medians[name] = statistics.median(pair[number] for pair in pairs)
+        print(f"{name}: {medians[name]:.2f} s")
     flops = [cost.flops(spec, args.question, 1).prefill.total for spec in (plain, staged)]
-    ratio = statistics.median(a / b for a, b in pairs)
+    ratios = sorted(a / b for a, b in pairs)
+    ratio = statistics.median(ratios)
     print(f"plain / staged: {ratio:.2f} of the time, {flops[0] / flops[1]:.2f} of the FLOPs")
+    text = (
+        f"{args.llm} with {decoder.depth} layers, all {plain.compressor.tokens} patches against {args.compressor} that "
+        f"keeps {args.tokens}, {args.question} tokens of text, {len(pairs)} pairs on {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}: prefill {medians['plain']:.2f} and {medians['staged']:.2f} s, ratio "
+        f"{ratios[0]:.2f} / **{ratio:.2f}** / {ratios[-1]:.2f} (of the FLOPs {flops[0] / flops[1]:.2f}); compiled in "
+        f"{compiling['plain']:.1f} and {compiling['staged']:.1f} s."
+    )
+    write_block(Path(__file__).parent / "README.md", "staged", text, "experiments.compressors.staged_decoder")
 
 
 def random_params(spec: ModelSpec) -> Any:
