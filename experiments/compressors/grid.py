@@ -10,9 +10,9 @@ from vlm_jax.config.sweep import Grid, param, product
 
 FAMILIES = ("ocr", "facts", "scene")
 TRAINED = (
-    "resampler", "pool", "m3", "pixel_shuffle", "idefics3", "ldpv2", "c_abstractor", "perceiver", "qformer",
-    "qformer_question", "mqt", "token_learner", "token_learner_conv", "tokenpacker", "quecc", "llava_mini", "voco",
-    "victor",
+    "resampler", "pool", "m3", "pixel_shuffle", "idefics3", "ldpv2", "c_abstractor", "perceiver", "mqt",
+    "token_learner", "token_learner_conv", "tokenpacker", "qformer", "quecc", "voco", "victor", "llava_mini",
+    "qformer_question",
 )  # fmt: skip
 ELASTIC = ("resampler", "mqt", "m3")
 TOKENS = (16, 4, 1)
@@ -29,7 +29,7 @@ def get_grid(arg: str = "") -> Grid:
         "experiments/compressors/config.py",
         product(param("compressor", "none"), param("tokens", 64), rest)  # on which training-free ones are tried
         + product(param("compressor", "blind"), param("tokens", 0), rest)
-        + product(param("compressor", *TRAINED), param("tokens", *TOKENS), rest)
         + product(param("compressor", *ELASTIC), every, rest)
-        + product(param("compressor", "resampler"), every, param("elastic_steps", "most"), rest),
+        + product(param("compressor", "resampler"), every, param("elastic_steps", "most"), rest)
+        + product(param("compressor", *TRAINED), param("tokens", *TOKENS), rest),
     )
