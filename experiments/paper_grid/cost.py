@@ -5,7 +5,8 @@
 
 Both training stages are compiled (XLA:TPU, no TPU needed) with packed rows, and a step's time is predicted. The steps
 of an epoch follow from the published numbers of conversations, and from lengths like LLaVA's that are packed as in
-training: text lengths are log-normal, with the medians and means below.
+training: text lengths are log-normal, with the medians and means below. A cell takes minutes to compile; those that are
+not compiled (--llms, --tokens) are estimated from their FLOPs, at the MFU of the compiled cell nearest in FLOPs.
 """
 
 import json
@@ -55,6 +56,7 @@ def slice_arguments(topology: str) -> str:
 def compile_cell(spec: RunSpec, topology: str) -> dict[str, Any]:
     """The row of a cell: step time, steps, chip hours and memory of its two stages."""
     from vlm_jax.aot import variants
+    from vlm_jax.sizing import cost
 
     out: dict[str, Any] = {"llm": spec.model.decoder.name, "tokens": spec.model.compressor.tokens, "topology": topology}
     for stage in spec.stages:
@@ -66,10 +68,26 @@ def compile_cell(spec: RunSpec, topology: str) -> dict[str, Any]:
             "batch_rows": data.batch_rows, "batch_conversations": round(STAGES[stage.name].conversations / steps),
             "row_images": data.row_images, "fill": fill, "steps": round(steps),
             "fits": compiled["fits"], "peak_bytes": compiled["peak_bytes"], "step_secs": compiled.get("step_secs"),
-            "mfu": compiled.get("mfu"), "binds": compiled.get("binds"),
+            "mfu": compiled.get("mfu"), "binds": compiled.get("binds"), "step_flops": cost.step_flops(spec, stage),
             "chip_hours": steps * compiled["step_secs"] * compiled["chips"] / 3600 if compiled["fits"] else None,
         }  # fmt: skip
     return out
+
+
+def estimated_cell(spec: RunSpec, compiled: list[dict[str, Any]], topology: str) -> dict[str, Any]:
+    """The row of a cell that was not compiled: chip hours at the MFU of the nearest compiled one that fits."""
+    from vlm_jax.sizing import chips, cost
+
+    chip = chips.CHIPS[topology.partition(":")[0]]
+    out: dict[str, Any] = {"llm": spec.model.decoder.name, "tokens": spec.model.compressor.tokens, "topology": topology}
+    for stage in spec.stages:
+        data, flops = data_of(spec, stage), cost.step_flops(spec, stage)
+        steps = rows_of_epoch(STAGES[stage.name], out["tokens"], data)[0] / data.batch_rows
+        known = [row[stage.name] for row in compiled if row[stage.name]["fits"]]
+        nearest = min(known, key=lambda found: abs(math.log(found["step_flops"] / flops)))
+        hours = steps * flops / nearest["mfu"] / chip.peak_flops / 3600
+        out[stage.name] = {"steps": round(steps), "mfu": nearest["mfu"], "chip_hours": hours}
+    return {**out, "estimated": True}
 
 
 def table(rows: list[dict[str, Any]], topology: str) -> list[str]:
@@ -85,9 +103,11 @@ def table(rows: list[dict[str, Any]], topology: str) -> list[str]:
             row = next((row for row in rows if (row["llm"], row["tokens"]) == (llm, v)), None)
             hours = None if row is None else [row[stage]["chip_hours"] for stage in STAGES]
             cells.append("" if hours is None else "does not fit" if None in hours else f"{sum(hours):,.0f}")
+            if hours and row.get("estimated"):
+                cells[-1] = f"~{cells[-1]}"
             total += 0 if hours is None or None in hours else sum(hours)
         lines.append(f"| {llm} | " + " | ".join(cells) + " |")
-    return [*lines, "", f"All cells that are shown: {total:,.0f} chip hours."]
+    return [*lines, "", f"All cells: {total:,.0f} chip hours. ~: not compiled, estimated from FLOPs."]
 
 
 def main(argv: list[str]) -> None:
@@ -126,7 +146,11 @@ def main(argv: list[str]) -> None:
             progress.advance(bar)
     lines: list[str] = []
     for topology in dict.fromkeys(row["topology"] for row in rows):
-        lines += ["", *table(rows, topology)]
+        compiled = [row for row in rows if row["topology"] == topology]
+        names = {(row["llm"], row["tokens"]) for row in compiled}
+        rest = [cell for cell in grid.cells if (cell["llm"], cell["tokens"]) not in names]
+        specs = (resolve(load_config(f"{grid.config}:{cell_name(cell)},{slice_arguments(topology)}")) for cell in rest)
+        lines += ["", *table([*compiled, *(estimated_cell(spec, compiled, topology) for spec in specs)], topology)]
     readme = HERE / "README.md"
     head, _, rest = readme.read_text().partition(BEGIN)
     readme.write_text("\n".join([head + BEGIN, *lines, "", END + rest.partition(END)[2]]))
