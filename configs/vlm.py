@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
         arg,
         llm="d48",
         tokens=4,
-        elastic="",  # several V, such as 1+4+16: one training serves all, and `tokens` is the last
+        elastic="",  # several V instead of `tokens`, such as 1+4+16: one training serves all
         elastic_steps="drawn",  # each step at one of them; or "all", "most"
         compressor="",  # default: resampler, and blind where tokens=0
         family="ocr",

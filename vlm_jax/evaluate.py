@@ -51,6 +51,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.workdir is not None:
         if args.model or args.suite or args.benchmarks or args.rescore:
             raise UserError("--workdir evaluates a run on its own task: for benchmarks give it as --model instead")
+        for name in ("tokens", "compressor", "vision", "limit", "set", "blind", "dtype", "tokenizer", "data", "out"):
+            if getattr(args, name):
+                raise UserError(
+                    f"--{name} is for --model: --workdir evaluates a run as it was trained, at each of its V"
+                )
         return args
     needed = ("data", "out") if args.rescore else ("model", "data", "out")
     if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
@@ -93,7 +98,7 @@ def _evaluate(workdir: Path, rows: Path) -> None:
     build.use_compilation_cache(cache)
     run = build.open_run(spec, cache)
     params = job.restore(run.network, workdir, least_step=total_steps(spec))
-    for at in build.at_every_v(run, cache):
+    for at in build.runs_at_every_v(run, cache):
         batches, tokens = range(job.evaluation_batches(at)), at.network.spec.model.compressor.tokens
         label = f"evaluating at {tokens} tokens" if spec.model.compressor.elastic else "evaluating"
         progress = iter(track(batches, description=label, transient=True, disable=not processes.is_primary()))

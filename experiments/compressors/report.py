@@ -5,6 +5,7 @@ Renews rows.jsonl (without --workdir it is read), the figure and the tables of R
 
 import itertools
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -134,7 +135,10 @@ def draw(found: dict[tuple[str, str, str, int], SeedMean], families: Sequence[st
     for panel, family in zip(panels[0], families, strict=True):
         for v, color in zip(TOKENS, plots.RAMP[1:], strict=True):
             cells = [(i, found.get((family, name, SEPARATE, v))) for i, name in enumerate(order)]
-            places, values = zip(*((i, cell) for i, cell in cells if cell), strict=True)
+            known = [(i, cell) for i, cell in cells if cell]
+            if not known:
+                continue
+            places, values = zip(*known, strict=True)
             errors, bars = [cell.error for cell in values], [2 * cell.stderr for cell in values]
             panel.errorbar(errors, places, xerr=bars, fmt="o", color=color, ms=5, elinewidth=1, label=f"V = {v}")
         blind = found.get((family, "blind", SEPARATE, 0))
@@ -157,14 +161,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, help="of experiments/compressors/grid.py; default: the committed rows")
     args = parser.parse_args(argv)
     if args.workdir is not None:
-        lines = (args.workdir / "rows.jsonl").read_text()
-        (HERE / "rows.jsonl").write_text(lines)
+        results.read(args.workdir / "rows.jsonl")
+        shutil.copyfile(args.workdir / "rows.jsonl", HERE / "rows.jsonl")
     rows = results.read(HERE / "rows.jsonl")
     families = [family for family in FAMILIES if any(row.family == family for row in rows)]
     free = HERE / "training_free.jsonl"
     found = cells(rows)
     draw(found, families, HERE / "figures" / "errors.png")
-    secs = sum(row.train_secs for row in rows) / 60
+    secs = sum({row.params_sha256: row.train_secs for row in rows}.values()) / 60  # of each training once
     texts = {
         "errors": f"{len(rows)} rows, {secs:.0f} minutes of training:\n\n"
         + markdown_table(error_lines(found, families)),

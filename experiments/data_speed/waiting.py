@@ -3,7 +3,7 @@
     python -m experiments.data_speed.waiting
 
 Trains the study's recipes for some steps, and measures the time that the loop spends in taking the next batch from the
-prefetched iterator and in putting it on the device, beside the time of all steps. Writes to README.md.
+prefetched iterator, beside the time of all steps. Writes to README.md.
 """
 
 import os

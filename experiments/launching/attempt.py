@@ -54,7 +54,7 @@ def _run(cell: Cell, report: states.Report, stop: Callable[[int], bool]) -> None
         done += 1
         report("evaluating", _TRAINING_SHARE + (1 - _TRAINING_SHARE) * min(done / batches, 1))
 
-    rows = [job.evaluate(at, params, cell.name, cell.folder, on_batch) for at in build.at_every_v(run, cache)]
+    rows = [job.evaluate(at, params, cell.name, cell.folder, on_batch) for at in build.runs_at_every_v(run, cache)]
     if processes.is_primary():
         write_row(cell, *rows)
 

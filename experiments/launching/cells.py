@@ -6,6 +6,7 @@ or a copied folder works too.
 """
 
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,10 @@ class Cell(NamedTuple):
     row_hashes: tuple[str, ...]  # `spec_hash` of each of its rows; its own is the last
     flops: float  # of its training
     folder: Path  # checkpoints, metrics, lock, row
+
+    def is_done(self, rows: Container[str]) -> bool:
+        """Whether all its rows are among those of these hashes."""
+        return all(digest in rows for digest in self.row_hashes)
 
 
 def cells_of(grid_location: str, workdir: Path) -> list[Cell]:
@@ -79,7 +84,7 @@ def rows_of(cells: list[Cell], workdir: Path) -> dict[str, ResultRow]:
     hashes = {digest for cell in cells for digest in cell.row_hashes}
     rows = {row.spec_hash: row for row in (results.read(table) if table.exists() else ()) if row.spec_hash in hashes}
     for cell in cells:
-        if not set(cell.row_hashes) <= set(rows):
+        if not cell.is_done(rows):
             rows |= _written(cell)
     return rows
 

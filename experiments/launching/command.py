@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
         open_workdir(args.workdir)
         return index.run(chosen, cells, args, console)
     rows = rows_of(cells, args.workdir)
-    left = [cell for cell in cells if cell.spec_hash not in rows]
+    left = [cell for cell in cells if not cell.is_done(rows)]
     if args.accelerator:
         slices.check_batches(left, args.accelerator)
     tables.show_plan(cells, rows, speed_of(args, rows), args.workers, console)
@@ -156,5 +156,5 @@ def _run(args: argparse.Namespace) -> int:
     if left:
         start()
     rows = gather(cells, args.workdir)
-    without = [cell for cell in cells if cell.spec_hash not in rows]
+    without = [cell for cell in cells if not cell.is_done(rows)]
     return conclude(without, args.workdir, console)

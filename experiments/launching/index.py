@@ -57,9 +57,9 @@ def run(chosen: list[Cell], cells: list[Cell], args: argparse.Namespace, console
     """Runs the chosen cells without a row; returns 1 if one fails."""
     rows = rows_of(chosen, args.workdir)
     for cell in chosen:
-        if cell.spec_hash in rows:
+        if cell.is_done(rows):
             console.print(f"cell {cell.index} is done: {cell.name}", soft_wrap=True, markup=False)
-    left = [cell for cell in chosen if cell.spec_hash not in rows]
+    left = [cell for cell in chosen if not cell.is_done(rows)]
     if len(chosen) > 1:
         return _run_several(left, args, console)
     if not left:
@@ -94,7 +94,7 @@ def _run_one(cell: Cell, workdir: Path, console: Console) -> int:
     # Slurm's warning before the time limit is for submitit, which puts the task back in the queue; then comes SIGTERM.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with states.try_lock(cell, _PATIENCE_SECS) as mine:
-        to_do = mine and cell.spec_hash not in rows_of([cell], workdir)
+        to_do = mine and not cell.is_done(rows_of([cell], workdir))
         processes.broadcast_from_primary(cell.index if to_do else _NONE)
         if not to_do:
             console.print(f"cell {cell.index}: {states.state_of(cell).text}", soft_wrap=True, markup=False)

@@ -28,7 +28,9 @@ class Speed(NamedTuple):
 def measured(rows: Iterable[ResultRow]) -> Speed | None:
     """The median over the rows of the device that most were trained on; a cell that was cut off and went on counts the
     seconds of its last part alone, which a median withstands. None without rows."""
-    rows = [row for row in rows if row.train_secs > 0]
+    rows = list(
+        {(row.cell, row.train_secs): row for row in rows if row.train_secs > 0}.values()
+    )  # of each training one
     if not rows:
         return None
     device, _ = Counter(row.device for row in rows).most_common(1)[0]
@@ -59,12 +61,12 @@ def show_plan(
             f"{total_steps(cell.spec):,}",
             f"{cell.flops:.2e}",
             *([_minutes(cell.flops / speed.flops_per_sec)] if speed else []),
-            "[green]done[/]" if cell.spec_hash in rows else "to do",
+            "[green]done[/]" if cell.is_done(rows) else "to do",
         ]
         table.add_row(str(cell.index), escape(cell.name), *numbers)
     console.print(table)
-    flops = sum(cell.flops for cell in cells if cell.spec_hash not in rows)
-    count = sum(cell.spec_hash not in rows for cell in cells)
+    flops = sum(cell.flops for cell in cells if not cell.is_done(rows))
+    count = sum(not cell.is_done(rows) for cell in cells)
     console.print(f"{len(cells)} cells, {count} to do, {flops:.2e} training FLOPs", soft_wrap=True)
     if not speed:
         console.print("minutes are shown once a row here has measured the speed")

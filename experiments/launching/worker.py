@@ -25,7 +25,7 @@ def main() -> None:
     for cell in cells_of(args.grid, args.workdir):
         with states.try_lock(cell) as mine:
             # The launcher removed what earlier launches left, so an error here is one of this launch.
-            if not mine or states.error_of(cell) or rows_of([cell], args.workdir):
+            if not mine or states.error_of(cell) or cell.is_done(rows_of([cell], args.workdir)):
                 continue
             log = os.open(cell.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 1)

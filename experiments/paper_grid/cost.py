@@ -19,6 +19,7 @@ import numpy as np
 
 from vlm_jax.aot import ENVIRONMENT
 from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import DataSpec, RunSpec, data_of
 from vlm_jax.data import bins
 
@@ -84,6 +85,8 @@ def estimated_cell(spec: RunSpec, compiled: list[dict[str, Any]], topology: str)
         data, flops = data_of(spec, stage), cost.step_flops(spec, stage)
         steps = rows_of_epoch(STAGES[stage.name], out["tokens"], data)[0] / data.batch_rows
         known = [row[stage.name] for row in compiled if row[stage.name]["fits"]]
+        if not known:
+            raise UserError(f"no cell of {topology} that was compiled fits: nothing to estimate the others from")
         nearest = min(known, key=lambda found: abs(math.log(found["step_flops"] / flops)))
         hours = steps * flops / nearest["mfu"] / chip.peak_flops / 3600
         out[stage.name] = {"steps": round(steps), "mfu": nearest["mfu"], "chip_hours": hours}
@@ -129,6 +132,10 @@ def main(argv: list[str]) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["llm"], row["tokens"], row["topology"]) for row in rows}
     grid = load_grid("configs/grids/paper.py")
+    for name, chosen in (("llm", args.llms), ("tokens", args.tokens)):
+        for value in chosen or ():
+            if value not in (known := list(dict.fromkeys(cell[name] for cell in grid.cells))):
+                raise unknown(f"{name} of the grid:", str(value), list(map(str, known)))
     cells = [
         cell for cell in grid.cells
         if (args.llms is None or cell["llm"] in args.llms) and (args.tokens is None or cell["tokens"] in args.tokens)

@@ -73,7 +73,7 @@ def test_default_candidates_are_the_measured_models(reasoning, study):
     assert {one.tokens for one in found} == set(catalog.row("tokenpacker").tokens_out((24, 24)))
     assert {one.extrapolates for one in found} == {()}
     assert {(one.model.projector, one.model.mask) for one in found} == {("mlp", "causal")}
-    own = candidates.candidates(study.family("ocr"), "non_embedding")
+    own = candidates.candidates(study.family("facts"), "non_embedding")  # whose law fits
     assert sides(own) == {("glyph-64", "resampler")}
     assert {one.model.decoder.name for one in own} == {"d24", "d48", "d96", "d192", "d384"}
     assert {one.model.projector for one in own} == {"linear"}

@@ -110,7 +110,7 @@ def test_one_training_gives_a_row_for_every_v(tmp_path) -> None:
     spec = elastic_spec("resampler", "1+2+4")
     run = build.open_run(spec, tmp_path)
     params = job.train(run, tmp_path / "run", lambda log, values: None)
-    rows = [job.evaluate(at, params, "cell", tmp_path / "run") for at in build.at_every_v(run, tmp_path)]
+    rows = [job.evaluate(at, params, "cell", tmp_path / "run") for at in build.runs_at_every_v(run, tmp_path)]
     assert [row.visual_tokens for row in rows] == [1, 2, 4]
     assert len({row.spec_hash for row in rows}) == 3
     assert rows[-1].spec_hash == specs.spec_hash(run.network.spec)

@@ -74,8 +74,9 @@ def compile_program(spec: RunSpec, stage: StageSpec, plan: Plan, mode: str) -> P
     network = build.lay_out(spec, plan)
     if mode == "train":
         train = build.train_step(network, stage)
+        most = None if train.tokens(1) is None else spec.model.compressor.tokens
         state = with_shardings(nn.meta.unbox(train.abstract), train.shardings)
-        jitted, arguments = train.program, (state, _train_inputs(spec, stage, plan), train.tokens(1))
+        jitted, arguments = train.program, (state, _train_inputs(spec, stage, plan), most)
         params, optimiser = state.params, state.opt_state
     else:
         jitted, arguments = (_prefill if mode == "prefill" else _decode)(spec, plan)

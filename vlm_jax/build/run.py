@@ -43,7 +43,7 @@ def _open_run(spec: RunSpec, network: Network, cache_dir: Path) -> Run:
     return Run(network, tuple(train), _open_test(network, cache_dir) if spec.data.test else None)
 
 
-def at_every_v(run: Run, cache_dir: Path) -> Iterator[Run]:
+def runs_at_every_v(run: Run, cache_dir: Path) -> Iterator[Run]:
     """The runs that one training serves, with their test data: one for each V of an elastic compressor."""
     for spec in specs.at_every_v(run.network.spec):
         if spec == run.network.spec:

@@ -72,10 +72,11 @@ def hides_tokens(model: ModelSpec) -> bool:
 
 
 def leaving(model: ModelSpec) -> int:
-    """Visual tokens of a view that leave the decoder at its stages, or its cache after a prompt."""
+    """Visual tokens of a view that leave the decoder at its stages, or its cache after a prompt; of several V, at the
+    one at which most do."""
     if model.compressor is None:
         return 0
-    cuts = stages(model)
+    cuts = stages(at_tokens(model, model.compressor.elastic[0]) if model.compressor.elastic else model)
     gone = entering(model.compressor) - cuts[-1].keep if cuts else 0
     return gone + row(model.compressor.name).segments(model.compressor).count(HIDDEN)
 

@@ -187,6 +187,10 @@ def _check(spec: RunSpec) -> None:
             f"{spec.compute.attention}"
         )
     compressor = spec.model.compressor
+    if spec.elastic != ELASTIC_STEPS[0] and not compressor.elastic:
+        raise UserError(
+            f"config field elastic={spec.elastic}: expected a compressor with several V (set elastic=1+4+16)"
+        )
     if compressor.elastic and compressor.tokens != compressor.elastic[-1]:
         raise UserError(
             f"config field model.compressor.tokens: expected {compressor.elastic[-1]}, the most of "

@@ -1,6 +1,6 @@
-"""Rows of an elastic compressor at fewer of its V.
+"""Training rows at a smaller V of an elastic compressor (nested, "Matryoshka" training: one set of weights, several V).
 
-Training rows have places for the most tokens of a view. At m of them the last m places hold the tokens 0 to m - 1, and
+Rows have places for the most tokens of a view. At m of them the last m places hold the tokens 0 to m - 1, and
 the places before are padding; so the token before the text, which may have a target, is always there.
 """
 

@@ -49,6 +49,8 @@ def check(budget: Budget, request: Request) -> None:
         raise UserError(f"budget {budget.kind}: expected a chip, got none (add --chip)")
     if budget.kind == "usd_per_million_requests" and not (budget.usd_per_chip_hour or 0) > 0:
         raise UserError("budget in dollars: expected a price above 0, got none (add --usd-per-chip-hour)")
+    if budget.usd_per_chip_hour is not None and not 0 < budget.usd_per_chip_hour < math.inf:
+        raise UserError(f"--usd-per-chip-hour: expected a price above 0, got {budget.usd_per_chip_hour:g}")
     for name, least in (("question_tokens", 0), ("answer_tokens", 0), ("batch", 1), ("chips", 1)):
         if not least <= getattr(request, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')}: expected {least} or more, got {getattr(request, name):g}")

@@ -46,8 +46,9 @@ def p_value(p: float) -> str:
 
 
 def visual_side(model: ModelSpec) -> ModelSpec:
-    """The model without V and the language model, in which the cells of a grid differ."""
-    compressor = dataclasses.replace(model.compressor, tokens=0, text_width=0)
+    """The model without V and the language model, in which the cells of a grid differ. Weights that serve several V
+    are described as those of one."""
+    compressor = dataclasses.replace(model.compressor, tokens=0, text_width=0, elastic=())
     return dataclasses.replace(model, compressor=compressor, decoder=None)
 
 

@@ -173,12 +173,14 @@ function showTable(cost, full, paper) {
 // Controls -----------------------------------------------------------------------------------------------------------
 function show() {
   if (timed(view.kind) && !view.chip) view.chip = data.start.chip || "v6e";
-  if (timed(view.kind) && !(view.price > 0) && view.kind !== "latency_ms") view.price = 1;
+  const editing = document.activeElement === $("price");
+  if (timed(view.kind) && !(view.price > 0) && view.kind !== "latency_ms" && !editing) view.price = 1;
   const cost = costs(), span = range(cost), kind = KINDS[view.kind];
   const middle = span ? Math.sqrt(span[0] * span[1]) : view.amount;
   if (view.amount === null) view.amount = roundUp(middle);
   const [scale, unit] = unitOf(middle * kind.unit * 3, kind.units);
-  for (const key of ["kind", "question", "batch", "chip", "price"]) $(key).value = view[key] ?? "";
+  for (const key of ["kind", "question", "batch", "chip"]) $(key).value = view[key] ?? "";
+  if (!editing) $("price").value = view.price ?? "";
   if (document.activeElement !== $("amount")) {
     $("amount").value = Number((view.amount * kind.unit / scale).toPrecision(12));
   }

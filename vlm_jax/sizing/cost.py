@@ -7,7 +7,8 @@ Conventions:
    count.
 2. Attention is counted densely: each of L queries against each of S keys, masked or not, for scores and for values. A
    causal or windowed mask saves nothing.
-3. The vocabulary head runs once after prefill and once per decode step; in training, on every text position.
+3. The vocabulary head runs once after prefill and once per decode step; in training it is counted at every position
+   of a row, though the loss computes only those with a weight (`ops.cross_entropy`): the convention of published MFU.
 4. An embedding lookup costs no FLOPs.
 5. N of the law is `decoder_params(spec, "excluded")`: everything but the embedding table and the head.
 

@@ -33,7 +33,7 @@ _LAYERS = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2, "tokenpacker": 0}  # o
 def find(weights: TensorFiles, prefix: str, mm: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     """(compressor, names of the projector's linear layers), from the tensors behind `prefix`."""
     names = {name.removeprefix(prefix) for name in weights.shapes if name.startswith(prefix)}
-    if "q_proj_1.weight" in names:
+    if {"q_proj_1.weight", "mlp.0.weight", "mlp.2.weight"} <= names:
         return "tokenpacker", ("mlp.0.", "mlp.2.")
     method = "quecc" if "0.q_downsample.weight" in names else "none"
     kind, claimed = mm.get("mm_projector_type"), mm.get("mm_vision_token_compression_type")
@@ -42,7 +42,7 @@ def find(weights: TensorFiles, prefix: str, mm: Mapping[str, Any], where: str) -
     first = 1 if method == "quecc" else 0
     layers = tuple(f"{i}." for i in range(first, first + 4, 2) if f"{i}.weight" in names)
     layers = ("",) if "weight" in names else layers
-    if len(layers) != _LAYERS.get(kind, len(layers) or 1) or (claimed == "quecc") > (method == "quecc"):
+    if not layers or len(layers) != _LAYERS.get(kind, len(layers)) or (claimed == "quecc") > (method == "quecc"):
         said = f"mm_projector_type={kind!r}" + (f", mm_vision_token_compression_type={claimed!r}" if claimed else "")
         listed = ", ".join(sorted(names)[:4])
         raise UserError(f"{weights.path}: expected the connector of {said}, got the tensors {prefix}{{{listed}, ...}}")
