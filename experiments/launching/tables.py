@@ -28,9 +28,8 @@ class Speed(NamedTuple):
 def measured(rows: Iterable[ResultRow]) -> Speed | None:
     """The median over the rows of the device that most were trained on; a cell that was cut off and went on counts the
     seconds of its last part alone, which a median withstands. None without rows."""
-    rows = list(
-        {(row.cell, row.train_secs): row for row in rows if row.train_secs > 0}.values()
-    )  # of each training one
+    trainings = {(row.cell, row.device, row.train_secs): row for row in rows if row.train_secs > 0}
+    rows = list(trainings.values())  # one of those that a training gave
     if not rows:
         return None
     device, _ = Counter(row.device for row in rows).most_common(1)[0]
