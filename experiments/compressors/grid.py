@@ -24,6 +24,7 @@ def get_grid(arg: str = "") -> Grid:
     rest = product(
         param("family", *([arg.family] if arg.family else FAMILIES)), param("steps", arg.steps), param("seed", *SEEDS)
     )
+    longer = tuple({**cell, "steps": len(TOKENS) * arg.steps} for cell in rest)  # as many updates for each V
     every = param("elastic", "+".join(map(str, sorted(TOKENS))))
     return Grid(
         "experiments/compressors/config.py",
@@ -31,5 +32,6 @@ def get_grid(arg: str = "") -> Grid:
         + product(param("compressor", "blind"), param("tokens", 0), rest)
         + product(param("compressor", *ELASTIC), every, rest)
         + product(param("compressor", "resampler"), every, param("elastic_steps", "most"), rest)
+        + product(param("compressor", *ELASTIC), every, longer)
         + product(param("compressor", *TRAINED), param("tokens", *TOKENS), rest),
     )

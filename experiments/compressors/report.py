@@ -26,7 +26,8 @@ HERE = Path(__file__).parent
 COMMAND = "experiments.compressors.report"
 TOKENS = (1, 4, 16)
 # Cells of one compressor that are trained differently, by a mark in the cell's name.
-SEPARATE, DRAWN, MOST = "one V", "elastic", "elastic, most"
+SEPARATE, DRAWN, LONGER, MOST = "one V", "elastic", "elastic, three times the steps", "elastic, most"
+STEPS = 400
 
 
 class SeedMean(NamedTuple):
@@ -41,6 +42,8 @@ def training(row: ResultRow) -> str:
     """How the row's weights were trained: for one V, or for several."""
     if not row.model.compressor.elastic:
         return SEPARATE
+    if row.train_steps > STEPS:
+        return LONGER
     return MOST if "elastic_steps=most" in row.cell else DRAWN
 
 
@@ -106,7 +109,7 @@ def elastic_lines(found: dict[tuple[str, str, str, int], SeedMean], families: Se
     """One training for all V beside one for each."""
     lines = [["family", "compressor", "training", *(f"V = {v}" for v in TOKENS)]]
     names = sorted({name for _, name, how, _ in found if how != SEPARATE}, key=TRAINED.index)
-    for family, name, how in itertools.product(families, names, (SEPARATE, DRAWN, MOST)):
+    for family, name, how in itertools.product(families, names, (SEPARATE, DRAWN, LONGER, MOST)):
         line = [shown(found.get((family, name, how, v))) for v in TOKENS]
         if any(line):
             lines.append([family, name, how, *line])
