@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     texts = {
         "errors": f"{len(rows)} rows, {secs:.0f} minutes of training:\n\n"
         + markdown_table(error_lines(found, families)),
-        "cost": markdown_table(cost_lines(rows, 4)),
+        "cost": markdown_table(cost_lines([row for row in rows if row.family == families[0]], 4)),
         "elastic": markdown_table(elastic_lines(found, families)),
         "training_free": markdown_table(training_free_lines(results.read(free), families)) if free.exists() else "",
     }

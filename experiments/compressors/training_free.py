@@ -2,7 +2,7 @@
 
     python -m experiments.compressors.training_free --workdir workdirs/compressors
 
-Writes training_free.jsonl. A method that cannot give some V is left out there.
+Writes training_free.jsonl, of the models of seed 0. A method that cannot give some V is left out there.
 """
 
 import dataclasses
@@ -57,12 +57,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of experiments/compressors/grid.py")
     args = parser.parse_args(argv)
     lines, out = [], HERE / "training_free.jsonl"
-    for cell in sorted(args.workdir.glob("cells/compressor=none,*")):
+    for cell in sorted(args.workdir.glob("cells/compressor=none,*,seed=0")):
         if (cell / "summary.json").is_file():
             for row in evaluated(cell):
                 print(f"{row.family}, {row.compressor}, V = {row.visual_tokens}: {row.error:.3f} ± {row.stderr:.3f}")
                 lines.append(results.to_line(row, out))
-    write_text(out, "".join(lines))
+                write_text(out, "".join(lines))
 
 
 if __name__ == "__main__":
