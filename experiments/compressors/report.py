@@ -147,7 +147,7 @@ def draw(found: dict[tuple[str, str, str, int], SeedMean], families: Sequence[st
         blind = found.get((family, "blind", SEPARATE, 0))
         if blind:
             panel.axvline(blind.error, color=plots.FAINT, linestyle=":", linewidth=1)
-            panel.annotate("no image", (blind.error, -0.9), color=plots.FAINT, fontsize=8, ha="right")
+            panel.annotate("no image ", (blind.error, len(order) - 0.5), color=plots.FAINT, fontsize=8, ha="right")
         panel.set_title(family)
         panel.set_xlabel("token error (± 2 standard errors)")
         panel.set_xlim(left=0)
