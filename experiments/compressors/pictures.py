@@ -36,7 +36,7 @@ def answer_shares(model: Model, image: UInt8[np.ndarray, "H H 3"], prompt: str) 
     encoder's outputs."""
     rows = api.prompt_rows(model, [image], [prompt])
     tokens, mask = host.padded(rows.tokens)
-    inputs = host.inputs_of(model, rows.images, tokens, mask, None, rows.questions)
+    inputs = jax.tree.map(jnp.asarray, host.inputs_of(model, rows.images, tokens, mask, None, rows.questions))
     vlm = Vlm(model.spec, model.compute)
     visual = jax.jit(vlm.encode)(model.params, inputs.views.pixels[:, 0])
 
