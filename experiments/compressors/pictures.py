@@ -88,7 +88,7 @@ def draw(name: str, model: Model, images: dict[str, tuple[np.ndarray, str]], out
     figure, panels = plt.subplots(
         len(images), count + 2, figsize=(1.35 * (count + 2), 1.5 * len(images) + 0.3), squeeze=False
     )
-    for row, (image, prompt) in zip(panels, images.values(), strict=True):
+    for number, (row, (image, prompt)) in enumerate(zip(panels, images.values(), strict=True)):
         for panel in row:
             grey(panel, image)
         shares = [answer_shares(model, image, prompt)]
@@ -99,9 +99,9 @@ def draw(name: str, model: Model, images: dict[str, tuple[np.ndarray, str]], out
         for panel, share, title in zip(row[1:], shares, titles, strict=True):
             alpha = 0.75 * share / max(share.max(), 1e-30)
             panel.imshow(share, cmap="autumn_r", alpha=alpha, vmin=0, extent=(0, 1, 1, 0), interpolation="nearest")
-            if row is panels[0]:
+            if number == 0:
                 panel.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=2)
-        row[0].set_title(model.spec.compressor.name if row is panels[0] else "", fontsize=9, pad=2)
+    panels[0, 0].set_title(name, fontsize=9, pad=2)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.9, wspace=0.04, hspace=0.06)
     plots.save(figure, out)
     plt.close(figure)
