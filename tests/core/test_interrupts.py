@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ MOMENTS = {
     "raised": "    raise KeyboardInterrupt",
     "with_threads": "    threading.Thread(target=time.sleep, args=(60,)).start()\n    interrupt()",
 }
+
+
+@pytest.fixture(autouse=True)
+def sigint_as_in_a_terminal() -> Iterator[None]:
+    """A child inherits an ignored signal: the tests may run in the background of a script, which ignores Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def run(body: str, folder: Path) -> subprocess.CompletedProcess[str]:
