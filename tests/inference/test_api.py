@@ -12,8 +12,8 @@ import vlm_jax
 from tests.golden import peers_answers, peers_decoders, peers_text
 from tests.golden.drawn import weights
 from vlm_jax.core.errors import UserError
+from vlm_jax.data.rows import bucket
 from vlm_jax.inference import programs
-from vlm_jax.inference.prompts import bucket
 
 CASES = peers_answers.read()
 DECODERS = peers_decoders.read()

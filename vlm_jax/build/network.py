@@ -181,7 +181,7 @@ def train_step(network: Network, stage: StageSpec) -> TrainStep:
         return loss.sums(hidden, model.head(params), batch, eos_ids, sources)
 
     def forward(params: Any, batch: Inputs, tokens: Any) -> LossSums:
-        if spec.elastic != "all" or not several:
+        if spec.elastic != "all":
             return sums(params, batch, tokens)
         return jax.tree.map(lambda *parts: sum(parts), *(sums(params, batch, each) for each in several))
 

@@ -89,8 +89,8 @@ def public_connector(path: Path, model: ModelSpec, plan: partitioning.Plan, visi
         raise UserError(info.missing or f"{path}: expected a vision-language model with a projector, got one without")
     theirs, ours = info.compressor, model.compressor
     if theirs is not None and ours.name == theirs.name and ours != theirs:
-        fields = [field.name for field in dataclasses.fields(ours)]
-        values = [f"{n}={getattr(theirs, n)} (not {getattr(ours, n)})" for n in fields if _differ(theirs, ours, n)]
+        actual, config = vars(theirs), vars(ours)
+        values = [f"{name}={actual[name]} (not {config[name]})" for name in actual if actual[name] != config[name]]
         raise UserError(f"{path}: expected the compressor of the config, got {ours.name} of {', '.join(values)}")
     loaded = inspection.load_connector(info, model, plan, "float32")
     if "projector" not in loaded:
@@ -99,7 +99,3 @@ def public_connector(path: Path, model: ModelSpec, plan: partitioning.Plan, visi
         actual = (info.projector, table["projector/kernel"].shape[0], table["projector/bias"].shape[0])
         raise UserError(f"{path}: expected a projector {expected} (kind, width in, width out), got {actual}")
     return loaded
-
-
-def _differ(one: Any, other: Any, field: str) -> bool:
-    return getattr(one, field) != getattr(other, field)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from vlm_jax.build.data import open_data
 from vlm_jax.build.network import Network, cache_errors, open_network
+from vlm_jax.compress import catalog
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
@@ -50,7 +51,7 @@ def runs_at_every_v(run: Run, cache_dir: Path) -> Iterator[Run]:
             yield run
             continue
         network = run.network
-        model = dataclasses.replace(network.model.spec, compressor=spec.model.compressor)
+        model = catalog.at_tokens(network.model.spec, spec.model.compressor.tokens)
         network = network._replace(spec=spec, model=network.model._replace(spec=model))
         with cache_errors(cache_dir):
             yield Run(network, (), _open_test(network, cache_dir) if spec.data.test else None)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs
 from vlm_jax.data import chat
+from vlm_jax.data.rows import bucket
 from vlm_jax.inference import decoding, programs
 from vlm_jax.inference import prompts as host
 from vlm_jax.inference.loading import Model
@@ -88,7 +89,7 @@ def decode(
     rows, count = len(inputs.tokens), decoding.new_tokens(model, inputs, max_new_tokens)
     params = decoding.sampling_params(rows, count, temperature, top_p, seed)
     with decoding.memory_errors(rows, count):
-        state, hidden = decoding.start(model, inputs, params, host.bucket(count))
+        state, hidden = decoding.start(model, inputs, params, bucket(count))
         state = decoding.advance(model, state, params, count)
         out, hidden = jax.device_get((state.out, hidden))
     decoding.check_finite(model, hidden)

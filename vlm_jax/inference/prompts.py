@@ -14,7 +14,7 @@ from vlm_jax.core.axes import BATCH
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data import images as pictures
-from vlm_jax.data.rows import bucket as bucket
+from vlm_jax.data.rows import bucket
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference.loading import Model
 

@@ -7,7 +7,7 @@ from vlm_jax.compress.contract import Compressor, Cost
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.segments import HIDDEN
-from vlm_jax.core.specs import CompressorSpec, DataSpec, DropStage, ModelSpec, RunSpec
+from vlm_jax.core.specs import CompressorSpec, DataSpec, ModelSpec, RunSpec
 
 LayerTokens = tuple[
     tuple[int, int], ...
@@ -19,20 +19,10 @@ def row(model: ModelSpec) -> Compressor:
     return catalog.row(model.compressor.name)
 
 
-def output_width(model: ModelSpec) -> int:
-    """Width of the compressor's tokens."""
-    return row(model).output_width(model.compressor)
-
-
 @functools.lru_cache(maxsize=100_000)
 def compressor_cost(spec: CompressorSpec, question_tokens: int | float = 0) -> Cost:
     """Forward FLOPs of one image and one question through the compressor, without question pass and projector."""
     return catalog.row(spec.name).cost(spec, question_tokens)
-
-
-def stages(model: ModelSpec) -> tuple[DropStage, ...]:
-    """The stages at which tokens leave the decoder."""
-    return catalog.stages(model)
 
 
 def check_stages(model: ModelSpec, where: str) -> None:
@@ -51,7 +41,7 @@ def check_stages(model: ModelSpec, where: str) -> None:
 def alive(model: ModelSpec) -> LayerTokens:
     """The visual tokens that layers process. Raises `UserError` for stages beyond the decoder's depth."""
     start, tokens, parts = 0, row(model).entering(model.compressor), []
-    for stage in stages(model):
+    for stage in catalog.stages(model):
         parts.append((stage.layer - start, tokens))
         start, tokens = stage.layer, stage.keep
     parts.append((model.decoder.depth - start, tokens))
@@ -64,11 +54,6 @@ def cached(model: ModelSpec) -> LayerTokens:
     """The visual tokens that layers keep for decoding."""
     segments = row(model).segments(model.compressor)
     return tuple((layers, tokens - segments.count(HIDDEN)) for layers, tokens in alive(model))
-
-
-def entering(model: ModelSpec) -> int:
-    """Visual tokens of an image in a row: those that enter the decoder."""
-    return alive(model)[0][1]
 
 
 def views_of_row(spec: RunSpec, data: DataSpec) -> int:

@@ -208,10 +208,10 @@ def _pass_by_layers(
 
 def _score_flops(model: ModelSpec, text_tokens: Number) -> Pass:
     """Of the stages that score: one query of the layer, the keys of all tokens that enter the stage, their products."""
-    products, cuts = Pass(0.0, 0.0, 0.0), compression.stages(model)
+    products, cuts = Pass(0.0, 0.0, 0.0), catalog.stages(model)
     if not cuts:
         return products
-    decoder, alive = model.decoder, compression.entering(model)
+    decoder, alive = model.decoder, catalog.entering(model.compressor)
     for stage in cuts:
         if stage.score == "attention":
             keys, heads = alive + text_tokens, decoder.heads * decoder.head_dim
@@ -242,7 +242,7 @@ def flops(model: ModelSpec, question_tokens: Number, answer_tokens: Number, ques
     if compressor.tokens == 0:
         return ModelFlops(0.0, 0.0, 0.0, skipped, prefill, decode)
     scores, cost = _score_flops(model, question_tokens), compression.compressor_cost(compressor, question_tokens)
-    kernels = _projector_kernels(model.projector, compression.output_width(model), decoder.width)
+    kernels = _projector_kernels(model.projector, catalog.output_width(model.compressor), decoder.width)
     passes_question = "question_vector" in compression.row(model).reads
     return ModelFlops(
         encoder_flops(model.encoder),
@@ -264,7 +264,7 @@ def row_pass(model: ModelSpec, row_tokens: int, views: int) -> Pass:
     leaves some of its tokens behind at the model's stages, present or not."""
 
     def one(decoder: DecoderSpec, tokens: int) -> Pass:
-        length = row_tokens - views * (compression.entering(model) - tokens)
+        length = row_tokens - views * (catalog.entering(model.compressor) - tokens)
         return pass_flops(decoder, length, length, row_tokens)
 
     return _pass_by_layers(model.decoder, compression.alive(model), one)
@@ -352,7 +352,7 @@ def moved_bytes(
     }
     if tokens == 0:
         return dict.fromkeys(PARTS, 0.0) | moved
-    inputs = compression.output_width(model)
+    inputs = catalog.output_width(model.compressor)
     image = encoder.patches * encoder.width + 2 * tokens * inputs + tokens * decoder.width
     projector = projector_params(model.projector, inputs, decoder.width)
     asks = layers + batch * decoder_activation_bytes(decoder, question_tokens, dtype)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from vlm_jax.compress import catalog
 from vlm_jax.core import specs
 from vlm_jax.core.specs import ModelSpec, RunSpec, StageSpec
 from vlm_jax.sizing import compression, cost
@@ -121,7 +122,7 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
     """Work of prefill: image and text of every row, and one position's logits each; arguments as in `train_work`."""
     model, rows = spec.model, spec.evaluation.batch_examples
     length = spec.data.row_tokens
-    flops = rows * cost.flops(model, length - compression.entering(model), 1).total
+    flops = rows * cost.flops(model, length - catalog.entering(model.compressor), 1).total
     kernels = _kernel_bytes(spec, cost.params(model).total / compute_shards, 1, storage_shards > compute_shards)
     activations = _pass_bytes(spec, length, length) + cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     return Work(flops, flops, kernels + activations * rows / chips)
@@ -130,7 +131,7 @@ def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_sha
 def decode_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
     """Work of one decode step for every row, behind a full context; arguments as in `train_work`."""
     decoder, rows = spec.model.decoder, spec.evaluation.batch_examples
-    text = spec.data.row_tokens - compression.entering(spec.model)
+    text = spec.data.row_tokens - catalog.entering(spec.model.compressor)
     keys = text + compression.mean(compression.cached(spec.model)) + spec.evaluation.max_new_tokens
     flops = rows * cost.pass_flops(decoder, 1, keys, 1).total
     kernels = _kernel_bytes(spec, cost.decoder_params(decoder) / compute_shards, 1, storage_shards > compute_shards)
