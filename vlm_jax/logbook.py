@@ -33,7 +33,7 @@ def numbers(
         "token_error": 1 - float(sums.hits) / max(float(sums.answers), 1.0),
         "grad_norm": float(norms.grad),
         "update_norm": float(norms.update),
-        "learning_rate": float(optim.schedule(spec.optim, stage)(log.step - first_step - 1)),
+        "learning_rate": float(optim.learning_rate(spec.optim, stage)(log.step - first_step - 1)),
     }
     if sums.part_nll is not None:
         pairs = zip(names, sums.part_nll, sums.part_count, strict=True)

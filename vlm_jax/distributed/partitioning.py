@@ -189,7 +189,11 @@ class Plan(NamedTuple):
     def init(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Runs an initialiser of boxed arrays under jit with their shardings; returns unboxed arrays."""
         shardings = self.shardings(jax.eval_shape(fn, *args))
-        return self.jit(lambda *a: nn.meta.unbox(fn(*a)), out_shardings=shardings)(*args)
+        # It runs once, so on a CPU most of its time would be LLVM's optimisation.
+        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if is_cpu else None
+        init = lambda *a: nn.meta.unbox(fn(*a))  # noqa: E731
+        return self.jit(init, out_shardings=shardings, compiler_options=options)(*args)
 
 
 def make_plan(compute: ComputeSpec, devices: list[Any] | None = None) -> Plan:

@@ -1,5 +1,6 @@
 """The optimiser of a stage: clipping, AdamW with decay on matrices, warm-up and cosine schedule, per-path rates."""
 
+import functools
 import re
 from typing import Any
 
@@ -18,6 +19,12 @@ def schedule(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
         decay_steps=max(stage.total_steps, stage.warmup_steps + 1),
         end_value=spec.final_lr_share * stage.peak_lr,
     )
+
+
+@functools.cache
+def learning_rate(spec: OptimSpec, stage: StageSpec) -> optax.Schedule:
+    """`schedule` under jit, for the host: one program instead of one for each of its operations."""
+    return jax.jit(schedule(spec, stage))
 
 
 def make_optimiser(spec: OptimSpec, stage: StageSpec, moments: str = "float32") -> optax.GradientTransformation:
