@@ -19,7 +19,7 @@ from PIL import Image
 
 from experiments.readme import write_block
 from experiments.report import markdown_table
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import EncoderSpec
 from vlm_jax.data import images
@@ -30,7 +30,7 @@ ENCODERS = ("siglip-so400m14-384", "clip-l14-336")
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("images", __doc__)
+    parser = ArgumentParser(prog="python -m experiments.data_speed.images", description=__doc__)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=9)
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from experiments.serving_load.load import write_model
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
 from vlm_jax.core import files
 from vlm_jax.core.errors import UserError
@@ -48,7 +48,7 @@ Seconds = tuple[float, float]  # by the clock, of the processor
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("evaluation", __doc__)
+    parser = ArgumentParser(prog="python -m experiments.inference_speed.evaluation", description=__doc__)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--layers", type=int, nargs=2, default=[2, 4], metavar=("ENCODER", "LLM"))
     parser.add_argument("--new-tokens", type=int, default=16)

@@ -26,7 +26,7 @@ from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax import build
 from vlm_jax.checkpoints.orbax import read_spec
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.config.resolve import spec_from_dict
 from vlm_jax.core import files
 from vlm_jax.core.errors import UserError
@@ -40,7 +40,7 @@ _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval scores as the answer of 
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("lmms_eval", __doc__)
+    parser = ArgumentParser(prog="python -m experiments.lmms_eval.run", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the workdir of a run")
     parser.add_argument("--examples", type=int, default=512, help="test images, one question each")
     parser.add_argument("--concurrent", type=int, default=32, help="requests at once")

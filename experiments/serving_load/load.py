@@ -35,7 +35,7 @@ from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.checkpoints import tensor_files, tensor_tables
 from vlm_jax.checkpoints.huggingface import exporting, processors
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
 from vlm_jax.core import files
 from vlm_jax.core.errors import UserError
@@ -51,7 +51,7 @@ _TIE = 1e-5  # relative difference of scores
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("serving_load", __doc__)
+    parser = ArgumentParser(prog="python -m experiments.serving_load.load", description=__doc__)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=500, help="of all clients")
     parser.add_argument("--distinct", type=int, default=50, help="requests that the others are drawn from")

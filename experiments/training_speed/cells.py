@@ -20,7 +20,7 @@ from typing import Any
 from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ PROGRAMS = "programs"  # of the cache: compiled programs
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("cells", __doc__)
+    parser = ArgumentParser(prog="python -m experiments.training_speed.cells", description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args(argv)
     if args.steps < 1:

@@ -20,7 +20,7 @@ import numpy as np
 from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 from vlm_jax.ops.cross_entropy import weighted_nll
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("loss", __doc__)
+    parser = ArgumentParser(prog="python -m experiments.training_speed.loss", description=__doc__)
     parser.add_argument("--words", type=int, nargs="+", default=[32_000, 257_152])
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.2])
     parser.add_argument("--width", type=int, default=256)
