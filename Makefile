@@ -21,7 +21,7 @@ docs: .venv/installed  ## the pages of docs/ and the API, into site/; a broken l
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/installed  ## every speed claim, as ratios measured side by side
-	$(BIN)/python -m experiments.published_law.benchmark
+	$(BIN)/python -m experiments.bench
 
 setup: .venv/installed
 

@@ -1,0 +1,209 @@
+"""Every speed claim of the project, measured beside something: `python -m experiments.bench` (or `make bench`).
+
+    python -m experiments.bench --list          # the benchmarks, what they need, and whether it is installed
+    python -m experiments.bench --show          # the table of the committed results; measures nothing
+    python -m experiments.bench train_step law  # these alone
+
+Runs each benchmark as a module of its own and prints one row for each result: seconds here and at the peer, the ratio
+peer / here of interleaved measurements (minimum / median / maximum, above 1 is faster here), load average and machine.
+A benchmark whose peer is not installed is left out and listed, and its committed row stays. Writes docs/speed.md.
+"""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.readme import write_block
+from experiments.report import markdown_table
+from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError, unknown
+
+EXPERIMENTS = Path(__file__).parent
+PAGE = EXPERIMENTS.parent / "docs" / "speed.md"
+
+
+class Line(NamedTuple):
+    """One result."""
+
+    work: str
+    here: float  # milliseconds
+    peer: str
+    theirs: float
+    ratios: list[float]  # of the pairs, or of the medians alone
+    circumstances: str
+
+
+class Benchmark(NamedTuple):
+    """A module that measures, and how its file is read."""
+
+    module: str
+    results: str  # file
+    lines: Callable[[Any], Iterator[Line]]
+    needs: tuple[str, ...] = ()  # packages of the peer
+    args: tuple[str, ...] = ()
+
+
+def _machine(result: dict[str, Any]) -> str:
+    load = f", load {result['load']}" if "load" in result else ""
+    return f"{result.get('cpu', 'unknown processor')}{load}"
+
+
+def _loss(result: Any) -> Iterator[Line]:
+    for row in result["rows"]:
+        work = f"output embedding and loss, {row['words']:,} words, {row['share']:.0%} of positions with weight"
+        ratios = [1 / ratio for ratio in row["ratio"]]
+        yield Line(
+            work, 1e3 * row["ours_secs"], "log_softmax of all", 1e3 * row["plain_secs"], ratios, _machine(result)
+        )
+
+
+def _cells(result: Any) -> Iterator[Line]:
+    machine, one, several = _machine(result), result["warm"]["secs"], result["several"]
+    cold = result["cold"]["secs"]
+    yield Line("a cell of the grid, programs cached", 1e3 * one, "not cached", 1e3 * cold, [cold / one], machine)
+    here, apart = several["launch_secs"], several["apart_secs"]
+    work = f"{several['cells']} cells, one launch"
+    yield Line(work, 1e3 * here, "a process a cell", 1e3 * apart, [apart / here], machine)
+
+
+def _answering(peer: str) -> Callable[[Any], Iterator[Line]]:
+    def lines(rows: Any) -> Iterator[Line]:
+        for row in rows:
+            for phase, work in (("prefill", f"prefill of {row['prompt_tokens']}"), ("token", "a token")):
+                name = f"{work}, {row['model']}, batch {row['batch']}, {row['threads']} thread(s)"
+                ratios = row[f"{phase}_ratio"]
+                yield Line(name, row[f"{phase}_ms"], peer, row[f"theirs_{phase}_ms"], ratios, _machine(row))
+
+    return lines
+
+
+def _evaluation(result: Any) -> Iterator[Line]:
+    for part, work in (("suite", "evaluation of a benchmark"), ("training", "evaluation in training, a batch")):
+        one = result[part]
+        ratios = [1 / ratio for ratio in one["wall_ratio"]]
+        yield Line(
+            work, 1e3 * one["wall_secs"], "`generate`", 1e3 * one["generate_wall_secs"], ratios, _machine(result)
+        )
+
+
+def _images(result: Any) -> Iterator[Line]:
+    for row in result["rows"]:
+        here, before = (1e3 / row[name] for name in ("current", "replaced"))
+        yield Line(f"an image for {row['encoder']}", here, "the steps before", before, row["ratio"], _machine(result))
+
+
+def _packing(result: Any) -> Iterator[Line]:
+    for step in result["steps"]:
+        fit, none = (1e3 * step[name]["secs"] / step[name]["conversations"] for name in ("fit", "none"))
+        work = f"training, a conversation, V = {step['tokens']}, packed"
+        yield Line(work, fit, "one a row", none, [none / fit], _machine(result))
+
+
+def _law(result: Any) -> Iterator[Line]:
+    imports = statistics.median(result["import"])
+    for name, work in (("fit_law", "`fit_law` of 56 rows"), ("plan", f"`plan` over {result['combinations']:,} models")):
+        here = statistics.median(result[name])
+        ratios = sorted(other / own for own, other in zip(result[name], result["import"], strict=True))
+        yield Line(work, 1e3 * here, "importing jax, flax", 1e3 * imports, ratios, _machine(result))
+
+
+def _search(result: Any) -> Iterator[Line]:
+    for name, peer in (("loop_secs", "the paper's search, loops"), ("vectorised_secs", "the same, vectorised")):
+        here, theirs = result["fit_ms"], 1e3 * result[name]
+        yield Line("one fit of the law", here, peer, theirs, [theirs / here], f"{result['cores']} core(s)")
+
+
+def _train_step(result: Any) -> Iterator[Line]:
+    for row in result["rows"]:
+        work = f"a training step, {row['words']:,} words"
+        yield Line(work, 1e3 * row["ours_secs"], "big_vision", 1e3 * row["theirs_secs"], row["ratio"], _machine(result))
+
+
+BENCHMARKS = {
+    "train_step": Benchmark(
+        "training_speed.beside_big_vision", "training_speed/beside_big_vision.json", _train_step,
+        ("big_vision", "tensorflow"),
+    ),
+    "loss": Benchmark("training_speed.loss", "training_speed/loss.json", _loss),
+    "packing": Benchmark("data_speed.packing", "data_speed/packing.json", _packing),
+    "transformers": Benchmark(
+        "inference_speed.beside_transformers", "inference_speed/beside_transformers.json",
+        _answering("transformers"), ("torch", "transformers"), ("--threads", "2"),
+    ),
+    "big_vision": Benchmark(
+        "inference_speed.beside_big_vision", "inference_speed/beside_big_vision.json",
+        _answering("big_vision"), ("big_vision", "tensorflow"),
+    ),
+    "evaluation": Benchmark("inference_speed.evaluation", "inference_speed/evaluation.json", _evaluation),
+    "cells": Benchmark("training_speed.cells", "training_speed/cells.json", _cells),
+    "images": Benchmark("data_speed.images", "data_speed/images.json", _images),
+    "law": Benchmark("published_law.commands", "published_law/commands.json", _law),
+    "search": Benchmark("published_law.benchmark", "published_law/benchmark.json", _search),
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m experiments.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--show", action="store_true")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in BENCHMARKS:
+            raise unknown("benchmark", name, BENCHMARKS)
+    chosen = args.names or list(BENCHMARKS)
+    if args.list:
+        for name in chosen:
+            missing = _missing(BENCHMARKS[name])
+            print(f"{name:>12}  {BENCHMARKS[name].module:<36} {f'needs {chr(44).join(missing)}' if missing else ''}")
+        return
+    if not args.show:
+        _run(chosen)
+    text = table()
+    print(text)
+    if not args.show:
+        write_block(PAGE, "speed", text, "experiments.bench")
+
+
+def _missing(benchmark: Benchmark) -> list[str]:
+    return [name for name in benchmark.needs if importlib.util.find_spec(name) is None]
+
+
+def _run(names: list[str]) -> None:
+    """Runs the benchmarks one after the other; one that fails does not stop the others. Raises `UserError` at the end
+    if any failed."""
+    failed = []
+    for number, name in enumerate(names, 1):
+        benchmark = BENCHMARKS[name]
+        if missing := _missing(benchmark):
+            print(f"[{number}/{len(names)}] {name}: left out, needs {', '.join(missing)}", file=sys.stderr)
+            continue
+        print(f"[{number}/{len(names)}] {name}: python -m experiments.{benchmark.module}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", f"experiments.{benchmark.module}", *benchmark.args]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            failed.append(name)
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)} failed (python -m experiments.MODULE shows why; --list names the modules)"
+        )
+
+
+def table() -> str:
+    """The rows of all results there are."""
+    lines = [["work", "here, ms", "peer", "peer, ms", "peer / here", "machine"]]
+    for benchmark in BENCHMARKS.values():
+        path = EXPERIMENTS / benchmark.results
+        for line in benchmark.lines(json.loads(path.read_text())) if path.is_file() else ():
+            low, middle, high = (of(line.ratios) for of in (min, statistics.median, max))
+            ratio = f"{low:.2f} / **{middle:.2f}** / {high:.2f}" if len(line.ratios) > 1 else f"**{middle:.2f}**"
+            lines.append([line.work, f"{line.here:,.1f}", line.peer, f"{line.theirs:,.1f}", ratio, line.circumstances])
+    return markdown_table(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
