@@ -22,7 +22,7 @@ from vlm_jax.sizing import zoo
 FAMILIES = {
     "ocr": dict(study=("rows6", 800, 10), demo=("rows4_small", 320, 8), questions=4, answer_tokens=7),
     "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
-    "scene": dict(study=("sums3", 1000, 7), demo=("sums3_small", 320, 7), questions=4, answer_tokens=2),
+    "scene": dict(study=("chains2", 600, 9), demo=("chains2_small", 320, 9), questions=4, answer_tokens=2),
 }
 GLYPHS = "vlm_jax.studies.glyphs.source:Glyphs"
 RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo recipe

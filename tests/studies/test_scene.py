@@ -19,7 +19,7 @@ OPERATORS = {
     "max": max,
     "min": min,
 }
-CONFIGS = ("sums3", "sums4", "two", "three")
+CONFIGS = ("chains2", "two", "three")
 
 
 class Interpreter:
@@ -88,7 +88,7 @@ class Interpreter:
         total = self.number(words)
         while words:
             operator = OPERATORS[words.pop(0)]
-            total = operator(total, self.number(words)) % 10
+            total = min(max(operator(total, self.number(words)), 0), 9)
         return str(total)
 
 

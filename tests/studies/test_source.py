@@ -22,7 +22,8 @@ def _files(folder):
 
 
 def folder_of(cache_dir, family, config):
-    return cache_dir / "data" / f"glyph_{family}" / config / "1.0.0"
+    version = "2.0.0" if family == "scene" else "1.0.0"
+    return cache_dir / "data" / f"glyph_{family}" / config / version
 
 
 @pytest.mark.parametrize(("family", "config"), TINY)

@@ -1,15 +1,16 @@
 """`glyph_scene`: what limits the answer is the computation over what was seen.
 
 Questions are the programs of `programs`; the test split asks only questions that training never asks, about digits that
-never stand together in training. Two looks, each in two difficulties:
+never stand together in training. Two looks:
 
-    sums3, sums4   three (four) coloured digits, each drawn several times, colour by colour: arithmetic on little to see
-    two, three     four digits and two shapes in free cells: two-step (three-step) questions about place and number
+    chains2      two coloured digits, each drawn several times, colour by colour: two or three operations on both
+    two, three   four digits and two shapes in free cells: two-step (three-step) questions about place and number
 """
 
 import dataclasses
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from vlm_jax.studies.glyphs import backdrops, glyphs, layouts
 from vlm_jax.studies.glyphs.glyph_scene import programs, scenes
@@ -20,10 +21,8 @@ _SIZE, _JITTER = 13.5, 0.9  # pixels
 
 
 _FREE = scenes.SceneLayout(digits=4, shapes=2, colours=6, copies=1, places="free")
-_THREE_DIGITS = scenes.SceneLayout(digits=3, shapes=0, colours=3, copies=5, places="rows")
-_FOUR_DIGITS = scenes.SceneLayout(digits=4, shapes=0, colours=4, copies=4, places="rows")
-_SUMS3 = ("pair", "mixed", "triple")
-_SUMS4 = ("pair", "triple")
+_TWO_DIGITS = scenes.SceneLayout(digits=2, shapes=0, colours=2, copies=8, places="rows")
+_CHAINS = ("mixed", "chain")
 _TWO = ("pair", "side", "among", "nearer")
 _THREE = ("triple", "reach", "tally", "meet")
 
@@ -32,6 +31,7 @@ _THREE = ("triple", "reach", "tally", "meet")
 class SceneConfig(GlyphConfig):
     ask: tuple[str, ...] = ()  # of programs.PROGRAMS
     layout: scenes.SceneLayout = _FREE
+    most_common: float = 1.0  # share of scenes in which a question may have one and the same answer
     questions: int = 16
 
 
@@ -39,15 +39,15 @@ class GlyphScene(GlyphBuilder):
     """Questions of several steps about coloured digits and shapes."""
 
     FAMILY = "scene"
-    DEFAULT_BUILDER_CONFIG_NAME = "sums3"
+    VERSION = tfds.core.Version("2.0.0")
+    DEFAULT_BUILDER_CONFIG_NAME = "chains2"
     BUILDER_CONFIGS = [  # noqa: RUF012
-        SceneConfig(name="sums3", ask=_SUMS3, layout=_THREE_DIGITS),
-        SceneConfig(name="sums4", ask=_SUMS4, layout=_FOUR_DIGITS),
+        SceneConfig(name="chains2", ask=_CHAINS, layout=_TWO_DIGITS, most_common=0.4),
         SceneConfig(name="two", ask=_TWO),
         SceneConfig(name="three", ask=_THREE),
-        SceneConfig(name="sums3_small", ask=_SUMS3, layout=_THREE_DIGITS, train=4096, test=512),
+        SceneConfig(name="chains2_small", ask=_CHAINS, layout=_TWO_DIGITS, most_common=0.4, train=4096, test=512),
         SceneConfig(name="two_small", ask=_TWO, train=4096, test=512),
-        SceneConfig(name="sums3_photo", ask=_SUMS3, layout=_THREE_DIGITS, backdrop="photo"),
+        SceneConfig(name="chains2_photo", ask=_CHAINS, layout=_TWO_DIGITS, most_common=0.4, backdrop="photo"),
         SceneConfig(name="three_photo", ask=_THREE, backdrop="photo"),
         SceneConfig(name="two_tiny", ask=_TWO, questions=4, train=64, test=32),
     ]
@@ -55,7 +55,7 @@ class GlyphScene(GlyphBuilder):
     def chunk(self, split: str, start: int, rng: np.random.Generator, count: int) -> Chunk:
         config = self.builder_config
         shown = scenes.sample(rng, split, count, config.layout)
-        asked = programs.table(config.ask, config.layout)
+        asked = programs.table(config.ask, config.layout, config.most_common)
         answer = programs.answers(asked, shown)
         chosen = programs.choose(rng, asked, answer, asked.held_out == (split == "test"), config.questions)
         answer = np.take_along_axis(answer, chosen, axis=1)

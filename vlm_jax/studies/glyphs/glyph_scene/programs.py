@@ -1,6 +1,6 @@
 """Questions about scenes: programs of two or three steps, each with its words and its oracle.
 
-Every number is taken modulo ten after every operation, and operations are done from left to right.
+Operations are done from left to right, and every result below 0 or above 9 becomes 0 or 9.
 
     two steps
       pair      red plus blue                       the digits of two colours
@@ -9,14 +9,16 @@ Every number is taken modulo ten after every operation, and operations are done 
       nearer    nearest red of blue and circle      which of the two stands closer to the first
       mixed     red times 3 plus blue               (red times 3) plus blue
     three steps
+      chain     red times 3 plus blue minus 2       ((red times 3) plus blue) minus 2
       triple    red plus blue max green             (red plus blue) max green
       reach     digit nearest circle times red      the digit that stands closest to the circle, times the red one
       tally     red minus count left of circle      the red digit minus the number of objects left of the circle
       meet      digit nearest red plus digit nearest circle
 
-A question is valid in a scene if everything it names is there and no two distances that decide it are equal. Questions
-are split once into those asked in training and those kept for the test; questions that mean the same (`red plus blue`,
-`blue plus red`), found by their answers in many scenes, are on the same side.
+A question is valid in a scene if everything it names is there and no two distances that decide it are equal. Those
+whose answer hardly depends on the scene (`red times 0`) can be left out. Questions are split once into those asked in
+training and those kept for the test; questions that mean the same (`red plus blue`, `blue plus red`), found by their
+answers in many scenes, are on the same side.
 """
 
 import functools
@@ -62,8 +64,8 @@ class ProgramTable(NamedTuple):
 
 
 def _apply(operator: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The operators of `OPERATORS` by number, modulo ten."""
-    return np.choose(operator, [a + b, a - b, a * b, np.maximum(a, b), np.minimum(a, b)]) % np.int8(10)
+    """The operators of `OPERATORS` by number, between 0 and 9."""
+    return np.clip(np.choose(operator, [a + b, a - b, a * b, np.maximum(a, b), np.minimum(a, b)]), 0, 9)
 
 
 def _digit(scenes: Scenes, colour: np.ndarray) -> Answers:
@@ -122,6 +124,20 @@ def _mixed(
     return _apply(second, _apply(first, va, number.astype(np.int8)), vb), oka & okb & (a != b)
 
 
+def _chain(
+    scenes: Scenes,
+    a: np.ndarray,
+    first: np.ndarray,
+    number: np.ndarray,
+    second: np.ndarray,
+    b: np.ndarray,
+    third: np.ndarray,
+    last: np.ndarray,
+) -> Answers:
+    value, ok = _mixed(scenes, a, first, number, second, b)
+    return _apply(third, value, last.astype(np.int8)), ok
+
+
 def _side(scenes: Scenes, a: np.ndarray, direction: np.ndarray, b: np.ndarray) -> Answers:
     (ra, ca, a_is, oka), (rb, cb, b_is, okb) = _place(scenes, a), _place(scenes, b)
     return np.where(_beyond(direction, ra, ca, rb, cb), _YES, _NO), oka & okb & (a_is != b_is)
@@ -166,6 +182,9 @@ PROGRAMS = {
     "nearer": SceneProgram((NAMES, NAMES, NAMES), "nearest {} of {} and {}", _nearer),
     "triple": SceneProgram((COLOURS, OPERATORS, COLOURS, OPERATORS, COLOURS), "{} {} {} {} {}", _triple, (1, 3)),
     "mixed": SceneProgram((COLOURS, OPERATORS, DIGITS, OPERATORS, COLOURS), "{} {} {} {} {}", _mixed, (1, 3)),
+    "chain": SceneProgram(
+        (COLOURS, OPERATORS, DIGITS, OPERATORS, COLOURS, OPERATORS, DIGITS), "{} {} {} {} {} {} {}", _chain, (1, 3, 5)
+    ),
     "reach": SceneProgram((NAMES, OPERATORS, COLOURS), "digit nearest {} {} {}", _reach, (1,)),
     "tally": SceneProgram((COLOURS, OPERATORS[:2], TOWARDS, NAMES), "{} {} count {} {}", _tally, (1, 2)),
     "meet": SceneProgram((NAMES, OPERATORS, NAMES), "digit nearest {} {} digit nearest {}", _meet, (1,)),
@@ -173,8 +192,9 @@ PROGRAMS = {
 
 
 @functools.cache
-def table(programs: tuple[str, ...], layout: SceneLayout) -> ProgramTable:
-    """All questions of these programs that are valid in some scene. Raises `UserError` for an unknown program."""
+def table(programs: tuple[str, ...], layout: SceneLayout, most_common: float = 1.0) -> ProgramTable:
+    """All questions of these programs that are valid in some scene, and that have no answer in more than a share
+    `most_common` of the scenes. Raises `UserError` for an unknown program."""
     texts, groups, parts, marks = [], [], [], []
     probes = sample(np.random.default_rng(_PROBE_SEED), "train", _PROBES, layout)
     for name in programs:
@@ -185,8 +205,9 @@ def table(programs: tuple[str, ...], layout: SceneLayout) -> ProgramTable:
             [a.ravel() for a in np.meshgrid(*(np.arange(len(s)) for s in program.slots), indexing="ij")]
         )
         meaning = _meaning(program, arguments, probes)
-        arguments = arguments[:, (meaning >= 0).any(axis=0)]
-        meaning = meaning[:, (meaning >= 0).any(axis=0)]
+        counts = np.stack([(meaning == number).sum(axis=0) for number in range(len(ANSWERS))])
+        kept = (counts.sum(axis=0) > 0) & (counts.max(axis=0) <= most_common * counts.sum(axis=0))
+        arguments, meaning = arguments[:, kept], meaning[:, kept]
         marks += [zlib.crc32(column.tobytes()) for column in np.ascontiguousarray(meaning.T)]
         words = [[slot[i] for i in row] for slot, row in zip(program.slots, arguments, strict=True)]
         texts += [program.words.format(*row) for row in zip(*words, strict=True)]
