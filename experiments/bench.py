@@ -38,7 +38,7 @@ class Line(NamedTuple):
     circumstances: str
 
 
-class Benchmark(NamedTuple):
+class Comparison(NamedTuple):
     """A module that measures, and how its file is read."""
 
     module: str
@@ -124,43 +124,43 @@ def _train_step(result: Any) -> Iterator[Line]:
         yield Line(work, 1e3 * row["ours_secs"], "big_vision", 1e3 * row["theirs_secs"], row["ratio"], _machine(result))
 
 
-BENCHMARKS = {
-    "train_step": Benchmark(
+COMPARISONS = {
+    "train_step": Comparison(
         "training_speed.beside_big_vision", "training_speed/beside_big_vision.json", _train_step,
         ("big_vision", "tensorflow"),
     ),
-    "loss": Benchmark("training_speed.loss", "training_speed/loss.json", _loss),
-    "packing": Benchmark("data_speed.packing", "data_speed/packing.json", _packing),
-    "transformers": Benchmark(
+    "loss": Comparison("training_speed.loss", "training_speed/loss.json", _loss),
+    "packing": Comparison("data_speed.packing", "data_speed/packing.json", _packing),
+    "transformers": Comparison(
         "inference_speed.beside_transformers", "inference_speed/beside_transformers.json",
         _answering("transformers"), ("torch", "transformers"), ("--threads", "2"),
     ),
-    "big_vision": Benchmark(
+    "big_vision": Comparison(
         "inference_speed.beside_big_vision", "inference_speed/beside_big_vision.json",
         _answering("big_vision"), ("big_vision", "tensorflow"),
     ),
-    "evaluation": Benchmark("inference_speed.evaluation", "inference_speed/evaluation.json", _evaluation),
-    "cells": Benchmark("training_speed.cells", "training_speed/cells.json", _cells),
-    "images": Benchmark("data_speed.images", "data_speed/images.json", _images),
-    "law": Benchmark("published_law.commands", "published_law/commands.json", _law),
-    "search": Benchmark("published_law.benchmark", "published_law/benchmark.json", _search),
+    "evaluation": Comparison("inference_speed.evaluation", "inference_speed/evaluation.json", _evaluation),
+    "cells": Comparison("training_speed.cells", "training_speed/cells.json", _cells),
+    "images": Comparison("data_speed.images", "data_speed/images.json", _images),
+    "law": Comparison("published_law.commands", "published_law/commands.json", _law),
+    "search": Comparison("published_law.benchmark", "published_law/benchmark.json", _search),
 }  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(COMPARISONS)}; none: all")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--show", action="store_true")
     args = parser.parse_args(argv)
     for name in args.names:
-        if name not in BENCHMARKS:
-            raise unknown("benchmark", name, BENCHMARKS)
-    chosen = args.names or list(BENCHMARKS)
+        if name not in COMPARISONS:
+            raise unknown("benchmark", name, COMPARISONS)
+    chosen = args.names or list(COMPARISONS)
     if args.list:
         for name in chosen:
-            missing = _missing(BENCHMARKS[name])
-            print(f"{name:>12}  {BENCHMARKS[name].module:<36} {f'needs {chr(44).join(missing)}' if missing else ''}")
+            missing = _missing(COMPARISONS[name])
+            print(f"{name:>12}  {COMPARISONS[name].module:<36} {f'needs {chr(44).join(missing)}' if missing else ''}")
         return
     if not args.show:
         _run(chosen)
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
         write_block(PAGE, "speed", text, "experiments.bench")
 
 
-def _missing(benchmark: Benchmark) -> list[str]:
+def _missing(benchmark: Comparison) -> list[str]:
     return [name for name in benchmark.needs if importlib.util.find_spec(name) is None]
 
 
@@ -179,7 +179,7 @@ def _run(names: list[str]) -> None:
     if any failed."""
     failed = []
     for number, name in enumerate(names, 1):
-        benchmark = BENCHMARKS[name]
+        benchmark = COMPARISONS[name]
         if missing := _missing(benchmark):
             print(f"[{number}/{len(names)}] {name}: left out, needs {', '.join(missing)}", file=sys.stderr)
             continue
@@ -196,7 +196,7 @@ def _run(names: list[str]) -> None:
 def table() -> str:
     """The rows of all results there are."""
     lines = [["work", "here, ms", "peer", "peer, ms", "peer / here", "machine"]]
-    for benchmark in BENCHMARKS.values():
+    for benchmark in COMPARISONS.values():
         path = EXPERIMENTS / benchmark.results
         for line in benchmark.lines(json.loads(path.read_text())) if path.is_file() else ():
             low, middle, high = (of(line.ratios) for of in (min, statistics.median, max))
