@@ -68,8 +68,8 @@ class Attention(nn.Module):
         if cache is None:
             x = attend(q, k, v, *how)
         else:
-            cache = update_cache(cache, (k, v), inputs.cache_index)
-            x = attend_by_head(q, *cache, *how)
+            k, v = cache = update_cache(cache, (k, v), inputs.cache_index)
+            x = attend_by_head(q, k, v, *how)
         return Linear(heads, width, name="out")(x), cache
 
 
