@@ -82,7 +82,7 @@ def measured(model: str, peer: Peer, args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         sides = peer.open(model, Path(folder), args.threads)
     settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "pairs")}
-    settings |= {"cpu": cpu_name(), "versions": peer.versions()}
+    settings |= {"cpu": cpu_name(), "versions": peer.versions(), "load": round(os.getloadavg()[0], 1)}
     for batch in args.batches:
         found = measure(*sides(batch, args.prompt_tokens), args.new_tokens, args.pairs, args.threads)
         yield {"model": model, "threads": args.threads, "batch": batch, **settings, **found}
@@ -131,11 +131,11 @@ def cpu_name() -> str:
     return lines[0].partition(":")[2].strip() if lines else platform.processor()
 
 
-def keep(path: Path, row: Row) -> list[Row]:
-    """Adds the row to a file, replacing one of the same `KEY`, and returns all rows."""
+def keep(path: Path, row: Row, key: tuple[str, ...] = KEY) -> list[Row]:
+    """Adds the row to a file, replacing one of the same `key`, and returns all rows."""
     rows = json.loads(path.read_text()) if path.is_file() else []
-    rows = [old for old in rows if any(old[name] != row[name] for name in KEY)]
-    rows = sorted([*rows, row], key=lambda one: [one[name] for name in KEY])
+    rows = [old for old in rows if any(old[name] != row[name] for name in key)]
+    rows = sorted([*rows, row], key=lambda one: [one[name] for name in key])
     write_json(path, rows)
     return rows
 
@@ -163,4 +163,5 @@ def circumstances(row: Row) -> str:
     """Settings, machine and versions of a row."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     sizes = f"prompts of {row['prompt_tokens']} tokens, {row['new_tokens']} new ones"
-    return f"{sizes}, float32, {row['pairs']} pairs; {row['cpu']}; {versions}"
+    load = f", load average {row['load']} before" if "load" in row else ""
+    return f"{sizes}, float32, {row['pairs']} pairs; {row['cpu']}{load}; {versions}"

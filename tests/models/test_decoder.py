@@ -151,7 +151,7 @@ def test_prefill_in_pieces_equals_the_full_pass(family: str) -> None:
     assert int(cache.length) == 7
     for ours, theirs in zip(cache.metadata, causal(), strict=True):
         np.testing.assert_array_equal(ours, np.pad(theirs, ((0, 0), (0, 3))))
-    assert {leaf.shape for leaf in (*cache.key, *cache.value)} == {(2, 10, 2, module.spec.head_dim)}
+    assert {leaf.shape for leaf in (*cache.key, *cache.value)} == {(2, 2, 10, module.spec.head_dim)}
     assert len(cache.key) == len(cache.value) == module.spec.depth
 
 

@@ -23,7 +23,7 @@ from vlm_jax.distributed import partitioning
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.inference import programs as inference
 from vlm_jax.inference import sampling
-from vlm_jax.models.cache import CACHE_AXES, pad_cache
+from vlm_jax.models.cache import cache_axes, pad_cache
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import compression
 
@@ -193,7 +193,8 @@ def cache_shapes(spec: RunSpec, plan: Plan) -> Cache:
         return pad_cache(cache, cache.metadata.segment.shape[1] + spec.evaluation.max_new_tokens)
 
     def shardings(cache: Cache) -> Cache:
-        heads = tuple(plan.sharding(CACHE_AXES, leaf.shape) for leaf in cache.key)
+        names = cache_axes(rows, spec.model.decoder.kv_heads)
+        heads = tuple(plan.sharding(names, leaf.shape) for leaf in cache.key)
         metadata = AttentionMetadata(*(plan.sharding((axes.BATCH, None), leaf.shape) for leaf in cache.metadata))
         return Cache(heads, heads, metadata, plan.sharding((), ()), tuple(map(shardings, cache.later)))
 

@@ -92,8 +92,8 @@ class AttentionMetadata(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of S positions, one array a layer. Unwritten positions have segment 0, so they are masked."""
 
-    key: tuple[Float[Array, "B S K C"], ...]
-    value: tuple[Float[Array, "B S K C"], ...]
+    key: tuple[Float[Array, "*rows S C"], ...]  # rows: B and K, each left out where it is 1 (`ops.attention.by_head`)
+    value: tuple[Float[Array, "*rows S C"], ...]
     metadata: AttentionMetadata  # [B, S]
     length: Int[Array, ""]  # positions written so far, padding included; the same for all rows
     later: tuple["Cache", ...] = ()  # of the layers behind each stage at which tokens leave the decoder

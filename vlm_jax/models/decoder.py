@@ -19,11 +19,11 @@ from vlm_jax.core import axes
 from vlm_jax.core.specs import ComputeSpec, DecoderSpec, DropStage
 from vlm_jax.core.structs import AttentionMetadata, Cache, Params
 from vlm_jax.models import stages
-from vlm_jax.models.cache import update_cache
+from vlm_jax.models.cache import update_cache, update_metadata
 from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
 from vlm_jax.models.stages import VisualPlaces
 from vlm_jax.ops import masks, rotary, splash
-from vlm_jax.ops.attention import attend
+from vlm_jax.ops.attention import attend, attend_by_head
 from vlm_jax.ops.logical_axes import axis_size, constrain, gather_for_compute
 
 _ACT = (axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
@@ -64,9 +64,12 @@ class Attention(nn.Module):
             q = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="query_norm")(q)
             k = RMSNorm(spec.norm_eps, spec.norm_plus_one, name="key_norm")(k)
         q, k = rotary.rotate(q, inputs.angles), rotary.rotate(k, inputs.angles)
-        if cache is not None:
+        how = (inputs.mask, spec.query_scale, spec.attention_softcap, self.implementation)
+        if cache is None:
+            x = attend(q, k, v, *how)
+        else:
             k, v = cache = update_cache(cache, (k, v), inputs.cache_index)
-        x = attend(q, k, v, inputs.mask, spec.query_scale, spec.attention_softcap, self.implementation)
+            x = attend_by_head(q, k, v, *how)
         return Linear(heads, width, name="out")(x), cache
 
 
@@ -197,7 +200,7 @@ class Decoder(nn.Module):
         """The inputs of global and local layers, and the metadata of the keys."""
         keys, index = metadata, jnp.zeros((), jnp.int32)
         if cache is not None:
-            keys, index = update_cache(cache.metadata, metadata, cache.length), cache.length
+            keys, index = update_metadata(cache.metadata, metadata, cache.length), cache.length
         inputs, length = attention_inputs(self.spec, metadata, keys, index), metadata.segment.shape[1]
         if self.compute.attention == "splash" and cache is None and (self.spec.window or length) >= length:
             # `config.resolve` allows splash for causal models only.
