@@ -45,7 +45,7 @@ WARMUP = 2
 _DECAYED = r".*(/kernel|/w|/gating_einsum|/linear|/input_embedding|/pos_embedding)$"  # as vlm_jax: every matrix
 
 
-class Side(NamedTuple):
+class MeasuredStep(NamedTuple):
     """One train step."""
 
     program: Any  # compiled: (state, ...) -> (state, ...)
@@ -143,7 +143,7 @@ def draw(rows: int, words: int) -> dict[str, np.ndarray]:
     }
 
 
-def big_vision_step(network: Any, config: Any, file: Path, batch: dict[str, np.ndarray], steps: int) -> Side:
+def big_vision_step(network: Any, config: Any, file: Path, batch: dict[str, np.ndarray], steps: int) -> MeasuredStep:
     """big_vision's `update_fn`. It is a function inside its `main`, compiled with the rest of the module, and is given
     the variables of `main` that it reads."""
     import big_vision.optax as bv_optax
@@ -172,10 +172,10 @@ def big_vision_step(network: Any, config: Any, file: Path, batch: dict[str, np.n
         held[0], measured = jax.block_until_ready(program(held[0], key, arrays))
         return float(measured["training_loss"])
 
-    return Side(program, run)
+    return MeasuredStep(program, run)
 
 
-def our_step(file: Path, batch: dict[str, np.ndarray], steps: int) -> Side:
+def our_step(file: Path, batch: dict[str, np.ndarray], steps: int) -> MeasuredStep:
     """The train step of `configs/paligemma.py` for this checkpoint, in float32."""
     import jax
 
@@ -210,7 +210,7 @@ def our_step(file: Path, batch: dict[str, np.ndarray], steps: int) -> Side:
         held[0], sums, _ = jax.block_until_ready(program(held[0], inputs, None))
         return float(sums.nll / sums.count)
 
-    return Side(program, step)
+    return MeasuredStep(program, step)
 
 
 def our_rows(batch: dict[str, np.ndarray]) -> Any:

@@ -1,6 +1,7 @@
 """The product of activations and a kernel, and its gradients, beside numpy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,7 +36,8 @@ def test_dense(rows: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[in
 
 
 def test_gradient_of_the_kernel_contracts_one_axis() -> None:
-    x, kernel = np.ones((2, 3, 4), np.float32), np.ones((4, 5, 6), np.float32)
+    x, kernel = jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))
     program = jax.make_jaxpr(jax.grad(lambda kernel: dense(x, kernel).sum()))(kernel)
     products = [eqn.params["dimension_numbers"] for eqn in program.eqns if eqn.primitive.name == "dot_general"]
-    assert products and all(len(left) == len(right) == 1 for (left, right), _ in products)
+    assert products
+    assert all(len(left) == len(right) == 1 for (left, right), _ in products)
