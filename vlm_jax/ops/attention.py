@@ -4,12 +4,6 @@
     p[b,n,t]   = softmax_s(cap(scale * q[b,t,n] . k[b,s,j]) + bias[b,n,t,s])          j = n // (N / K)
 
 The softmax is float32 for all input dtypes. A fully masked query gives zeros, and no gradient passes through it.
-
-Packed rows: splash reads segment ids and no mask is formed; cuDNN reads one dense mask [B, 1, L, S], shared by all layers
-and heads. cuDNN's packed layout (lengths and offsets of segments) would need none, but `jax.nn.dot_product_attention`
-takes one length a row and no offsets. The private function below it takes offsets and multiplies those of the keys by
-the query heads (jax 0.10.2), which is wrong where N > K. It also requires a Hopper GPU, a static bound on the segments
-of a row, and rows without padding between the tokens of a segment (`masks.drop_masked`, `segments.SHARED`).
 """
 
 import jax
@@ -38,8 +32,9 @@ def attend(
     implementation: "xla", "cudnn" (fused, NVIDIA GPUs, 16-bit inputs) or "splash" (fused, TPUs, `Causal` masks; "xla"
         for others). cuDNN reads the mask from memory, one of [B, 1, T, S] for all heads and layers: in
         `jax.nn.dot_product_attention` a row has one length and no segments. The offsets of packed rows that cuDNN
-        knows are in a private module of JAX; they need a Hopper GPU, a fixed maximum M of conversations in a row, and
-        softmax statistics of [B M, N, T].
+        knows are in a private module of JAX (0.10.2), which multiplies those of the keys by the query heads too: wrong
+        where K < N. They also need a Hopper GPU, a fixed maximum M of conversations in a row, and softmax statistics
+        of [B M, N, T].
     bias: added to the scaled scores; not together with a softcap.
     """
     if bias is not None and softcap is not None:
