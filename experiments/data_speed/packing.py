@@ -28,7 +28,7 @@ from vlm_jax.data.conversations import IMAGE
 from vlm_jax.data.examples import Example, Source
 from vlm_jax.data.packing import RowLayout
 from vlm_jax.data.tokenized import Mixture, TokenizedDataset
-from vlm_jax.scaling.plots import CONTRAST, FAINT, label_ends, log_axis, save, styled
+from vlm_jax.scaling.plots import CONTRAST, label_ends, log_axis, save, styled
 from vlm_jax.sizing import cost
 
 HERE = Path(__file__).parent
@@ -230,10 +230,11 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         ("FLOPs of an epoch", TOKENS, dict(zip(names, map(flops, LLMS), strict=True))),
         ("Measured time of an epoch", TIMED, {"width 96": secs}),
     ]
-    figure = Figure(figsize=(9.4, 4.1), layout="constrained")
+    figure, colours = Figure(figsize=(9.4, 4.1), layout="constrained"), iter(CONTRAST)
     for axes, (title, tokens, curves) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         ends = []
-        for (name, curve), colour in zip(curves.items(), CONTRAST, strict=False):
+        for name, curve in curves.items():
+            colour = next(colours)
             for pack, word, line in (("fit", "packed", "-"), ("none", "one a row", (0, (4, 2)))):
                 y = np.array(curve[pack]) / curve["none"][-1]
                 axes.plot(tokens, y, "o", linestyle=line, color=colour, markersize=4.5)
@@ -241,13 +242,14 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         axes.set_xscale("log")
         axes.set_yscale("log")
         log_axis(axes.xaxis, tokens)
-        log_axis(axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1))
+        log_axis(axes.yaxis, (0.1, 0.2, 0.5, 1))
         axes.set_xlabel("visual tokens V")
         axes.set_title(title)
         label_ends(axes, ends)
-    first = figure.axes[0]
-    first.set_ylabel(f"relative to one a row at V = {TOKENS[-1]}")
-    figure.suptitle("Fewer visual tokens make training cheaper, where rows are packed", x=0.01, ha="left", color=FAINT)
+    figure.axes[0].set_ylabel(f"relative to one a row at V = {TOKENS[-1]}")
+    figure.suptitle(
+        "Fewer visual tokens make training cheaper, where rows are packed", x=0.01, ha="left", fontweight="bold"
+    )
     return save(figure, path)
 
 
