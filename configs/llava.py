@@ -121,11 +121,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _rows(stage: int, arg: ConfigDict, model: ModelSpec) -> dict[str, int]:
-    """Rows of a batch, and images of a row: those that usually fit, and half more, for rows of short texts; not so
+    """Rows of a batch, and images of a row: those that usually fit, and a fifth more, for rows of short texts; not so
     where tokens leave inside the decoder, since a row has room for those of all its images."""
     if arg.pack == "none":
         return dict(batch_rows=max(arg.batch or EXAMPLES[stage], arg.devices), row_images=1)
     in_row = arg.sequence / (catalog.entering(model.compressor) + TEXT_TOKENS[stage])
     rows = arg.batch or arg.devices * max(1, round(EXAMPLES[stage] / in_row / arg.devices))
-    images = math.floor(in_row) if catalog.leaving(model) else math.ceil(1.5 * in_row)
+    images = math.floor(in_row) if catalog.leaving(model) else math.ceil(1.2 * in_row)
     return dict(batch_rows=rows, row_images=max(1, images))

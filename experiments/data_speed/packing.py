@@ -1,8 +1,9 @@
 """How full packed rows are, and what packing saves: `python -m experiments.data_speed.packing`.
 
 Drawn text lengths like those of LLaVA's mix665k (log-normal: median 120, mean 230), one image a conversation, in the
-rows of `configs/llava.py`. FLOPs are those of stage 2. The step's time is measured with a decoder of width 96, on rows
-of the same 2,048 positions. Renews packing.json and the table of README.md.
+rows of `configs/llava.py`. FLOPs are those of stage 2. A step is timed with a decoder of width 96, on rows of the same
+2,048 positions and stored features of the encoder, pooled to V tokens; the time of an epoch is that of its rows. Renews
+packing.json, figures/packing.png and the table of README.md.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
@@ -25,11 +28,14 @@ from vlm_jax.data.conversations import IMAGE
 from vlm_jax.data.examples import Example, Source
 from vlm_jax.data.packing import RowLayout
 from vlm_jax.data.tokenized import Mixture, TokenizedDataset
+from vlm_jax.scaling.plots import CONTRAST, label_ends, log_axis, save, styled
 from vlm_jax.sizing import cost
 
 HERE = Path(__file__).parent
 TOKENS = (1, 4, 16, 36, 64, 144, 576)
+TIMED = (1, 16, 144, 576)  # V of the steps that are timed
 LLMS = ("qwen1.5-0.5b", "qwen1.5-7b")
+ENCODER = "clip-l14-336"  # as in the recipe
 MEDIAN, MEAN = 120, 230
 _ANSWER = 60  # tokens from one end of an answer to the next, where a conversation may be cut
 _ID = 5  # of every text token
@@ -130,24 +136,28 @@ def make_step(
     import jax
 
     from vlm_jax import build
+    from vlm_jax.compress import catalog
     from vlm_jax.core.structs import Views, Visual
     from vlm_jax.data.rows import RowPlan
     from vlm_jax.distributed import partitioning
+    from vlm_jax.sizing import zoo
     from vlm_jax.training import step as training_step
 
-    spec = recipe(f"configs/vlm.py:llm=d96,tokens={tokens}")
+    spec = recipe("configs/vlm.py:llm=d96")
+    encoder = zoo.encoder(ENCODER)
+    model = catalog.model_spec(encoder, "pool", tokens, spec.model.decoder)
     data = dataclasses.replace(
         spec.data, row_tokens=2048, pack=pack, row_images=row_images, batch_rows=batch_rows,
         questions_per_example=0, long="cut",
     )  # fmt: skip
-    spec = dataclasses.replace(spec, data=data)
+    spec = dataclasses.replace(spec, data=data, model=model)
     found, _, sizes = epoch(mixture, data, tokens)
     plans = [RowPlan(found[row].tolist(), sizes.ids[found[row]].tolist()) for row in range(batch_rows)]
     inputs, _ = rows.pack(mixture, plans, RowLayout(tokens), data.row_tokens)
     network = build.lay_out(spec, partitioning.make_plan(spec.compute))
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
-    encoder = nn.meta.unbox(jax.eval_shape(network.model.init_encoder, jax.random.key(0)))
-    shape = jax.eval_shape(network.model.encode, {"encoder": encoder}, image)
+    image = jax.ShapeDtypeStruct((1, encoder.image_size, encoder.image_size, 3), np.uint8)
+    weights = nn.meta.unbox(jax.eval_shape(network.model.init_encoder, jax.random.key(0)))
+    shape = jax.eval_shape(network.model.encode, {"encoder": weights}, image)
     rng = np.random.default_rng(0)
     features = [
         leaf if leaf is None else rng.standard_normal((batch_rows, row_images, *leaf.shape[1:])).astype(np.float16)
@@ -181,20 +191,66 @@ def table(result: dict[str, Any]) -> str:
         f"{result['conversations']:,} conversations (99th percentile of their text: {result['p99']:,} tokens), rows of "
         f"2,048 positions; packing them took at most {slowest:.1f} s.\n\n{markdown_table(lines)}"
     )
-    return f"{text}\n\n{timing(result)}" if result["step"] else text
+    return f"{text}\n\n{timing(result)}" if result["steps"] else text
 
 
 def timing(result: dict[str, Any]) -> str:
-    """The sentence about the step's time."""
-    step = result["step"]
-    fit, none = step["fit"], step["none"]
-    each, other = (1e3 * part["secs"] / part["conversations"] for part in (fit, none))
+    """The table of the step's time."""
+    lines = [["V", "conversations a step", "a step, s", "one a row, s", "an epoch, h", "one a row, h", "ratio"]]
+    for step in result["steps"]:
+        fit, none = step["fit"], step["none"]
+        packed, other = (epoch_secs(result, step, pack) / 3600 for pack in ("fit", "none"))
+        lines.append([
+            str(step["tokens"]), f"{fit['conversations']}", f"{fit['secs']:.2f}", f"{none['secs']:.2f}",
+            f"{packed:.2f}", f"{other:.2f}", f"1/{other / packed:.1f}",
+        ])  # fmt: skip
+    step = result["steps"][0]
     return (
-        f"A step of a decoder of width 96 (V = {step['tokens']}, {step['batch_rows']} row(s), fastest of "
-        f"{step['repeats']}, {result['cores']} core(s), load average {result['load']}): packed {fit['secs']:.2f} s for "
-        f"{fit['conversations']} conversations, {each:.0f} ms each; one a row {none['secs']:.2f} s for "
-        f"{none['conversations']}, {other:.0f} ms each: {other / each:.1f}x."
+        f"{markdown_table(lines)}\n\nSteps of a decoder of width 96, {step['batch_rows']} row(s), fastest of "
+        f"{step['repeats']}, {result['cores']} core(s), load average {result['load']}, {result['cpu']}."
     )
+
+
+def epoch_secs(result: dict[str, Any], step: dict[str, Any], pack: str) -> float:
+    """Seconds of an epoch: those of a step for each batch of the epoch's rows."""
+    of_tokens = next(one for one in result["epochs"] if one["tokens"] == step["tokens"])
+    return of_tokens[pack]["rows"] / step["batch_rows"] * step[pack]["secs"]
+
+
+@styled
+def draw(result: dict[str, Any], path: Path) -> Path:
+    """FLOPs and time of an epoch against V, relative to one conversation a row at the largest V."""
+
+    def flops(llm: str) -> dict[str, list[float]]:
+        return {pack: [one[pack]["epoch_flops"][llm] for one in result["epochs"]] for pack in ("fit", "none")}
+
+    secs = {pack: [epoch_secs(result, step, pack) for step in result["steps"]] for pack in ("fit", "none")}
+    names = [llm.rpartition("-")[2].upper() for llm in LLMS]
+    panels = [
+        ("FLOPs of an epoch", TOKENS, dict(zip(names, map(flops, LLMS), strict=True))),
+        ("Measured time of an epoch", TIMED, {"width 96": secs}),
+    ]
+    figure, colours = Figure(figsize=(9.4, 4.1), layout="constrained"), iter(CONTRAST)
+    for axes, (title, tokens, curves) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        ends = []
+        for name, curve in curves.items():
+            colour = next(colours)
+            for pack, word, line in (("fit", "packed", "-"), ("none", "one a row", (0, (4, 2)))):
+                y = np.array(curve[pack]) / curve["none"][-1]
+                axes.plot(tokens, y, "o", linestyle=line, color=colour, markersize=4.5)
+                ends.append((y[-1], f"{name}, {word}", colour))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        log_axis(axes.xaxis, tokens)
+        log_axis(axes.yaxis, (0.1, 0.2, 0.5, 1))
+        axes.set_xlabel("visual tokens V")
+        axes.set_title(title)
+        label_ends(axes, ends)
+    figure.axes[0].set_ylabel(f"relative to one a row at V = {TOKENS[-1]}")
+    figure.suptitle(
+        "Fewer visual tokens make training cheaper, where rows are packed", x=0.01, ha="left", fontweight="bold"
+    )
+    return save(figure, path)
 
 
 def main(argv: list[str]) -> None:
@@ -207,14 +263,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--conversations: expected at least 100, got {args.conversations}")
     mixture = drawn(args.conversations)
     text = np.diff(mixture.parts[0].bounds) - 1
+    timed = TIMED if args.repeats else ()
     result = {
-        "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
+        "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), "cpu": cpu_name(),
         "conversations": len(mixture), "p99": int(np.percentile(text, 99)),
         "epochs": [measure(tokens, mixture) for tokens in TOKENS],
-        "step": step_secs(mixture, 16, args.batch_rows, args.repeats) if args.repeats else None,
+        "steps": [step_secs(mixture, tokens, args.batch_rows, args.repeats) for tokens in timed],
     }  # fmt: skip
     (HERE / "packing.json").write_text(json.dumps(result, indent=1) + "\n")
     write_block(HERE / "README.md", "packing", table(result), "experiments.data_speed.packing")
+    if args.repeats:
+        draw(result, HERE / "figures" / "packing.png")
     print(table(result))
 
 

@@ -51,14 +51,14 @@ def network_of(part: int) -> tuple[Any, Any]:
     return paligemma.Model(**config), config
 
 
-def write_weights(path: Path, network: Any) -> None:
+def write_weights(path: Path, network: Any, side: int = SIDE) -> None:
     """A checkpoint in big_vision's format: no biases, norms that do nothing, and normal noise (see `_NOISE`)."""
     import jax
     from big_vision import utils
 
     from vlm_jax.checkpoints.big_vision import write_npz
 
-    one = (np.zeros((1, SIDE, SIDE, 3), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
+    one = (np.zeros((1, side, side, 3), np.float32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
     abstract = jax.eval_shape(network.init, jax.random.key(0), *one)["params"]
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:

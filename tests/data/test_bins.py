@@ -16,7 +16,7 @@ def check(sizes: np.ndarray, views: np.ndarray, rows: np.ndarray, size: int, lim
     assert (np.bincount(rows) > 0).all()
 
 
-@pytest.mark.parametrize("method", [bins.pack, bins.best_fit, bins.pair_fit])
+@pytest.mark.parametrize("method", [bins.pack, bins.best_fit, bins.even_fit, bins.pair_fit])
 def test_rows_are_within_their_limits(method) -> None:
     rng = np.random.default_rng(0)
     for count, size, limit in ((0, 10, 1), (1, 10, 1), (50, 10, 1), (200, 40, 2), (300, 100, 5), (300, 100, 100)):
@@ -40,14 +40,31 @@ def test_the_row_of_an_item_is_a_function_of_the_sizes() -> None:
     np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("visual", [1, 16, 144, 576])
-def test_rows_are_95_percent_full_for_lengths_like_llavas(visual: int) -> None:
-    """Tokens of text lognormal with median 120 and mean 230, at most 2,048 with the image; an image each."""
+def drawn(visual: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, views) of conversations of one image each."""
     rng = np.random.default_rng(2)
     spread = np.sqrt(2 * np.log(230 / 120))
     sizes = np.clip(120 * np.exp(spread * rng.standard_normal(8000)), 8, None).astype(int) + visual
-    sizes = np.minimum(sizes, ROW)
-    views = np.ones(len(sizes), int)
+    return np.minimum(sizes, ROW), np.ones(len(sizes), int)
+
+
+@pytest.mark.parametrize("visual", [1, 16, 144, 576])
+def test_rows_are_95_percent_full_for_lengths_like_llavas(visual: int) -> None:
+    """Tokens of text lognormal with median 120 and mean 230, at most 2,048 with the image; an image each."""
+    sizes, views = drawn(visual)
     rows = bins.pack(sizes, views, ROW, 16)
     check(sizes, views, rows, ROW, 16)
     assert sizes.sum() / (ROW * (rows.max() + 1)) >= 0.95
+
+
+@pytest.mark.parametrize("visual", [1, 16, 64, 144, 576])
+def test_few_views_are_left_empty_beside_long_conversations(visual: int) -> None:
+    """With hardly more views than there are images in a full row, long and short conversations share rows, and few
+    more of them are needed than full rows."""
+    sizes, views = drawn(visual)
+    full = int(sizes.sum()) / ROW
+    limit = int(np.ceil(len(sizes) / full))
+    rows = bins.pack(sizes, views, ROW, limit)
+    check(sizes, views, rows, ROW, limit)
+    least = max(full, len(sizes) / limit)
+    assert rows.max() + 1 <= 1.03 * least

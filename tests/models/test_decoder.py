@@ -11,9 +11,10 @@ import pytest
 
 from tests import builders
 from vlm_jax.core import tree
-from vlm_jax.core.structs import AttentionMetadata, Cache
+from vlm_jax.core.structs import AttentionMetadata, Cache, Params
 from vlm_jax.models.cache import init_cache, pad_cache
 from vlm_jax.models.decoder import Decoder, stack_layers, unstack_layers
+from vlm_jax.ops import logical_axes
 
 FAMILIES = {
     "llama": {},
@@ -231,6 +232,21 @@ def test_splash_sees_what_the_mask_shows(family: str) -> None:
         run(decoder(family, attention=name), params_of(family), text(8), metadata) for name in ("splash", "xla")
     )
     assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("attention", ["splash", "xla"])
+def test_packed_rows_form_no_mask_on_tpus(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered for TPUs, forward and backward: splash gets the segments, and nothing of length x length is formed."""
+    monkeypatch.setattr(logical_axes, "platform", lambda: "tpu")
+    length, module, params = 384, decoder(attention=attention), params_of()
+    metadata = builders.causal(np.repeat(PACKED, length // 8, axis=1))
+
+    def total(params: Params, tokens: jax.Array) -> jax.Array:
+        return states(module, params, tokens, metadata)[0].sum()
+
+    program = jax.jit(jax.grad(total)).trace(params, text(length)).lower(lowering_platforms=("tpu",)).as_text()
+    assert (f"{length}x{length}x" in program) == (attention == "xla")
+    assert ("tpu_custom_call" in program) == (attention == "splash")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

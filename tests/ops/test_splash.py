@@ -9,7 +9,7 @@ import pytest
 
 from tests import builders
 from vlm_jax.distributed import partitioning
-from vlm_jax.ops import masks, splash
+from vlm_jax.ops import logical_axes, masks, splash
 from vlm_jax.ops.attention import attend
 
 B, L, N, K, C = 2, 128, 2, 1, 8
@@ -41,6 +41,13 @@ def plain(softcap: float | None):
     return lambda q, k, v, mask: attend(q, k, v, mask.dense(), SCALE, softcap)
 
 
+@pytest.fixture
+def for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are traced as for a mesh of TPUs."""
+    monkeypatch.setattr(partitioning.Plan, "platform", "tpu")
+    monkeypatch.setattr(logical_axes, "platform", lambda: "tpu")
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_the_path_beside_the_kernel(softcap: float | None) -> None:
     """What `attend` runs on this machine when splash is asked for."""
@@ -68,7 +75,11 @@ def test_causal_rows_are_what_the_masks_say() -> None:
     np.testing.assert_array_equal(splash.Causal(row.segment).dense(), masks.attention_mask(row, row))
 
 
-def test_where_it_applies() -> None:
+def test_it_applies_to_tpus_only() -> None:
+    assert not splash.applies(256, 4, 2)
+
+
+def test_where_it_applies(for_tpus: None) -> None:
     assert splash.applies(256, 4, 2)
     assert not splash.applies(200, 4, 2)
     where = partitioning.make_plan(builders.compute(strategy="fsdp_tensor", mesh=(1, 2, 4)))
@@ -86,7 +97,6 @@ def test_a_sharded_call_keeps_each_device_to_its_rows_and_heads() -> None:
         return 2 * q
 
     from vlm_jax.core.axes import ACT_HEADS, BATCH
-    from vlm_jax.ops import logical_axes
 
     heads = (BATCH, None, ACT_HEADS, None)
     where = partitioning.make_plan(builders.compute(strategy="fsdp_tensor", mesh=(1, 4, 2)))

@@ -129,9 +129,8 @@ def lay_out(spec: RunSpec, plan: partitioning.Plan) -> Network:
 
 
 def _check_cudnn(compute: ComputeSpec, plan: partitioning.Plan) -> None:
-    platform = plan.mesh.devices.flat[0].platform
-    if platform not in ("gpu", "cuda"):
-        raise UserError(f"compute.attention=cudnn runs on NVIDIA GPUs, not on {platform}: set it to xla")
+    if plan.platform not in ("gpu", "cuda"):
+        raise UserError(f"compute.attention=cudnn runs on NVIDIA GPUs, not on {plan.platform}: set it to xla")
     if compute.dtype == "float32":
         raise UserError("compute.attention=cudnn: expected compute.dtype=bfloat16, got float32")
 

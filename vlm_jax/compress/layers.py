@@ -22,6 +22,7 @@ from vlm_jax.core.axes import EMBED, HEAD_DIM, MLP, NORM, POSITION, VISION, VISI
 from vlm_jax.ops import initializers as w
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.logical_axes import AxisNames, gather_for_compute
+from vlm_jax.ops.products import dense
 
 # Axis names of kernels.
 INWARDS: AxisNames = (VISION, VISION_MLP)
@@ -41,7 +42,7 @@ def linear(
     weights: Weights, x: Float[Array, "B *rows inputs"], names: AxisNames = INWARDS
 ) -> Float[Array, "B *rows outputs"]:
     """x @ kernel, plus the bias if there is one."""
-    return _biased(weights, x @ gather_for_compute(weights["kernel"], names, x.dtype))
+    return _biased(weights, dense(x, gather_for_compute(weights["kernel"], names, x.dtype)))
 
 
 def _biased(weights: Weights, x: Array) -> Array:
@@ -112,13 +113,13 @@ def attention(
     if bias is not None:
         bias = jnp.swapaxes(bias, 0, 1)[None].astype(queries.dtype)
     mixed = attend(q, k, v, mask, bias=bias)
-    out = jnp.einsum("btnc,nce->bte", mixed, gather_for_compute(weights["out"]["kernel"], FROM_HEADS, mixed.dtype))
+    out = dense(mixed, gather_for_compute(weights["out"]["kernel"], FROM_HEADS, mixed.dtype), 2)
     return _biased(weights["out"], out)
 
 
 def _heads(weights: Weights, x: Float[Array, "B S inputs"]) -> Float[Array, "B S N C"]:
     kernel = gather_for_compute(weights["kernel"], TO_HEADS, x.dtype)
-    return _biased(weights, jnp.einsum("bse,enc->bsnc", x, kernel))
+    return _biased(weights, dense(x, kernel))
 
 
 def init_depthwise(key: jax.Array, width: int) -> Weights:

@@ -1,9 +1,12 @@
 """Bin packing: the row of each item, for items of some positions and views.
 
-Best fit in the given order leaves almost nothing open where a row holds many items. Where it holds two or three, a row
-is started with the longest item and completed with the one or two that leave the least room. `pack` takes the result
-with fewer rows.
+Best fit in the given order leaves almost nothing open where a row holds many items and views to spare. Where positions
+and views run out together, a row is started with the longest item, and each of its views is given the mean of the room
+that is left; where it holds two or three items, it is completed with the one or two that leave the least room. `pack`
+takes the result with the fewest rows.
 """
+
+import math
 
 import numpy as np
 from jaxtyping import Int
@@ -13,11 +16,13 @@ def pack(
     sizes: Int[np.ndarray, " n"], views: Int[np.ndarray, " n"], size: int, view_limit: int
 ) -> Int[np.ndarray, " n"]:
     """The row of each item; no row holds more than `size` positions or `view_limit` views. Every item fits alone."""
-    rows = best_fit(sizes, views, size, view_limit)
-    if len(sizes) > 6 * (rows.max(initial=0) + 1):
-        return rows
-    others = pair_fit(sizes, views, size, view_limit)
-    return rows if rows.max(initial=0) <= others.max(initial=0) else others
+    average = math.ceil(size * views.sum() / max(sizes.sum(), 1))  # views of a full row
+    least = max(average, int(views.max(initial=0)))
+    found = [best_fit(sizes, views, size, view_limit)]
+    found += [even_fit(sizes, views, size, min(limit, view_limit)) for limit in (least, least + 1)]
+    if len(sizes) <= 6 * (found[0].max(initial=0) + 1):
+        found.append(pair_fit(sizes, views, size, view_limit))
+    return min(found, key=lambda rows: rows.max(initial=0))
 
 
 def best_fit(
@@ -50,14 +55,45 @@ def best_fit(
     return out
 
 
+def even_fit(
+    sizes: Int[np.ndarray, " n"], views: Int[np.ndarray, " n"], size: int, view_limit: int
+) -> Int[np.ndarray, " n"]:
+    """A row starts with the longest item left. Then, until its views or positions are used, the longest item that takes
+    no more than its part of the room, or else the shortest, is added."""
+    waiting, used = _waiting(sizes, size), 0  # bit s: an item of that size is left
+    for length in set(sizes.tolist()):
+        used |= 1 << length
+    out, row = np.zeros(len(sizes), np.int64), 0
+    while used:
+        room, free, length = size, view_limit, used.bit_length() - 1
+        while (seen := int(views[waiting[length][-1]])) <= free:
+            out[waiting[length].pop()] = row
+            if not waiting[length]:
+                used &= ~(1 << length)
+            room, free = room - length, free - seen
+            fitting = used & ((1 << room + 1) - 1)
+            if not fitting:
+                break
+            even = fitting & ((1 << room // max(free, 1) + 1) - 1)
+            length = (even or fitting & -fitting).bit_length() - 1
+        row += 1
+    return out
+
+
+def _waiting(sizes: Int[np.ndarray, " n"], size: int) -> list[list[int]]:
+    """The items of each size; the first in the given order is the last."""
+    waiting: list[list[int]] = [[] for _ in range(size + 1)]
+    for item in np.arange(len(sizes))[::-1].tolist():
+        waiting[sizes[item]].append(item)
+    return waiting
+
+
 def pair_fit(
     sizes: Int[np.ndarray, " n"], views: Int[np.ndarray, " n"], size: int, view_limit: int
 ) -> Int[np.ndarray, " n"]:
     """A row starts with the longest item left; then the one or two items that leave the least room are added."""
     counts, every = np.bincount(sizes, minlength=size + 1), np.arange(size + 1)
-    waiting: list[list[int]] = [[] for _ in range(size + 1)]
-    for item in np.arange(len(sizes))[::-1].tolist():
-        waiting[sizes[item]].append(item)
+    waiting = _waiting(sizes, size)
     out, left, row = np.zeros(len(sizes), np.int64), len(sizes), 0
     while left:
         room, free, chosen = size, view_limit, [int(every[counts > 0][-1])]

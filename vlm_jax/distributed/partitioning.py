@@ -161,6 +161,12 @@ class Plan(NamedTuple):
         *specs, out = (PartitionSpec(*(name and rules[name] for name in names)) for names in (*inputs, output))
         return jax.shard_map(fn, mesh=self.mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)
 
+    @property
+    def platform(self) -> str:
+        """Kind of device of the mesh, "cpu", "gpu" or "tpu"; of an abstract mesh, this process's."""
+        devices = getattr(self.mesh, "devices", None)
+        return jax.default_backend() if devices is None else devices.flat[0].platform
+
     def axis_size(self, name: str) -> int:
         """Number of shards of an axis of that logical name."""
         target = dict(self.rules)[name] or ()
@@ -190,8 +196,7 @@ class Plan(NamedTuple):
         """Runs an initialiser of boxed arrays under jit with their shardings; returns unboxed arrays."""
         shardings = self.shardings(jax.eval_shape(fn, *args))
         # It runs once, so on a CPU most of its time would be LLVM's optimisation.
-        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if is_cpu else None
+        options = {"xla_backend_optimization_level": 0} if self.platform == "cpu" else None
         init = lambda *a: nn.meta.unbox(fn(*a))  # noqa: E731
         return self.jit(init, out_shardings=shardings, compiler_options=options)(*args)
 

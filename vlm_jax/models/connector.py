@@ -12,6 +12,7 @@ from vlm_jax.core.specs import ModelSpec
 from vlm_jax.core.structs import Evidence, Prefix
 from vlm_jax.ops import initializers as w
 from vlm_jax.ops.logical_axes import constrain, gather_for_compute
+from vlm_jax.ops.products import dense
 
 # "linear"; "mlp" has a GELU between two layers (LLaVA), "mlp_silu" a SiLU (Honeybee).
 PROJECTORS = ("linear", "mlp", "mlp_silu")
@@ -57,8 +58,10 @@ def apply(weights: Any, evidence: Evidence, spec: ModelSpec) -> Prefix:
 
 def _project(weights: Any, x: Float[Array, "B *rows width"], kind: str) -> Float[Array, "B *rows D"]:
     projector = weights["projector"]
-    x = x @ gather_for_compute(projector["kernel"], _IN, x.dtype) + projector["bias"].astype(x.dtype)
+    x = dense(x, gather_for_compute(projector["kernel"], _IN, x.dtype)) + projector["bias"].astype(x.dtype)
     if kind == "linear":
         return x
     inner = jax.nn.silu(x) if kind == "mlp_silu" else jax.nn.gelu(x, approximate=False)
-    return inner @ gather_for_compute(projector["out_kernel"], _OUT, x.dtype) + projector["out_bias"].astype(x.dtype)
+    return dense(inner, gather_for_compute(projector["out_kernel"], _OUT, x.dtype)) + projector["out_bias"].astype(
+        x.dtype
+    )

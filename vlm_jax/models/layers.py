@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.core.axes import NORM
 from vlm_jax.ops.logical_axes import gather_for_compute
+from vlm_jax.ops.products import dense
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -42,8 +43,7 @@ class Linear(nn.Module):
         count = len(self.inputs)
         init = nn.initializers.lecun_normal(in_axis=range(count), out_axis=range(count, len(sizes)))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, tuple(names)), tuple(sizes))
-        contracted = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
-        x = jax.lax.dot_general(x, gather_for_compute(kernel, tuple(names), x.dtype), (contracted, ((), ())))
+        x = dense(x, gather_for_compute(kernel, tuple(names), x.dtype), count)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(names[count:]))
             x = x + self.param("bias", zeros, tuple(sizes[count:])).astype(x.dtype)

@@ -32,20 +32,20 @@ def attend(
     softcap: scores become softcap * tanh(score / softcap) before the mask (Gemma 2, arXiv 2408.00118, section 2); never
         cuDNN, which does not support it.
     implementation: "xla", "cudnn" (fused, NVIDIA GPUs, 16-bit inputs) or "splash" (fused, TPUs, `Causal` masks; "xla"
-        for others).
+        for others). cuDNN reads the mask from memory, one of [B, 1, T, S] for all heads and layers: in
+        `jax.nn.dot_product_attention` a row has one length and no segments. The offsets of packed rows that cuDNN
+        knows are in a private module of JAX (0.10.2), which multiplies those of the keys by the query heads too: wrong
+        where K < N. They also need a Hopper GPU, a fixed maximum M of conversations in a row, and softmax statistics
+        of [B M, N, T].
     bias: added to the scaled scores; not together with a softcap.
     """
     if bias is not None and softcap is not None:
         raise ValueError("attend: a bias and a softcap together are not supported")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(mask, splash.Causal):
-
-        def plain(q: Array, k: Array, v: Array, mask: splash.Causal) -> Array:
-            return attend(q, k, v, mask.dense(), scale, softcap, "xla", bias)
-
         if implementation == "splash" and bias is None and splash.applies(q.shape[1], q.shape[2], k.shape[2]):
-            return splash.attend(q, k, v, mask, scale, softcap, plain)
-        return plain(q, k, v, mask)
+            return splash.attend(q, k, v, mask, scale, softcap)
+        mask = mask.dense()
     implementation = "xla" if implementation == "splash" else implementation
     if softcap is not None:
         return attend_by_head(q, by_head(k), by_head(v), mask, scale, softcap)

@@ -23,6 +23,9 @@ AxisNames = tuple[str | None, ...]
 class ShardingRules(Protocol):
     """The interface of `partitioning.Plan` that this module uses."""
 
+    @property
+    def platform(self) -> str: ...
+
     def axis_size(self, name: str) -> int: ...
 
     def sharding(self, names: AxisNames, shape: tuple[int, ...]) -> Any: ...
@@ -47,6 +50,12 @@ def use_rules(rules: ShardingRules) -> Iterator[None]:
         yield
     finally:
         _rules.reset(token)
+
+
+def platform() -> str:
+    """Kind of device that the program is for: "cpu", "gpu" or "tpu"; without rules, this process's."""
+    rules = _rules.get()
+    return jax.default_backend() if rules is None else rules.platform
 
 
 def axis_size(name: str) -> int:

@@ -1,6 +1,7 @@
 """Splash attention: JAX's fused Pallas kernel for TPUs, for rows that are causal within each segment (no prefixes).
 
-The platform is chosen when a program is lowered (also ahead of time); other platforms use `attention.attend`.
+It is used where the mesh of the program has TPUs, also ahead of time. That is known when the program is traced: a
+`jax.lax.platform_dependent` would keep for the backward pass what either branch needs, scores of [L, L] among them.
 """
 
 import functools
@@ -30,9 +31,10 @@ class Causal(NamedTuple):
 
 
 def applies(length: int, heads: int, kv_heads: int) -> bool:
-    """Whether the kernel supports this row length and these heads under the current sharding rules."""
+    """Whether the program is for TPUs, and the kernel supports this row length and these heads under its rules."""
     shards = logical_axes.axis_size(ACT_HEADS)
-    return length % LANES == 0 and heads % shards == 0 and kv_heads % shards == 0
+    fits = length % LANES == 0 and heads % shards == 0 and kv_heads % shards == 0
+    return fits and logical_axes.platform() == "tpu"
 
 
 def attend(
@@ -42,14 +44,11 @@ def attend(
     mask: Causal,
     scale: float,
     softcap: float | None,
-    plain: Any,
 ) -> Float[Array, "B L N C"]:
-    """As `ops.attention.attend`; `plain(q, k, v, mask)` runs on other platforms than TPU."""
+    """As `ops.attention.attend`, where `applies`."""
     heads, row = (BATCH, None, ACT_HEADS, None), (BATCH, None)
     kernel = functools.partial(_on_tpu, scale=scale, softcap=softcap)
-    tpu = logical_axes.on_each_device(kernel, (heads, heads, heads, row), heads)
-    other = lambda q, k, v, segment: plain(q, k, v, Causal(segment))  # noqa: E731
-    return jax.lax.platform_dependent(q, k, v, mask.segment, tpu=tpu, default=other)
+    return logical_axes.on_each_device(kernel, (heads, heads, heads, row), heads)(q, k, v, mask.segment)
 
 
 def _on_tpu(
