@@ -130,8 +130,8 @@ def step_secs(mixture: Mixture, tokens: int, batch_rows: int, repeats: int) -> d
 
 def make_step(
     mixture: Mixture, tokens: int, batch_rows: int, pack: str, row_images: int
-) -> tuple[Callable[[], object], int]:
-    """(a training step that waits for its result, conversations of its batch)."""
+) -> tuple[Callable[[], object], float]:
+    """(a training step that waits for its result, mean conversations of a batch of the epoch)."""
     import flax.linen as nn
     import jax
 
@@ -172,7 +172,7 @@ def make_step(
     def run() -> None:
         state[0], _, _ = jax.block_until_ready(update.step(state[0], inputs, 1))
 
-    return run, sum(len(plan.conversation) for plan in plans)
+    return run, batch_rows * len(mixture) / len(found)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -201,7 +201,7 @@ def timing(result: dict[str, Any]) -> str:
         fit, none = step["fit"], step["none"]
         packed, other = (epoch_secs(result, step, pack) / 3600 for pack in ("fit", "none"))
         lines.append([
-            str(step["tokens"]), f"{fit['conversations']}", f"{fit['secs']:.2f}", f"{none['secs']:.2f}",
+            str(step["tokens"]), f"{fit['conversations']:.1f}", f"{fit['secs']:.2f}", f"{none['secs']:.2f}",
             f"{packed:.2f}", f"{other:.2f}", f"1/{other / packed:.1f}",
         ])  # fmt: skip
     step = result["steps"][0]
