@@ -20,12 +20,14 @@ from experiments.gpu.results import Results
 from experiments.gpu.sizes import AttentionShape, Sizes
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import EncoderSpec
+from vlm_jax.core.structs import AttentionMetadata
 from vlm_jax.ops.attention import attend
+from vlm_jax.ops.masks import attention_mask
 from vlm_jax.sizing.chips import Chip
 
 PART = "correctness"
 # (dtype, precision of float32 products on the device) -> tolerance of `relative`. "default" is TF32 on an H100.
-PRECISIONS = {("float32", "highest"): 1e-5, ("float32", "default"): 0.02, ("bfloat16", "default"): 0.25}
+PRECISIONS = {("float32", "highest"): 1e-5, ("float32", "default"): 0.02, ("bfloat16", "default"): 0.1}
 # Of the differences from float32, by fused and by plain attention in bfloat16.
 FUSED_OVER_PLAIN = 2.0
 
@@ -46,8 +48,9 @@ def implementation() -> str:
 
 
 def fused_is_correct(results: Results) -> bool:
-    """Whether every comparison of fused attention on this device has passed."""
-    rows = [row for name, row in results.rows(PART).items() if name.startswith("attention")]
+    """Whether fused attention has passed on this device with the masks of training rows."""
+    prefixes = tuple(f"attention {implementation()}, {pattern}," for pattern in ("causal", "packed"))
+    rows = [row for name, row in results.rows(PART).items() if name.startswith(prefixes)]
     return bool(rows) and all(row.get("ok") for row in rows)
 
 
@@ -72,23 +75,23 @@ def logits_case(golden: goldens.Golden, dtype: str, precision: str, tolerance: f
     return Case(f"logits of {golden.name}, {dtype}, {precision} precision", prepare, measure)
 
 
-def segments(pattern: str, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segment and order of rows, int[B, L].
+def metadata(pattern: str, batch: int, length: int) -> AttentionMetadata:
+    """Rows [B, L] of a pattern.
 
     causal: a conversation fills the row. packed: three of them, then a sixteenth of padding. padded right, padded left:
     a conversation of half the row or more. prefix: the first quarter is bidirectional.
     """
-    place = np.tile(np.arange(length), (batch, 1))
+    place = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
     segment, order = np.ones_like(place), place
     if pattern == "packed":
-        segment = 1 + (place >= length // 4) + (place >= length // 2)
+        segment = segment + (place >= length // 4) + (place >= length // 2)
         segment[:, -max(length // 16, 1) :] = 0
     elif pattern.startswith("padded"):
         used = length // 2 + np.arange(batch)[:, None] * (length // (2 * batch))
-        segment = ((place < used) if pattern == "padded right" else (place >= length - used)).astype(int)
+        segment = segment * ((place < used) if pattern == "padded right" else (place >= length - used))
     elif pattern == "prefix":
         order = np.where(place < length // 4, 0, place)
-    return segment, order
+    return AttentionMetadata(*map(jnp.asarray, (segment, place, order)))
 
 
 def attention_case(shape: AttentionShape) -> Case:
@@ -130,9 +133,8 @@ def attention_arrays(shape: AttentionShape, kind: str, dtype: Any) -> list[np.nd
     )
     mask = None
     if shape.pattern != "none":
-        segment, order = segments(shape.pattern, shape.batch, shape.length)
-        visible = (segment[:, :, None] == segment[:, None]) & (order[:, None] <= order[:, :, None])
-        mask = jnp.asarray((visible & (segment[:, :, None] != 0))[:, None])
+        place = metadata(shape.pattern, shape.batch, shape.length)
+        mask = attention_mask(place, place)
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:

@@ -10,7 +10,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ _COMPUTE = ComputeSpec("bfloat16", "none", "xla", 1, "replicated", (1, 1, 1))
 
 
 def cases(sizes: Sizes, results: Results, chip: chips.Chip) -> list[Case]:
-    """The cells, then the prediction of half of them."""
-    found = [
+    """A case for each cell. The prediction follows from their rows, see `prediction`."""
+    return [
         Case(
             cell_name(model, batch),
             functools.partial(compiled_parts, model, batch, sizes),
@@ -47,7 +47,6 @@ def cases(sizes: Sizes, results: Results, chip: chips.Chip) -> list[Case]:
         )
         for model, batch in cells(sizes)
     ]
-    return [*found, Case("prediction", lambda: None, lambda _: prediction(sizes, results))]
 
 
 def cells(sizes: Sizes) -> Iterator[tuple[ModelSpec, int]]:
@@ -157,9 +156,8 @@ def _planned(part: str) -> tuple[str, ...]:
     return {"encoder": ("encoder",), "prefill": ("compressor", "question", "prefill"), "decode": ("decode",)}[part]
 
 
-def write_calibration(path: Path, rows: Sequence[Row]) -> None:
-    """The CSV that `--calibrate` of `vlm_jax.plan` reads, from the calibrating cells."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_calibration(path: Path, rows: Iterable[Row]) -> None:
+    """The CSV that `--calibrate` of `vlm_jax.plan` reads, from the calibrating cells of one device."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(calibration.CALIBRATION)
@@ -168,40 +166,31 @@ def write_calibration(path: Path, rows: Sequence[Row]) -> None:
                 table.writerow([row["chip"], 1, part["flops"], part["bytes"], part["secs"]])
 
 
-def predicted(sizes: Sizes, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Seconds that the planner predicts for the parts of each cell that does not calibrate, and their sum "request".
-
-    `rows` are all cells of one device; each part is also in `row["parts"]`, measured.
+def prediction(sizes: Sizes, rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
+    """Relative errors of the planner's seconds, by cell that does not calibrate, of the parts and of their sum
+    "request". `rows` are the cells of one device by name; {} unless all are measured.
     """
+    every = [(model, batch, cell_name(model, batch)) for model, batch in cells(sizes)]
+    if any("parts" not in rows.get(name, {}) for _, _, name in every):
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "calibration.csv"
-        write_calibration(path, rows)
+        write_calibration(path, [rows[name] for _, _, name in every])
         efficiency = calibration.calibrate(path)
-    found = {}
-    for model, batch in cells(sizes):
-        if calibrates(sizes, model, batch):
-            continue
-        on = chips.chip(rows[0]["chip"])
-        request = roofline.Request(sizes.question_tokens, sizes.answer_tokens, batch, on=on, efficiency=efficiency)
-        times = roofline.request_times(model, request)
-        parts = {name: sum(times[part].secs for part in _planned(name)) for name in PARTS}
-        found[cell_name(model, batch)] = {**parts, "request": sum(parts.values())}
-    return found
+    errors = {}
+    for model, batch, name in every:
+        if not calibrates(sizes, model, batch):
+            on = chips.chip(rows[name]["chip"])
+            request = roofline.Request(sizes.question_tokens, sizes.answer_tokens, batch, on=on, efficiency=efficiency)
+            times = roofline.request_times(model, request)
+            planned = {part: sum(times[each].secs for each in _planned(part)) for part in PARTS}
+            actual = {part: values["secs"] for part, values in rows[name]["parts"].items()}
+            errors[name] = {part: planned[part] / actual[part] - 1 for part in PARTS}
+            errors[name]["request"] = sum(planned.values()) / sum(actual.values()) - 1
+    return errors
 
 
-def prediction(sizes: Sizes, results: Results) -> dict[str, Any]:
-    """Relative errors of the predicted cells against their measured seconds, and their medians by part."""
-    rows = {name: row for name, row in results.measured(PART).items() if "parts" in row}
-    missing = [cell_name(*cell) for cell in cells(sizes) if cell_name(*cell) not in rows]
-    if missing:
-        raise RuntimeError(f"not measured: {missing[0]}")
-    write_calibration(results.path.with_name("calibration.csv"), list(rows.values()))
-    errors: dict[str, dict[str, float]] = {}
-    for name, secs in predicted(sizes, list(rows.values())).items():
-        parts = {part: values["secs"] for part, values in rows[name]["parts"].items()}
-        actual = {**parts, "request": sum(parts.values())}
-        errors[name] = {part: secs[part] / actual[part] - 1 for part in secs}
-    medians = {
-        part: statistics.median(abs(each[part]) for each in errors.values()) for part in (*PARTS, "request")
-    }  # fmt: skip
-    return {"errors": errors, "median_error": medians, "target": TARGET, "ok": medians["request"] <= TARGET}
+def median_errors(errors: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Medians over the cells of the absolute errors, by part; {} without cells."""
+    parts = (*PARTS, "request") if errors else ()
+    return {part: statistics.median(abs(each[part]) for each in errors.values()) for part in parts}

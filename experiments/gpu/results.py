@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.inference_speed.measuring import Row
+from vlm_jax.core.files import write_text
 from vlm_jax.core.reading import read_text
-
-Row = dict[str, Any]
 
 
 class Results(NamedTuple):
@@ -30,6 +30,11 @@ class Results(NamedTuple):
         row = {"part": part, "name": name, "device": self.device, "jax": self.jax, **_finite(values)}
         append(self.path, row)
         return row
+
+    def forget(self, part: str) -> None:
+        """Removes the rows of a part on this device."""
+        kept = [row for row in read(self.path) if (row["part"], row["device"]) != (part, self.device)]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def rows(self, part: str) -> dict[str, Row]:
         """The newest row of each case of a part on this device, by name."""

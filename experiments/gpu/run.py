@@ -1,10 +1,10 @@
 """Everything that only a GPU can show, in one command: `python -m experiments.gpu.run`.
 
-    python -m experiments.gpu.run                  # on one H100 or H200: about 12 minutes; renews README.md
+    python -m experiments.gpu.run                  # on one H100 or H200, within 12 minutes; renews README.md
     python -m experiments.gpu.run --toy            # on a CPU: tries the script at tiny sizes
     python -m experiments.gpu.run --table          # renews README.md from results.jsonl, without measuring
 
-The parts run in this order, each in a process and with a time budget of its own: correctness, training, transformers,
+The parts run in this order, each in a process and with a share of the time: correctness, training, transformers,
 planner. Every result is a line of results.jsonl as soon as it is there; a second run measures what is missing, and what
 failed.
 """
@@ -23,13 +23,13 @@ from experiments.gpu.sizes import GPU, TOY, TOY_CHIP
 from experiments.readme import write_block
 from vlm_jax.cli import make_parser, run_main
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.files import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 MODULES = {"correctness": "correctness", "training": "training", "transformers": "beside", "planner": "planner"}
-SECS = {"correctness": 150, "training": 240, "transformers": 150, "planner": 150}  # budgets
-_GRACE_SECS = 45  # for the case that runs when a budget ends
+MINUTES = 12.0
+_SHARES = {"correctness": 0.2, "training": 0.3, "transformers": 0.2, "planner": 0.2}  # of them; the rest is slack
+_SLACK = 0.1  # of them, for the cases that run when a part's time ends
 # torch allocates on the same GPU.
 _ENVIRONMENT = {"transformers": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
 _WORKERS = 4  # programs that are compiled at a time
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     parser.prog = "python -m experiments.gpu.run"
     parser.add_argument("--parts", nargs="+", default=list(MODULES), metavar="PART", help=", ".join(MODULES))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device; results are no measurements")
-    parser.add_argument("--again", action="store_true", help="measure everything anew")
+    parser.add_argument("--again", action="store_true", help="measure anew what this device has measured")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--table", action="store_true", help="renew README.md from results.jsonl alone")
     parser.add_argument("--out", type=Path, help="file of the results; README.md is not renewed")
     parser.add_argument("--alone", choices=tuple(MODULES), help="run one part in this process, as the others do")
@@ -50,38 +51,40 @@ def main(argv: list[str]) -> int:
     for name in args.parts:
         if name not in MODULES:
             raise unknown("--parts", name, MODULES)
+    if not 0 < args.minutes < 1e6:
+        raise UserError(f"--minutes: expected more than 0, got {args.minutes:g}")
     if args.toy and args.table:
         raise UserError("--table: results of --toy are no measurements: leave one of them out")
     out = args.out or (Path(tempfile.mkdtemp(prefix="vlm_jax_gpu_")) / "toy.jsonl" if args.toy else RESULTS)
     if args.alone:
-        run_part(args.alone, out, args.toy)
+        run_part(args.alone, out, args.toy, args.again, args.minutes)
         return 0
-    if not args.table:
-        if args.again:
-            write_text(out, "")
-        for part in args.parts:
-            if code := start_part(part, out, args.toy):
-                return code
+    start = time.monotonic()
+    for index, part in enumerate(() if args.table else args.parts):
+        end = start + 60 * args.minutes * sum(_SHARES[each] for each in args.parts[: index + 1])
+        if code := start_part(part, out, args.toy, args.again, end - time.monotonic(), 60 * args.minutes * _SLACK):
+            return code
+    rows = results.read(out)
+    text = table.markdown(rows, TOY if args.toy else GPU)
     if not (args.toy or args.out):
-        write_block(HERE / "README.md", "results", table.markdown(results.read(out), GPU), "experiments.gpu.run")
-    failed = [row for row in results.newest(results.read(out)) if "error" in row or row.get("ok") is False]
-    print(f"results: {out}; {len(failed)} failed or out of tolerance")
-    for row in failed:
-        print(f"  {row['part']}: {row['name']}: {row.get('error', 'out of tolerance')}")
+        write_block(HERE / "README.md", "results", text, "experiments.gpu.run")
+    table.write_calibrations(out.parent, rows)
+    print(f"{text}\n\nresults: {out}")
     return 0
 
 
-def start_part(part: str, out: Path, toy: bool) -> int:
-    """Runs a part in a new process: a crash or a hang is its result, and its memory is free afterwards. Returns the
-    exit code of bad input, else 0.
+def start_part(part: str, out: Path, toy: bool, again: bool, secs: float, slack: float) -> int:
+    """Runs a part in a new process: a crash or a hang is its result, and its memory is free afterwards. It begins no
+    case after `secs`, and is killed `slack` seconds later. Returns the exit code of bad input, else 0.
     """
-    command = [sys.executable, "-m", "experiments.gpu.run", "--alone", part, "--out", str(out), *["--toy"] * toy]
+    command = [sys.executable, "-m", "experiments.gpu.run", "--alone", part, "--out", str(out)]
+    command += [f"--minutes={max(secs, 1) / 60}", *["--toy"] * toy, *["--again"] * again]
     environment = {**os.environ, **_ENVIRONMENT.get(part, {})}
     try:
-        code = subprocess.run(command, env=environment, timeout=SECS[part] + _GRACE_SECS).returncode
+        code = subprocess.run(command, env=environment, timeout=max(secs, 1) + slack).returncode
         error = f"ended with exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
-        code, error = 0, f"killed after {SECS[part] + _GRACE_SECS} s"
+        code, error = 0, "killed at the end of its time"
     if code == 2:
         return code
     if error:
@@ -89,9 +92,9 @@ def start_part(part: str, out: Path, toy: bool) -> int:
     return 0
 
 
-def run_part(part: str, out: Path, toy: bool) -> None:
+def run_part(part: str, out: Path, toy: bool, again: bool, minutes: float) -> None:
     """Measures the missing cases of a part. Raises `UserError` without a GPU whose peaks are known."""
-    deadline = time.monotonic() + SECS[part]
+    deadline = time.monotonic() + 60 * minutes
     import jax
 
     from experiments.gpu.cases import run_cases
@@ -108,6 +111,8 @@ def run_part(part: str, out: Path, toy: bool) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
     build.use_compilation_cache(build.default_cache())
     found = results.Results(out, device.device_kind, jax.__version__)
+    if again:
+        found.forget(part)
     module: Any = importlib.import_module(f"experiments.gpu.{MODULES[part]}")
     cases = module.cases(TOY if toy else GPU, found, chip)
     run_cases(part, cases, found, deadline, _TOY_WORKERS if toy else _WORKERS)

@@ -9,7 +9,7 @@ from vlm_jax.sizing import zoo
 
 
 class AttentionShape(NamedTuple):
-    """Sizes of a comparison of attention implementations, and the rows' segments: a pattern of `correctness.segments`,
+    """Sizes of a comparison of attention implementations, and the rows' segments: a pattern of `correctness.metadata`,
     or "none" for no mask."""
 
     pattern: str
@@ -20,7 +20,7 @@ class AttentionShape(NamedTuple):
     head_dim: int
 
 
-class Choice(NamedTuple):
+class StepChoice(NamedTuple):
     """How a train step is run."""
 
     batch_rows: int
@@ -38,7 +38,7 @@ class Sizes:
     attention: tuple[AttentionShape, ...]
     resume_steps: int
     row_tokens: int
-    choices: tuple[Choice, ...]  # the most promising first
+    choices: tuple[StepChoice, ...]  # the most promising first
     steps: int  # timed train steps
     question_tokens: int
     answer_tokens: int
@@ -64,7 +64,7 @@ GPU = Sizes(
     ),
     resume_steps=8,
     row_tokens=2048,
-    choices=(Choice(8, "dots"), Choice(16, "block"), Choice(4, "none")),
+    choices=(StepChoice(8, "dots"), StepChoice(16, "block"), StepChoice(4, "none")),
     steps=10,
     question_tokens=50,
     answer_tokens=32,
@@ -81,7 +81,7 @@ TOY = Sizes(
     attention=(AttentionShape("packed", 2, 48, 4, 2, 16), AttentionShape("padded left", 2, 48, 4, 2, 16)),
     resume_steps=2,
     row_tokens=256,
-    choices=(Choice(1, "dots"),),
+    choices=(StepChoice(1, "dots"),),
     steps=2,
     question_tokens=10,
     answer_tokens=4,

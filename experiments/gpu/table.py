@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from experiments.gpu import results
 from experiments.gpu.results import Row
@@ -100,11 +100,10 @@ def _beside(row: Row) -> list[str]:
 
 def planner(rows: dict[str, Row], sizes: Sizes) -> str:
     """Measured milliseconds of each cell, and the error of the planner where it did not calibrate."""
-    from experiments.gpu.planner import PARTS, TARGET, calibrates, cell_name, cells
+    from experiments.gpu.planner import PARTS, TARGET, calibrates, cell_name, cells, median_errors, prediction
 
     lines = [["cell", *(f"{part}, ms" for part in (*PARTS, "request")), "the planner's error"]]
-    outcome: dict[str, Any] = rows.get("prediction", {})
-    errors = outcome.get("errors", {})
+    errors = prediction(sizes, rows)
     for model, batch in cells(sizes):
         name = cell_name(model, batch)
         parts = rows.get(name, {}).get("parts")
@@ -112,11 +111,19 @@ def planner(rows: dict[str, Row], sizes: Sizes) -> str:
         shown = [f"{value:.2f}" for value in (*times, sum(times))] if times else [MISSING] * (len(PARTS) + 1)
         error = f"{errors[name]['request']:+.0%}" if name in errors else MISSING
         lines.append([name, *shown, "calibrates" if calibrates(sizes, model, batch) else error])
-    medians = outcome.get("median_error")
-    each = ", ".join(f"{part} {value:.0%}" for part, value in medians.items()) if medians else MISSING
+    each = ", ".join(f"{part} {value:.0%}" for part, value in median_errors(errors).items()) or MISSING
     sentence = f"Median error of the predicted cells (target {TARGET:.0%}): {each}."
     text = f"{sizes.question_tokens} question tokens, {sizes.answer_tokens} answer tokens, {sizes.encoder.name}"
     return f"The planner's latency ({text}):\n\n{markdown_table(lines)}\n\n{sentence}"
+
+
+def write_calibrations(folder: Path, rows: Sequence[Row]) -> None:
+    """A `calibration_CHIP.csv` for every chip with measured cells."""
+    from experiments.gpu.planner import write_calibration
+
+    cells = [row for row in results.newest(rows) if "parts" in row]
+    for name in sorted({row["chip"] for row in cells}):
+        write_calibration(folder / f"calibration_{name}.csv", [row for row in cells if row["chip"] == name])
 
 
 def failures(rows: Sequence[Row]) -> str:

@@ -17,7 +17,7 @@ from experiments.data_speed import packing
 from experiments.gpu import correctness
 from experiments.gpu.cases import Case
 from experiments.gpu.results import Results
-from experiments.gpu.sizes import Choice, Sizes
+from experiments.gpu.sizes import StepChoice, Sizes
 from vlm_jax import build
 from vlm_jax.aot.programs import with_shardings
 from vlm_jax.compress import catalog
@@ -51,7 +51,7 @@ def cell_name(decoder: DecoderSpec, tokens: int) -> str:
 
 
 def case(
-    sizes: Sizes, decoder: DecoderSpec, tokens: int, choice: Choice, attention: str, chip: Chip
+    sizes: Sizes, decoder: DecoderSpec, tokens: int, choice: StepChoice, attention: str, chip: Chip
 ) -> Case:  # fmt: skip
     """One cell with one choice of how it runs."""
     spec = run_spec(sizes, decoder, tokens, choice, attention)
@@ -70,7 +70,7 @@ def case(
     return Case(name, lambda: compiled_step(spec), measure)
 
 
-def run_spec(sizes: Sizes, decoder: DecoderSpec, tokens: int, choice: Choice, attention: str) -> RunSpec:
+def run_spec(sizes: Sizes, decoder: DecoderSpec, tokens: int, choice: StepChoice, attention: str) -> RunSpec:
     """LLaVA's second stage on stored features: connector and decoder are trained."""
     spec = packing.recipe(
         f"configs/llava.py:stage=2,llm=qwen1.5-0.5b,tokens={min(tokens, 1)},devices=1,tensor=1,batch=1"
