@@ -17,7 +17,7 @@ from experiments.data_speed import packing
 from experiments.gpu import correctness
 from experiments.gpu.cases import Case
 from experiments.gpu.results import Results
-from experiments.gpu.sizes import StepChoice, Sizes
+from experiments.gpu.sizes import Sizes, StepChoice
 from vlm_jax import build
 from vlm_jax.aot.programs import with_shardings
 from vlm_jax.compress import catalog
