@@ -1,6 +1,6 @@
 """Small cells of the study, for `experiments.training_speed.cells`: facts, all combinations of the lists.
 
-python -m experiments.launch --grid experiments/training_speed/grid.py:llms=d24+d48,tokens=1+4 --workdir DIR
+    python -m experiments.launch --grid experiments/training_speed/grid.py:llms=d24+d48,tokens=1+4 --workdir DIR
 """
 
 from vlm_jax.config.arguments import parse_arg, parse_list
