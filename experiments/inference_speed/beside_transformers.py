@@ -13,6 +13,8 @@ import numpy as np
 
 from experiments.inference_speed import measuring
 from vlm_jax.cli import run_main
+from vlm_jax.core.specs import DecoderSpec
+from vlm_jax.sizing import zoo
 
 
 def versions() -> dict[str, str]:
@@ -32,7 +34,7 @@ def both(name: str, folder: Path, threads: int) -> measuring.Sides:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    made = transformers.AutoModelForCausalLM.from_config(hugging_face_config(name), dtype=torch.float32)
+    made = transformers.AutoModelForCausalLM.from_config(hugging_face_config(zoo.decoder(name)), dtype=torch.float32)
     made.get_input_embeddings().weight.data.mul_(0.1)  # which may be the head too
     made.save_pretrained(folder)
     del made
@@ -55,15 +57,12 @@ def both(name: str, folder: Path, threads: int) -> measuring.Sides:
     return sides
 
 
-def hugging_face_config(name: str) -> Any:
-    """The transformers config of a decoder in the zoo, without eos. Weights have a larger scale than usual and the
+def hugging_face_config(spec: DecoderSpec) -> Any:
+    """The transformers config of a decoder, without eos. Weights have a larger scale than usual and the
     embedding a smaller one, so that answers do not repeat one token, on which both sides would agree trivially.
     """
     import transformers
 
-    from vlm_jax.sizing import zoo
-
-    spec = zoo.decoder(name)
     kind = transformers.Qwen2Config if spec.qkv_bias else transformers.LlamaConfig
     return kind(
         hidden_size=spec.width, intermediate_size=spec.mlp_width, num_hidden_layers=spec.depth,
