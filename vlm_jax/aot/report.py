@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.aot.programs import TOPOLOGIES, Program, mesh_axes
+from vlm_jax.aot.programs import TOPOLOGIES, mesh_axes
+from vlm_jax.build.fitting import Program
 from vlm_jax.core import axes
 from vlm_jax.core.specs import RunSpec, StageSpec, data_of, spec_hash
 from vlm_jax.distributed.partitioning import Plan
@@ -45,7 +46,7 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         return out
     steps = spec.evaluation.max_new_tokens if mode == "decode" else 1  # the loop runs for the longest answer
     found = hlo.collectives(program.text, mesh_axes(plan), steps)
-    shards = (plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP))
+    shards = kernel_shards(plan)
     if mode == "train":
         work = roofline.train_work(spec, stage, count, *shards)
     else:
@@ -58,6 +59,11 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         "tokens_per_call": steps, "wire_bytes": sum(each.wire_bytes for each in found), "collectives": summed(found),
         "checks": checks(spec, found, out["batch_examples"] / count), **predicted._asdict(),
     }  # fmt: skip
+
+
+def kernel_shards(plan: Plan) -> tuple[int, int]:
+    """Parts of a kernel while it is multiplied, and in the train state."""
+    return plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP)
 
 
 def link_share(plan: Plan, chip: chips.Chip, spanned: tuple[str, ...]) -> float:
@@ -172,7 +178,7 @@ def advice(r: dict[str, Any]) -> str:
     if enough:
         return "by estimate it would fit with: " + "; or ".join(enough)
     helps = [change for change in saved if not change.startswith("compute.microbatches")]
-    helps += ["compute.remat=block"] if train and r["remat"] != "block" else []
+    helps += ["compute.remat=auto"] if train and r["remat"] != "block" else []
     return "no single change is enough; may help: " + ", ".join(
         [*helps, "fewer rows", "fewer text tokens", "a smaller llm"]
     )
