@@ -21,13 +21,14 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import RunSpec, StageSpec
 from vlm_jax.core.structs import Inputs, Views
 from vlm_jax.data.features import empty
+from vlm_jax.distributed import processes
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import compression, remat
 
 AUTO = "auto"
 MARGIN = 0.03  # of a device's memory, for the next batch, metrics and fragmentation
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 class Memory(NamedTuple):
@@ -57,10 +58,13 @@ class Choice(NamedTuple):
 
 
 def usable_bytes(plan: Plan) -> float | None:
-    """The memory of one device of a plan that programs may use; None where it is not known, as on a CPU."""
+    """The memory of one device of a plan that programs may use, the same in every process; None where it is not known,
+    as on a CPU."""
     device = next(each for each in plan.mesh.devices.flat if each.process_index == jax.process_index())
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return None if limit is None or device.platform == "cpu" else float(limit)
+    if device.platform == "cpu":
+        return None
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return processes.broadcast_from_primary(limit // MIB) * float(MIB) or None
 
 
 def fitted(network: Network, limit: float | None) -> tuple[Network, Choice | None]:
