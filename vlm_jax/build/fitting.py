@@ -49,7 +49,7 @@ class Program(NamedTuple):
     compile_secs: float
 
 
-class Choice(NamedTuple):
+class Fitted(NamedTuple):
     """A policy with the program of each stage; the last policy where none fits."""
 
     policy: str
@@ -67,7 +67,7 @@ def usable_bytes(plan: Plan) -> float | None:
     return processes.broadcast_from_primary(limit // MIB) * float(MIB) or None
 
 
-def fitted(network: Network, limit: float | None) -> tuple[Network, Choice | None]:
+def fitted(network: Network, limit: float | None) -> tuple[Network, Fitted | None]:
     """The network with "auto" replaced by the first policy with which the steps of all stages fit in `limit` bytes, and
     the programs that say so. Without a limit it is "none". Raises `UserError` if no policy fits.
     """
@@ -87,7 +87,7 @@ def fitted(network: Network, limit: float | None) -> tuple[Network, Choice | Non
     return with_remat(network, choice.policy), choice
 
 
-def choose(network: Network, stages: Iterable[StageSpec], limit: float) -> Choice:
+def choose(network: Network, stages: Iterable[StageSpec], limit: float) -> Fitted:
     """The first policy with which the steps of all these stages fit in `limit` bytes of a device, less `MARGIN`."""
     stages, usable, last = tuple(stages), limit * (1 - MARGIN), remat.POLICIES[-1]
     for policy in remat.POLICIES:
@@ -99,8 +99,8 @@ def choose(network: Network, stages: Iterable[StageSpec], limit: float) -> Choic
             if not programs[-1].text or programs[-1].memory.peak > usable:
                 break
         else:
-            return Choice(policy, tuple(programs), True)
-    return Choice(last, tuple(programs), False)
+            return Fitted(policy, tuple(programs), True)
+    return Fitted(last, tuple(programs), False)
 
 
 def with_remat(network: Network, policy: str) -> Network:
