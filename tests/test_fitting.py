@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from vlm_jax import build
+from vlm_jax import build, job
 from vlm_jax.build import Network, fitting
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
@@ -90,6 +90,16 @@ def test_training_uses_the_choice_and_its_spec_stays(network: Network) -> None:
     spec = dataclasses.replace(network.spec, compute=dataclasses.replace(network.spec.compute, remat="dots"))
     given = network._replace(spec=spec)
     assert fitting.fitted(given, 1.0) == (given, None)
+
+
+def test_training_reports_the_choice(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "usable_bytes", lambda plan: 2.0**40)
+    notices: list[str] = []
+    run = job._fitted(build.Run(network, (), None), notices.append)
+    assert run.network.model.compute.remat == "none"
+    (notice,) = notices
+    assert notice.startswith("compute.remat=auto: none (")
+    assert notice.endswith("of 1024.00 GiB of a device)")
 
 
 def test_no_policy_that_fits_is_one_line_with_what_helps(network: Network) -> None:
