@@ -21,7 +21,8 @@ PODS = {"v5e:16x16": 16, "v5p:4x4x8": 8}
 
 
 # What all cells share: 256 rows with one image each, and a compressor that gives any V.
-CONFIG = "configs/llava.py:compressor=resampler,pack=none,batch=256"
+RECIPE = "configs/llava.py:compressor=resampler,pack=none,batch=256"
+CONFIG = f"{RECIPE},encoder=siglip-so400m14-384"
 
 
 class PodCell(NamedTuple):
@@ -47,8 +48,9 @@ BEST = ", best batch"  # in the name of the second row of a cell with `AUTO`: th
 
 
 def fitted_cells() -> list[PodCell]:
-    """The train step of a 7B model with the rematerialisation that fits."""
-    return [train_cell(LLMS[0], tokens, pod)._replace(overrides=AUTO) for tokens in TOKENS[:2] for pod in PODS]
+    """The train step of a 7B model with the rematerialisation that fits, and the recipe's encoder."""
+    grid = [train_cell(LLMS[0], tokens, pod) for tokens in TOKENS[:2] for pod in PODS]
+    return [cell._replace(arg=f"{cell.arg},encoder=clip-l14-336", overrides=AUTO) for cell in grid]
 
 
 def row_names(cell: PodCell) -> list[str]:

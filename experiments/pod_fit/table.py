@@ -4,7 +4,19 @@ import importlib.metadata
 import os
 from typing import Any
 
-from experiments.pod_fit.sweep import CONFIG, HERE, LLMS, PODS, TOKENS, cells, fitted_cells, read, row_names, train_cell
+from experiments.pod_fit.sweep import (
+    CONFIG,
+    HERE,
+    LLMS,
+    PODS,
+    RECIPE,
+    TOKENS,
+    cells,
+    fitted_cells,
+    read,
+    row_names,
+    train_cell,
+)
 from vlm_jax.aot import ENVIRONMENT
 from vlm_jax.cli import ArgumentParser, run_main
 
@@ -213,9 +225,9 @@ def main(argv: list[str]) -> int:
         )]),
         checks=markdown([["claim", "holds"], *([text, "yes" if holds else "**no**"] for text, holds in judged)]),
         variants=variants(rows), fitted=fitted(rows), near=NEAR,
-        fitted_command=f"python -m vlm_jax.aot --config {CONFIG},{shown.arg} \\\n        --topology {shown.topology} "
+        fitted_command=f"python -m vlm_jax.aot --config {RECIPE},{shown.arg} \\\n        --topology {shown.topology} "
         "--config.compute.remat=auto --batch auto",
-        fitted_encoder=spec.model.encoder.name, answering=inference(rows),
+        fitted_encoder=shown.arg.rpartition("=")[2], answering=inference(rows),
     )  # fmt: skip
     (HERE / "README.md").write_text(page)
     figure(rows)

@@ -1,7 +1,7 @@
 """The rows of a train step that a topology is best at: those of the highest predicted MFU, confirmed by compiling."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax.aot import programs, report, variants
@@ -44,7 +44,7 @@ def best(spec: RunSpec, stage: StageSpec, topology: str) -> list[Compiled]:
     own = variants.compile_row(spec, stage, topology, "train")
     tried = [own]
     for _ in range(_COMPILED):
-        found = list(estimates(spec, stage, plan, topology, own[0], tried[-1][0]))
+        found = list(estimates(spec, stage, plan, topology, [row for row, _ in tried]))
         known = {(row["batch_examples"], row["remat"]) for row, _ in tried}
         chosen = choose(found, usable)
         if chosen is None or (chosen.rows, chosen.policy) in known:
@@ -70,33 +70,41 @@ def with_policy(spec: RunSpec, policy: str) -> RunSpec:
 
 
 def estimates(
-    spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, own: dict[str, Any], reference: dict[str, Any]
+    spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, tried: Sequence[dict[str, Any]]
 ) -> Iterator[Estimate]:
     """Every batch and policy, by memory and network of compiled programs: state, gradients and traffic are the same at
-    every batch, what the blocks keep is known, and the rest of the memory of `reference` is proportional to the rows.
+    every batch, what the blocks keep is known, and the rest of the memory is proportional to the rows. Of the compiled
+    rows, the last with that policy counts, else the last.
     """
     chip, count = chips.device(report.chip_of(topology).name), plan.mesh.size
     shards = report.kernel_shards(plan)
-    network = [
-        hlo.Collective(each["kind"], tuple(each["axes"]), 0, each["count"], (), each["wire_bytes"],
-                       each["beside_products"], "") for each in own.get("collectives", [])
-    ]  # fmt: skip
     unit = plan.axis_size(axes.BATCH) * spec.compute.microbatches
     policies = remat.POLICIES if spec.compute.remat == fitting.AUTO else (spec.compute.remat,)
-    rows0 = reference["batch_examples"]
-    state = reference["params_bytes"] + reference["optimiser_bytes"]
-    fixed = state + min(reference["params_bytes"], reference["temporaries_bytes"])  # and gradients
 
     def kept(rows: int, policy: str) -> float:
         return fitting.kept_bytes(*with_rows(spec, stage, rows), plan, policy)
 
-    rest = max(reference["peak_bytes"] - fixed - kept(rows0, reference["remat"]), 0.0)
+    first = tried[0].get("collectives", [])  # a program that does not fit has none
+
+    def reference(policy: str) -> tuple[list[hlo.Collective], float, float]:
+        """The network, the memory of state and gradients, and the rest for each row."""
+        row = next((row for row in reversed(tried) if row["remat"] == policy), tried[-1])
+        network = [
+            hlo.Collective(each["kind"], tuple(each["axes"]), 0, each["count"], (), each["wire_bytes"],
+                           each["beside_products"], "") for each in row.get("collectives", first)
+        ]  # fmt: skip
+        gradients = min(row["params_bytes"], row["temporaries_bytes"])
+        fixed = row["params_bytes"] + row["optimiser_bytes"] + gradients
+        rest = max(row["peak_bytes"] - fixed - kept(row["batch_examples"], row["remat"]), 0.0)
+        return network, fixed, rest / row["batch_examples"]
+
+    references = {policy: reference(policy) for policy in policies}
     for rows in range(unit, unit * _MOST + 1, unit):
-        for policy in policies:
+        for policy, (network, fixed, rest) in references.items():
             sized, part = with_rows(with_policy(spec, policy), stage, rows)
             work = roofline.train_work(sized, part, count, *shards)
             predicted = roofline.predict(work, network, chip, count, lambda on: report.link_share(plan, chip, on))
-            peak = fixed + kept(rows, policy) + rest * rows / rows0
+            peak = fixed + kept(rows, policy) + rest * rows
             yield Estimate(rows, policy, peak, predicted.mfu)
         if peak > chip.usable_bytes:  # under the last policy
             return
