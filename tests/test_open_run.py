@@ -14,7 +14,7 @@ from tests.data.mixtures import png
 from tests.training.test_resume import cache as cache  # a fixture
 from tests.training.test_resume import tiny_spec
 from vlm_jax import build, job
-from vlm_jax.aot import programs
+from vlm_jax.build import fitting
 from vlm_jax.checkpoints.orbax import read_spec
 from vlm_jax.compress import catalog
 from vlm_jax.compress.contract import encoder_for
@@ -135,7 +135,7 @@ def test_the_compiler_is_given_the_shapes_of_training_batches(cache: Path, froze
     asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, compressor=compressor, encoder=encoder))
     run = build.open_run(asked, cache)
     for batches, stage in zip(run.train, run.network.spec.stages, strict=True):
-        batch, shapes = batches[0], programs._train_inputs(run.network.spec, stage, run.network.plan)
+        batch, shapes = batches[0], fitting.train_inputs(run.network.spec, stage, run.network.plan)
         assert jax.tree.structure(batch) == jax.tree.structure(shapes)
         for array, shape in zip(jax.tree.leaves(batch), jax.tree.leaves(shapes), strict=True):
             assert (array.shape, array.dtype) == (shape.shape, shape.dtype)

@@ -23,7 +23,7 @@ def test_the_template_has_no_literal_numbers() -> None:
 
 
 def test_rows_are_cells_of_the_study_and_its_claims_hold() -> None:
-    names = [cell.name for cell in sweep.cells()]
+    names = [name for cell in sweep.cells() for name in sweep.row_names(cell)]
     rows = {row["cell"]: row for row in sweep.read()}
     assert len(set(names)) == len(names)
     assert set(rows) <= set(names)

@@ -18,7 +18,7 @@ import numpy as np
 
 import vlm_jax
 from vlm_jax import bad_steps, build, logbook
-from vlm_jax.build import Network, Run
+from vlm_jax.build import Network, Run, fitting
 from vlm_jax.checkpoints import orbax
 from vlm_jax.checkpoints.orbax import Checkpoints, disk_errors, lock_workdir
 from vlm_jax.core import specs, tree
@@ -97,6 +97,7 @@ def _train(
             metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
         bad_steps.forget_after(workdir, restored)
         _report_data(run, workdir, on_notice)
+        run = _fitted(run, on_notice)
         on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     summary = workdir / "summary.json"  # may be missing after the last checkpoint
@@ -104,9 +105,22 @@ def _train(
         sha256 = tree.sha256(end.state.params, processes.fetch)
         if metrics is not None:
             with disk_errors(workdir):
-                logbook.write_summary(summary, spec, metrics.last, sha256, end.secs, _question_tokens(run))
+                logbook.write_summary(summary, run.network, metrics.last, sha256, end.secs, _question_tokens(run))
     processes.barrier("end of training")
     return end.state.params
+
+
+def _fitted(run: Run, on_notice: Callable[[str], None]) -> Run:
+    """The run with compute.remat="auto" replaced by what fits in the memory of its devices."""
+    limit = fitting.usable_bytes(run.network.plan)
+    network, choice = fitting.fitted(run.network, limit)
+    if network is not run.network and processes.is_primary():
+        memory = "the memory of this kind of device is not known"
+        if choice is not None:
+            peak = max(program.memory.peak for program in choice.programs)
+            memory = f"{peak / fitting.GIB:.2f} of {limit / fitting.GIB:.2f} GiB of a device"
+        on_notice(f"compute.remat=auto: {network.model.compute.remat} ({memory})")
+    return run._replace(network=network)
 
 
 def _report_data(run: Run, workdir: Path, on_notice: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlm_jax.build import Network
 from vlm_jax.checkpoints.huggingface.fields import read_json
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
@@ -95,15 +96,18 @@ def speed(spec: RunSpec, stage: StageSpec, plan: Plan, question_tokens: float, s
 
 
 def write_summary(
-    path: Path, spec: RunSpec, values: dict[str, float], params_sha256: str, secs: float, question_tokens: float
+    path: Path, network: Network, values: dict[str, float], params_sha256: str, secs: float, question_tokens: float
 ) -> None:
-    """Writes `summary.json`. `values` are the last metrics; those that are not finite become null."""
+    """Writes `summary.json`. `values` are the last metrics; those that are not finite become null. `remat` is the
+    policy of the model, which the spec may call "auto"."""
+    spec = network.spec
     summary = {
         "step": specs.total_steps(spec),
         **{name: value if math.isfinite(value) else None for name, value in values.items()},
         "params_sha256": params_sha256,
         "secs": secs,
         "train_flops": cost.run_flops(spec, question_tokens),
+        "remat": network.model.compute.remat,
         "spec_hash": specs.spec_hash(spec),
         "spec": specs.to_dict(spec),
     }

@@ -21,7 +21,8 @@ PODS = {"v5e:16x16": 16, "v5p:4x4x8": 8}
 
 
 # What all cells share: 256 rows with one image each, and a compressor that gives any V.
-CONFIG = "configs/llava.py:compressor=resampler,pack=none,batch=256"
+RECIPE = "configs/llava.py:compressor=resampler,pack=none,batch=256"
+CONFIG = f"{RECIPE},encoder=siglip-so400m14-384"
 
 
 class PodCell(NamedTuple):
@@ -42,6 +43,21 @@ def train_cell(llm: str, tokens: int, pod: str) -> PodCell:
     return PodCell(f"llm={llm},tokens={tokens},tensor={PODS[pod]}".replace(",tensor=16", ""), pod)
 
 
+AUTO = (("compute.remat", "auto"),)
+BEST = ", best batch"  # in the name of the second row of a cell with `AUTO`: the batch of `--batch auto`
+
+
+def fitted_cells() -> list[PodCell]:
+    """The train step of a 7B model with the rematerialisation that fits, and the recipe's encoder."""
+    grid = [train_cell(LLMS[0], tokens, pod) for tokens in TOKENS[:2] for pod in PODS]
+    return [cell._replace(arg=f"{cell.arg},encoder=clip-l14-336", overrides=AUTO) for cell in grid]
+
+
+def row_names(cell: PodCell) -> list[str]:
+    """The names of a cell's rows; a cell with `AUTO` has one at the recipe's batch, and one at a better batch."""
+    return [cell.name, cell.name + BEST] if cell.overrides == AUTO else [cell.name]
+
+
 def cells() -> list[PodCell]:
     """The study, the cells that most depends on first."""
     train = [train_cell(llm, tokens, pod) for tokens in TOKENS for pod in PODS for llm in LLMS]
@@ -54,7 +70,7 @@ def cells() -> list[PodCell]:
     # What the splash kernel, and the placement of the study, are worth.
     plain = PodCell("llm=qwen1.5-7b,tokens=16", "v5e:16x16", "train", (("compute.attention", "xla"),))
     narrow = PodCell("llm=qwen1.5-7b,tokens=16,tensor=1", "v5e:16x16")
-    return [*train[:10], large, *train[10:20], *answer, plain, narrow, *train[20:]]
+    return [*train[:10], *fitted_cells(), large, *train[10:20], *answer, plain, narrow, *train[20:]]
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +84,7 @@ def main(argv: list[str]) -> None:
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from vlm_jax.aot import variants
+    from vlm_jax.aot import batch, variants
     from vlm_jax.config.arguments import load_config
     from vlm_jax.config.resolve import resolve
 
@@ -80,11 +96,15 @@ def main(argv: list[str]) -> None:
             progress.update(bar, description=cell.name)
             if cell.name not in {row["cell"] for row in read()}:
                 spec = resolve(load_config(f"{CONFIG},{cell.arg}", dict(cell.overrides)))
-                row, text = variants.compile_row(spec, spec.stages[-1], cell.topology, cell.mode)
-                with (HERE / "rows.jsonl").open("a") as out:
-                    out.write(json.dumps({"cell": cell.name, **row}) + "\n")
-                if args.hlo:
-                    (args.hlo / f"{cell.name.replace('/', '_')}.txt").write_text(text)
+                if cell.overrides == AUTO:
+                    compiled = batch.best(spec, spec.stages[-1], cell.topology)
+                else:
+                    compiled = [variants.compile_row(spec, spec.stages[-1], cell.topology, cell.mode)]
+                for name, (row, text) in zip(row_names(cell), compiled, strict=False):
+                    with (HERE / "rows.jsonl").open("a") as out:
+                        out.write(json.dumps({"cell": name, **row}) + "\n")
+                    if args.hlo:
+                        (args.hlo / f"{name.replace('/', '_')}.txt").write_text(text)
             progress.advance(bar)
 
 

@@ -4,7 +4,19 @@ import importlib.metadata
 import os
 from typing import Any
 
-from experiments.pod_fit.sweep import CONFIG, HERE, LLMS, PODS, TOKENS, cells, read, train_cell
+from experiments.pod_fit.sweep import (
+    CONFIG,
+    HERE,
+    LLMS,
+    PODS,
+    RECIPE,
+    TOKENS,
+    cells,
+    fitted_cells,
+    read,
+    row_names,
+    train_cell,
+)
 from vlm_jax.aot import ENVIRONMENT
 from vlm_jax.cli import ArgumentParser, run_main
 
@@ -114,7 +126,7 @@ def variants(rows: dict[str, PodRow]) -> str:
         if cell.arg.startswith(base.arg) and cell.name != base.name and cell.topology == base.topology:
             if "tensor=1" in cell.arg:
                 ways[cell.name] = "one mesh axis over the whole pod (`tensor=1`)"
-            elif cell.mode == "train":
+            elif cell.mode == "train" and cell not in fitted_cells():
                 ways[cell.name] = "plain attention (`compute.attention=xla`)"
     head = [base.arg.replace(",", ", "), "GiB · ms · MFU", "sent by a chip, GB", "of it in sums that are not scattered"]
     lines = [head]
@@ -122,6 +134,27 @@ def variants(rows: dict[str, PodRow]) -> str:
         if row := rows.get(name):
             summed = sum(each["wire_bytes"] for each in row["collectives"] if each["kind"] == "all-reduce")
             lines.append([what, figures_of(row), f"{row['wire_bytes'] / 1e9:.1f}", f"{summed / 1e9:.1f}"])
+    return markdown(lines)
+
+
+def fitted(rows: dict[str, PodRow]) -> str:
+    """The train steps with the rematerialisation that fits, at the recipe's batch and at the best one."""
+    from vlm_jax.sizing.chips import ASSUMED
+
+    lines = [["pod, V", "rows a step", "policy", "GiB of usable", "ms", "in exposed network", "share of the peak in "
+              "products that count", "MFU", "bound by"]]  # fmt: skip
+    for cell in fitted_cells():
+        for name, batch in zip(row_names(cell), ("recipe", "best"), strict=True):
+            if row := rows.get(name):
+                once = ASSUMED.compute * row["model_flops"] / row["flops"]
+                lines.append([
+                    f"{row['topology']}, {row['tokens']}", f"{row['batch_examples']} ({batch})", row["remat"],
+                    f"{row['peak_bytes'] / GIB:.1f} of {row['usable_bytes'] / GIB:.1f}",
+                    f"{1e3 * row['step_secs']:.0f}", f"{1e3 * row['exposed_secs'] / ASSUMED.interconnect:.0f}",
+                    f"{once:.1%}", f"**{row['mfu']:.1%}**", row["binds"],
+                ])  # fmt: skip
+            else:
+                lines.append([f"{cell.topology}, {cell.arg}", batch, "not compiled", *[""] * 6])
     return markdown(lines)
 
 
@@ -165,16 +198,18 @@ def main(argv: list[str]) -> int:
     """Writes the page and prints the checks."""
     os.environ.update(ENVIRONMENT)
     ArgumentParser(prog="python -m experiments.pod_fit.table", description=__doc__).parse_args(argv)
+    from vlm_jax.aot.batch import NEAR
     from vlm_jax.config.arguments import load_config
     from vlm_jax.config.resolve import resolve
     from vlm_jax.sizing.chips import ASSUMED
 
     names = {cell.name for cell in cells()}
-    rows = {row["cell"]: row for row in read() if row["cell"] in names}
+    rows = {row["cell"]: row for row in read() if row["cell"] in {name for c in cells() for name in row_names(c)}}
     scaled = scaling()
     judged = checks(rows, scaled)
     spec = resolve(load_config(CONFIG))
     large = resolve(load_config(f"{CONFIG},{next(cell.arg for cell in cells() if 'gemma' in cell.arg)}"))
+    shown = fitted_cells()[0]
     pins = [
         text.split(";")[0].strip() for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")
     ]
@@ -182,14 +217,17 @@ def main(argv: list[str]) -> int:
         libtpu=pins[0].removeprefix("libtpu==") if pins else "",
         length=spec.data.row_tokens,
         batch=spec.data.batch_rows, large_batch=large.data.batch_rows,
-        measured=len(rows), wanted=len(names), training=training(rows),
+        measured=len(rows.keys() & names), wanted=len(names), training=training(rows),
         compute_share=ASSUMED.compute, memory_share=ASSUMED.bandwidth, network_share=ASSUMED.interconnect,
         fewest=CHIPS[0],
         scaling=markdown([["chips", *map(str, CHIPS)], *(
             [llm, *(f"{share:.4f}" for share in shares)] for llm, shares in scaled.items()
         )]),
         checks=markdown([["claim", "holds"], *([text, "yes" if holds else "**no**"] for text, holds in judged)]),
-        variants=variants(rows), answering=inference(rows),
+        variants=variants(rows), fitted=fitted(rows), near=NEAR,
+        fitted_command=f"python -m vlm_jax.aot --config {RECIPE},{shown.arg} \\\n        --topology {shown.topology} "
+        "--config.compute.remat=auto --batch auto",
+        fitted_encoder=shown.arg.rpartition("=")[2], answering=inference(rows),
     )  # fmt: skip
     (HERE / "README.md").write_text(page)
     figure(rows)

@@ -63,7 +63,7 @@ def test_the_compiled_program_is_the_one_that_generate_runs(spec: RunSpec, mode:
     room = spec.evaluation.max_new_tokens
     cached = inference.prefill_program if mode == "prefill" else inference.decode_program
     cached.cache_clear()
-    program = programs.compile_program(spec, spec.stages[0], plan, mode)
+    program = programs.compile_mode(spec, plan, mode)
     assert program.text.startswith("HloModule")
     assert cached.cache_info().currsize == 1
     cached(*key, room) if mode == "prefill" else cached(*key, (0,), "greedy")

@@ -94,7 +94,7 @@ def test_a_field_inside_an_optional_group_leaves_old_hashes_as_they_were() -> No
         (VLM, {"model.taps": "(3, 3)"}, ("model.taps", "distinct")),
         (VLM, {"model.feature_layer": "5"}, ("model.feature_layer", "0 to 4")),
         (VLM, {"model.mask": "causall"}, ("model.mask", "causal")),
-        (VLM, {"compute.remat": "all"}, ("compute.remat", "block")),
+        (VLM, {"compute.remat": "blok"}, ("compute.remat", "did you mean 'block'")),
         (
             VLM,
             {"compute.attention": "splash", "model.mask": "prefix", "data.questions_per_example": "1"},

@@ -313,7 +313,7 @@ def reference(spec, params, text):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("policy", ["dots", "block"])
+@pytest.mark.parametrize("policy", ["dots", "mlp", "block"])
 def test_remat_changes_memory_and_not_gradients(policy: str, scan_layers: bool) -> None:
     """Gradients agree, and the rematerialised program keeps fewer residuals between forward and backward."""
     params = params_of() if scan_layers else apart()

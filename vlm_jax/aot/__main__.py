@@ -3,8 +3,9 @@
     python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
 
 With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds per call) is
-reported; invalid combinations are listed as refused. The exit code is 3 if nothing fits. Needs libtpu (`pip install
-'vlm_jax[tpu]'`).
+reported; invalid combinations are listed as refused. The exit code is 3 if nothing fits. With compute.remat=auto the
+policy that recomputes least and fits is compiled, and with --batch auto also the batch of the highest predicted MFU.
+Needs libtpu (`pip install 'vlm_jax[tpu]'`).
 """
 
 import argparse
@@ -34,6 +35,9 @@ def parser() -> ArgumentParser:
     flags.add_argument("--strategy", nargs="+", default=[], help="strategies to compare, instead of compute.strategy")
     flags.add_argument("--mesh", nargs="+", default=[], help="data,fsdp,tensor instead of compute.mesh; -1: the rest")
     flags.add_argument("--stage", help="name of a training stage; default: the last")
+    flags.add_argument(
+        "--batch", help="auto: train also at the rows of the highest predicted MFU, beside those of the config"
+    )
     flags.add_argument("--json", type=Path, help="write the rows to this file, after every compilation")
     flags.add_argument("--hlo", type=Path, help="write the HLO text to this file; several: one file each")
     return flags
@@ -52,6 +56,10 @@ def main(argv: list[str]) -> int:
     for name, path in (("--json", flags.json), ("--hlo", flags.hlo)):
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"{name} {path}: expected a file in an existing folder")
+    if flags.batch not in (None, "auto"):
+        raise UserError(f"--batch {flags.batch}: expected auto (other sizes: --config.data.batch_rows=N)")
+    if flags.batch and flags.mode != "train":
+        raise UserError(f"--batch auto: expected --mode train, got {flags.mode}")
     spec = resolve(load_config(flags.config, overrides))
     stages = {stage.name: stage for stage in spec.stages}
     if flags.stage and flags.stage not in stages:
@@ -61,7 +69,7 @@ def main(argv: list[str]) -> int:
 
     cells = variants.variants(spec, flags.topology, flags.strategy, flags.mesh)
     rows, refused = _compile(cells, flags, stages.get(flags.stage, spec.stages[-1]))
-    if len(cells) > 1:
+    if len(rows) > 1:
         print("\n".join([variants.ranking(rows), *refused]))
     return 0 if any(row["fits"] for row in rows) else 3
 
@@ -72,7 +80,7 @@ def _compile(
     """The rows, and a line for each refused variant. Raises `UserError` if all are refused."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from vlm_jax.aot import report, variants
+    from vlm_jax.aot import batch, report, variants
 
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
@@ -81,22 +89,28 @@ def _compile(
         for topology, cell in cells:
             progress.update(bar, description=f"compiling for {topology} (a minute or two)")
             try:
-                row, program = variants.compile_row(cell, stage, topology, flags.mode)
+                if flags.batch:
+                    compiled = batch.best(cell, stage, topology)
+                else:
+                    compiled = [variants.compile_row(cell, stage, topology, flags.mode)]
             except UserError as error:
                 refused.append(f"refused: {variants.name(topology, cell)}: {error}")
                 if len(refused) == len(cells):
                     raise
                 progress.advance(bar)
                 continue
-            rows.append(row)
+            rows += [row for row, _ in compiled]
+            is_list = len(cells) > 1 or bool(flags.batch)
             if flags.json:
-                write_text(flags.json, json.dumps(rows if len(cells) > 1 else row, indent=1) + "\n")
-            if flags.hlo:
-                more = "." + variants.name(topology, cell).replace(" ", ".").replace(":", "-") if len(cells) > 1 else ""
-                write_text(flags.hlo.with_name(f"{flags.hlo.stem}{more}{flags.hlo.suffix}"), program)
+                write_text(flags.json, json.dumps(rows if is_list else rows[0], indent=1) + "\n")
+            for row, program in compiled:
+                if flags.hlo:
+                    name = variants.name(topology, cell) + (f" {row['batch_examples']}" if flags.batch else "")
+                    more = "." + name.replace(" ", ".").replace(":", "-") if is_list else ""
+                    write_text(flags.hlo.with_name(f"{flags.hlo.stem}{more}{flags.hlo.suffix}"), program)
+                text = "\n".join([*report.lines(row), *([] if row["fits"] else [report.advice(row)])])
+                progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
             progress.advance(bar)
-            text = "\n".join([*report.lines(row), *([] if row["fits"] else [report.advice(row)])])
-            progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
     return rows, refused
 
 

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.aot.programs import TOPOLOGIES, Program, mesh_axes
+from vlm_jax.aot.programs import TOPOLOGIES, mesh_axes
+from vlm_jax.build.fitting import Program
 from vlm_jax.core import axes
 from vlm_jax.core.specs import RunSpec, StageSpec, data_of, spec_hash
 from vlm_jax.distributed.partitioning import Plan
 from vlm_jax.sizing import chips, cost, hlo, roofline
+from vlm_jax.sizing.remat import POLICIES
 
 GIB = 2**30
 
@@ -45,7 +47,7 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         return out
     steps = spec.evaluation.max_new_tokens if mode == "decode" else 1  # the loop runs for the longest answer
     found = hlo.collectives(program.text, mesh_axes(plan), steps)
-    shards = (plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP))
+    shards = kernel_shards(plan)
     if mode == "train":
         work = roofline.train_work(spec, stage, count, *shards)
     else:
@@ -58,6 +60,11 @@ def row(spec: RunSpec, stage: StageSpec, plan: Plan, topology: str, mode: str, p
         "tokens_per_call": steps, "wire_bytes": sum(each.wire_bytes for each in found), "collectives": summed(found),
         "checks": checks(spec, found, out["batch_examples"] / count), **predicted._asdict(),
     }  # fmt: skip
+
+
+def kernel_shards(plan: Plan) -> tuple[int, int]:
+    """Parts of a kernel while it is multiplied, and in the train state."""
+    return plan.axis_size(axes.compute_axis(axes.MLP)), plan.axis_size(axes.EMBED) * plan.axis_size(axes.MLP)
 
 
 def link_share(plan: Plan, chip: chips.Chip, spanned: tuple[str, ...]) -> float:
@@ -135,9 +142,21 @@ def lines(r: dict[str, Any]) -> list[str]:
         f"predicted: {ms:.1f} ms per {per}, MFU {r['mfu']:.1%}, {r['binds']}-bound "
         f"(assumed shares of the peaks: compute {eff.compute}, memory {eff.bandwidth}, network {eff.interconnect})"
     )
+    if r["mode"] == "train":
+        out.append(f"MFU: {shares(r)}")
     if r["compiler_secs"]:
         out.append(f"XLA's own estimate of products and memory traffic: {1e3 * r['compiler_secs']:.1f} ms")
     return out
+
+
+def shares(r: dict[str, Any]) -> str:
+    """What leaves of the assumed share of the peak the predicted MFU of a train step."""
+    share = chips.ASSUMED.compute
+    once = share * r["model_flops"] / r["flops"]
+    beside = r["mfu"] * r["step_secs"] / (r["step_secs"] - r["exposed_secs"] / chips.ASSUMED.interconnect)
+    parts = [f"{share:.1%} is assumed of products", f"{once:.1%} with those computed again"]
+    parts += [f"{beside:.1%} at the speed of {r['binds']}"] if beside < 0.999 * once else []
+    return ", ".join([*parts, f"{r['mfu']:.1%} with the exposed network"])
 
 
 def advice(r: dict[str, Any]) -> str:
@@ -172,7 +191,7 @@ def advice(r: dict[str, Any]) -> str:
     if enough:
         return "by estimate it would fit with: " + "; or ".join(enough)
     helps = [change for change in saved if not change.startswith("compute.microbatches")]
-    helps += ["compute.remat=block"] if train and r["remat"] != "block" else []
+    helps += ["compute.remat=auto"] if train and r["remat"] != POLICIES[-1] else []
     return "no single change is enough; may help: " + ", ".join(
         [*helps, "fewer rows", "fewer text tokens", "a smaller llm"]
     )

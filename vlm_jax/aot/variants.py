@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 from typing import Any
 
+from vlm_jax import build
 from vlm_jax.aot import programs, report
+from vlm_jax.build import fitting
 from vlm_jax.core.errors import UserError, unknown
-from vlm_jax.core.specs import RunSpec, StageSpec
+from vlm_jax.core.specs import RunSpec, StageSpec, spec_hash
 from vlm_jax.distributed.partitioning import make_plan
+from vlm_jax.sizing import chips
 
 
 def variants(
@@ -33,26 +36,36 @@ def name(topology: str, spec: RunSpec) -> str:
 
 
 def compile_row(spec: RunSpec, stage: StageSpec, topology: str, mode: str) -> tuple[dict[str, Any], str]:
-    """The `report.row` of a variant, and its HLO text."""
+    """The `report.row` of a variant, and its HLO text. Its `remat` is the policy that "auto" has found."""
     if mode not in programs.MODES:
         raise unknown("mode", mode, programs.MODES)
-    plan = make_plan(spec.compute, programs.devices(topology, spec.compute.slices))
-    program = programs.compile_program(spec, stage, plan, mode)
-    return report.row(spec, stage, plan, topology, mode, program), program.text
+    plan, identity = make_plan(spec.compute, programs.devices(topology, spec.compute.slices)), spec_hash(spec)
+    if mode != "train":
+        program = programs.compile_mode(spec, plan, mode)
+    elif spec.compute.remat == fitting.AUTO:
+        usable = chips.device(report.chip_of(topology).name).usable_bytes
+        choice = fitting.choose(build.lay_out(spec, plan), [stage], usable)
+        program = choice.programs[-1]
+        spec = dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, remat=choice.policy))
+    else:
+        program = fitting.compile_step(build.lay_out(spec, plan), stage)
+    return {**report.row(spec, stage, plan, topology, mode, program), "spec_hash": identity}, program.text
 
 
 def ranking(rows: list[dict[str, Any]]) -> str:
-    """Table of the rows, the cheapest that fits first."""
+    """Table of the rows, the cheapest per example that fits first."""
+    batches = {row.get("batch_examples") for row in rows}
 
     def price(row: dict[str, Any]) -> tuple[bool, float]:
-        return not row["fits"], row["chips"] * row.get("step_secs", 0.0)
+        return not row["fits"], row["chips"] * row.get("step_secs", 0.0) / row.get("batch_examples", 1)
 
     lines = [f"{'topology':12s} {'strategy':12s} {'mesh':>16s} {'peak GiB':>9s} {'ms':>9s} {'MFU':>6s} {'chip-s':>9s}"]
     for row in sorted(rows, key=price):
         time = f"{1e3 * row['step_secs']:9.1f} {row['mfu']:6.1%}" if "step_secs" in row else f"{'-':>9s} {'-':>6s}"
         cost = f"{row['chips'] * row['step_secs']:9.4g}" if row["fits"] else "does not fit"
+        how = f"   {row['batch_examples']} rows, remat {row['remat']}" if len(batches) > 1 else ""
         lines.append(f"{row['topology']:12s} {row['strategy']:12s} {row['mesh']!s:>16s} "
-                     f"{row['peak_bytes'] / report.GIB:9.2f} {time} {cost}")  # fmt: skip
+                     f"{row['peak_bytes'] / report.GIB:9.2f} {time} {cost}{how}")  # fmt: skip
     best = min(rows, key=price)
     if best["fits"]:
         lines.append(f"cheapest that fits: {best['topology']}, {best['strategy']}, mesh {tuple(best['mesh'])}")

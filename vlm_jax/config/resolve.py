@@ -28,7 +28,7 @@ from vlm_jax.core.specs import (
     total_steps,
     views_of_row,
 )
-from vlm_jax.sizing import zoo
+from vlm_jax.sizing import remat, zoo
 
 _CHOSEN_KEYS = ("merge",)  # of the model, where the encoder's spec has them
 _MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
@@ -48,7 +48,7 @@ _CHOICES = {
     "model.projector": ("linear", "mlp", "mlp_silu"),
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
-    "compute.remat": ("none", "dots", "block"),
+    "compute.remat": ("auto", *remat.POLICIES),
     "compute.attention": ("xla", "cudnn", "splash"),
     "compute.moments": ("float32", "bfloat16"),
     "bad_step.policy": ("stop", "skip_update"),

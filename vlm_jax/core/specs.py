@@ -167,7 +167,7 @@ class ComputeSpec:
     """How a model is executed; results agree up to rounding."""
 
     dtype: str  # of activations: float32 or bfloat16; parameters and optimiser state are float32
-    remat: str  # "none", "dots" or "block"
+    remat: str  # of `sizing.remat.POLICIES`; "auto": the first that fits (`build.fitting`)
     attention: str  # "xla", "cudnn" or "splash"
     microbatches: int  # gradient accumulation: equal parts of a batch
     strategy: str  # a table of partitioning.TABLES, or "auto": by the kind of device

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.core import axes
@@ -20,7 +21,7 @@ from vlm_jax.core.specs import ComputeSpec, DecoderSpec, DropStage
 from vlm_jax.core.structs import AttentionMetadata, Cache, Params
 from vlm_jax.models import stages
 from vlm_jax.models.cache import update_cache, update_metadata
-from vlm_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, remat
+from vlm_jax.models.layers import ACTIVATIONS, MLP_INNER, Linear, RMSNorm, remat
 from vlm_jax.models.stages import VisualPlaces
 from vlm_jax.ops import masks, rotary, splash
 from vlm_jax.ops.attention import attend, attend_by_head
@@ -81,8 +82,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width, inner = ((self.spec.width, axes.EMBED),), ((self.spec.mlp_width, axes.MLP),)
-        gate = ACTIVATIONS[self.spec.activation](Linear(width, inner, name="gate")(x))
-        return Linear(inner, width, name="down")(gate * Linear(width, inner, name="up")(x))
+        gate = checkpoint_name(Linear(width, inner, name="gate")(x), MLP_INNER)
+        up = checkpoint_name(Linear(width, inner, name="up")(x), MLP_INNER)
+        return Linear(inner, width, name="down")(ACTIVATIONS[self.spec.activation](gate) * up)
 
 
 class Block(nn.Module):

@@ -17,16 +17,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-REMAT: dict[str, Callable[..., bool] | None] = {
-    "none": None,
+MLP_INNER = "mlp_inner"  # checkpoint name of the products with the gate and up kernels
+REMAT: dict[str, Callable[..., bool]] = {  # of `sizing.remat.POLICIES`, which says what each keeps
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names(MLP_INNER),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def remat(block: type[nn.Module], policy: str, in_scan: bool = True) -> type[nn.Module]:
-    """The block under a rematerialisation policy of `REMAT`. Outside a scan, CSE would undo it and is prevented."""
-    return block if policy == "none" else nn.remat(block, policy=REMAT[policy], prevent_cse=not in_scan)
+    """The block under a rematerialisation policy; "auto" has no effect on shapes, and `build.fitting` replaces it for
+    training. Outside a scan, CSE would undo rematerialisation and is prevented.
+    """
+    return block if policy in ("none", "auto") else nn.remat(block, policy=REMAT[policy], prevent_cse=not in_scan)
 
 
 class Linear(nn.Module):

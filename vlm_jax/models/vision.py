@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vlm_jax.core import axes
@@ -18,7 +19,7 @@ from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ComputeSpec, EncoderSpec
 from vlm_jax.core.structs import Params, Visual
 from vlm_jax.models import merging
-from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, remat
+from vlm_jax.models.layers import ACTIVATIONS, MLP_INNER, LayerNorm, Linear, remat
 from vlm_jax.ops.attention import attend
 from vlm_jax.ops.grid import bicubic
 from vlm_jax.ops.logical_axes import constrain
@@ -51,8 +52,8 @@ class VisionMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
         width, inner = ((self.spec.width, axes.VISION),), ((self.spec.mlp_width, axes.VISION_MLP),)
-        x = ACTIVATIONS[self.spec.activation](Linear(width, inner, bias=True, name="up")(x))
-        return Linear(inner, width, bias=True, name="down")(x)
+        x = checkpoint_name(Linear(width, inner, bias=True, name="up")(x), MLP_INNER)
+        return Linear(inner, width, bias=True, name="down")(ACTIVATIONS[self.spec.activation](x))
 
 
 class VisionBlock(nn.Module):

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 from vlm_jax.compress import catalog
 from vlm_jax.core import specs
 from vlm_jax.core.specs import ModelSpec, RunSpec, StageSpec
-from vlm_jax.sizing import compression, cost
+from vlm_jax.sizing import compression, cost, remat
 from vlm_jax.sizing.chips import ASSUMED, Chip, Efficiency
 from vlm_jax.sizing.hlo import SLICE, Collective
 
@@ -95,14 +95,12 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     """Work of one train step on that many devices. A kernel has `compute_shards` shards while it is multiplied and
     `storage_shards` in the train state.
     """
-    model, remat = spec.model, spec.compute.remat
+    model = spec.model
     decoder, data = model.decoder, specs.data_of(spec, stage)
     examples, length, views = data.batch_rows, data.row_tokens, compression.views_of_row(spec, data)
     useful = cost.step_flops(spec, stage)
-    forward = cost.row_pass(model, length, views)
-    recomputed = {"none": forward.head, "dots": forward.head + forward.attention, "block": forward.total}[remat]
     sizes = cost.params(model)
-    passes = {"none": 2, "dots": 2, "block": 3}[remat]
+    passes = 2 if spec.compute.remat in ("none", "dots") else 3  # over kernels and activations
     learned = sum({"encoder": sizes.encoder, "connector": sizes.compressor + sizes.projector,
                    "decoder": sizes.decoder + sizes.embedding}[part] for part in stage.train)  # fmt: skip
     dtype = cost.dtype_bytes(spec.compute.dtype)
@@ -115,7 +113,8 @@ def train_work(spec: RunSpec, stage: StageSpec, chips: int, compute_shards: int 
     if not spec.data.frozen_features:
         activations += views * cost.encoder_activation_bytes(model.encoder, spec.compute.dtype)
     logits = 9 * 4 * decoder.vocab * length
-    return Work(useful, useful + examples * recomputed, kernels + (activations + logits) * examples / chips)
+    flops = useful + examples * remat.recomputed_flops(spec, stage)
+    return Work(useful, flops, kernels + (activations + logits) * examples / chips)
 
 
 def prefill_work(spec: RunSpec, chips: int, compute_shards: int = 1, storage_shards: int = 1) -> Work:
