@@ -1,6 +1,6 @@
 """Runs the notebooks of this folder and stores their outputs: `python colabs/execute.py [NAME ...]`, all by default.
 
-Each runs in a fresh kernel, from this folder. Stored pictures have 64 colours, which keeps the files small.
+Each runs in a fresh kernel, from this folder. Stored pictures have 96 colours, which keeps the files small.
 """
 
 import base64
@@ -17,7 +17,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 NAMES = ("quickstart", "compressors", "scaling_laws")
 _CELL_SECS = 1200
-_WIDTH = 1000
+_WIDTH = 900
 
 
 def executed(name: str, env: Mapping[str, str] | None = None) -> NotebookNode:
@@ -44,7 +44,7 @@ def compact(notebook: NotebookNode) -> None:
                 picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
                 picture.thumbnail((_WIDTH, picture.height))
                 small = io.BytesIO()
-                picture.quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+                picture.quantize(96, dither=Image.Dither.NONE).save(small, "png", optimize=True)
                 output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 

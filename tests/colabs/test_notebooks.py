@@ -30,13 +30,9 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def kinds(cell: NotebookNode) -> list[str]:
-    """What a cell shows: text, or the formats of a picture or page."""
-    return sorted(
-        " ".join(sorted(output.data)) if "data" in output else output.output_type
-        for output in cell.outputs
-        if output.get("name") != "stderr"
-    )
+def kinds(cell: NotebookNode) -> set[str]:
+    """What a cell shows: text, or the formats of pictures and pages."""
+    return {kind for output in cell.outputs for kind in output.get("data", {output.output_type: None})}
 
 
 @each_notebook
@@ -45,8 +41,9 @@ def test_a_notebook_runs_from_its_own_folder(name: str, cache: Path) -> None:
     settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     ran = execute.executed(name, {**os.environ, **settings})  # raises where a cell fails
     for cell, as_stored in zip(code_cells(ran), code_cells(stored(name)), strict=True):
-        assert kinds(cell) == kinds(as_stored), cell.source
         assert not [output for output in cell.outputs if output.get("name") == "stderr"], cell.outputs
+        assert bool(cell.outputs) == bool(as_stored.outputs), cell.source
+        assert kinds(as_stored) <= kinds(cell), cell.source  # the first run also shows the progress of making data
 
 
 @each_notebook
