@@ -88,9 +88,11 @@ setup(
         "dev": [
             "beartype",
             "httpx2",
+            "ipykernel>=7",
             "mkdocs-material",
             "mkdocstrings[python]",
             "mypy",
+            "nbclient>=0.10",
             "pytest",
             "pytest-xdist",
             "ruff",

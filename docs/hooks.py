@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/*/README.md", "experiments/*/figures/*.png")
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/*/README.md", "experiments/*/figures/*.png", "colabs/*.ipynb")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -184,16 +184,3 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not Path(workdir).exists()
     assert not (home / "lost" / "rows.jsonl").exists()
     assert (trained / "spec.json").read_text() == run_spec
-
-
-def test_the_notebook_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every code cell of the quickstart, in order, in one namespace."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("VLM_JAX_CACHE", str(home / "cache"))
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    namespace: dict[str, object] = {}
-    for cell in json.loads((ROOT / "colabs" / "quickstart.ipynb").read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), namespace)
-    assert 0 <= namespace["row"].error <= 1
-    assert namespace["choice"].flops <= 2e12
