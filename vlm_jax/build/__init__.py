@@ -24,5 +24,6 @@ from vlm_jax.build.run import Run, open_run, runs_at_every_v
 __all__ = [
     "Network", "Run", "TrainStep", "abstract_state", "cache_errors", "data_sets",
     "default_cache", "first_params", "init_params", "lay_out", "load_tokenizer", "open_mixture", "open_network",
-    "open_run", "row_layout", "runs_at_every_v", "spec_layout", "tokenizer_folder", "train_step", "use_compilation_cache",
+    "open_run", "row_layout", "runs_at_every_v", "spec_layout", "tokenizer_folder", "train_step",
+    "use_compilation_cache",
 ]  # fmt: skip

@@ -18,8 +18,8 @@ from vlm_jax.checkpoints.huggingface import processors
 from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import UserError
-from vlm_jax.core.located import located
 from vlm_jax.core.files import disk_problem, is_full
+from vlm_jax.core.located import located
 from vlm_jax.core.specs import (
     PREPARATION,
     ComputeSpec,
