@@ -78,8 +78,9 @@ def get_config(arg: str = "") -> ConfigDict:
             lr_factor=1.0, warmup_steps=0, warmup_share=0.05, data=None,
         ),
     )  # fmt: skip
+    # 3e-7 in big_vision, which does not multiply it by the rate, 1e-5.
     c.optim = dict(
-        peak_lr=arg.lr, weight_decay=3e-7, clip_norm=1.0, b1=0.9, b2=0.999, final_lr_share=0.0, lr_scale=()
+        peak_lr=arg.lr, weight_decay=0.03, clip_norm=1.0, b1=0.9, b2=0.999, final_lr_share=0.0, lr_scale=()
     )  # fmt: skip
     c.compute = dict(
         dtype="bfloat16",
