@@ -19,7 +19,7 @@ from experiments.gpu.cases import Case
 from experiments.gpu.results import Results
 from experiments.gpu.sizes import Sizes, StepChoice
 from vlm_jax import build
-from vlm_jax.aot.programs import with_shardings
+from vlm_jax.build.fitting import with_shardings
 from vlm_jax.compress import catalog
 from vlm_jax.core.specs import DecoderSpec, RunSpec
 from vlm_jax.core.structs import Inputs, Views, Visual
