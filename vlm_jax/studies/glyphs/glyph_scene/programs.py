@@ -40,6 +40,7 @@ _YES, _NO, _FIRST_NAME = ANSWERS.index("yes"), ANSWERS.index("no"), ANSWERS.inde
 _HELD_OUT_ONE_IN = 4
 _FARTHER = 2 * SIDE**2  # than any two cells
 _PROBES, _PROBE_SEED = 600, 7
+_QUESTIONS = 256  # answered at once, so that they stay in the cache
 
 Answers = tuple[Int[np.ndarray, "n q"], Bool[np.ndarray, "n q"]]  # number in ANSWERS, and whether the question is valid
 
@@ -63,9 +64,15 @@ class ProgramTable(NamedTuple):
     parts: tuple[tuple[SceneProgram, Int[np.ndarray, "slots q"]], ...]
 
 
+_A, _B = np.mgrid[:10, :10]
+# Of every operator of `OPERATORS` and two digits: the result, between 0 and 9.
+_RESULTS = np.clip([_A + _B, _A - _B, _A * _B, np.maximum(_A, _B), np.minimum(_A, _B)], 0, 9).astype(np.int8)
+
+
 def _apply(operator: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The operators of `OPERATORS` by number, between 0 and 9."""
-    return np.clip(np.choose(operator, [a + b, a - b, a * b, np.maximum(a, b), np.minimum(a, b)]), 0, 9)
+    """The operators of `OPERATORS` by number. Anything for digits that are absent, -1."""
+    index = operator.astype(np.int16) * np.int16(100) + a * np.int16(10) + b.astype(np.int16)
+    return _RESULTS.ravel().take(index, mode="wrap")
 
 
 def _digit(scenes: Scenes, colour: np.ndarray) -> Answers:
@@ -226,8 +233,11 @@ def table(programs: tuple[str, ...], layout: SceneLayout, most_common: float = 1
 
 def _meaning(program: SceneProgram, arguments: np.ndarray, scenes: Scenes) -> Int[np.ndarray, "n q"]:
     """The answers to questions in scenes, -1 where they are not valid."""
-    answer, valid = program.solve(scenes, *arguments)
-    return np.where(valid, answer, -1).astype(np.int8)
+    parts = []
+    for start in range(0, arguments.shape[1], _QUESTIONS):
+        answer, valid = program.solve(scenes, *arguments[:, start : start + _QUESTIONS])
+        parts.append(np.where(valid, answer, -1).astype(np.int8))
+    return np.concatenate(parts, axis=1)
 
 
 def answers(questions: ProgramTable, scenes: Scenes) -> Int[np.ndarray, "n q"]:
