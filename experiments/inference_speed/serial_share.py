@@ -4,8 +4,8 @@
 
 The program of `generate` decodes on one core under JAX's profiler. Each operation of the loop counts with the median of
 its times over the tokens, so that other load on the machine, which interrupts some of them, does not count. Products,
-and fusions with one inside, use all threads; all others, and the gaps between operations, are serial. Small products run
-mostly on one thread, which this does not see. Writes serial_share.json and its table in README.md.
+and fusions with one inside, use all threads; all others, and the gaps between operations, are serial. Small products
+run mostly on one thread, which this does not see. Writes serial_share.json and its table in README.md.
 """
 
 import argparse
