@@ -9,6 +9,7 @@ planner. Every result is a line of results.jsonl as soon as it is there; a secon
 failed.
 """
 
+import argparse
 import importlib
 import os
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 from experiments.gpu import results, table
 from experiments.gpu.sizes import GPU, TOY, TOY_CHIP
 from experiments.readme import write_block
-from vlm_jax.cli import make_parser, run_main
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError, unknown
 
 HERE = Path(__file__).parent
@@ -38,8 +39,9 @@ _TOY_WORKERS = 2
 
 def main(argv: list[str]) -> int:
     """Runs the parts; returns the exit code of the first that could not start, else 0."""
-    parser = make_parser("run", __doc__)
-    parser.prog = "python -m experiments.gpu.run"
+    parser = ArgumentParser(
+        prog="python -m experiments.gpu.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", default=list(MODULES), metavar="PART", help=", ".join(MODULES))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device; results are no measurements")
     parser.add_argument("--again", action="store_true", help="measure anew what this device has measured")

@@ -54,8 +54,8 @@ def kept_bytes(spec: RunSpec, stage: StageSpec, policy: str, batch_shards: int, 
     decoder, data = spec.model.decoder, specs.data_of(spec, stage)
     heads, keys, inner = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim, decoder.mlp_width
     whole = {"none": 4, "dots": 2, "mlp": 1, "block": 1}[policy] * decoder.width
-    # Without recomputation the scores of plain attention are kept, and zeros in their place where a fused kernel runs.
-    scores = decoder.heads * data.row_tokens
+    # Without recomputation the scores of plain attention are kept; a fused kernel has none.
+    scores = decoder.heads * data.row_tokens if spec.compute.attention == "xla" else 0
     split = {"none": 2 * heads + 2 * keys + 4 * inner + scores, "dots": heads + 2 * keys + 2 * inner, "mlp": 2 * inner}
     whole += decoder.width if decoder.sandwich_norm and policy in ("none", "dots") else 0
     rows = data.batch_rows / spec.compute.microbatches / batch_shards
