@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from vlm_jax.build.data import open_data
 from vlm_jax.build.network import Network, cache_errors, open_network
 from vlm_jax.compress import catalog
-from vlm_jax.core import memory, specs
+from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec, StageSpec
 from vlm_jax.data import chat_formats
@@ -29,8 +27,6 @@ class Run(NamedTuple):
 
 def open_run(spec: RunSpec, cache_dir: Path) -> Run:
     """The network with its data and features, which are made under `cache_dir` if missing. Raises `UserError`."""
-    if jax.default_backend() == "cpu":
-        memory.reuse_freed_memory()
     network = open_network(spec)
     with cache_errors(cache_dir):
         return _open_run(spec, network, cache_dir)
