@@ -17,12 +17,11 @@ from vlm_jax.core.errors import unknown
 from vlm_jax.sizing import zoo
 
 # Of each family and recipe: builder config, steps, tokens of the longest question with its answer (the loader refuses a
-# row that does not fit). Facts get few steps: with more, wide decoders know the whole table and no error is left to
-# fit. Six rows of six digits, because sixteen digits pass through four tokens without loss.
+# row that does not fit). experiments/size_by_tokens/DESIGN.md says why the study has these.
 FAMILIES = {
-    "ocr": dict(study=("rows6", 800, 10), demo=("rows4_small", 320, 8), questions=4, answer_tokens=7),
-    "facts": dict(study=("facts256", 400, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
-    "scene": dict(study=("chains2", 600, 9), demo=("chains2_small", 320, 9), questions=4, answer_tokens=2),
+    "ocr": dict(study=("rows5", 2000, 9), demo=("rows4_small", 320, 8), questions=4, answer_tokens=7),
+    "facts": dict(study=("facts1000x8", 1500, 4), demo=("facts256_small", 320, 4), questions=8, answer_tokens=2),
+    "scene": dict(study=("chains2", 2000, 9), demo=("chains2_small", 320, 9), questions=4, answer_tokens=2),
 }
 GLYPHS = "vlm_jax.studies.glyphs.source:Glyphs"
 RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo recipe
@@ -72,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
         test=(dict(source, split="test"),),
         format="prefix",
         pack="none",
-        batch_rows=32,
+        batch_rows=16 if recipe == "study" else 32,
         row_tokens=catalog.entering(model.compressor) + questions * pair_tokens,
         row_images=1,
         questions_per_example=questions,

@@ -79,7 +79,7 @@ ENCODERS = {spec.name: spec for spec in (
 )}  # fmt: skip
 
 DECODERS = {spec.name: spec for spec in (
-    *map(_ladder, (24, 48, 96, 192, 384)),
+    *map(_ladder, (8, 16, 24, 32, 48, 64, 96, 192, 384)),
     _qwen2("qwen1.5-0.5b", 1024, 24, 16, 16, 64, 2816, 151936, tied=True),
     _qwen2("qwen1.5-1.8b", 2048, 24, 16, 16, 128, 5504, 151936, tied=False),
     _qwen2("qwen1.5-4b", 2560, 40, 20, 20, 128, 6912, 151936, tied=False, theta=5e6),

@@ -66,6 +66,7 @@ class GlyphFacts(GlyphBuilder):
     DEFAULT_BUILDER_CONFIG_NAME = "facts1000"
     BUILDER_CONFIGS = [  # noqa: RUF012
         FactsConfig(name="facts1000"),
+        FactsConfig(name="facts1000x8", relations=8),
         FactsConfig(name="facts256", entities=256, relations=8),
         FactsConfig(name="facts256_small", entities=256, relations=8, train=4096, test=512),
         FactsConfig(name="facts1000_photo", backdrop="photo"),

@@ -44,6 +44,7 @@ class GlyphOcr(GlyphBuilder):
         OcrConfig(name="rows4", ask=("row",)),
         OcrConfig(name="grid4"),
         OcrConfig(name="all4", ask=("all",)),
+        OcrConfig(name="rows5", side=5, ask=("row",)),
         OcrConfig(name="rows6", side=6, ask=("row",)),
         OcrConfig(name="grid6", side=6),
         OcrConfig(name="rows8", side=8, ask=("row",)),
