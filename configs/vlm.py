@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
         smoke=False,  # the same as recipe=smoke
         data="",  # another builder config of the family's data set
         steps=0,  # 0: as the family and the recipe say
+        steps_factor=1.0,  # times that many
         lr=3e-3,  # of the connector, and of a decoder of width 24
         stages=1,
         seed=0,
@@ -54,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
             raise unknown(kind, name, valid)
     family = FAMILIES[arg.family]
     data, steps, pair_tokens = family["study" if recipe == "study" else "demo"]
-    steps = arg.steps or (60 if recipe == "smoke" else steps)
+    steps = round(arg.steps_factor * (arg.steps or (60 if recipe == "smoke" else steps)))
     compressor = arg.compressor or ("resampler" if arg.tokens else "blind")
     questions = 1 if catalog.row(compressor).query_dependent else family["questions"]  # its tokens depend on one
 
