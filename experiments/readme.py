@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from experiments import report
+from experiments.size_by_tokens import beside
 from vlm_jax import plan
 from vlm_jax.cli import run_main
 from vlm_jax.core.errors import UserError
@@ -59,6 +60,16 @@ def doubts() -> str:
     return "\n".join(f"* {name}: {warning}" for name, family in law.families.items() for warning in family.warnings)
 
 
+def beside_the_cells() -> dict[str, str]:
+    """Tables of the longer and the elastic runs, by the name of their block."""
+    rows, longer, elastic = (results.read(STUDY / part / "rows.jsonl") for part in (".", "longer", "elastic"))
+    pairs = {
+        "convergence": (beside.convergence(rows, longer), beside.corner_contrast(rows, longer)),
+        "elastic": (beside.elastic(rows, elastic), beside.elastic_cost(rows, elastic)),
+    }
+    return {name: "\n\n".join(map(report.markdown_table, pair)) for name, pair in pairs.items()}
+
+
 def planned() -> str:
     """A command and the ranking that it prints."""
     printed = io.StringIO()
@@ -87,6 +98,8 @@ def main(argv: list[str]) -> None:
     write_block(ROOT / "docs" / "planning.md", "plan", planned())
     write_block(STUDY / "README.md", "table", tables())
     write_block(STUDY / "README.md", "doubts", doubts())
+    for name, text in beside_the_cells().items():
+        write_block(STUDY / "README.md", name, text)
 
 
 if __name__ == "__main__":
