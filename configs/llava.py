@@ -4,7 +4,7 @@
     python -m vlm_jax.train --config configs/llava.py:pretrain=blip558k.json,pretrain_images=DIR,\\
         data=mix665k.json,images=DIR,encoder_checkpoint=clip,llm=vicuna-7b,llm_checkpoint=vicuna,tokens=36 \\
         --workdir DIR
-    python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
+    python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16,devices=256 --topology v5e:16x16
 
 Two stages of one epoch each: projector and compressor on LCS-558K, then also the language model on mix665k; the encoder
 stays frozen. Both stages use one conversation format, as the paper's repository does (`pretrain_format=plain` is

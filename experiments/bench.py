@@ -9,6 +9,7 @@ peer / here of interleaved measurements (minimum / median / maximum, above 1 is 
 A benchmark whose peer is not installed is left out and listed, and its committed row stays. Writes docs/speed.md.
 """
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -55,7 +56,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 def _loss(result: Any) -> Iterator[Line]:
     for row in result["rows"]:
-        work = f"output embedding and loss, {row['words']:,} words, {row['share']:.0%} of positions with weight"
+        work = f"output embedding and loss, vocabulary of {row['words']:,}, {row['share']:.0%} of positions with weight"
         ratios = [1 / ratio for ratio in row["ratio"]]
         yield Line(
             work, 1e3 * row["ours_secs"], "log_softmax of all", 1e3 * row["plain_secs"], ratios, _machine(result)
@@ -94,7 +95,7 @@ def _evaluation(result: Any) -> Iterator[Line]:
 def _images(result: Any) -> Iterator[Line]:
     for row in result["rows"]:
         here, before = (1e3 / row[name] for name in ("current", "replaced"))
-        yield Line(f"an image for {row['encoder']}", here, "the steps before", before, row["ratio"], _machine(result))
+        yield Line(f"an image for {row['encoder']}", here, "the previous code", before, row["ratio"], _machine(result))
 
 
 def _packing(result: Any) -> Iterator[Line]:
@@ -120,7 +121,7 @@ def _search(result: Any) -> Iterator[Line]:
 
 def _train_step(result: Any) -> Iterator[Line]:
     for row in result["rows"]:
-        work = f"a training step, {row['words']:,} words"
+        work = f"a training step, vocabulary of {row['words']:,}"
         yield Line(work, 1e3 * row["ours_secs"], "big_vision", 1e3 * row["theirs_secs"], row["ratio"], _machine(result))
 
 
@@ -148,7 +149,10 @@ COMPARISONS = {
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="python -m experiments.bench", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m experiments.bench", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("names", nargs="*", help=f"of {', '.join(COMPARISONS)}; none: all")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--show", action="store_true")

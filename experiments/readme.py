@@ -1,4 +1,4 @@
-"""Updates every number in a README: `python -m experiments.readme`.
+"""Rewrites tables of the README, the planning page and the study: `python -m experiments.readme`.
 
 Writes between pairs of marks in README.md, docs/planning.md and experiments/size_by_tokens/README.md, from the
 committed rows and laws.

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import itertools
+import math
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import resolve
 from vlm_jax.config.sweep import load_grid
+from vlm_jax.core import specs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -59,6 +62,16 @@ def test_configs_have_the_arguments(page: Path) -> None:
                 load_config(value, overrides)
             if flag == "--grid" and value.endswith(".py"):
                 assert load_grid(value).cells, module
+
+
+@each_page
+def test_a_row_of_the_batch_for_every_chip_of_a_topology(page: Path) -> None:
+    for module, arguments in commands(page):
+        if module == "vlm_jax.aot" and "--batch" not in arguments:
+            config, topologies = (arguments[arguments.index(flag) + 1] for flag in ("--config", "--topology"))
+            spec = resolve(load_config(config))
+            chips = math.prod(map(int, topologies.split(":")[1].split("x")))
+            assert {specs.data_of(spec, stage).batch_rows % chips for stage in spec.stages} == {0}, topologies
 
 
 def test_the_readme_is_short() -> None:

@@ -9,7 +9,8 @@ HERE = Path(sweep.__file__).parent
 # Names, not findings.
 NAMES = (
     "SigLIP-So400m at 384 pixels", "float32", "bfloat16", "exit code 1",
-    "--config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16",
+    "compressor=resampler,pack=none,batch=256,encoder=siglip-so400m14-384,llm=qwen1.5-7b,tokens=16",
+    "--topology v5e:16x16",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 The public API, imported lazily so that planning needs neither JAX nor a device:
 
     vlm_jax.load(path, dtype=..., plan=None)      a Hugging Face folder, a big_vision .npz or a run's workdir -> Model
-    vlm_jax.forward(model, images, tokens)        float[B,H,W,3] or None, int[B,T] -> float32[B,T,W]
+    vlm_jax.forward(model, images, tokens)        uint8[B,h,w,3] or None, int[B,T] -> float32[B,T,W]
     vlm_jax.generate(model, images, prompts)      -> texts                            (`inference.api`)
     vlm_jax.fit(rows)                             rows.jsonl's rows -> LawFit         (`scaling.fit`)
     vlm_jax.best(law, budget, question_tokens)    -> ranked choices                   (`scaling.frontier`)

@@ -236,7 +236,7 @@ def our_rows(batch: dict[str, np.ndarray]) -> Any:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [["words", "seconds", "big_vision", "ratio", "CPU seconds", "big_vision", "ratio", "MB", "big_vision"]]
+    lines = [["vocabulary", "seconds", "big_vision", "ratio", "CPU seconds", "big_vision", "ratio", "MB", "big_vision"]]
     for row in result["rows"]:
         cells = [f"{row['words']:,}"]
         for clock in ("", "cpu_"):

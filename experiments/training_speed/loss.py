@@ -82,7 +82,7 @@ def plain(states: jax.Array, table: jax.Array, targets: jax.Array, weight: jax.A
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [["words", "positions with weight", "seconds", "plain", "ratio (min / median / max)", "MB", "plain"]]
+    lines = [["vocabulary", "positions with weight", "seconds", "plain", "ratio (min / median / max)", "MB", "plain"]]
     for row in result["rows"]:
         low, middle, high = row["ratio"][0], statistics.median(row["ratio"]), row["ratio"][-1]
         spread = f"{low:.2f} / **{middle:.2f}** / {high:.2f}"

@@ -1,4 +1,4 @@
-"""Floor 9: a run's programs compiled ahead of time by XLA:TPU, without a TPU."""
+"""Level 10: a run's programs compiled ahead of time by XLA:TPU, without a TPU."""
 
 # Set before JAX is imported: nothing runs on this machine, libtpu does not look for a TPU, and several compilations may
 # run at once.

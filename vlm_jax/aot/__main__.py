@@ -1,6 +1,6 @@
 """Compiles a run's programs for a TPU pod on a machine without one; prints memory, collectives and predicted time:
 
-    python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16 --topology v5e:16x16
+    python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16,devices=256 --topology v5e:16x16
 
 With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds per call) is
 reported; invalid combinations are listed as refused. The exit code is 3 if nothing fits. With compute.remat=auto the
@@ -26,7 +26,10 @@ _MESH = re.compile(r"-\d+(,-?\d+)+")
 
 def parser() -> ArgumentParser:
     """The flags."""
-    flags = ArgumentParser(prog="python -m vlm_jax.aot", description=__doc__, allow_abbrev=False)
+    flags = ArgumentParser(
+        prog="python -m vlm_jax.aot", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     flags.add_argument(
         "--config", required=True, help="FILE.py:name=value,... ; single fields: --config.compute.remat=dots"
     )

@@ -1,1 +1,1 @@
-"""Floor 2: visual-token compressors, as rows of pure functions (`compress.catalog`)."""
+"""Level 2: visual-token compressors, as rows of pure functions (`compress.catalog`)."""

@@ -1,1 +1,1 @@
-"""Floor 4: `ConfigDict` to `RunSpec`. Config files import `arguments`, grids `sweep`; commands call `resolve`."""
+"""Level 4: `ConfigDict` to `RunSpec`. Config files import `arguments`, grids `sweep`; commands call `resolve`."""

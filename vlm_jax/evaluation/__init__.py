@@ -1,1 +1,1 @@
-"""Floor 6: evaluation of trained models, and result rows."""
+"""Level 7: evaluation of trained models, and result rows."""

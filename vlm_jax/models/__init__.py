@@ -1,1 +1,1 @@
-"""Floor 5: the vision-language model."""
+"""Level 5: the vision-language model."""

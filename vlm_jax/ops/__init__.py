@@ -1,1 +1,1 @@
-"""Floor 1: stateless array functions."""
+"""Level 1: stateless array functions."""

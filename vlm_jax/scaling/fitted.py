@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.scaling import laws
+from vlm_jax.scaling.scores import params_label
 
 VERSION = 2
 NOISES = ("nothing", "seeds", "images")
@@ -243,7 +244,7 @@ class FamilyFit(NamedTuple):
         out = self.forms[self.chosen].largest_out or {}
         if not {"covered", "cells", "extrapolates"} <= set(out) or (out["extrapolates"] and not self.fits):
             return ""
-        size = f"{out['llm_params_billion']:.3g} billion"
+        size = params_label(out["llm_params_billion"])
         text = (
             f"fitted without N = {size}, the 95 % interval of {self.chosen} covers {out['covered']} of {out['cells']}"
         )

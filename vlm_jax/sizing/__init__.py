@@ -1,1 +1,1 @@
-"""Floor 3: numbers about a model, computed from its spec; no device is touched."""
+"""Level 3: numbers about a model, computed from its spec; no device is touched."""

@@ -1,1 +1,1 @@
-"""Floor 6: loss, optimiser, step and loop. Imports no data set and no evaluator."""
+"""Level 6: loss, optimiser, step and loop. Imports no data set and no evaluator."""

@@ -23,7 +23,7 @@ class Glyphs(Source):
 
     Args:
         path: the family, "ocr", "facts" or "scene".
-        config: of its TFDS builder, "rows6".
+        config: of its TFDS builder, "rows5".
         split: "train", "test", or a slice such as "train[:64]".
         cache_dir: holds the data sets, which are built first if they are missing.
 
