@@ -32,13 +32,15 @@ def summary() -> str:
     for name, family in law.families.items():
         mine = [row for row in rows if row.family == name and row.visual_tokens]
         smallest, largest = (of(row.llm_params for row in mine) for of in (min, max))
-        first = [row.error for row in mine if (row.llm_params, row.visual_tokens) == (smallest, 1)]
-        best = min((row for row in mine if row.llm_params == largest), key=lambda row: row.error)
+        cells: dict[tuple[int, int], list[float]] = {}
+        for row in mine:
+            cells.setdefault((row.llm_params, row.visual_tokens), []).append(row.error)
+        error = {cell: sum(errors) / len(errors) for cell, errors in cells.items()}
+        best = min((cell for cell in error if cell[0] == largest), key=error.__getitem__)
         blind = [row.error for row in rows if row.family == name and not row.visual_tokens]
         gap = family.difference
         lines.append([
-            name, f"{sum(blind) / len(blind):.2f}", f"{sum(first) / len(first):.2f}",
-            f"{best.error:.2f} (V = {best.visual_tokens})",
+            name, f"{sum(blind) / len(blind):.2f}", f"{error[smallest, 1]:.2f}", f"{error[best]:.2f} (V = {best[1]})",
             f"{gap['value']:.2f} [{gap['low']:.2f}, {gap['high']:.2f}]",
         ])  # fmt: skip
     return report.markdown_table(lines)

@@ -1,6 +1,9 @@
 """Result rows with plausible types, for tests that look at a few of their fields."""
 
 import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
 
 from vlm_jax.core.rows import DEFAULTS, FIELDS, ResultRow
 from vlm_jax.core.specs import CompressorSpec, DecoderSpec, EncoderSpec, ModelSpec
@@ -34,3 +37,14 @@ def row(**fields: object) -> ResultRow:
         decoder=dataclasses.replace(MODEL.decoder, name=values["llm"]),
     )
     return ResultRow(**{"model": model} | values)
+
+
+def on_a_law(rows: Iterable[ResultRow], alpha: float = 0.2, beta: float = 0.06) -> list[ResultRow]:
+    """The same rows with errors from a power law of N and V that is .5 on average, and noise that is .01 for a seed."""
+    rows, rng = list(rows), np.random.default_rng(0)
+    law = np.array([row.llm_params**-alpha * max(row.visual_tokens, 1) ** -beta for row in rows])
+    errors = 0.5 * law / law.mean() + rng.normal(0, 0.01, len(rows))
+    return [
+        dataclasses.replace(row, error=float(error) if row.visual_tokens else 0.95)
+        for row, error in zip(rows, errors, strict=True)
+    ]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.result_rows import on_a_law
 from vlm_jax.compress import catalog
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
 from vlm_jax.core.errors import UserError
 from vlm_jax.evaluation import results
-from vlm_jax.scaling import candidates, lawfile, scores
+from vlm_jax.scaling import candidates, fit, lawfile, scores
 from vlm_jax.sizing import chips, cost, roofline, zoo
 from vlm_jax.sizing.roofline import Request
 
@@ -66,7 +67,7 @@ def test_prices_equal_the_flops_of_committed_rows(study):
             }
 
 
-def test_default_candidates_are_the_measured_models(reasoning, study):
+def test_default_candidates_are_the_measured_models(reasoning):
     """At every V of the compressor, with every LLM of the family."""
     found = candidates.candidates(reasoning, "nominal")
     assert sides(found) == {("clip-l14-336", "tokenpacker")}
@@ -74,7 +75,8 @@ def test_default_candidates_are_the_measured_models(reasoning, study):
     assert {one.tokens for one in found} == set(catalog.row("tokenpacker").tokens_out((24, 24)))
     assert {one.extrapolates for one in found} == {()}
     assert {(one.model.projector, one.model.mask) for one in found} == {("mlp", "causal")}
-    own = candidates.candidates(study.family("facts"), "non_embedding")  # whose law fits
+    fitting = fit.fit(scores.of_rows(on_a_law(row for row in ROWS if row.family == "facts")), bootstraps=20)
+    own = candidates.candidates(fitting.family("facts"), "non_embedding")
     assert sides(own) == {("glyph-64", "resampler")}
     assert {one.model.decoder.name for one in own} == {n for n in zoo.DECODERS if re.fullmatch(r"d\d+", n)}
     assert {one.model.projector for one in own} == {"linear"}
