@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
         smoke=False,  # the same as recipe=smoke
         data="",  # another builder config of the family's data set
         steps=0,  # 0: as the family and the recipe say
-        steps_factor=1.0,  # times that many
+        steps_factor=1.0,  # multiplies the steps
         lr=3e-3,  # of the connector, and of a decoder of width 24
         stages=1,
         seed=0,
@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)
     align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)
     c.stages = (both,) if arg.stages == 1 else (align, both)
-    # Between widths 24 and 192 the better of two learning rates fell about as width^-1/2.
+    # Between widths 24 and 192 the better of two learning rates fell about as width^-1/2; DESIGN.md tried 16 and 64.
     scale = (24 / llm.width) ** 0.5
     c.optim = dict(
         peak_lr=arg.lr,

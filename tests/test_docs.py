@@ -65,7 +65,7 @@ def test_configs_have_the_arguments(page: Path) -> None:
 
 
 @each_page
-def test_a_row_of_the_batch_for_every_chip_of_a_topology(page: Path) -> None:
+def test_batches_divide_over_the_chips_of_a_topology(page: Path) -> None:
     for module, arguments in commands(page):
         if module == "vlm_jax.aot" and "--batch" not in arguments:
             config, topologies = (arguments[arguments.index(flag) + 1] for flag in ("--config", "--topology"))

@@ -4,8 +4,8 @@ baseline, three families, three seeds.
     python -m experiments.launch --grid configs/grids/size_by_tokens.py --workdir experiments/size_by_tokens
 
 `part=longer` is three corner cells of each family at 1.5 times the steps, `part=elastic` one model of all V for each
-decoder. Cells of one program lie side by side, so that a worker compiles it once; large ones come first, so that no
-worker ends on a long one.
+decoder. Cells of one program lie side by side, so that a worker compiles it once; within a family large ones come
+first, so that no worker ends on a long one.
 """
 
 from vlm_jax.config.arguments import parse_arg

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_jax.core.rows import ResultRow
-from vlm_jax.scaling import fit, plots, scores
+from vlm_jax.scaling import fit, plots
 from vlm_jax.scaling.fitted import BASIC
 
 Lines = list[list[str]]
 
 
-class Mean(NamedTuple):
+class CellError(NamedTuple):
     """The error of a cell over its seeds."""
 
     error: float
@@ -23,11 +23,11 @@ class Mean(NamedTuple):
     seeds: int
 
 
-def mean(rows: Sequence[ResultRow]) -> Mean:
+def mean(rows: Sequence[ResultRow]) -> CellError:
     """Of the rows of one cell."""
     errors = [row.error for row in rows]
     spread = float(np.var(errors, ddof=1)) if len(errors) > 1 else 0.0
-    return Mean(float(np.mean(errors)), spread, float(np.mean([row.stderr**2 for row in rows])), len(errors))
+    return CellError(float(np.mean(errors)), spread, float(np.mean([row.stderr**2 for row in rows])), len(errors))
 
 
 def _cell(rows: Sequence[ResultRow], family: str, llm: str, tokens: int) -> list[ResultRow]:
@@ -36,7 +36,8 @@ def _cell(rows: Sequence[ResultRow], family: str, llm: str, tokens: int) -> list
 
 def convergence(rows: Sequence[ResultRow], longer: Sequence[ResultRow]) -> Lines:
     """Header and lines: the error of each corner after its steps and after those of `longer`, and whether they differ
-    by less than one standard error of the difference (variances of seeds, pooled over a family's corners, and images).
+    by less than one standard error of the difference. Its variance is that of seeds, pooled over the corners of a
+    family, and that of images, which all seeds share; both sides share them too, so that it is an upper bound.
     """
     lines = [["family", "LLM", "V", "error", "after 1.5 times the steps", "difference", "converged"]]
     for family in _families(longer):
@@ -44,7 +45,7 @@ def convergence(rows: Sequence[ResultRow], longer: Sequence[ResultRow]) -> Lines
         pairs = [[mean(_cell(some, family, *corner)) for some in (rows, longer)] for corner in corners]
         pooled = float(np.mean([one.seed_variance for one in itertools.chain(*pairs)]))
         for (llm, tokens), (short, long) in zip(corners, pairs, strict=True):
-            stderr = math.sqrt(sum((pooled + one.image_variance) / one.seeds for one in (short, long)))
+            stderr = math.sqrt(sum(pooled / one.seeds + one.image_variance for one in (short, long)))
             gap = long.error - short.error
             lines.append([
                 family, llm, str(tokens), f"{short.error:.3f}", f"{long.error:.3f}", f"{gap:+.3f} ± {stderr:.3f}",
@@ -72,30 +73,30 @@ def corner_contrast(rows: Sequence[ResultRow], longer: Sequence[ResultRow]) -> L
     return lines
 
 
-def elastic(rows: Sequence[ResultRow], together: Sequence[ResultRow]) -> Lines:
+def elastic(rows: Sequence[ResultRow], elastic_rows: Sequence[ResultRow]) -> Lines:
     """Header and lines: the error at each V of the elastic model and, after a slash, of the separate ones."""
-    tokens = sorted({row.visual_tokens for row in together})
+    tokens = sorted({row.visual_tokens for row in elastic_rows})
     lines = [["family", "N", *(f"V = {v}" for v in tokens)]]
-    for family in _families(together):
-        for llm, params in sorted({(row.llm, row.llm_params) for row in together}, key=lambda pair: pair[1]):
-            cells = [[_cell(some, family, llm, v) for some in (together, rows)] for v in tokens]
+    for family in _families(elastic_rows):
+        for llm, params in sorted({(row.llm, row.llm_params) for row in elastic_rows}, key=lambda pair: pair[1]):
+            cells = [[_cell(some, family, llm, v) for some in (elastic_rows, rows)] for v in tokens]
             errors = [" / ".join(f"{mean(cell).error:.3f}" for cell in pair) for pair in cells]
             lines.append([family, plots.params_label(params / 1e9), *errors])
     return lines
 
 
-def elastic_cost(rows: Sequence[ResultRow], together: Sequence[ResultRow]) -> Lines:
+def elastic_cost(rows: Sequence[ResultRow], elastic_rows: Sequence[ResultRow]) -> Lines:
     """Header and lines: minutes and FLOPs of one elastic model a size and of the separate ones of one seed, and the
     exponents of both. Every row of an elastic model has the cost of its whole training."""
     lines = [["family", "", "training, min", "training, TFLOPs", "alpha", "beta", "alpha - beta"]]
-    for family in _families(together):
-        seed = min(row.seed for row in together)
+    for family in _families(elastic_rows):
+        seed = min(row.seed for row in elastic_rows)
         separate = [row for row in rows if row.family == family and row.visual_tokens and row.seed == seed]
-        shared = [row for row in together if row.family == family]
+        shared = [row for row in elastic_rows if row.family == family]
         models = {row.llm: row for row in shared}.values()
         for name, mine, trained in (("elastic", shared, models), ("separate", separate, separate)):
-            law = fit.fit(scores.of_rows(mine), source="rows.jsonl")
-            params, gap = law.family(family).forms[BASIC].params, law.family(family).difference
+            found = fit.fit(mine, BASIC).family(family)
+            params, gap = found.forms[BASIC].params, found.difference
             lines.append([
                 family, name, f"{sum(row.train_secs for row in trained) / 60:.1f}",
                 f"{sum(row.train_flops for row in trained) / 1e12:.1f}",
