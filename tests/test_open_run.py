@@ -88,7 +88,7 @@ def test_each_stage_trains_on_its_own_data_from_the_start(cache: Path, tmp_path:
     asked = spec(cache, [{"total_steps": 2, "warmup_steps": 0, "data": own}, {"total_steps": 2}])
     run, taken, make = build.open_run(asked, cache), [], pipeline.train_batches
     assert [batches.data.mixture.names for batches in run.train] == [("good",), ("ocr", "facts")]
-    assert [batches.data.spec.batch_rows for batches in run.train] == [8, 32]
+    assert [batches.data.spec.batch_rows for batches in run.train] == [8, 16]
 
     def train_batches(batches: pipeline.Batches, first: int, last: int):
         taken.append((batches.data.mixture.name, first, last))

@@ -27,7 +27,7 @@ def test_accelerators() -> None:
         ("replicated", (-1, 1, 1), 1, "v6e-16", None),
         ("replicated", (-1, 1, 1), 4, "v6e-16", "= 64 parts: use 64"),
         ("replicated", (-1, 1, 1), 1, "v5p-1024", "= 512 parts: use 512"),
-        ("fsdp_tensor", (1, -1, 16), 1, "v5p-1024", None),  # 32 groups
+        ("fsdp_tensor", (1, -1, 16), 1, "v5p-512", None),  # 16 groups
         ("auto", (-1, 1, 1), 1, "v5p-1024", "= 512 parts: use 512"),
         ("replicated", (4, 1, 1), 1, "v6e-16", "does not divide 16 device"),
     ],
@@ -35,7 +35,7 @@ def test_accelerators() -> None:
 def test_a_batch_that_a_slice_does_not_divide_is_refused(
     cells: list[Cell], strategy: str, mesh: tuple, microbatches: int, accelerator: str, said: str | None
 ) -> None:
-    assert (cells[0].spec.data.batch_rows, cells[0].spec.evaluation.batch_examples) == (32, 256)
+    assert (cells[0].spec.data.batch_rows, cells[0].spec.evaluation.batch_examples) == (16, 256)
     compute = dataclasses.replace(cells[0].spec.compute, strategy=strategy, mesh=mesh, microbatches=microbatches)
     cell = cells[0]._replace(spec=dataclasses.replace(cells[0].spec, compute=compute))
     if said is None:
