@@ -20,9 +20,9 @@ from vlm_jax.core.errors import STOPPED, UserError
 _LOOK_EVERY_SECS = 0.3
 _SAVING_SECS = 60
 # XLA on CPUs allocates the temporary buffer of a program at every execution. glibc maps large blocks anew each time,
-# and the page faults took half of the time of a step with 68 MB: a single arena that keeps freed memory avoids them.
+# and the page faults took half of the time of a step with 68 MB: a heap that keeps freed memory avoids them. (Arenas of
+# threads are at most 64 MiB; a single arena would serve larger buffers too, but makes cold compilation a third dearer.)
 _KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",  # no block is mapped
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
