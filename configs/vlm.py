@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
     both = dict(name="both", total_steps=steps, train=("connector", "decoder"), lr_factor=1.0, warmup_steps=steps // 20)
     align = dict(both, name="align", total_steps=-(-steps // 4), train=("connector",), warmup_steps=steps // 80)
     c.stages = (both,) if arg.stages == 1 else (align, both)
-    # Between widths 24 and 192 the better of two learning rates fell about as width^-1/2; DESIGN.md tried 16 and 64.
+    # Between widths 24 and 192 the better of two rates fell about as width^-1/2; the study's pilot tried 16 and 64.
     scale = (24 / llm.width) ** 0.5
     c.optim = dict(
         peak_lr=arg.lr,

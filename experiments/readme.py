@@ -32,10 +32,11 @@ def summary() -> str:
     for name, family in law.families.items():
         mine = [row for row in rows if row.family == name and row.visual_tokens]
         smallest, largest = (of(row.llm_params for row in mine) for of in (min, max))
-        cells: dict[tuple[int, int], list[float]] = {}
-        for row in mine:
-            cells.setdefault((row.llm_params, row.visual_tokens), []).append(row.error)
-        error = {cell: sum(errors) / len(errors) for cell, errors in cells.items()}
+        cells = {(row.llm_params, row.visual_tokens) for row in mine}
+        error = {
+            cell: beside.mean([row for row in mine if (row.llm_params, row.visual_tokens) == cell]).error
+            for cell in cells
+        }
         best = min((cell for cell in error if cell[0] == largest), key=error.__getitem__)
         blind = [row.error for row in rows if row.family == name and not row.visual_tokens]
         gap = family.difference

@@ -20,8 +20,8 @@ from vlm_jax.core.errors import STOPPED, UserError
 _LOOK_EVERY_SECS = 0.3
 _SAVING_SECS = 60
 # XLA on CPUs allocates the temporary buffer of a program at every execution. glibc maps large blocks anew each time,
-# and the page faults took half of the time of a step with 68 MB: a heap that keeps freed memory avoids them. (Arenas of
-# threads are at most 64 MiB; a single arena would serve larger buffers too, but makes cold compilation a third dearer.)
+# and page faults take up to half of a small step: a heap that keeps freed memory avoids them. (Heaps of threads are at
+# most 64 MiB; MALLOC_ARENA_MAX=1 serves larger buffers too, but makes cold compilation a third dearer.)
 _KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",  # no block is mapped
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
