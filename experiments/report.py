@@ -184,7 +184,11 @@ def sections(workdir: Path, rows: list[ResultRow], law: LawFit) -> list[Section]
         seeds = {row.seed for row in rows if row.family == family}
         if len(seeds) == 1:
             sentences.append("every model was trained with one seed; how much another one would differ is not known")
-        sentences += [text.partition(": ")[2] for text in fitted.warnings if not text.startswith("lack_of_fit")]
+        sentences += [
+            text.partition(": ")[2]
+            for text in fitted.warnings
+            if not text.startswith(("lack_of_fit", "does_not_extrapolate"))
+        ]
         out.append(Section(
             family, answer(law, family), example(law, rows, found, family),
             contrast(law, family).partition(": ")[0],
