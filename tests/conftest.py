@@ -3,6 +3,7 @@
 Tests run each program once or twice, so compiling is what costs: it is asked for as little work as it can do.
 """
 
+import gc
 import importlib.metadata
 import os
 
@@ -13,6 +14,7 @@ QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_co
 if importlib.metadata.version("jaxlib") == "0.10.2" and QUICK not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
+gc.set_threshold(200_000, 20, 50)
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 

@@ -22,6 +22,15 @@ from vlm_jax.core.files import disk_problem, is_full, write_json
 
 OnDamage = Callable[[int, str], None]
 
+# Replicas share the writing of an array where each writes at least this much: every slice of another shape is a program
+# to compile, hundreds of them before the first checkpoint of a model of small arrays.
+_MIN_REPLICA_BYTES = 2**20
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_BYTES),
+    override=True,
+)
+
 
 class Restored(NamedTuple):
     """A restored checkpoint."""

@@ -24,7 +24,8 @@ from vlm_jax.scaling.candidates import Candidate
 from vlm_jax.scaling.fitted import FamilyFit, LawFit
 from vlm_jax.scaling.frontier import Choice, Priced
 from vlm_jax.scaling.scores import params_label
-from vlm_jax.sizing import chips
+from vlm_jax.sizing import chips, roofline
+from vlm_jax.sizing.chips import Chip
 from vlm_jax.sizing.cost import PARTS
 from vlm_jax.sizing.roofline import Request
 
@@ -99,11 +100,7 @@ def page_data(
         at[f"{question:g}"] = _flops(frontier.price_all(fitted, found, dataclasses.replace(one, on=None)), one)
         for batch in batches:
             served = dataclasses.replace(one, batch=batch)
-            on_chips = {
-                name: frontier.price_all(fitted, found, dataclasses.replace(served, on=chip))
-                for name, chip in hardware.items()
-            }
-            at[f"{question:g}"][str(batch)] = _times(on_chips)
+            at[f"{question:g}"][str(batch)] = _on_chips(found, served, hardware)
     return {
         "law": fitted.predicts == "law",
         "start": {
@@ -165,17 +162,20 @@ def _flops(priced: Priced, request: Request) -> dict[str, Any]:
     }
 
 
-def _times(on_chips: Mapping[str, Priced]) -> dict[str, Any]:
+def _on_chips(found: Sequence[Candidate], request: Request, hardware: Mapping[str, Chip]) -> dict[str, Any]:
     """Memory of a batch, and its seconds on every chip."""
-    memory = next(iter(on_chips.values())).each("memory_bytes").tolist()
-    return {"memory": memory} | {
-        name: {
-            "secs": priced.each("secs").tolist(),
-            "secs_by_part": [_short([price.times[part].secs for part in PARTS]) for price in priced.prices],
-            "binds": [frontier.bound(price)[0] for price in priced.prices],  # c(ompute) or m(emory)
+    free = [candidates.price(one.model, dataclasses.replace(request, on=None)) for one in found]
+    work = [roofline.request_work(one.model, request) for one in found]
+    data: dict[str, Any] = {"memory": [float(price.memory_bytes) for price in free]}
+    for name, chip in hardware.items():
+        on = dataclasses.replace(request, on=chip)
+        prices = [price._replace(times=roofline.times(one, on)) for price, one in zip(free, work, strict=True)]
+        data[name] = {
+            "secs": [float(price.secs) for price in prices],
+            "secs_by_part": [_short([price.times[part].secs for part in PARTS]) for price in prices],
+            "binds": [frontier.bound(price)[0] for price in prices],  # c(ompute) or m(emory)
         }
-        for name, priced in on_chips.items()
-    }
+    return data
 
 
 def _short(values: Any) -> list[float]:

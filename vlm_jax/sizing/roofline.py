@@ -61,13 +61,23 @@ def part_time(
     return PartTime(compute, "compute") if compute >= memory else PartTime(memory, "memory")
 
 
-def request_times(model: ModelSpec, request: Request) -> dict[str, PartTime]:
-    """Seconds of a batch of requests, by `cost.PARTS`. `request.on` must be a chip."""
+def request_work(model: ModelSpec, request: Request) -> dict[str, tuple[cost.Number, cost.Number]]:
+    """(FLOPs, bytes of memory traffic) of a batch of requests on any chip, by `cost.PARTS`."""
     lengths, batch = (request.question_tokens, request.answer_tokens), request.batch
     flops = cost.flops(model, *lengths, request.question).by_part
     moved = cost.moved_bytes(model, *lengths, batch, request.dtype, request.question)
+    return {part: (batch * flops[part], moved[part]) for part in cost.PARTS}
+
+
+def times(work: dict[str, tuple[cost.Number, cost.Number]], request: Request) -> dict[str, PartTime]:
+    """Seconds of `request_work` on `request.on`, by part."""
     hardware = (request.on, request.chips, request.efficiency)
-    return {part: part_time(batch * flops[part], moved[part], *hardware) for part in cost.PARTS}
+    return {part: part_time(flops, moved, *hardware) for part, (flops, moved) in work.items()}
+
+
+def request_times(model: ModelSpec, request: Request) -> dict[str, PartTime]:
+    """Seconds of a batch of requests, by `cost.PARTS`. `request.on` must be a chip."""
+    return times(request_work(model, request), request)
 
 
 class Work(NamedTuple):
