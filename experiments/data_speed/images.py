@@ -1,8 +1,9 @@
 """How fast JPEGs become a model's pixels: `python -m experiments.data_speed.images`.
 
 `read_and_fit` and `normalise` of this version beside the steps that they replace (an array of the whole image between
-decoding and resizing, float64 arithmetic for every pixel), on the same drawn files, in turn; and Pillow's decoding
-alone. One core, processor time; equal pixels are checked. Renews images.json and the table of README.md.
+decoding and resizing, float64 arithmetic for every pixel), on the same drawn files, in turn; and Pillow's part of it,
+decoding and resizing alone. One core, processor time; equal pixels are checked. Renews images.json and the table of
+README.md.
 """
 
 import io
@@ -10,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +71,39 @@ def measure(encoder: EncoderSpec, jpegs: list[bytes], pairs: int) -> dict[str, A
     def decode(jpeg: bytes) -> None:
         Image.open(io.BytesIO(jpeg)).load()
 
+    def resize(picture: Image.Image) -> None:
+        images.read_and_fit(picture, encoder)
+
     for jpeg in jpegs:
         np.testing.assert_array_equal(current(jpeg), replaced(jpeg))
-    times = [tuple(seconds(function, jpegs) for function in (replaced, current, decode)) for _ in range(pairs)]
+    decoded = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in jpegs]
+    times = [
+        (*(seconds(function, jpegs) for function in (replaced, current, decode)), seconds(resize, decoded))
+        for _ in range(pairs)
+    ]
     rates = [round(len(jpegs) / statistics.median(column)) for column in zip(*times, strict=True)]
-    ratios = sorted(round(old / new, 2) for old, new, _ in times)
+    ratios = sorted(round(old / new, 2) for old, new, *_ in times)
     return {
         "encoder": encoder.name,
-        **dict(zip(("replaced", "current", "decode"), rates, strict=True)),
+        **dict(zip(("replaced", "current", "decode", "resize"), rates, strict=True)),
         "ratio": ratios,
     }
 
 
-def seconds(function: Callable[[bytes], Any], jpegs: list[bytes]) -> float:
+def seconds(function: Callable[[Any], Any], of: Sequence[Any]) -> float:
     start = time.process_time()
-    for jpeg in jpegs:
-        function(jpeg)
+    for one in of:
+        function(one)
     return time.process_time() - start
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [["encoder", "images a second", "before", "ratio (min / median / max)", "decoding alone"]]
+    lines = [["encoder", "images a second", "before", "ratio (min / median / max)", "decoding alone", "resizing alone"]]
     for row in result["rows"]:
         low, middle, high = row["ratio"][0], statistics.median(row["ratio"]), row["ratio"][-1]
         spread = f"{low:.2f} / **{middle:.2f}** / {high:.2f}"
-        lines.append([row["encoder"], str(row["current"]), str(row["replaced"]), spread, str(row["decode"])])
+        rates = (str(row[name]) for name in ("decode", "resize"))
+        lines.append([row["encoder"], str(row["current"]), str(row["replaced"]), spread, *rates])
     text = f"{result['images']} files, {result['pairs']} pairs, one core, load average {result['load']}."
     return f"{markdown_table(lines)}\n\n{text}"
 

@@ -5,6 +5,7 @@ processes write their shards to one shared folder; process 0 writes and verifies
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,13 @@ OnDamage = Callable[[int, str], None]
 # Replicas share the writing of an array where each writes at least this much: every slice of another shape is a program
 # to compile, hundreds of them before the first checkpoint of a model of small arrays.
 _MIN_REPLICA_BYTES = 2**20
+logging.disable(logging.WARNING)  # that a handler is replaced
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_BYTES),
     override=True,
 )
+logging.disable(logging.NOTSET)
 
 
 class Restored(NamedTuple):
