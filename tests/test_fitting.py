@@ -95,7 +95,7 @@ def test_training_uses_the_choice_and_its_spec_stays(network: Network) -> None:
 def test_training_reports_the_choice(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "usable_bytes", lambda plan: 2.0**40)
     notices: list[str] = []
-    run = job._fitted(build.Run(network, (), None), notices.append)
+    run = job._fitted(build.Run(network, (), None), network.spec.stages, notices.append)
     assert run.network.model.compute.remat == "none"
     (notice,) = notices
     assert notice.startswith("compute.remat=auto: none (")

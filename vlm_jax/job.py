@@ -97,7 +97,8 @@ def _train(
             metrics = stack.enter_context(contextlib.closing(MetricWriter(workdir, restored)))
         bad_steps.forget_after(workdir, restored)
         _report_data(run, workdir, on_notice)
-        run = _fitted(run, on_notice)
+        if left := [stage for stage, _, last in stages(spec) if last > restored]:
+            run = _fitted(run, left, on_notice)
         on_start()
         end = _train_stages(run, workdir, restored, checkpoints, metrics, on_log, stop, started)
     summary = workdir / "summary.json"  # may be missing after the last checkpoint
@@ -110,10 +111,10 @@ def _train(
     return end.state.params
 
 
-def _fitted(run: Run, on_notice: Callable[[str], None]) -> Run:
-    """The run with compute.remat="auto" replaced by what fits in the memory of its devices."""
+def _fitted(run: Run, left: Sequence[StageSpec], on_notice: Callable[[str], None]) -> Run:
+    """The run with compute.remat="auto" replaced by what fits in its devices' memory in the stages that are left."""
     limit = fitting.usable_bytes(run.network.plan)
-    network, choice = fitting.fitted(run.network, limit)
+    network, choice = fitting.fitted(run.network, limit, left)
     if network is not run.network and processes.is_primary():
         memory = "the memory of this kind of device is not known"
         if choice is not None:

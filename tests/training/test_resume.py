@@ -15,6 +15,7 @@ import pytest
 
 from tests import builders
 from vlm_jax import build, job
+from vlm_jax.build import fitting
 from vlm_jax.checkpoints import big_vision
 from vlm_jax.config.arguments import load_config
 from vlm_jax.config.resolve import resolve
@@ -200,6 +201,21 @@ def test_a_run_that_is_done_is_not_trained_again(run, whole) -> None:
     params = job.train(run, whole, lambda log, values: pytest.fail("a step was taken"))
     assert tree.sha256(jax.device_get(params)) == before["params_sha256"]
     assert summary(whole) == before
+
+
+def test_only_the_stages_that_are_left_must_fit(run, whole, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def fitted(network: build.Network, limit: float | None, stages: list[StageSpec]) -> tuple[build.Network, None]:
+        asked.append(tuple(stages))
+        return network, None
+
+    monkeypatch.setattr(fitting, "fitted", fitted)
+    job.train(run, whole, lambda log, values: None)
+    assert asked == []
+    cut(whole, tmp_path / "cut", 5)
+    job.train(run, tmp_path / "cut", lambda log, values: None)
+    assert asked == [run.network.spec.stages[1:]]
 
 
 def test_a_run_that_fails_can_go_on(run, whole, tmp_path) -> None:

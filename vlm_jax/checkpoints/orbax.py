@@ -26,13 +26,14 @@ OnDamage = Callable[[int, str], None]
 # Replicas share the writing of an array where each writes at least this much: every slice of another shape is a program
 # to compile, hundreds of them before the first checkpoint of a model of small arrays.
 _MIN_REPLICA_BYTES = 2**20
+_disabled = logging.root.manager.disable
 logging.disable(logging.WARNING)  # that a handler is replaced
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_BYTES),
     override=True,
 )
-logging.disable(logging.NOTSET)
+logging.disable(_disabled)
 
 
 class Restored(NamedTuple):

@@ -149,7 +149,8 @@ def _value_and_gradients(states: Array, table: Array, softcap: float | None, tar
         gathered, to_block = jax.vjp(lambda block: gather_for_compute(block, _TABLE, states.dtype), block)
         z = vocabulary.logits(states, gathered, ids, softcap)
         to_z = (jnp.exp(z - lse[..., None]) - (ids == targets[..., None])) * weight[..., None]
-        to_z = to_z if softcap is None else to_z * (1 - jnp.square(z / softcap))
+        if softcap is not None:
+            to_z = to_z * (1 - jnp.square(jnp.maximum(z, -softcap) / softcap))  # 0 where padded, as z is -inf there
         to_z = to_z.astype(states.dtype)
         to_states = jnp.einsum("blw,wd->bld", to_z, gathered, preferred_element_type=jnp.float32)
         return to_states, *to_block(jnp.einsum("blw,bld->wd", to_z, states))
