@@ -218,6 +218,18 @@ def test_ranking_is_by_chip_seconds_with_misfits_last() -> None:
     assert lines[4] == "cheapest that fits: v5e:4x4, fsdp, mesh (1, 4, 4)"
 
 
+def test_batches_are_ranked_by_chip_seconds_per_row() -> None:
+    base = {"topology": "v5e:2x2", "chips": 4, "strategy": "fsdp", "mesh": [1, 4, 1], "peak_bytes": 2.0**30}
+    base |= {"mfu": 0.5, "fits": True}
+    rows = [
+        {**base, "step_secs": 1.0, "batch_examples": 256, "remat": "none"},
+        {**base, "step_secs": 1.6, "batch_examples": 512, "remat": "dots"},
+    ]
+    lines = variants.ranking(rows).splitlines()
+    assert lines[1].endswith("0.0125   512 rows, remat dots")
+    assert lines[3] == "cheapest that fits: v5e:2x2, fsdp, mesh (1, 4, 1), 512 rows, remat dots"
+
+
 def test_the_llava_config_lays_out_on_256_chips() -> None:
     """Without libtpu too."""
     from jax.sharding import AbstractMesh

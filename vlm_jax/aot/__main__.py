@@ -2,10 +2,10 @@
 
     python -m vlm_jax.aot --config configs/llava.py:llm=qwen1.5-7b,tokens=16,devices=256 --topology v5e:16x16
 
-With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds per call) is
+With several topologies, strategies or meshes, all are compiled and the cheapest that fits (chip-seconds per row) is
 reported; invalid combinations are listed as refused. The exit code is 3 if nothing fits. With compute.remat=auto the
-policy that recomputes least and fits is compiled, and with --batch auto also the batch of the highest predicted MFU.
-Needs libtpu (`pip install 'vlm_jax[tpu]'`).
+policy that recomputes least and fits is compiled, and with --batch auto also the smallest batch whose predicted MFU is
+within 1 % of the highest. Needs libtpu (`pip install 'vlm_jax[tpu]'`).
 """
 
 import argparse
@@ -39,7 +39,8 @@ def parser() -> ArgumentParser:
     flags.add_argument("--mesh", nargs="+", default=[], help="data,fsdp,tensor instead of compute.mesh; -1: the rest")
     flags.add_argument("--stage", help="name of a training stage; default: the last")
     flags.add_argument(
-        "--batch", help="auto: train also at the rows of the highest predicted MFU, beside those of the config"
+        "--batch",
+        help="auto: train also at the fewest rows within 1 %% of the highest predicted MFU",
     )
     flags.add_argument("--json", type=Path, help="write the rows to this file, after every compilation")
     flags.add_argument("--hlo", type=Path, help="write the HLO text to this file; several: one file each")

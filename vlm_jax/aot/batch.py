@@ -1,4 +1,5 @@
-"""The rows of a train step that a topology is best at: those of the highest predicted MFU, confirmed by compiling."""
+"""The rows of a train step that a topology is best at: the fewest whose predicted MFU is within `NEAR` of the highest,
+confirmed by compiling."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 from vlm_jax import build
@@ -53,20 +54,26 @@ def compile_row(spec: RunSpec, stage: StageSpec, topology: str, mode: str) -> tu
 
 
 def ranking(rows: list[dict[str, Any]]) -> str:
-    """Table of the rows, the cheapest per example that fits first."""
+    """Table of the rows, the one that fits with the fewest chip-seconds per row of the batch first."""
     batches = {row.get("batch_examples") for row in rows}
 
-    def price(row: dict[str, Any]) -> tuple[bool, float]:
-        return not row["fits"], row["chips"] * row.get("step_secs", 0.0) / row.get("batch_examples", 1)
+    def price(row: dict[str, Any]) -> float:
+        return row["chips"] * row["step_secs"] / row.get("batch_examples", 1) if row["fits"] else math.inf
 
-    lines = [f"{'topology':12s} {'strategy':12s} {'mesh':>16s} {'peak GiB':>9s} {'ms':>9s} {'MFU':>6s} {'chip-s':>9s}"]
-    for row in sorted(rows, key=price):
+    def sized(row: dict[str, Any]) -> str:
+        return f"{row['batch_examples']} rows, remat {row['remat']}" if len(batches) > 1 else ""
+
+    lines = [
+        f"{'topology':12s} {'strategy':12s} {'mesh':>16s} {'peak GiB':>9s} {'ms':>9s} {'MFU':>6s} {'chip-s/row':>10s}"
+    ]
+    ranked = sorted(rows, key=price)
+    for row in ranked:
         time = f"{1e3 * row['step_secs']:9.1f} {row['mfu']:6.1%}" if "step_secs" in row else f"{'-':>9s} {'-':>6s}"
-        cost = f"{row['chips'] * row['step_secs']:9.4g}" if row["fits"] else "does not fit"
-        how = f"   {row['batch_examples']} rows, remat {row['remat']}" if len(batches) > 1 else ""
+        cost = f"{price(row):10.4g}" if row["fits"] else "does not fit"
         lines.append(f"{row['topology']:12s} {row['strategy']:12s} {row['mesh']!s:>16s} "
-                     f"{row['peak_bytes'] / report.GIB:9.2f} {time} {cost}{how}")  # fmt: skip
-    best = min(rows, key=price)
+                     f"{row['peak_bytes'] / report.GIB:9.2f} {time} {cost}   {sized(row)}".rstrip())  # fmt: skip
+    best = ranked[0]
     if best["fits"]:
-        lines.append(f"cheapest that fits: {best['topology']}, {best['strategy']}, mesh {tuple(best['mesh'])}")
+        size = f", {sized(best)}" if sized(best) else ""
+        lines.append(f"cheapest that fits: {best['topology']}, {best['strategy']}, mesh {tuple(best['mesh'])}{size}")
     return "\n".join(lines)
