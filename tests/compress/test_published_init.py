@@ -1,4 +1,4 @@
-"""Initial values of TokenPacker and QueCC have the spread of the official code's."""
+"""Initial values have the spread of those of the official code."""
 
 import dataclasses
 
@@ -12,10 +12,18 @@ from vlm_jax.core.specs import CompressorSpec
 
 WIDTH = 128
 SPEC = CompressorSpec("quecc", 4, (8, 8), WIDTH, 2, 96, WIDTH, 8, 1, 0)
+OWN = {  # fields that a method needs
+    "perceiver": {"mlp_width": 4 * WIDTH},
+    "qformer": {"mlp_width": 4 * WIDTH},
+    "qformer_question": {"mlp_width": 4 * WIDTH},
+    "llava_mini": {"mlp_width": 4 * WIDTH, "fusion_heads": 6},
+    "mqt": {"queries": 16},
+    "token_learner": {"width": 64},
+}
 
 
 def drawn(name):
-    spec = dataclasses.replace(SPEC, name=name)
+    spec = dataclasses.replace(SPEC, name=name, **OWN.get(name, {}))
     return jax.tree.map(np.asarray, nn.meta.unbox(catalog.row(name).init_weights(jax.random.key(0), spec)))
 
 
@@ -41,6 +49,33 @@ def uniform(bound):
         ("quecc", "attention/out/kernel", uniform(WIDTH**-0.5)),
         ("quecc", "attention/out/bias", 0),
         ("quecc", "keys_norm/bias", 0),
+        ("ldpv2", "conv/kernel", uniform(1 / 3)),
+        ("ldpv2", "conv/bias", uniform(1 / 3)),
+        ("c_abstractor", "positions", 0.02),
+        ("c_abstractor", "fine/block0/first/linear/kernel", 0.02),
+        ("c_abstractor", "coarse/block0/conv/kernel", 0.02),
+        ("c_abstractor", "fine/block0/squeeze/bias", 0),
+        ("perceiver", "latents", 1),
+        ("perceiver", "layer0/attention/key/kernel", uniform(WIDTH**-0.5)),
+        ("perceiver", "layer0/attention/out/kernel", uniform(WIDTH**-0.5)),
+        ("perceiver", "layer0/mlp/down/kernel", uniform((4 * WIDTH) ** -0.5)),
+        ("qformer", "queries", 0.02),
+        ("qformer", "layer0/cross/value/kernel", 0.02),
+        ("qformer", "layer0/mlp/up/kernel", 0.02),
+        ("qformer", "layer0/attention/out/bias", 0),
+        ("qformer_question", "layer0/text_mlp/up/kernel", 0.02),
+        ("qformer_question", "text/kernel", 0.02),
+        ("mqt", "queries", 0.02),
+        ("mqt", "attention/query/kernel", uniform((6 / (4 * WIDTH)) ** 0.5)),
+        ("mqt", "attention/out/kernel", 0.02),
+        ("token_learner", "mlp/up/kernel", uniform((6 / (WIDTH + 64)) ** 0.5)),
+        ("token_learner", "mlp/down/kernel", uniform((6 / (64 + 4)) ** 0.5)),
+        ("token_learner", "mlp/down/bias", 0),
+        ("llava_mini", "queries", 0.02),
+        ("llava_mini", "attention/query/kernel", uniform((6 / (4 * WIDTH)) ** 0.5)),
+        ("llava_mini", "attention/out/kernel", uniform(WIDTH**-0.5)),
+        ("llava_mini", "fusion0/out", uniform(96**-0.5)),
+        ("llava_mini", "fusion0/down", uniform((4 * WIDTH) ** -0.5)),
     ],
 )
 def test_spread(name, path, spread):

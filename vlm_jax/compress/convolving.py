@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.compress import layers
+from vlm_jax.compress import layers, published_init
 from vlm_jax.compress.layers import Weights
 from vlm_jax.compress.sizes.convolving import (  # noqa: F401
     abstractor_cost,
@@ -36,7 +36,8 @@ _EPS = 1e-5
 
 
 def init_ldpv2(key: jax.Array, spec: CompressorSpec) -> Weights:
-    return {"conv": layers.init_depthwise(key, spec.text_width)}
+    weights = {"conv": layers.init_depthwise(key, spec.text_width)}
+    return published_init.draw(weights, key, published_init.torch_default)
 
 
 def ldpv2(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
@@ -49,12 +50,13 @@ def ldpv2(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
 
 
 def init_abstractor(key: jax.Array, spec: CompressorSpec) -> Weights:
-    positions, fine, coarse = jax.random.split(key, 3)
-    return {
+    positions, fine, coarse, values = jax.random.split(key, 4)
+    weights = {
         "positions": table(positions, (spec.grid[0] * spec.grid[1], spec.encoder_width), (POSITION, VISION)),
         "fine": _init_stage(fine, spec.encoder_width, spec),
         "coarse": _init_stage(coarse, spec.width, spec),
     }
+    return published_init.draw(weights, values, published_init.normal)
 
 
 def _init_stage(key: jax.Array, inputs: int, spec: CompressorSpec) -> Weights:

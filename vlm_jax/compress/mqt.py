@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.compress import layers
+from vlm_jax.compress import layers, published_init
 from vlm_jax.compress.layers import Weights
 from vlm_jax.compress.sizes.mqt import (  # noqa: F401
     QUERIES,
@@ -30,13 +30,14 @@ _EPS = 1e-6
 
 
 def init_mqt(key: jax.Array, spec: CompressorSpec) -> Weights:
-    queries, attention = jax.random.split(key)
+    queries, attention, values = jax.random.split(key, 3)
     width = spec.encoder_width
-    return {
+    weights = {
         "queries": table(queries, (spec.queries, width), (POSITION, VISION)),
         **{f"{name}_norm": layers.init_norm(width) for name in ("query", "key", "value")},
         "attention": layers.init_attention(attention, spec.width, spec.heads, width, width, width),
     }
+    return published_init.draw(weights, values, published_init.truncated_normal)
 
 
 def mqt(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:

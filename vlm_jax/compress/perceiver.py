@@ -12,7 +12,7 @@ come with the encoder's tokens; Flamingo's time embeddings have no use with one 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.compress import layers
+from vlm_jax.compress import layers, published_init
 from vlm_jax.compress.layers import Weights
 from vlm_jax.compress.sizes.perceiver import (  # noqa: F401
     defaults,
@@ -27,12 +27,13 @@ _EPS = 1e-5
 
 
 def init_perceiver(key: jax.Array, spec: CompressorSpec) -> Weights:
-    latents, *deep = jax.random.split(key, 1 + spec.depth)
-    return {
+    latents, values, *deep = jax.random.split(key, 2 + spec.depth)
+    weights = {
         "latents": table(latents, (spec.tokens, spec.encoder_width), (POSITION, VISION), stddev=1.0),
         **{f"layer{i}": _init_layer(key, spec) for i, key in enumerate(deep)},
         "norm": layers.init_norm(spec.encoder_width),
     }
+    return published_init.draw(weights, values, published_init.torch_linear)
 
 
 def _init_layer(key: jax.Array, spec: CompressorSpec) -> Weights:

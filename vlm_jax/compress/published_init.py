@@ -17,17 +17,33 @@ InitialValues = Callable[
 
 
 def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."] | None:
-    """Kernels normal with standard deviation 0.02 (truncated at +-2, where nothing is), biases zero (TokenPacker); the
-    projections of attention as `torch_default`."""
+    """Kernels normal with standard deviation 0.02 (truncated at +-2, where nothing is), biases zero (TokenPacker, MQT);
+    the projections of attention as `torch_default`."""
     if kind == "in_proj":
-        return _uniform(key, shape, math.sqrt(6 / (4 * fan_in)))
+        return uniform(key, shape, math.sqrt(6 / (4 * fan_in)))
     return 0.02 * jax.random.normal(key, shape, jnp.float32) if kind == "kernel" else None
 
 
 def torch_default(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."]:
     """Kernels and biases uniform within 1 / sqrt(fan in); the projections of attention's queries, keys and values
-    Xavier-uniform as one kernel of three times the width (QueCC)."""
-    return _uniform(key, shape, math.sqrt(6 / (4 * fan_in)) if kind == "in_proj" else fan_in**-0.5)
+    Xavier-uniform as one kernel of three times the width (QueCC, LDPv2, LLaVA-Mini)."""
+    return uniform(key, shape, math.sqrt(6 / (4 * fan_in)) if kind == "in_proj" else fan_in**-0.5)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."] | None:
+    """Kernels normal with standard deviation 0.02, biases zero (C-Abstractor; Q-Former, as BERT)."""
+    return None if kind == "bias" else 0.02 * jax.random.normal(key, shape, jnp.float32)
+
+
+def torch_linear(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."]:
+    """`torch_default` where queries, keys and values have a linear layer each (Perceiver resampler)."""
+    return uniform(key, shape, fan_in**-0.5)
+
+
+def xavier(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."] | None:
+    """Kernels Xavier-uniform, biases zero (TokenLearner 1.1)."""
+    fan_out = math.prod(shape) // fan_in
+    return None if kind == "bias" else uniform(key, shape, math.sqrt(6 / (fan_in + fan_out)))
 
 
 def draw(weights: Weights, key: jax.Array, rule: InitialValues) -> Weights:
@@ -53,5 +69,6 @@ def draw(weights: Weights, key: jax.Array, rule: InitialValues) -> Weights:
     return walk(weights, "")
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
+def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
+    """float32 in [-bound, bound)."""
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vlm_jax.compress import layers
+from vlm_jax.compress import layers, published_init
 from vlm_jax.compress.layers import Weights
 from vlm_jax.compress.sizes.qformer import (  # noqa: F401
     CROSS_EVERY,
@@ -32,22 +32,23 @@ _POSITIONS = 512  # of the question
 
 
 def init_qformer(key: jax.Array, spec: CompressorSpec) -> Weights:
-    queries, *deep = jax.random.split(key, 1 + spec.depth)
-    return {
+    queries, values, *deep = jax.random.split(key, 2 + spec.depth)
+    weights = {
         "queries": table(queries, (spec.tokens, spec.width), (POSITION, VISION)),
         "norm": layers.init_norm(spec.width),
         **{f"layer{i}": _init_layer(key, i, spec) for i, key in enumerate(deep)},
     }
+    return published_init.draw(weights, values, published_init.normal)
 
 
 def init_with_question(key: jax.Array, spec: CompressorSpec) -> Weights:
-    own, text, positions, *deep = jax.random.split(key, 3 + spec.depth)
+    own, text, positions, values, *deep = jax.random.split(key, 4 + spec.depth)
     weights = init_qformer(own, spec)
+    weights["text"] = layers.init_linear(text, spec.text_width, spec.width, layers.OF_TEXT)
     for i, key in enumerate(deep):
         weights[f"layer{i}"] |= _init_mlp(key, "text_mlp", spec)
     return {
-        **weights,
-        "text": layers.init_linear(text, spec.text_width, spec.width, layers.OF_TEXT),
+        **published_init.draw(weights, values, published_init.normal),
         "text_positions": table(positions, (_POSITIONS, spec.width), (POSITION, VISION)),
     }
 

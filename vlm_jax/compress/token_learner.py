@@ -10,7 +10,7 @@ Published inside a vision transformer, with blocks behind it that run on the V t
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.compress import layers
+from vlm_jax.compress import layers, published_init
 from vlm_jax.compress.contract import most_tokens
 from vlm_jax.compress.layers import Weights
 from vlm_jax.compress.sizes.token_learner import (  # noqa: F401
@@ -30,10 +30,12 @@ _EPS = 1e-6
 
 
 def init_token_learner(key: jax.Array, spec: CompressorSpec) -> Weights:
-    return {
+    mlp, values = jax.random.split(key)
+    weights = {
         "norm": layers.init_norm(spec.encoder_width),
-        "mlp": layers.init_mlp(key, spec.encoder_width, spec.width, most_tokens(spec)),
+        "mlp": layers.init_mlp(mlp, spec.encoder_width, spec.width, most_tokens(spec)),
     }
+    return published_init.draw(weights, values, published_init.xavier)
 
 
 def token_learner(weights: Weights, evidence: Evidence, spec: CompressorSpec) -> Prefix:
