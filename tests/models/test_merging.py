@@ -10,7 +10,11 @@ import pytest
 from tests import builders
 from tests.models.test_drop_stages import products
 from vlm_jax.compress import catalog
+from vlm_jax.config.arguments import load_config
+from vlm_jax.config.resolve import resolve
 from vlm_jax.core.errors import UserError
+from vlm_jax.inference import token_maps
+from vlm_jax.inference.loading import Model
 from vlm_jax.models.vision import Encoder
 from vlm_jax.models.vlm import Vlm
 from vlm_jax.sizing import cost, zoo
@@ -74,3 +78,17 @@ def test_what_is_left_is_v() -> None:
     encoder = dataclasses.replace(zoo.encoder("siglip-b16-224"), merge=(8,) * 12)
     model = catalog.model_spec(encoder, "none", None, zoo.decoder("qwen1.5-1.8b"))
     assert model.compressor.tokens == 196 - 96
+
+
+def test_it_is_a_field_of_any_config() -> None:
+    values = {"model.merge": "(8,8,8,8)"}
+    spec = resolve(load_config("configs/vlm.py:compressor=perceiver", values))
+    assert spec.model.encoder.merge == (8, 8, 8, 8)
+    assert spec.model.compressor.grid == (1, 32)
+
+
+def test_merged_tokens_have_no_places_to_show() -> None:
+    encoder = dataclasses.replace(zoo.encoder("siglip-b16-224"), merge=(8,) * 12)
+    spec = catalog.model_spec(encoder, "none", None, zoo.decoder("qwen1.5-1.8b"))
+    with pytest.raises(UserError, match="encoder merges tokens"):
+        token_maps.shown(Model(spec, builders.COMPUTE, None, None))

@@ -106,6 +106,25 @@ def test_an_unmeasured_pair_of_measured_parts_extrapolates(reasoning):
     }  # fmt: skip
 
 
+def test_what_a_compressor_takes_from_the_language_model_follows_it(reasoning):
+    """The fusion layers of LLaVA-Mini have the decoder's sizes: measured at two sizes it is one visual side."""
+    sizes = [zoo.decoder(name) for name in ("d24", "d96")]
+    models = [catalog.model_spec(zoo.encoder("glyph-64"), "llava_mini", 4, llm, "linear") for llm in sizes]
+    family = reasoning._replace(models=tuple(models))
+    found = candidates.candidates(family, "non_embedding", llms=[llm.name for llm in sizes], tokens=(4,))
+    assert [one.model for one in found] == models
+
+
+def test_other_compressors_keep_the_measured_encoder(reasoning):
+    """One that merges tokens, say."""
+    encoder = dataclasses.replace(zoo.encoder("glyph-64"), merge=(8, 8, 8, 8))
+    measured = catalog.model_spec(encoder, "perceiver", 4, zoo.decoder("d24"))
+    family = reasoning._replace(models=(measured,))
+    found = candidates.candidates(family, "non_embedding", compressors=("none",), llms=("d24",))
+    (one,) = found
+    assert (one.model.encoder.merge, one.tokens, one.extrapolates) == ((8, 8, 8, 8), 32, ("compressor",))
+
+
 def test_a_law_without_models_requires_names(reasoning):
     silent = reasoning._replace(models=())
     with pytest.raises(UserError, match="--encoders: expected names, got none"):

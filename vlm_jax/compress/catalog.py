@@ -127,6 +127,7 @@ def model_spec(
     spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
     own_sizes: Mapping[str, Any] = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
     spec = dataclasses.replace(spec, key_width=key_width(encoder), elastic=elastic, **own_sizes)
+    spec = method.for_decoder(spec, decoder)
     check(spec)
     model = ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
     check_encoder(model)

@@ -30,8 +30,7 @@ from vlm_jax.core.specs import (
 )
 from vlm_jax.sizing import remat, zoo
 
-_CHOSEN_KEYS = ("merge",)  # of the model, where the encoder's spec has them
-_MODEL_KEYS = ("encoder", "taps", "feature_layer", "compressor", "projector", "llm", "vocab", "mask")
+_MODEL_KEYS = ("encoder", "taps", "feature_layer", "merge", "compressor", "projector", "llm", "vocab", "mask")
 _COMPRESSOR_KEYS = ("name", "tokens", "width", "heads", "depth", "mlp_width")
 _METHOD_KEYS = ("queries", "elastic", "fusion_heads")  # of the compressor, where its method has them
 _MODEL_TYPES = {
@@ -104,10 +103,10 @@ def _rate(group: Mapping[str, Any], field: str) -> float:
 
 
 def _model(values: Mapping[str, Any]) -> ModelSpec:
-    _keys("model", values, (*_MODEL_KEYS, *(key for key in _CHOSEN_KEYS if key in values)))
+    values = {"merge": (), **values}
+    _keys("model", values, _MODEL_KEYS)
     sizes = _group(values, "compressor", "model.")
     _keys("model.compressor", sizes, (*_COMPRESSOR_KEYS, *(key for key in _METHOD_KEYS if key in sizes)))
-    values = {"merge": (), **values}
     for name, kind in _MODEL_TYPES.items():
         if not isinstance(values[name], kind) or isinstance(values[name], bool):
             raise UserError(f"config field model.{name}: expected {kind.__name__}, got {reprlib.repr(values[name])}")
@@ -152,7 +151,7 @@ def model_group(spec: ModelSpec) -> dict[str, Any]:
     compressor = {key: getattr(spec.compressor, key) for key in (*_COMPRESSOR_KEYS, *given)}
     return {
         "encoder": spec.encoder.name, "taps": spec.encoder.taps, "feature_layer": spec.encoder.feature_layer,
-        **({"merge": spec.encoder.merge} if spec.encoder.merge else {}),
+        "merge": spec.encoder.merge,
         "compressor": compressor, "projector": spec.projector, "llm": spec.decoder.name,
         "vocab": 0,  # as in the zoo
         "mask": spec.mask,

@@ -32,10 +32,15 @@ SHOWN = 6  # panels along a side of a figure
 
 
 def shown(model: Model) -> Int[np.ndarray, " shown"]:
-    """Indices of all tokens, or of at most SHOWN^2 evenly spaced ones. Raises `UserError` without visual tokens."""
+    """Indices of all tokens, or of at most SHOWN^2 evenly spaced ones. Raises `UserError` without visual tokens, and
+    where the encoder merges tokens, which then have no places."""
     count = model.visual_tokens
     if not count:
         raise UserError("this model has no visual tokens to show")
+    if merge := model.spec.encoder.merge:
+        raise UserError(
+            f"this model's encoder merges tokens, merge={list(merge)}: what they read has no places to show"
+        )
     if count <= SHOWN**2:
         return np.arange(count)
     side = math.isqrt(count)

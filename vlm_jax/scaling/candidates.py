@@ -134,8 +134,8 @@ def _visual_sides(
             if same := [s for s in measured if (s.encoder.name, s.compressor.name) == (encoder, compressor)]:
                 out += [(side, ()) for side in same]
                 continue
-            spec = zoo.ENCODERS.get(encoder) or known_encoders.get(encoder) or zoo.encoder(encoder)
-            least = catalog.row(compressor).tokens_out(spec.grid)[0]
+            spec = known_encoders.get(encoder) or zoo.encoder(encoder)
+            least = catalog.row(compressor).tokens_out(spec.token_grid)[0]
             side = visual_side(catalog.model_spec(spec, compressor, least, decoder, **fields))
             beyond = ("encoder",) * (encoder not in known_encoders)
             out.append((side, beyond + ("compressor",) * (compressor not in known_compressors or not beyond)))

@@ -47,9 +47,11 @@ def p_value(p: float) -> str:
 
 
 def visual_side(model: ModelSpec) -> ModelSpec:
-    """The model without V and the language model, in which the cells of a grid differ. Weights that serve several V
-    are described as those of one."""
+    """The model without V and the language model, in which the cells of a grid differ, and without what a compressor
+    takes from the language model. Weights that serve several V are described as those of one."""
     compressor = dataclasses.replace(model.compressor, tokens=0, text_width=0, elastic=())
+    if compressor.fusion_heads:
+        compressor = dataclasses.replace(compressor, fusion_heads=0, mlp_width=0)
     return dataclasses.replace(model, compressor=compressor, decoder=None)
 
 

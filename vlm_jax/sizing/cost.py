@@ -12,8 +12,9 @@ Conventions:
 4. An embedding lookup costs no FLOPs.
 5. N of the law is `decoder_params(spec, "excluded")`: everything but the embedding table and the head.
 
-The compressor's FLOPs come from its row of `compress.catalog`; its weights are left out of the bytes, they are small
-compared with the decoder's.
+The compressor's FLOPs come from its row of `compress.catalog`. Its weights are left out of the bytes: they are counted
+from the shapes that JAX gives, and nothing here but `params` needs JAX. Beside the decoder's they are few, except where
+a method has layers of the decoder's size (LLaVA-Mini) or the decoder is as small as the study's.
 """
 
 import dataclasses
@@ -353,7 +354,9 @@ def moved_bytes(
     if tokens == 0:
         return dict.fromkeys(PARTS, 0.0) | moved
     inputs = catalog.output_width(model.compressor)
-    image = encoder.patches * encoder.width + 2 * tokens * inputs + tokens * decoder.width
+    projected = compression.compressor_cost(model.compressor, question_tokens).projected
+    projected = tokens if projected is None else projected
+    image = encoder.patches * encoder.width + 2 * projected * inputs + projected * decoder.width
     projector = projector_params(model.projector, inputs, decoder.width)
     asks = layers + batch * decoder_activation_bytes(decoder, question_tokens, dtype)
     return {
