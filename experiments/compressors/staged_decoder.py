@@ -1,9 +1,10 @@
-"""Prefill of a decoder that visual tokens leave, beside the plain one on the same prompt: compile time and step time.
+"""A decoder that visual tokens leave beside the plain one on the same rows: compile time, prefill and train step.
 
-    python -m experiments.compressors.staged_decoder --llm qwen1.5-1.8b --layers 16 --compressor fastv --tokens 288
+    python -m experiments.compressors.staged_decoder --llm qwen1.5-1.8b --layers 12 --compressor fastv --tokens 288 575
 
-Random weights; pairs of calls in turn, so that other work on the machine hits both. Prints the median ratio of the
-pairs beside the ratio of their FLOPs, and writes them to README.md.
+Where nearly all tokens stay (575 of 576), the ratio is what the stages themselves cost. Random weights; pairs of calls
+in turn, so that other work on the machine hits both. A train step is the gradient of the decoder without its head.
+Prints the table and writes it to README.md.
 """
 
 import dataclasses
@@ -19,8 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.readme import write_block
+from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.core.structs import Inputs, Views, Visual
 from vlm_jax.inference import sampling
@@ -30,46 +33,50 @@ from vlm_jax.sizing import cost, zoo
 COMPUTE = sampling.compute_for_decoding(ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1)))
 
 
+PARTS = ("prefill", "train")
+
+
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.compressors.staged_decoder", description=__doc__)
     parser.add_argument("--llm", default="qwen1.5-1.8b", help="whose shape; see vlm_jax/sizing/zoo.py")
-    parser.add_argument("--layers", type=int, default=0, help="0: as the model has")
+    parser.add_argument("--layers", type=int, default=12, help="0: as the model has")
     parser.add_argument("--encoder", default="clip-l14-336", help="whose grid of patches")
     parser.add_argument("--compressor", default="fastv")
-    parser.add_argument("--tokens", type=int, default=288)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[288, 575])
     parser.add_argument("--question", type=int, default=50, help="tokens of text")
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args(argv)
+    if min(args.pairs, args.question) < 1 or args.layers < 0:
+        raise UserError("expected --pairs and --question of at least 1, and --layers of at least 0")
     decoder = zoo.decoder(args.llm)
-    # Prefill reads one row of the head: a small vocabulary saves memory and no time.
+    # One row of the head is read, or none: a small vocabulary saves memory and no time.
     decoder = dataclasses.replace(decoder, depth=args.layers or decoder.depth, vocab=64)
     encoder = zoo.encoder(args.encoder)
-    staged = catalog.model_spec(encoder, args.compressor, args.tokens, decoder, projector="linear")
     plain = catalog.model_spec(encoder, "none", None, decoder, projector="linear")
-    params = random_params(plain)
-    runs, compiling = {}, {}
-    for name, spec in (("plain", plain), ("staged", staged)):
-        run, inputs, secs = compiled(spec, params, args.question)
-        compiling[name] = secs
-        runs[name] = lambda run=run, inputs=inputs: timed(run, params, inputs)
-        print(f"{name}: compiled in {secs:.1f} s")
-    pairs = [(runs["plain"](), runs["staged"]()) for _ in range(args.pairs + 1)][1:]
-    medians = {}
-    for name, number in (("plain", 0), ("staged", 1)):
-        medians[name] = statistics.median(pair[number] for pair in pairs)
-        print(f"{name}: {medians[name]:.2f} s")
-    flops = [cost.flops(spec, args.question, 1).prefill.total for spec in (plain, staged)]
-    ratios = sorted(a / b for a, b in pairs)
-    ratio = statistics.median(ratios)
-    print(f"plain / staged: {ratio:.2f} of the time, {flops[0] / flops[1]:.2f} of the FLOPs")
-    text = (
-        f"{args.llm} with {decoder.depth} layers, all {plain.compressor.tokens} patches against {args.compressor} that "
-        f"keeps {args.tokens}, {args.question} tokens of text, {len(pairs)} pairs on {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[0]:.1f}: prefill {medians['plain']:.2f} and {medians['staged']:.2f} s, ratio "
-        f"{ratios[0]:.2f} / **{ratio:.2f}** / {ratios[-1]:.2f} (of the FLOPs {flops[0] / flops[1]:.2f}); compiled in "
-        f"{compiling['plain']:.1f} and {compiling['staged']:.1f} s."
+    staged = [catalog.model_spec(encoder, args.compressor, v, decoder, projector="linear") for v in args.tokens]
+    params, lines = random_params(plain), []
+    for part in PARTS:
+        run, compiling = compiled(part, plain, params, args.question)
+        for spec in staged:
+            other, compiling_other = compiled(part, spec, params, args.question)
+            pairs = [(run(), other()) for _ in range(args.pairs + 1)][1:]
+            ratios = sorted(a / b for a, b in pairs)
+            secs = (f"{statistics.median(column):.2f}" for column in zip(*pairs, strict=True))
+            flops = [cost.flops(each, args.question, 1).prefill.total for each in (plain, spec)]
+            spread = f"{ratios[0]:.2f} / **{statistics.median(ratios):.2f}** / {ratios[-1]:.2f}"
+            kept, shares = f"{args.compressor}, {spec.compressor.tokens} stay", f"{flops[0] / flops[1]:.2f}"
+            lines.append([part, kept, *secs, spread, shares, f"{compiling:.1f}", f"{compiling_other:.1f}"])
+            print(" ".join(lines[-1]), flush=True)
+    table = markdown_table(
+        [["", "stages", "plain, s", "staged, s", "ratio", "of the FLOPs", "compiled in, s", "staged, s"], *lines]
     )
-    write_block(Path(__file__).parent / "README.md", "staged", text, "experiments.compressors.staged_decoder")
+    text = (
+        f"{args.llm} with {decoder.depth} layers, {plain.compressor.tokens} patches and {args.question} tokens of "
+        f"text, {args.pairs} pairs on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}."
+    )
+    write_block(
+        Path(__file__).parent / "README.md", "staged", f"{table}\n\n{text}", "experiments.compressors.staged_decoder"
+    )
 
 
 def random_params(spec: ModelSpec) -> Any:
@@ -82,23 +89,37 @@ def draw(leaf: Any) -> jax.Array:
     return 0.02 * jax.random.normal(jax.random.key(leaf.size % 1000), leaf.shape, leaf.dtype)
 
 
-def compiled(spec: ModelSpec, params: Any, question: int) -> tuple[Callable[..., Any], Inputs, float]:
+def compiled(part: str, spec: ModelSpec, params: Any, question: int) -> tuple[Callable[[], float], float]:
+    """A function that runs it and returns its seconds, and the seconds of compilation."""
     model = Vlm(spec, COMPUTE)
     length = model.visual_tokens + question
     position = jnp.arange(length)[None]
     visual = jnp.where(position < model.visual_tokens, position, -1)
     features = Visual(jax.random.normal(jax.random.key(1), (1, 1, spec.encoder.patches, spec.encoder.width)))
-    inputs = Inputs(position % 64, jnp.ones_like(position), position, position, visual, Views(features=features))
-    started = time.perf_counter()
-    program = jax.jit(lambda params, inputs: sampling.prefill(model, params, inputs, 1).hidden)
-    run = program.lower(params, inputs).compile()
-    return run, inputs, time.perf_counter() - started
+    weight = (position >= length - question // 2).astype(jnp.float32)
+    inputs = Inputs(
+        position % 64, jnp.ones_like(position), position, position, visual, Views(features=features), weight
+    )
 
+    def prefill(params: Any, inputs: Inputs) -> Any:
+        return sampling.prefill(model, params, inputs._replace(weight=None), 1).hidden
 
-def timed(run: Callable[..., Any], params: Any, inputs: Inputs) -> float:
+    def train(params: Any, inputs: Inputs) -> Any:
+        def loss(decoder: Any) -> jax.Array:
+            return jnp.mean(jnp.square(model.forward({**params, "decoder": decoder}, inputs)[0]))
+
+        return jax.grad(loss)(params["decoder"])
+
     started = time.perf_counter()
-    jax.block_until_ready(run(params, inputs))
-    return time.perf_counter() - started
+    run = jax.jit({"prefill": prefill, "train": train}[part]).lower(params, inputs).compile()
+    compiling = time.perf_counter() - started
+
+    def timed() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run(params, inputs))
+        return time.perf_counter() - started
+
+    return timed, compiling
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ OWN = {  # fields that a method needs
     "perceiver": {"mlp_width": 4 * WIDTH},
     "qformer": {"mlp_width": 4 * WIDTH},
     "qformer_question": {"mlp_width": 4 * WIDTH},
-    "llava_mini": {"mlp_width": 4 * WIDTH, "fusion_heads": 6},
     "mqt": {"queries": 16},
     "token_learner": {"width": 64},
 }
@@ -71,11 +70,6 @@ def uniform(bound):
         ("token_learner", "mlp/up/kernel", uniform((6 / (WIDTH + 64)) ** 0.5)),
         ("token_learner", "mlp/down/kernel", uniform((6 / (64 + 4)) ** 0.5)),
         ("token_learner", "mlp/down/bias", 0),
-        ("llava_mini", "queries", 0.02),
-        ("llava_mini", "attention/query/kernel", uniform((6 / (4 * WIDTH)) ** 0.5)),
-        ("llava_mini", "attention/out/kernel", uniform(WIDTH**-0.5)),
-        ("llava_mini", "fusion0/out", uniform(96**-0.5)),
-        ("llava_mini", "fusion0/down", uniform((4 * WIDTH) ** -0.5)),
     ],
 )
 def test_spread(name, path, spread):

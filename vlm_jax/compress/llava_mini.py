@@ -7,16 +7,15 @@ then patches and y are projected, and `spec.depth` layers of the language model'
 weights of their own, causal, no final norm) run over [P patches, V of y, the question]. The decoder reads the fused V
 tokens, and the fused question in place of its embeddings, which get no gradient.
 
-The fused question is given for the tokens of the bare question; the published code fuses the whole instruction.
+The fused question is given for the tokens of the bare question; the published code fuses the whole instruction. It
+starts from a pretraining file; without one, all kernels start LeCun-normal here.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.compress import layers, published_init
+from vlm_jax.compress import layers
 from vlm_jax.compress.layers import Weights
 from vlm_jax.compress.sizes.llava_mini import (  # noqa: F401
     defaults,
@@ -41,16 +40,15 @@ _KERNELS: dict[str, AxisNames] = {
 
 
 def init_llava_mini(key: jax.Array, spec: CompressorSpec) -> Weights:
-    queries, attention, values, *deep = jax.random.split(key, 3 + spec.depth)
+    queries, attention, *deep = jax.random.split(key, 2 + spec.depth)
     width = spec.encoder_width
-    weights = {
+    return {
         "queries": w.table(queries, (spec.tokens, width), (POSITION, VISION)),
         "query_norm": layers.init_norm(width),
         "patch_norm": layers.init_norm(width),
         "attention": layers.init_attention(attention, spec.width, spec.heads, width, width, width),
         **{f"fusion{i}": _init_layer(key, spec) for i, key in enumerate(deep)},
     }
-    return published_init.draw(weights, values, published_init.torch_default)
 
 
 def _init_layer(key: jax.Array, spec: CompressorSpec) -> Weights:
@@ -59,10 +57,10 @@ def _init_layer(key: jax.Array, spec: CompressorSpec) -> Weights:
     shapes = {"query": (width, *heads), "out": (*heads, width), "gate": (width, inner), "down": (inner, width)}
     shapes |= {"key": shapes["query"], "value": shapes["query"], "up": shapes["gate"]}
     keys = dict(zip(_KERNELS, jax.random.split(key, len(_KERNELS)), strict=True))
-    kernels = {}
-    for name, names in _KERNELS.items():
-        fan_in = math.prod(shapes[name][: 2 if name == "out" else 1])
-        kernels[name] = w.boxed(published_init.uniform(keys[name], shapes[name], fan_in**-0.5), names)
+    kernels = {
+        name: w.dense(keys[name], shapes[name], names, inputs=2 if name == "out" else 1)
+        for name, names in _KERNELS.items()
+    }
     return {**kernels, "attention_norm": w.ones((width,), (NORM,)), "mlp_norm": w.ones((width,), (NORM,))}
 
 

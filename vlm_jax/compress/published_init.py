@@ -26,7 +26,7 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: 
 
 def torch_default(key: jax.Array, shape: tuple[int, ...], fan_in: int, kind: str) -> Float[Array, "..."]:
     """Kernels and biases uniform within 1 / sqrt(fan in); the projections of attention's queries, keys and values
-    Xavier-uniform as one kernel of three times the width (QueCC, LDPv2, LLaVA-Mini)."""
+    Xavier-uniform as one kernel of three times the width (QueCC, LDPv2)."""
     return uniform(key, shape, math.sqrt(6 / (4 * fan_in)) if kind == "in_proj" else fan_in**-0.5)
 
 
