@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from experiments.compressors.grid import TRAINED
-from experiments.compressors.training_free import METHODS
+from experiments.compressors.training_free import METHODS, nearest
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
 from vlm_jax.inference import api, token_maps
@@ -69,8 +69,8 @@ def method_model(workdir: Path, name: str, tokens: int, family: str) -> Model | 
     if name in TRAINED or name == "none":
         return model
     old = model.spec
-    nearest = min(catalog.row(name).tokens_out(old.encoder.token_grid), key=lambda v: abs(v - tokens))
-    return model._replace(spec=catalog.model_spec(old.encoder, name, nearest, old.decoder, old.projector, old.mask))
+    given = nearest(name, tokens, old.encoder.token_grid)
+    return model._replace(spec=catalog.model_spec(old.encoder, name, given, old.decoder, old.projector, old.mask))
 
 
 def grey(panel: Any, image: UInt8[np.ndarray, "H H 3"]) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.compressors.grid import FAMILIES, TRAINED
+from experiments.compressors.training_free import nearest
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
@@ -117,11 +118,17 @@ def elastic_lines(found: dict[tuple[str, str, str, int], SeedMean], families: Se
 
 
 def training_free_lines(rows: Iterable[ResultRow], families: Sequence[str]) -> list[list[str]]:
-    """Training-free methods on the models of all patches."""
-    found = cells(rows)
-    lines = [["method", *(f"{family}, V = {v}" for family in families for v in (*TOKENS, 64))]]
-    for name in dict.fromkeys(name for _, name, _, _ in found):
-        line = [shown(found.get((family, name, SEPARATE, v))) for family in families for v in (*TOKENS, 64)]
+    """Training-free methods on the models of all patches, at the V of each that are nearest to those of the head."""
+    rows = list(rows)
+    found, grids = cells(rows), {row.model.encoder.token_grid for row in rows}
+    lines = [["method", *(f"{family}, V = {v}" for family in families for v in TOKENS)]]
+    for name, grid in itertools.product(dict.fromkeys(name for _, name, _, _ in found), grids):
+        given = {nearest(name, v, grid): v for v in reversed(TOKENS)}  # V of the method: of the head
+        line = []
+        for family, v in itertools.product(families, TOKENS):
+            own = next((own for own, of in given.items() if of == v), None)
+            text = shown(found.get((family, name, SEPARATE, own)))
+            line.append(text if own == v or not text else f"{text} (V = {own})")
         lines.append([name, *line])
     return lines
 

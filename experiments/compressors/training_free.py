@@ -1,8 +1,8 @@
-"""Training-free compressors on the model that was trained with all patches (compressor `none` of the grid).
+"""Training-free compressors on the models that were trained with all patches (compressor `none` of the grid).
 
     python -m experiments.compressors.training_free --workdir workdirs/compressors
 
-Writes training_free.jsonl, of the models of seed 0. A method that cannot give some V is left out there.
+Writes training_free.jsonl. A method that cannot give some V gives the nearest one that it can.
 """
 
 import dataclasses
@@ -20,11 +20,16 @@ HERE = Path(__file__).parent
 METHODS = ("none", "pool", "m3", "vision_zip", "prumerge", "prumerge_plus", "divprune", "fastv", "pyramiddrop")
 
 
+def nearest(name: str, tokens: int, grid: tuple[int, int]) -> int:
+    """The V of a method that is nearest to this one, the larger of two."""
+    return min(catalog.row(name).tokens_out(grid), key=lambda v: (abs(v - tokens), -v))
+
+
 def variants(spec: RunSpec) -> Iterator[RunSpec]:
     """The spec with each method at each V; of `none` all patches."""
+    grid = spec.model.encoder.token_grid
     for name in METHODS:
-        possible = catalog.row(name).tokens_out(spec.model.encoder.token_grid)
-        for tokens in possible if name == "none" else [v for v in sorted(TOKENS) if v in possible]:
+        for tokens in dict.fromkeys(nearest(name, v, grid) for v in sorted(TOKENS)):
             model = spec.model
             changed = catalog.model_spec(model.encoder, name, tokens, model.decoder, model.projector, model.mask)
             data = dataclasses.replace(
@@ -57,7 +62,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of experiments/compressors/grid.py")
     args = parser.parse_args(argv)
     lines, out = [], HERE / "training_free.jsonl"
-    for cell in sorted(args.workdir.glob("cells/compressor=none,*,seed=0")):
+    for cell in sorted(args.workdir.glob("cells/compressor=none,*")):
         if (cell / "summary.json").is_file():
             for row in evaluated(cell):
                 print(f"{row.family}, {row.compressor}, V = {row.visual_tokens}: {row.error:.3f} ± {row.stderr:.3f}")
