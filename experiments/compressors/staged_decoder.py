@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.flags import whole
 from experiments.readme import write_block
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
@@ -33,12 +34,12 @@ COMPUTE = sampling.compute_for_decoding(ComputeSpec("float32", "none", "xla", 1,
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.compressors.staged_decoder", description=__doc__)
     parser.add_argument("--llm", default="qwen1.5-1.8b", help="whose shape; see vlm_jax/sizing/zoo.py")
-    parser.add_argument("--layers", type=int, default=0, help="0: as the model has")
+    parser.add_argument("--layers", type=whole(0), default=0, help="0: as the model has")
     parser.add_argument("--encoder", default="clip-l14-336", help="whose grid of patches")
     parser.add_argument("--compressor", default="fastv")
-    parser.add_argument("--tokens", type=int, default=288)
-    parser.add_argument("--question", type=int, default=50, help="tokens of text")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--tokens", type=whole(1), default=288)
+    parser.add_argument("--question", type=whole(1), default=50, help="tokens of text")
+    parser.add_argument("--pairs", type=whole(1), default=3)
     args = parser.parse_args(argv)
     decoder = zoo.decoder(args.llm)
     # Prefill reads one row of the head: a small vocabulary saves memory and no time.
