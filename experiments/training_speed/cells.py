@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 ONE, MODELS, SEEDS = "llms=d48,tokens=4", ("d24", "d48"), (0, 1, 2)
 TOKENS = (1, 4)
 PROGRAMS = "programs"  # of the cache: compiled programs
-# The launches that one launch is measured beside, by the name of their seconds; the first counts.
+# The launches that one launch is measured beside, by the name of their seconds.
 APART = {"apart_secs": "a launch for each, one program cache", "uncached_secs": "a launch for each, nothing cached"}
 
 
@@ -104,11 +104,11 @@ def table(result: dict[str, Any]) -> str:
         [f"one cell, {name}", f"{result[name]['secs']:.1f}", str(result[name]["programs"])] for name in ("cold", "warm")
     ]
     count, together = several["cells"], several["launch_secs"]
+    rows.append([f"{count} cells, one launch, cold", f"{together:.1f}", ""])
     for key, how in APART.items():
         if key in several:
-            rows.append([f"{count} cells, {how}", f"{several[key]:.1f}", ""])
-    ratio = several[next(key for key in APART if key in several)] / together
-    rows.append([f"{count} cells, one launch, cold", f"{together:.1f} ({ratio:.1f} times less)", ""])
+            ratio = f"{several[key] / together:.1f} times as many"
+            rows.append([f"{count} cells, {how}", f"{several[key]:.1f} ({ratio})", ""])
     note = f"{result['steps']} steps a cell, {result['cores']} cores, load average {result['load']}, {result['cpu']}."
     if "apart_secs" in several:
         note += (

@@ -105,6 +105,6 @@ def test_launches_of_a_third_seed_count_as_those_of_the_second(tmp_path: Path, m
     assert (several["first_secs"], several["second_secs"]) == (10 + 3 * 3, 4)
     assert several["apart_secs"] == 19 + 2 * 4
     assert several["uncached_secs"] == 3 * 4 * 10
-    assert "12 cells, one launch, cold | 10.0 (2.7 times less)" in cells.table(found)
+    assert "12 cells, a launch for each, one program cache | 27.0 (2.7 times as many)" in cells.table(found)
     peers = {line.peer: line.theirs for line in bench.COMPARISONS["cells"].lines(found)}
     assert peers[cells.APART["apart_secs"]] == 27_000
