@@ -19,8 +19,10 @@ from PIL import Image
 
 from experiments.compressors.grid import TRAINED
 from experiments.compressors.training_free import METHODS, nearest
+from experiments.flags import whole
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
+from vlm_jax.core.errors import UserError
 from vlm_jax.inference import api, token_maps
 from vlm_jax.inference import prompts as host
 from vlm_jax.inference.loading import Model, load
@@ -108,13 +110,14 @@ def draw(name: str, model: Model, images: dict[str, tuple[np.ndarray, str]], out
 
 
 def main(argv: list[str]) -> None:
-    from skimage import data as photographs
-
     parser = ArgumentParser(prog="python -m experiments.compressors.pictures", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, required=True, help="of experiments/compressors/grid.py")
     parser.add_argument("--family", default="ocr")
-    parser.add_argument("--tokens", type=int, default=4)
+    parser.add_argument("--tokens", type=whole(1), default=4)
     args = parser.parse_args(argv)
+
+    from skimage import data as photographs
+
     page, question = first_page(args.workdir, args.family)
     photograph = np.asarray(Image.fromarray(photographs.astronaut()).resize(page.shape[:2], Image.Resampling.BICUBIC))
     images = {"page": (page, question), "photograph": (photograph, question)}
@@ -132,8 +135,10 @@ def first_page(workdir: Path, family: str) -> tuple[UInt8[np.ndarray, "H H 3"], 
     from vlm_jax.data.images import read_image
     from vlm_jax.data.readers.open import open_source
 
-    cell = next(cell for cell in sorted(workdir.glob("cells/*")) if f"family={family}," in cell.name)
-    spec = spec_from_dict(read_spec(cell))
+    cells = [cell for cell in sorted(workdir.glob("cells/*")) if f"family={family}," in cell.name]
+    if not cells:
+        raise UserError(f"--workdir {workdir}: expected cells of the family {family}, got none (launch the grid there)")
+    spec = spec_from_dict(read_spec(cells[0]))
     example = open_source(spec.data.test[0], build.default_cache())[0]
     text = next(turn.text for turn in example.turns if turn.role == "user")
     return np.asarray(read_image(example.images[0], "page")), text.replace("<image>", "").strip()

@@ -19,11 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.flags import whole
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
-from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import ComputeSpec, ModelSpec
 from vlm_jax.core.structs import Inputs, Views, Visual
 from vlm_jax.inference import sampling
@@ -39,15 +39,13 @@ PARTS = ("prefill", "train")
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.compressors.staged_decoder", description=__doc__)
     parser.add_argument("--llm", default="qwen1.5-1.8b", help="whose shape; see vlm_jax/sizing/zoo.py")
-    parser.add_argument("--layers", type=int, default=12, help="0: as the model has")
+    parser.add_argument("--layers", type=whole(0), default=12, help="0: as the model has")
     parser.add_argument("--encoder", default="clip-l14-336", help="whose grid of patches")
     parser.add_argument("--compressor", default="fastv")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[288, 575])
-    parser.add_argument("--question", type=int, default=50, help="tokens of text")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--tokens", type=whole(1), nargs="+", default=[288, 575])
+    parser.add_argument("--question", type=whole(1), default=50, help="tokens of text")
+    parser.add_argument("--pairs", type=whole(1), default=3)
     args = parser.parse_args(argv)
-    if min(args.pairs, args.question) < 1 or args.layers < 0:
-        raise UserError("expected --pairs and --question of at least 1, and --layers of at least 0")
     decoder = zoo.decoder(args.llm)
     # One row of the head is read, or none: a small vocabulary saves memory and no time.
     decoder = dataclasses.replace(decoder, depth=args.layers or decoder.depth, vocab=64)

@@ -12,6 +12,7 @@ from pathlib import Path
 from experiments.compressors.grid import TOKENS
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 from vlm_jax.core.rows import ResultRow
 from vlm_jax.core.specs import RunSpec
@@ -62,12 +63,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of experiments/compressors/grid.py")
     args = parser.parse_args(argv)
     lines, out = [], HERE / "training_free.jsonl"
-    for cell in sorted(args.workdir.glob("cells/compressor=none,*")):
-        if (cell / "summary.json").is_file():
-            for row in evaluated(cell):
-                print(f"{row.family}, {row.compressor}, V = {row.visual_tokens}: {row.error:.3f} ± {row.stderr:.3f}")
-                lines.append(results.to_line(row, out))
-                write_text(out, "".join(lines))
+    cells = [path.parent for path in sorted(args.workdir.glob("cells/compressor=none,*/summary.json"))]
+    if not cells:
+        raise UserError(f"--workdir {args.workdir}: expected trained cells of the compressor none, got none")
+    for cell in cells:
+        for row in evaluated(cell):
+            print(f"{row.family}, {row.compressor}, V = {row.visual_tokens}: {row.error:.3f} ± {row.stderr:.3f}")
+            lines.append(results.to_line(row, out))
+            write_text(out, "".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from experiments.flags import whole
+from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
-from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import EncoderSpec
 from vlm_jax.data import images
 from vlm_jax.sizing import zoo
@@ -32,15 +33,14 @@ ENCODERS = ("siglip-so400m14-384", "clip-l14-336")
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.data_speed.images", description=__doc__)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--images", type=whole(1), default=32)
+    parser.add_argument("--pairs", type=whole(1), default=9)
     args = parser.parse_args(argv)
-    if min(args.images, args.pairs) < 1:
-        raise UserError("expected --images and --pairs of at least 1")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     jpegs = [draw(seed) for seed in range(args.images)]
     rows = [measure(zoo.encoder(name), jpegs, args.pairs) for name in ENCODERS]
-    result = {"images": args.images, "pairs": args.pairs, "load": round(os.getloadavg()[0], 1), "rows": rows}
+    machine = {"load": round(os.getloadavg()[0], 1), "cpu": cpu_name()}
+    result = {"images": args.images, "pairs": args.pairs, **machine, "rows": rows}
     print(json.dumps(result, indent=1))
     (HERE / "images.json").write_text(json.dumps(result, indent=1) + "\n")
     write_block(HERE / "README.md", "images", table(result), "experiments.data_speed.images")
@@ -104,8 +104,8 @@ def table(result: dict[str, Any]) -> str:
         spread = f"{low:.2f} / **{middle:.2f}** / {high:.2f}"
         rates = (str(row[name]) for name in ("decode", "resize"))
         lines.append([row["encoder"], str(row["current"]), str(row["replaced"]), spread, *rates])
-    text = f"{result['images']} files, {result['pairs']} pairs, one core, load average {result['load']}."
-    return f"{markdown_table(lines)}\n\n{text}"
+    text = f"{result['images']} files, {result['pairs']} pairs, one core, load average {result['load']}"
+    return f"{markdown_table(lines)}\n\n{text}, {result['cpu']}."
 
 
 if __name__ == "__main__":

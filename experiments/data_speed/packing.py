@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.flags import whole
 from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
-from vlm_jax.core.errors import UserError
 from vlm_jax.core.specs import DataSpec, RunSpec
 from vlm_jax.data import packing, rows, tokenized
 from vlm_jax.data.conversations import IMAGE
@@ -255,12 +255,10 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.data_speed.packing", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--conversations", type=int, default=20_000)
-    parser.add_argument("--batch-rows", type=int, default=1, help="of the step that is timed")
-    parser.add_argument("--repeats", type=int, default=4, help="of the step that is timed; 0: none is")
+    parser.add_argument("--conversations", type=whole(100), default=20_000)
+    parser.add_argument("--batch-rows", type=whole(1), default=1, help="of the step that is timed")
+    parser.add_argument("--repeats", type=whole(0), default=4, help="of the step that is timed; 0: none is")
     args = parser.parse_args(argv)
-    if args.conversations < 100:
-        raise UserError(f"--conversations: expected at least 100, got {args.conversations}")
     mixture = drawn(args.conversations)
     text = np.diff(mixture.parts[0].bounds) - 1
     timed = TIMED if args.repeats else ()

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from experiments.flags import whole
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
@@ -29,9 +30,9 @@ WORDS = ["the", "a", "of", "in", "on", "is", "what", "which", "person", "car", "
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.data_speed.sources", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rows", type=int, default=665_000, help="of the json; LLaVA's mix665k by default")
-    parser.add_argument("--images", type=int, default=4_000, help="rows of the parquet file")
-    parser.add_argument("--reads", type=int, default=5_000, help="items read of each, in random order")
+    parser.add_argument("--rows", type=whole(1), default=665_000, help="of the json; LLaVA's mix665k by default")
+    parser.add_argument("--images", type=whole(1), default=4_000, help="rows of the parquet file")
+    parser.add_argument("--reads", type=whole(1), default=5_000, help="items read of each, in random order")
     parser.add_argument("--folder", type=Path, help="where the files are written for a while, if not in /tmp")
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "PATH", "FOLDER"), help="one process: prints JSON")
     args = parser.parse_args(argv)

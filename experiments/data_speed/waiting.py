@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.flags import whole
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
@@ -74,7 +75,7 @@ def measure(config: str, steps: int) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.data_speed.waiting", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=whole(1), default=200)
     args = parser.parse_args(argv)
     lines = [["config", "a step, ms", "of it waiting for data, ms", "share"]]
     for config in CONFIGS:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 from experiments.easy_vqa.scores import kind_of
 from experiments.easy_vqa.source import EasyVqa
+from experiments.flags import whole
 from experiments.readme import write_block
 from vlm_jax import evaluate, fit_law
 from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 
 HERE = Path(__file__).parent
@@ -41,11 +43,14 @@ def write_questions(folder: Path, limit: int) -> None:
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog=f"python -m {COMMAND}", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/easy_vqa"))
-    parser.add_argument("--limit", type=int, default=2000, help="test questions")
+    parser.add_argument("--limit", type=whole(1), default=2000, help="test questions")
     args = parser.parse_args(argv)
+    cells = sorted(args.workdir.glob("cells/*"))
+    if not cells:
+        raise UserError(f"--workdir {args.workdir}: expected trained cells, got none (launch the grid there)")
     write_questions(args.workdir / "data" / "own", args.limit)
     rows = []
-    for cell in sorted((args.workdir / "cells").iterdir()):
+    for cell in cells:
         out = args.workdir / "suite" / cell.name
         evaluate.main([
             "--model", str(cell), "--benchmarks", "own", "--data", str(args.workdir / "data"), "--out", str(out),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.flags import real, whole
 from experiments.glyph_encoder import reading
 from experiments.glyph_encoder.pages import Page, pages
 from vlm_jax.checkpoints import big_vision
@@ -86,10 +87,10 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=2400)
+    parser.add_argument("--batch", type=whole(1), default=64)
+    parser.add_argument("--lr", type=real(0, 1), default=1.5e-3)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     parser.add_argument("--out", type=Path, default=HERE / "encoder.npz")
     args = parser.parse_args(argv)
 

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from experiments.gpu.results import Results
@@ -18,6 +18,7 @@ class Case(NamedTuple):
     name: str
     prepare: Callable[[], Any]
     measure: Callable[[Any], dict[str, Any]]
+    may_not_fit: bool = False  # then too little memory is a result, and not an error
 
 
 def run_cases(part: str, cases: Sequence[Case], results: Results, deadline: float, workers: int) -> None:
@@ -27,21 +28,17 @@ def run_cases(part: str, cases: Sequence[Case], results: Results, deadline: floa
     done = results.measured(part)
     missing = [case for case in cases if case.name not in done]
     print(f"{part}: {len(missing)} of {len(cases)} cases to measure", flush=True)
+    prepared: dict[str, Future[Any]] = {}
     with ThreadPoolExecutor(workers) as pool:
-        for group in (missing[first : first + workers] for first in range(0, len(missing), workers)):
+        for number, case in enumerate(missing):
             if time.monotonic() > deadline:
                 print(f"{part}: out of time; the same command measures the rest", flush=True)
                 return
-            futures = [pool.submit(case.prepare) for case in group]
-            for case, future in zip(group, futures, strict=True):
-                _wait(futures)
-                row = results.add(part, case.name, **_outcome(case, future))
-                print(row, flush=True)
-
-
-def _wait(futures: Sequence[Future[Any]]) -> None:
-    for future in futures:
-        future.exception()
+            if case.name not in prepared:
+                prepared = {each.name: pool.submit(each.prepare) for each in missing[number : number + workers]}
+                wait(prepared.values())
+            row = results.add(part, case.name, **_outcome(case, prepared[case.name]))
+            print(row, flush=True)
 
 
 def _outcome(case: Case, future: Future[Any]) -> dict[str, Any]:
@@ -49,7 +46,7 @@ def _outcome(case: Case, future: Future[Any]) -> dict[str, Any]:
     try:
         values = case.measure(future.result())
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if case.may_not_fit and "RESOURCE_EXHAUSTED" in str(error):
             return {"fits": False}
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]}

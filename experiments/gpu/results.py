@@ -3,7 +3,8 @@
     {"part": "training", "name": "qwen1.5-0.5b, V = 16, 8 rows, remat dots", "device": "NVIDIA H100 80GB HBM3",
      "jax": "0.10.2", "step_secs": ..., "mfu": ...}
 
-A case that failed has "error" in place of values, and is measured again by the next run.
+A case that failed has "error" in place of values, and is measured again by the next run. A train step that does not fit
+into memory has "fits": false, which is a result.
 """
 
 import json

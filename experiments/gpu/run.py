@@ -3,10 +3,11 @@
     python -m experiments.gpu.run                  # on one H100 or H200, within 12 minutes; renews README.md
     python -m experiments.gpu.run --toy            # on a CPU: tries the script at tiny sizes
     python -m experiments.gpu.run --table          # renews README.md from results.jsonl, without measuring
+    python -m experiments.gpu.run --table --out X  # prints the tables of the file X, and leaves README.md as it is
 
 The parts run in this order, each in a process and with a share of the time: correctness, training, transformers,
 planner. Every result is a line of results.jsonl as soon as it is there; a second run measures what is missing, and what
-failed.
+failed. The exit code is 1 where a case failed or is out of tolerance; the tables name it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.flags import real
 from experiments.gpu import results, table
 from experiments.gpu.sizes import GPU, TOY, TOY_CHIP
 from experiments.readme import write_block
@@ -38,29 +40,33 @@ _TOY_WORKERS = 2
 
 
 def main(argv: list[str]) -> int:
-    """Runs the parts; returns the exit code of the first that could not start, else 0."""
+    """Runs the parts; returns the exit code of the first that could not start, else 1 if a case failed, else 0."""
     parser = ArgumentParser(
         prog="python -m experiments.gpu.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(MODULES), metavar="PART", help=", ".join(MODULES))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device; results are no measurements")
     parser.add_argument("--again", action="store_true", help="measure anew what this device has measured")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
-    parser.add_argument("--table", action="store_true", help="renew README.md from results.jsonl alone")
-    parser.add_argument("--out", type=Path, help="file of the results; README.md is not renewed")
+    parser.add_argument("--minutes", type=real(0.01, 1e6), default=MINUTES, help="for all parts together")
+    parser.add_argument("--table", action="store_true", help="measure nothing: tables of the results there are")
+    parser.add_argument(
+        "--out", type=Path, help="file of the results, which --table expects to exist; README.md is not renewed"
+    )
     parser.add_argument("--alone", choices=tuple(MODULES), help="run one part in this process, as the others do")
     args = parser.parse_args(argv)
     for name in args.parts:
         if name not in MODULES:
             raise unknown("--parts", name, MODULES)
-    if not 0 < args.minutes < 1e6:
-        raise UserError(f"--minutes: expected more than 0, got {args.minutes:g}")
     if args.toy and args.table:
         raise UserError("--table: results of --toy are no measurements: leave one of them out")
     out = args.out or (Path(tempfile.mkdtemp(prefix="vlm_jax_gpu_")) / "toy.jsonl" if args.toy else RESULTS)
     if args.alone:
         run_part(args.alone, out, args.toy, args.again, args.minutes)
         return 0
+    if out.is_dir():
+        raise UserError(f"--out {out}: expected a file, got a folder")
+    if args.table and args.out and not results.read(out):
+        raise UserError(f"--out {out}: expected a file with results, got none (measure them without --table)")
     start = time.monotonic()
     for index, part in enumerate(() if args.table else args.parts):
         end = start + 60 * args.minutes * sum(_SHARES[each] for each in args.parts[: index + 1])
@@ -72,7 +78,7 @@ def main(argv: list[str]) -> int:
         write_block(HERE / "README.md", "results", text, "experiments.gpu.run")
     table.write_calibrations(out.parent, rows)
     print(f"{text}\n\nresults: {out}")
-    return 0
+    return 1 if table.failures(results.newest(rows)) else 0
 
 
 def start_part(part: str, out: Path, toy: bool, again: bool, secs: float, slack: float) -> int:

@@ -1,7 +1,8 @@
 """The tables of README.md, from the rows of results.jsonl; cells without a row say so."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments.gpu import results
@@ -9,7 +10,7 @@ from experiments.gpu.results import Row
 from experiments.gpu.sizes import Sizes
 from experiments.report import markdown_table
 
-MISSING = "not measured"
+MISSING, TOO_LARGE = "not measured", "does not fit"
 
 
 def markdown(rows: Sequence[Row], sizes: Sizes) -> str:
@@ -47,31 +48,39 @@ def correctness(rows: dict[str, Row]) -> str:
         if not mine:
             lines.append([kind, *[MISSING] * 2, tolerance, *[MISSING] * 2])
             continue
-        worst = max(row.get("relative", row.get("ratio", row.get("max_abs", 0.0))) for row in mine)
-        largest = max(row.get("max_abs", row.get("out_max_abs", 0.0)) for row in mine)
+        worst = _largest(row.get("relative", row.get("ratio", row.get("max_abs", 0.0))) for row in mine)
+        largest = _largest(row.get("max_abs", row.get("out_max_abs", 0.0)) for row in mine)
         passed = sum(row["ok"] for row in mine)
         lines.append([kind, str(len(mine)), f"{worst:.2g}", tolerance, f"{largest:.2g}", f"{passed} of {len(mine)}"])
     return "Against the references:\n\n" + markdown_table(lines)
 
 
+def _largest(values: Iterable[float | str]) -> float:
+    """The largest; above all numbers is what is not finite, which the rows have as text."""
+    return max(map(float, values), key=lambda value: value if math.isfinite(value) else math.inf)
+
+
 def training(rows: dict[str, Row], sizes: Sizes) -> str:
-    """The best choice of each cell."""
-    from experiments.gpu.training import TARGET, cell_name
+    """The best choice of each cell, and the choices that do not fit."""
+    from experiments.gpu.training import TARGET, cell_name, choice_name
 
     lines = [["LLM, V", "rows", "remat", "attention", "step, ms", "tokens a second", f"MFU (target {TARGET:.0%})"]]
+    too_large = {name for name, row in rows.items() if row.get("fits") is False}
     for decoder in sizes.decoders:
         for tokens in sizes.tokens:
             name = cell_name(decoder, tokens)
             mine = [row for row in rows.values() if row.get("cell") == name and "mfu" in row]
             if not mine:
-                lines.append([name, *[MISSING] * 6])
+                names = [choice_name(decoder, tokens, choice) for choice in sizes.choices]
+                lines.append([name, *[TOO_LARGE if too_large.issuperset(names) else MISSING] * 6])
                 continue
             best = max(mine, key=lambda row: row["mfu"])
             lines.append([
                 name, str(best["batch_rows"]), best["remat"], best["attention"], f"{1e3 * best['step_secs']:.1f}",
                 f"{best['tokens_per_sec']:,.0f}", f"{best['mfu']:.1%}",
             ])  # fmt: skip
-    return f"The train step, rows of {sizes.row_tokens:,} positions, {sizes.encoder.name}:\n\n{markdown_table(lines)}"
+    text = f"The train step, rows of {sizes.row_tokens:,} positions, {sizes.encoder.name}:\n\n{markdown_table(lines)}"
+    return "\n\n".join([text, *([f"{TOO_LARGE.capitalize()}: {'; '.join(sorted(too_large))}."] if too_large else [])])
 
 
 def transformers(rows: dict[str, Row], sizes: Sizes) -> str:

@@ -50,12 +50,16 @@ def cell_name(decoder: DecoderSpec, tokens: int) -> str:
     return f"{decoder.name}, V = {tokens}"
 
 
+def choice_name(decoder: DecoderSpec, tokens: int, choice: StepChoice) -> str:
+    return f"{cell_name(decoder, tokens)}, {choice.batch_rows} rows, remat {choice.remat}"
+
+
 def case(
     sizes: Sizes, decoder: DecoderSpec, tokens: int, choice: StepChoice, attention: str, chip: Chip
 ) -> Case:  # fmt: skip
     """One cell with one choice of how it runs."""
     spec = run_spec(sizes, decoder, tokens, choice, attention)
-    name = f"{cell_name(decoder, tokens)}, {choice.batch_rows} rows, remat {choice.remat}"
+    name = choice_name(decoder, tokens, choice)
 
     def measure(prepared: tuple[Callable[..., Any], Any, Inputs, float]) -> dict[str, Any]:
         program, state, inputs, fill = prepared
@@ -67,7 +71,7 @@ def case(
             "tokens_per_sec": choice.batch_rows * sizes.row_tokens / secs,
         }  # fmt: skip
 
-    return Case(name, lambda: compiled_step(spec), measure)
+    return Case(name, lambda: compiled_step(spec), measure, may_not_fit=True)
 
 
 def run_spec(sizes: Sizes, decoder: DecoderSpec, tokens: int, choice: StepChoice, attention: str) -> RunSpec:

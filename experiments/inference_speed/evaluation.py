@@ -3,7 +3,8 @@
 Two pairs, each measured in turn in one process, without compilation:
 
     suite       `vlm_jax.evaluate --suite` on GQA (answers and scores written) / `generate` at its best batch size
-    training    greedy and teacher-forced errors, as evaluation in training has them / greedy decoding alone
+    training    greedy and teacher-forced errors, as evaluation in training has them / greedy decoding alone, where both
+                decode at most as many tokens of a row as its true answer has
 
 Random weights of SigLIP-B/16 and SmolLM2-135M with fewer layers and an output embedding of its own, JPEGs of 640 x 480
 pixels, questions of 6 to 39 words; every sixth token ends an answer, so that their lengths differ. Prints JSON, and
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 import vlm_jax
+from experiments.flags import whole
 from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
@@ -32,11 +34,11 @@ from experiments.serving_load.load import write_model
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.compress import catalog
 from vlm_jax.core import files
-from vlm_jax.core.errors import UserError
 from vlm_jax.data.pipeline import Questions
+from vlm_jax.data.rows import bucket
 from vlm_jax.evaluation import harness, suite_run, suites
 from vlm_jax.evaluation.benchmarks.items import Item
-from vlm_jax.inference import answering, api
+from vlm_jax.inference import answering, api, decoding
 from vlm_jax.inference import prompts as host
 from vlm_jax.inference.loading import Model
 from vlm_jax.models.vlm import Vlm
@@ -49,15 +51,13 @@ Seconds = tuple[float, float]  # by the clock, of the processor
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.inference_speed.evaluation", description=__doc__)
-    parser.add_argument("--questions", type=int, default=64)
-    parser.add_argument("--layers", type=int, nargs=2, default=[2, 4], metavar=("ENCODER", "LLM"))
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=16, help="questions a batch of the evaluation")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16], help="batch sizes of `generate`")
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--questions", type=whole(1), default=64)
+    parser.add_argument("--layers", type=whole(1), nargs=2, default=[2, 4], metavar=("ENCODER", "LLM"))
+    parser.add_argument("--new-tokens", type=whole(1), default=16)
+    parser.add_argument("--batch", type=whole(1), default=16, help="questions a batch of the evaluation")
+    parser.add_argument("--batches", type=whole(1), nargs="+", default=[8, 16], help="batch sizes of `generate`")
+    parser.add_argument("--pairs", type=whole(1), default=4)
     args = parser.parse_args(argv)
-    if min(args.questions, *args.layers, args.new_tokens, args.batch, *args.batches, args.pairs) < 1:
-        raise UserError("expected numbers of at least 1")
     encoder, llm = zoo.encoder("siglip-b16-224"), dataclasses.replace(zoo.decoder("smollm2-135m"), tied_head=False)
     depths = dict(zip(("encoder", "llm"), args.layers, strict=True))
     spec = catalog.model_spec(
@@ -128,7 +128,8 @@ def measure_suite(
 
 
 def measure_training(model: Model, folder: Path, new_tokens: int, batch: int, pairs: int) -> dict[str, Any]:
-    """Seconds and ratios of the program of evaluation in training, and of greedy decoding of the same inputs."""
+    """Seconds and ratios of the program of evaluation in training, and of greedy decoding of the same inputs. Both
+    decode at most as many tokens of a row as its true answer has."""
     items = suite_run.load(suites.find(None, ["gqa"], []), folder / "data", 0)["gqa"].items[:batch]
     rows = api.prompt_rows(model, [[str(image) for image in item.images] for item in items], [i.prompt for i in items])
     inputs = host.to_bucket(api.inputs_of_rows(model, rows), model)
@@ -139,12 +140,16 @@ def measure_training(model: Model, folder: Path, new_tokens: int, batch: int, pa
     vlm, end = Vlm(model.spec, model.compute), model.eos_ids[0]
     program = model.plan.jit(harness.make_evaluate(vlm, new_tokens, end))
     one_end = model._replace(eos_ids=(end,))
+    counted = np.sum((answer >= 0) & (answer != end), axis=1, dtype=np.int32)
+    params = decoding.sampling_params(len(items), new_tokens, 0.0, 1.0, 0)._replace(limit=counted)
 
     def evaluate() -> None:
         jax.device_get(program(model.params, model.plan.put(questions)))
 
     def generate() -> None:
-        api.decode(one_end, inputs, new_tokens)
+        state, hidden = decoding.start(one_end, inputs, params, bucket(new_tokens))
+        state = decoding.advance(one_end, state, params, new_tokens)
+        jax.device_get((state.out, hidden))
 
     evaluate(), generate()
     return measure(evaluate, generate, pairs)

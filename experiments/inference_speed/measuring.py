@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.flags import whole
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser
@@ -51,18 +52,17 @@ def main(argv: list[str], peer: Peer, doc: str) -> None:
     parser = ArgumentParser(
         prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=1, help="cores that each side may use")
+    parser.add_argument("--threads", type=whole(1), default=1, help="cores that each side may use")
     parser.add_argument("--models", nargs="+", default=list(peer.models[:1]), choices=peer.models)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=peer.prompt_tokens, help="including the image")
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--batches", nargs="+", type=whole(1), default=[1, 8])
+    parser.add_argument(
+        "--prompt-tokens", type=whole(peer.visual_tokens + 1), default=peer.prompt_tokens, help="including the image"
+    )
+    parser.add_argument("--new-tokens", type=whole(2), default=32)
+    parser.add_argument("--pairs", type=whole(1), default=3, help="measurements of each side")
     parser.add_argument("--folder", type=Path, help="folder for temporary weights")
     parser.add_argument("--out", type=Path, help="write the rows to this file, and no table")
     args = parser.parse_args(argv)
-    if args.prompt_tokens <= peer.visual_tokens or args.new_tokens < 2 or args.pairs < 1 or min(args.batches) < 1:
-        least = peer.visual_tokens + 1
-        raise UserError(f"expected --prompt-tokens >= {least}, --new-tokens >= 2, --pairs and --batches >= 1")
     use_cores(args.threads)
     try:
         for needed in peer.imports:

@@ -17,14 +17,17 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.flags import whole
 from experiments.inference_speed import measuring
 from experiments.readme import write_block
 from experiments.report import markdown_table
 from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
+from vlm_jax.sizing import zoo
 
 MODULE = "experiments.inference_speed.serial_share"
 FILE = measuring.HERE / "serial_share.json"
-WARM = 2  # tokens before those that count
+WARM = 2  # tokens before those that count; the last has no following one, see `shares`
 
 
 class Loop(NamedTuple):
@@ -39,10 +42,16 @@ def main(argv: list[str]) -> None:
         prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--positions", nargs="+", type=int, default=[288, 2048], help="of the cache")
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--batches", nargs="+", type=whole(1), default=[1, 8])
+    parser.add_argument(
+        "--positions", nargs="+", type=whole(1), default=[288, 2048], help="of the cache, half of them written"
+    )
+    parser.add_argument("--tokens", type=whole(WARM + 2), default=24, help="at most half of --positions")
     args = parser.parse_args(argv)
+    for model in args.models:
+        zoo.decoder(model)
+    if 2 * args.tokens > min(args.positions):
+        raise UserError(f"--tokens: expected at most half of --positions {min(args.positions)}, got {args.tokens}")
     measuring.use_cores(1)
     for model in args.models:
         for batch in args.batches:
@@ -63,7 +72,6 @@ def compiled(name: str, batch: int, positions: int) -> Loop:
     from vlm_jax.core.structs import AttentionMetadata
     from vlm_jax.inference import sampling
     from vlm_jax.models.vlm import Vlm
-    from vlm_jax.sizing import zoo
 
     compute = ComputeSpec("float32", "none", "xla", 1, "replicated", (1, 1, 1), scan_layers=False)
     model = Vlm(ModelSpec(None, None, None, zoo.decoder(name), "causal"), compute)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.flags import whole
 from experiments.launching import index, local, slices, slurm, tables
 from experiments.launching.cells import Cell, cells_of, gather, open_workdir, rows_of
 from experiments.launching.follow import conclude
@@ -42,9 +43,11 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     parser.add_argument("--accelerator", metavar="TYPE", help="with --dry-run: minutes on a TPU slice, such as v6e-16")
     of_slurm = parser.add_argument_group("--backend slurm")
     of_slurm.add_argument("--partition")
-    of_slurm.add_argument("--minutes", type=int, help="time limit of a task (default: 240); a longer cell goes on anew")
-    of_slurm.add_argument("--gpus", type=int, help="GPUs a task")
-    of_slurm.add_argument("--cpus", type=int, help="cores a task")
+    of_slurm.add_argument(
+        "--minutes", type=whole(1), help="time limit of a task (default: 240); a longer cell goes on anew"
+    )
+    of_slurm.add_argument("--gpus", type=whole(0), help="GPUs a task")
+    of_slurm.add_argument("--cpus", type=whole(1), help="cores a task")
     of_slurm.add_argument(
         "--slurm", action="append", metavar="NAME=VALUE", help="any other option of sbatch, such as account=lab"
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_jax
+from experiments.flags import whole
 from experiments.lmms_eval import task
 from experiments.readme import write_block
 from experiments.report import markdown_table
@@ -42,8 +43,8 @@ _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval scores as the answer of 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.lmms_eval.run", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the workdir of a run")
-    parser.add_argument("--examples", type=int, default=512, help="test images, one question each")
-    parser.add_argument("--concurrent", type=int, default=32, help="requests at once")
+    parser.add_argument("--examples", type=whole(1), default=512, help="test images, one question each")
+    parser.add_argument("--concurrent", type=whole(1), default=32, help="requests at once")
     parser.add_argument("--venv", type=Path, default=Path("workdirs/lmms_eval_venv"), help="made if it is missing")
     parser.add_argument("--out", type=Path, default=Path("workdirs/lmms_eval"))
     args = parser.parse_args(argv)

@@ -17,6 +17,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from experiments.flags import whole
 from experiments.readme import write_block
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.loading.benchmark", description=__doc__, allow_abbrev=False)
     parser.add_argument("--llm", default="qwen1.5-1.8b", help="whose shape; see vlm_jax/sizing/zoo.py")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written for a while, if not in /tmp")
-    parser.add_argument("--repeats", type=int, default=3, help="loads of each kind, in turn; the median counts")
+    parser.add_argument("--repeats", type=whole(1), default=3, help="loads of each kind, in turn; the median counts")
     parser.add_argument("--transformers-python", default=sys.executable, help="an interpreter with transformers")
     args = parser.parse_args(argv)
     has_peer = (

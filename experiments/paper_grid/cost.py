@@ -12,6 +12,7 @@ not compiled (--llms, --tokens) are estimated from their FLOPs, at the MFU of th
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,13 +115,15 @@ def table(rows: list[dict[str, Any]], topology: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    os.environ.update(ENVIRONMENT)
     parser = ArgumentParser(prog="python -m experiments.paper_grid.cost", description=__doc__)
     parser.add_argument("--topology", default="v5e:4x4", help="of one cell: v5e:4x4, v5e:16x16, v5p:4x4x8, ...")
     parser.add_argument("--llms", nargs="+", default=None, help="only these")
     parser.add_argument("--tokens", nargs="+", type=int, default=None, help="only these V")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     args = parser.parse_args(argv)
+    if not re.fullmatch(r"\w+:[1-9]\d{0,4}(x[1-9]\d{0,4})+", args.topology):
+        raise UserError(f"--topology: expected a name such as v5e:4x4, got {args.topology!r}")
+    os.environ.update(ENVIRONMENT)
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

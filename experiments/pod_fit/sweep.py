@@ -6,11 +6,13 @@ takes one to three minutes on one core.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from vlm_jax.aot import ENVIRONMENT
 from vlm_jax.cli import ArgumentParser, run_main
+from vlm_jax.core.errors import UserError
 
 HERE = Path(__file__).parent
 LLMS = ("qwen1.5-7b", "qwen1.5-0.5b", "qwen1.5-14b", "qwen1.5-1.8b", "qwen1.5-4b")
@@ -73,14 +75,24 @@ def cells() -> list[PodCell]:
     return [*train[:10], *fitted_cells(), large, *train[10:20], *answer, plain, narrow, *train[20:]]
 
 
+def part(text: str) -> tuple[int, int]:
+    """`"i/n"` as numbers. Raises `UserError` unless 0 <= i < n."""
+    found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--part: expected i/n with i from 0 to n - 1, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def main(argv: list[str]) -> None:
     """Compiles what is missing."""
-    os.environ.update(ENVIRONMENT)
     flags = ArgumentParser(prog="python -m experiments.pod_fit.sweep", description=__doc__)
     flags.add_argument("--part", default="0/1", help="i/n: every n-th cell, from the i-th")
     flags.add_argument("--hlo", type=Path, help="keep the programs' texts in this folder")
     args = flags.parse_args(argv)
-    index, parts = (int(number) for number in args.part.split("/"))
+    index, parts = part(args.part)
+    os.environ.update(ENVIRONMENT)
+    if args.hlo:
+        args.hlo.mkdir(parents=True, exist_ok=True)
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -9,7 +9,6 @@ so that the comparison is fair. Against it: one full fit of the same form (multi
 bootstraps of it. Writes benchmark.json.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -19,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.cli import run_main
+from experiments.flags import whole
+from experiments.inference_speed.measuring import cpu_name
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.scaling import intervals, laws, scores, solve
 
 HERE = Path(__file__).parent
@@ -31,9 +32,9 @@ CHUNK = 20_000
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.published_law.benchmark", description=__doc__)
+    parser = ArgumentParser(prog="python -m experiments.published_law.benchmark", description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "benchmark.json")
-    parser.add_argument("--repeats", type=int, default=5, help="of the fit; the median counts")
+    parser.add_argument("--repeats", type=whole(1), default=5, help="of the fit; the median counts")
     args = parser.parse_args(argv)
     cells = scores.read(HERE / "published_scores.csv").of("reasoning").cells
     params, tokens, error = (
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> int:
         "bootstrap_secs": round(boot_secs, 2),
         "times_faster_than_loops": round(loop_secs / fit_secs),
         "times_faster_than_vectorised": round(vector_secs / fit_secs),
+        "load": round(os.getloadavg()[0], 1),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
     }

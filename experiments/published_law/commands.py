@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from experiments.flags import whole
 from experiments.inference_speed.measuring import cpu_name
 from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
@@ -29,10 +30,8 @@ TOKENS = (1, 4, 16, 36, 64, 144, 576)
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.published_law.commands", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=whole(1), default=5)
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise UserError(f"--repeats: expected at least 1, got {args.repeats}")
     encoders, llms = ([name for name in zoo if published(name)] for zoo in (ENCODERS, DECODERS))
     commands = {
         "fit_law": ["-m", "vlm_jax.fit_law", "--rows", str(HERE / "published_scores.csv")],

@@ -6,7 +6,6 @@ Reads published_scores.csv and compressors_vicuna7b.csv in this folder, and benc
 experiments.published_law.benchmark`. Every number of README.md is filled into README.template.md.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.cli import run_main
+from experiments.flags import whole
+from vlm_jax.cli import ArgumentParser, run_main
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.files import write_text
 from vlm_jax.scaling import (
@@ -48,9 +48,9 @@ SMALL, LARGE, CHIP = "qwen1.5-0.5b", "qwen1.5-7b", "v6e"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.published_law.refit", description=__doc__)
+    parser = ArgumentParser(prog="python -m experiments.published_law.refit", description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for law.json, figures/ and README.md")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
     args = parser.parse_args(argv)
     rows = scores.read(HERE / "published_scores.csv")
     with report.progress(fit.stages(rows) + 1) as progress:

@@ -30,6 +30,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import vlm_jax
+from experiments.flags import real, whole
 from experiments.lmms_eval.run import served
 from experiments.readme import write_block
 from experiments.report import markdown_table
@@ -52,11 +53,11 @@ _TIE = 1e-5  # relative difference of scores
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.serving_load.load", description=__doc__)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=500, help="of all clients")
-    parser.add_argument("--distinct", type=int, default=50, help="requests that the others are drawn from")
-    parser.add_argument("--image-share", type=float, default=0.25, help="of the requests")
-    parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--clients", type=whole(1), default=64)
+    parser.add_argument("--requests", type=whole(1), default=500, help="of all clients")
+    parser.add_argument("--distinct", type=whole(1), default=50, help="requests that the others are drawn from")
+    parser.add_argument("--image-share", type=real(0, 1), default=0.25, help="of the requests")
+    parser.add_argument("--max-batch", type=whole(1), default=32)
     parser.add_argument("--note", default="", help="about the machine, for the table")
     args = parser.parse_args(argv)
     rng = np.random.default_rng(0)

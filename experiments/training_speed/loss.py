@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.flags import real, whole
 from experiments.inference_speed.measuring import cpu_name
 from experiments.readme import write_block
 from experiments.report import markdown_table
@@ -25,18 +26,19 @@ from vlm_jax.core.errors import UserError
 from vlm_jax.ops.cross_entropy import weighted_nll
 
 HERE = Path(__file__).parent
+ROWS = 4
 
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m experiments.training_speed.loss", description=__doc__)
-    parser.add_argument("--words", type=int, nargs="+", default=[32_000, 257_152])
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.2])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--positions", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--words", type=whole(1), nargs="+", default=[32_000, 257_152])
+    parser.add_argument("--shares", type=real(0, 1), nargs="+", default=[1.0, 0.2])
+    parser.add_argument("--width", type=whole(1), default=256)
+    parser.add_argument("--positions", type=whole(ROWS), default=512, help=f"a multiple of {ROWS}")
+    parser.add_argument("--pairs", type=whole(1), default=5)
     args = parser.parse_args(argv)
-    if min(*args.words, args.width, args.positions, args.pairs) < 1 or not all(0 <= s <= 1 for s in args.shares):
-        raise UserError("expected numbers of at least 1, and --shares from 0 to 1")
+    if args.positions % ROWS:
+        raise UserError(f"--positions: expected a multiple of {ROWS}, got {args.positions}")
     cases = [(words, share) for words in args.words for share in args.shares]
     rows = [measure(words, args.width, args.positions, share, args.pairs) for words, share in cases]
     settings = {name: getattr(args, name) for name in ("width", "positions", "pairs")}
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
 def measure(words: int, width: int, positions: int, share: float, pairs: int) -> dict[str, Any]:
     """Seconds and MB of both sides, and the ratios ours / plain of the pairs, in ascending order."""
     rng = np.random.default_rng(0)
-    states = jnp.asarray(rng.standard_normal((4, positions // 4, width)), jnp.float32)
+    states = jnp.asarray(rng.standard_normal((ROWS, positions // ROWS, width)), jnp.float32)
     head = jnp.asarray(rng.standard_normal((words, width)) * width**-0.5, jnp.float32)
     targets = jnp.asarray(rng.integers(0, words, states.shape[:2]), jnp.int32)
     weight = jnp.asarray(rng.random(states.shape[:2]) < share, jnp.float32)

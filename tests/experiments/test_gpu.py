@@ -3,11 +3,12 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from experiments.gpu import correctness, goldens, planner, run, sizes, table
+from experiments.gpu import cases, correctness, goldens, planner, run, sizes, table, training
 from experiments.gpu import results as rows_of
 from experiments.gpu.cases import Case, run_cases
 from experiments.gpu.results import Results
@@ -51,12 +52,52 @@ def test_an_exception_is_a_result_and_the_next_case_runs(results: Results) -> No
     assert results.measured("part").keys() == {"good"}
 
 
-def test_a_model_that_does_not_fit_is_a_result_that_stays(results: Results) -> None:
+def test_too_little_memory_is_a_result_of_a_train_step_and_an_error_elsewhere(results: Results) -> None:
     def full() -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    run_cases("part", [Case("large", full, lambda _: {})], results, NEVER, workers=1)
-    assert results.measured("part")["large"]["fits"] is False
+    decoder, tokens, choices = sizes.GPU.decoders[0], sizes.GPU.tokens[0], sizes.GPU.choices
+    names = [training.choice_name(decoder, tokens, choice) for choice in choices]
+    large = [Case(name, full, lambda _: {}, may_not_fit=True) for name in names]
+    run_cases("training", large[:1], results, NEVER, workers=1)
+    assert "| does not fit |" not in table.markdown(rows_of.read(results.path), sizes.GPU)  # the other choices may
+    run_cases("training", large, results, NEVER, workers=1)
+    run_cases("planner", [Case("cell", full, lambda _: {})], results, NEVER, workers=1)
+    assert set(results.measured("training")) == set(names)
+    assert results.measured("planner") == {}
+    text = table.markdown(rows_of.read(results.path), sizes.GPU)
+    assert f"| {training.cell_name(decoder, tokens)} |{' does not fit |' * 6}" in text
+    assert f"Does not fit: {'; '.join(sorted(names))}." in text
+    assert "* planner, cell: RuntimeError: RESOURCE_EXHAUSTED: out of memory" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("finite", [[], [0.5], [0.5, 3.0]])
+def test_what_is_not_finite_is_the_worst_value_and_fails_the_run(
+    results: Results, capsys: pytest.CaptureFixture[str], value: float, finite: list[float]
+) -> None:
+    kind = "logits, float32, default precision"
+    for number, each in enumerate([*finite, value, *finite]):
+        results.add("correctness", f"model {number}", kind=kind, relative=each, max_abs=each, ok=each < 0.6)
+    assert run.main(["--table", "--out", str(results.path)]) == 1
+    shown = capsys.readouterr().out
+    (line,) = (line for line in shown.splitlines() if line.startswith(f"| {kind}"))
+    count = 2 * len(finite) + 1
+    passed = sum(2 for each in finite if each < 0.6)
+    assert line == f"| {kind} | {count} | {value} | 0.02 | {value} | {passed} of {count} |"
+    assert f"* correctness, model {len(finite)}: out of tolerance" in shown
+
+
+def test_a_parameter_that_is_not_a_number_is_the_largest_difference() -> None:
+    zeros, some = np.zeros(2), np.array([0.0, np.nan])
+    for found in ([zeros, some], [some, zeros]):
+        assert np.isnan(correctness._largest(found, [zeros, zeros]))
+
+
+def test_a_run_without_failures_ends_with_0(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    results.add("correctness", "model", kind="logits, float32, default precision", relative=0.01, max_abs=1.0, ok=True)
+    assert run.main(["--table", "--out", str(results.path)]) == 0
+    assert "1 of 1" in capsys.readouterr().out
 
 
 def test_a_second_run_measures_what_is_missing_or_failed(results: Results) -> None:
@@ -71,6 +112,20 @@ def test_a_second_run_measures_what_is_missing_or_failed(results: Results) -> No
 def test_no_case_begins_after_the_deadline(results: Results) -> None:
     run_cases("part", [case("a")], results, time.monotonic() - 1, workers=1)
     assert results.rows("part") == {}
+
+
+def test_the_deadline_holds_within_cases_that_were_prepared_together(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cases, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def tick(_: object) -> dict[str, float]:
+        clock[0] += 1
+        return {"value": clock[0]}
+
+    run_cases("part", [Case(name, lambda: None, tick) for name in "abcd"], results, 1.5, workers=4)
+    assert set(results.rows("part")) == {"a", "b"}
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
@@ -129,6 +184,13 @@ def test_a_wrong_flag_is_one_line() -> None:
         run.main(["--toy", "--table"])
     with pytest.raises(UserError, match="did you mean 'training'"):
         run.main(["--parts", "traning"])
+
+
+def test_tables_of_a_file_without_results_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("no results\n")
+    for name, told in (("none.jsonl", "a file with results, got none"), ("empty.jsonl", "got none"), ("", "a folder")):
+        with pytest.raises(UserError, match=f"--out .*: expected .*{told}"):
+            run.main(["--table", "--out", str(tmp_path / name)])
 
 
 def test_goldens_are_all_models_with_logits() -> None:
