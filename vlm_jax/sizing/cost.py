@@ -12,9 +12,8 @@ Conventions:
 4. An embedding lookup costs no FLOPs.
 5. N of the law is `decoder_params(spec, "excluded")`: everything but the embedding table and the head.
 
-The compressor's FLOPs come from its row of `compress.catalog`. Its weights are left out of the bytes: they are counted
-from the shapes that JAX gives, and nothing here but `params` needs JAX. Beside the decoder's they are few, except where
-a method has layers of the decoder's size (LLaVA-Mini) or the decoder is as small as the study's.
+The compressor's FLOPs come from its row of `compress.catalog`. Its weights are left out of the bytes (to count them
+takes JAX): few beside those of a decoder, except of LLaVA-Mini, or behind the study's small decoders.
 """
 
 import dataclasses
@@ -355,8 +354,8 @@ def moved_bytes(
         return dict.fromkeys(PARTS, 0.0) | moved
     inputs = catalog.output_width(model.compressor)
     projected = compression.compressor_cost(model.compressor, question_tokens).projected
-    projected = tokens if projected is None else projected
-    image = encoder.patches * encoder.width + 2 * projected * inputs + projected * decoder.width
+    through = tokens if projected is None else projected
+    image = encoder.patches * encoder.width + through * (2 * inputs + decoder.width)
     projector = projector_params(model.projector, inputs, decoder.width)
     asks = layers + batch * decoder_activation_bytes(decoder, question_tokens, dtype)
     return {
