@@ -159,7 +159,7 @@ def draw(found: dict[tuple[str, str, str, int], SeedMean], families: Sequence[st
         panel.set_xlabel("token error (± 2 standard errors)")
         panel.set_xlim(left=0)
     panels[0, 0].set_yticks(range(len(order)), order)
-    panels[0, -1].legend(loc="lower right")
+    panels[0, -1].legend(loc="best")
     figure.tight_layout()
     path = plots.save(figure, out)
     plt.close(figure)
