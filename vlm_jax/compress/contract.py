@@ -38,7 +38,7 @@ PROJECTORS = ("linear", "mlp", "mlp_silu")  # "mlp" has a GELU between two layer
 def function_at(path: str) -> Callable[..., Any]:
     """The function at "module.name" of this package, or at "package.module:name" of another, which the first call
     imports: modules with functions of arrays import jax, and a model is sized and priced without it."""
-    module, _, name = (path if ":" in path else f"vlm_jax.compress.{path.replace('.', ':')}").partition(":")
+    module, _, name = path.partition(":") if ":" in path else f"vlm_jax.compress.{path}".rpartition(".")
 
     @functools.cache
     def function() -> Callable[..., Any]:
