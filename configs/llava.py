@@ -18,13 +18,14 @@ import math
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
-from vlm_jax.config.arguments import parse_arg, parse_list
+from vlm_jax.config.arguments import parse_arg, tokens_or_elastic
 from vlm_jax.config.defaults import add_logs_and_checkpoints
 from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import ModelSpec
 from vlm_jax.sizing import zoo
 
+TOKENS = 144
 SEQUENCE = 2048  # image and text together, as in LLaVA
 # Of the two stages: conversations a step, and mean text tokens of a conversation with its template.
 EXAMPLES, TEXT_TOKENS = {1: 256, 2: 128}, {1: 60, 2: 260}
@@ -42,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         test_images="",
         llm="qwen1.5-7b",
         encoder="clip-l14-336",
-        tokens=144,
+        tokens=TOKENS,
         elastic="",  # several V instead of `tokens`, such as 1+4+16: one training serves all
         elastic_steps="drawn",  # each step at one of them; or "all", "most"
         compressor="tokenpacker",
@@ -63,7 +64,8 @@ def get_config(arg: str = "") -> ConfigDict:
         raise unknown("stage", arg.stage, ("0", "1", "2"))
     c = ConfigDict()
     encoder, llm = zoo.encoder(arg.encoder), zoo.decoder(arg.llm)
-    model = catalog.model_spec(encoder, arg.compressor, parse_list("elastic", arg.elastic) or arg.tokens, llm)
+    tokens = tokens_or_elastic(arg.tokens, TOKENS, arg.elastic)
+    model = catalog.model_spec(encoder, arg.compressor, tokens, llm)
     c.model = model_group(model)
     c.encoder_checkpoint, c.decoder_checkpoint, c.connector_checkpoint = arg.encoder_checkpoint, arg.llm_checkpoint, ""
     arg.pack = arg.pack or ("none" if catalog.hides_tokens(model) else "fit")

@@ -10,7 +10,7 @@ order, connector first, for a pretrained decoder.
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
-from vlm_jax.config.arguments import parse_arg, parse_list
+from vlm_jax.config.arguments import parse_arg, tokens_or_elastic
 from vlm_jax.config.defaults import add_logs_and_checkpoints
 from vlm_jax.config.resolve import model_group
 from vlm_jax.core.errors import unknown
@@ -24,6 +24,7 @@ FAMILIES = {
     "scene": dict(study=("chains2", 2000, 9), demo=("chains2_small", 320, 9), questions=4, answer_tokens=2),
 }
 GLYPHS = "vlm_jax.studies.glyphs.source:Glyphs"
+TOKENS = 4
 RECIPES = ("study", "demo", "smoke")  # smoke: sixty steps of the demo recipe
 
 
@@ -31,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(
         arg,
         llm="d48",
-        tokens=4,
+        tokens=TOKENS,
         elastic="",  # several V instead of `tokens`, such as 1+4+16: one training serves all
         elastic_steps="drawn",  # each step at one of them; or "all", "most"
         compressor="",  # default: resampler, and blind where tokens=0
@@ -61,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = ConfigDict()
     encoder, llm = zoo.encoder("glyph-64"), zoo.decoder(arg.llm)
-    tokens = parse_list("elastic", arg.elastic) or arg.tokens
+    tokens = tokens_or_elastic(arg.tokens, TOKENS, arg.elastic)
     model = catalog.model_spec(encoder, compressor, tokens, llm, projector="linear")
     c.model = model_group(model)
     c.encoder_checkpoint = "experiments/glyph_encoder/encoder.npz"

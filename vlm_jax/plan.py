@@ -44,13 +44,17 @@ def main(argv: list[str]) -> int:
     """Prints the plan; writes the page and figures."""
     flags = parser().parse_args(argv)
 
+    from vlm_jax.compress import catalog
     from vlm_jax.core.located import located
     from vlm_jax.scaling import budgets, frontier, lawfile, offsets, report
     from vlm_jax.sizing import calibration, chips
     from vlm_jax.sizing.roofline import Request
 
     law = lawfile.read(located(flags.law))
-    law.family(flags.family)
+    measured = dict.fromkeys(model.compressor.name for model in law.family(flags.family).models)
+    for name in measured:
+        if name in (flags.compressors or measured):
+            catalog.check_installed(name, flags.law)
     (kind,) = (kind for kind in budgets.BUDGETS if getattr(flags, kind) is not None)
     budget = budgets.Budget(kind, getattr(flags, kind), flags.usd_per_chip_hour)
     if flags.top < 1:

@@ -87,6 +87,14 @@ def test_more_tokens_than_patches_are_one_line():
         resolve(config)
 
 
+def test_a_merge_that_cannot_be_is_named_before_what_follows_from_it():
+    config = load_config(f"{ROOT / 'configs' / 'vlm.py'}:compressor=perceiver,tokens=4")
+    with config.unlocked():
+        config.model.merge = (40, 8, 8, 8)
+    with pytest.raises(UserError, match=r"^model\.merge=\[40, 8, 8, 8\]: block 1: expected 0 to 32"):
+        resolve(config)
+
+
 def test_the_documentation_names_every_row():
     text = (ROOT / "docs" / "compressors.md").read_text()
     listed = {}

@@ -115,7 +115,7 @@ def test_a_model_of_several_v_has_the_cost_of_each():
     ("name", "tokens", "message"),
     [
         ("mqt", (4, 1, 16), r"elastic=\[4, 1, 16\]: expected ascending numbers, got \[4, 1, 16\] \(sort them\)"),
-        ("mqt", (1, 4, 4), "expected ascending numbers"),
+        ("mqt", (1, 4, 4), r"expected distinct numbers, got \[1, 4, 4\] \(name each once\)"),
         ("mqt", (0, 4), r"cannot give 0 tokens; nearest possible: 1, 2"),
         ("m3", (1, 5), "cannot give tokens=5 on a 24 x 24 patch grid; possible: 1, 2, 3, 4, 6, 8"),
         ("tokenpacker", (1, 4), r"serve one V \(elastic: resampler, m3, .*mqt"),

@@ -64,6 +64,7 @@ def test_flops_are_those_of_the_program(merge) -> None:
         ("none", (8,) * 11, "expected a number for each of the 12 blocks, got 11"),
         ("none", (99,) + (0,) * 11, "block 1: expected 0 to 98, half of its tokens, got 99"),
         ("none", (90, 60) + (0,) * 10, "block 2: expected 0 to 53"),
+        ("perceiver", (196,) + (0,) * 11, r"^model\.merge=.*: block 1: expected 0 to 98"),
         ("pool", (8,) * 12, "'pool' reads the patch grid, which merged tokens do not have"),
         ("vision_zip", (8,) * 12, "'vision_zip' reads class_token, keys, salience"),
     ],

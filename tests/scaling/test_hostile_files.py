@@ -83,6 +83,7 @@ BASIC = f"{FAMILY}forms/multiplicative/"
             {**LAW["families"]["ocr"]["models"][0]["compressor"], "name": "victor", "depth": 99},
             "models.0.compressor 'victor': expected a decoder with layers before and behind each of its stages",
         ),
+        (f"{FAMILY}models/0/compressor/grid", [4, 4], "models.0.compressor.grid: expected the encoder's, ("),
         (f"{FAMILY}models/0/decoder/name", "a\x1b[31m", "expected printable text"),
         (f"{FAMILY}selection", "a\x07", "expected printable text"),
         (f"{FAMILY}measured/error", [0.5], "measured.params: expected 1 numbers, one for each error, got 28"),

@@ -145,6 +145,8 @@ def test_an_elastic_run_trains_at_its_most_tokens() -> None:
     ("arguments", "message"),
     [
         ("elastic=4+1", r"expected ascending numbers, got \[4, 1\] \(sort them\)"),
+        ("elastic=1+4,tokens=7", r"^tokens: expected 4, the most of elastic=1\+4, got 7 \(leave it out\)"),
+        ("elastic=1+4,tokens=0", r"^tokens: expected 4, the most of elastic=1\+4, got 0 \(leave it out\)"),
         ("elastic=1+x", r"elastic: expected numbers such as 1\+4\+16, got '1\+x'"),
         ("elastic=1+4,compressor=quecc", "the weights of this method serve one V"),
         ("elastic=1+4,elastic_steps=both", "elastic: unknown 'both'|unknown config field elastic: 'both'"),

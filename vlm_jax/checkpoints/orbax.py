@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from vlm_jax.checkpoints import background, integrity
 from vlm_jax.checkpoints.huggingface.fields import read_json
+from vlm_jax.compress import catalog
 from vlm_jax.core import specs, tree
 from vlm_jax.core.errors import RunStopped, UserError
 from vlm_jax.core.files import disk_problem, is_full, write_json
@@ -225,7 +226,7 @@ def lock_workdir(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] 
     if path.exists():
         stored, given = (
             {name.replace("/", "."): leaf for name, leaf in tree.flatten(specs.complete(values), _is_empty).items()}
-            for values in (read_spec(workdir), spec)
+            for values in (read_json(path) or {}, spec)
         )
         differing = [name for name in sorted({*stored, *given}) if stored.get(name) != given.get(name)]
         differing = [name for name in differing if not name.startswith(tuple(may_change) or "\0")]
@@ -243,8 +244,11 @@ def lock_workdir(workdir: Path, spec: dict[str, Any], may_change: Sequence[str] 
 
 
 def read_spec(workdir: Path) -> dict[str, Any]:
-    """The spec stored in a workdir. Raises `UserError` if there is none."""
+    """The spec stored in a workdir. Raises `UserError` if there is none, or if its compressor cannot be used here."""
     values = read_json(workdir / "spec.json")
     if values is None:
         raise UserError(f"{workdir}: no spec.json, so no run was started here")
+    with contextlib.suppress(KeyError, TypeError):  # a spec without one: an error where its fields are read
+        if isinstance(name := values["model"]["compressor"]["name"], str):
+            catalog.check_installed(name, workdir)
     return values

@@ -5,13 +5,23 @@ configs, the contract test, the cost model, grids and figures include it. `compr
 `model_spec` alone chooses default sizes, for configs, `load` and plans.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax.compress import plugins
-from vlm_jax.compress.contract import OF_QUESTION, Compressor, encoder_for, key_width, no_segments, no_stages
+from vlm_jax.compress.contract import (
+    OF_ATTENTION,
+    OF_PLACES,
+    OF_QUESTION,
+    Compressor,
+    encoder_for,
+    key_width,
+    no_segments,
+    no_stages,
+)
 from vlm_jax.compress.rows import ROWS
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.segments import HIDDEN
@@ -34,7 +44,33 @@ def row(name: str) -> Compressor:
 
 def names() -> tuple[str, ...]:
     """All compressors, those of installed packages included."""
-    return (*ROWS, *plugins.entry_points())
+    return tuple(dict.fromkeys((*ROWS, *plugins.entry_points())))
+
+
+def check_installed(name: str, where: object) -> None:
+    """Raises `UserError`, which names the file or folder `where`, if the compressor that it names cannot be used."""
+    if name not in names():
+        raise UserError(f"{where}: compressor {name!r} is neither built in nor of an installed package (install it)")
+    try:
+        row(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def published_projector(name: str) -> str | None:
+    """The projector of the compressor's row; None where its package is absent or broken."""
+    with contextlib.suppress(UserError):
+        return row(name).projector
+    return None
+
+
+def _names_where(is_so: Callable[[Compressor], bool]) -> str:
+    """The compressors that can be used here and of whose rows this holds, as text."""
+    found = []
+    for name in names():
+        with contextlib.suppress(UserError):
+            found += [name] if is_so(row(name)) else []
+    return ", ".join(found)
 
 
 def output_width(spec: CompressorSpec) -> int:
@@ -114,6 +150,10 @@ def model_spec(
     Raises `UserError` for an unknown compressor or an unsupported V.
     """
     method = row(compressor)
+    if encoder.class_token and encoder.feature_layer in (0, encoder.depth):
+        encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
+    encoder = encoder_for(method, encoder)
+    check_encoder(compressor, encoder)
     possible = method.tokens_out(encoder.token_grid)
     elastic: tuple[int, ...] = ()
     if isinstance(tokens, tuple):
@@ -121,16 +161,12 @@ def model_spec(
         tokens = max(elastic, default=None)
     if tokens is None and len(possible) > 1:
         raise UserError(f"compressor {compressor!r} gives several numbers of tokens: set tokens=V")
-    if encoder.class_token and encoder.feature_layer in (0, encoder.depth):
-        encoder = dataclasses.replace(encoder, feature_layer=max(encoder.depth - 1, 1))
-    encoder = encoder_for(method, encoder)
-    spec = method.defaults(encoder, decoder, possible[0] if tokens is None else tokens)
+    spec = method.defaults(encoder, decoder, next(iter(possible), 1) if tokens is None else tokens)
     own_sizes: Mapping[str, Any] = STUDY.get(encoder.name, {}) if method.stages is no_stages else {}
     spec = dataclasses.replace(spec, key_width=key_width(encoder), elastic=elastic, **own_sizes)
     spec = method.for_decoder(spec, decoder)
     check(spec)
     model = ModelSpec(encoder, spec, projector or method.projector, decoder, mask)
-    check_encoder(model)
     check_decoder(model)
     return model
 
@@ -161,9 +197,11 @@ def check(spec: CompressorSpec) -> None:
 def _check_elastic(method: Compressor, spec: CompressorSpec) -> None:
     where = f"compressor {spec.name!r}: elastic={list(spec.elastic)}"
     if method.elastic == "no":
-        elastic = ", ".join(name for name in ROWS if ROWS[name].elastic != "no")
+        elastic = _names_where(lambda method: method.elastic != "no")
         raise UserError(f"{where}: the weights of this method serve one V (elastic: {elastic})")
-    if sorted(set(spec.elastic)) != list(spec.elastic):
+    if len(set(spec.elastic)) < len(spec.elastic):
+        raise UserError(f"{where}: expected distinct numbers, got {list(spec.elastic)} (name each once)")
+    if sorted(spec.elastic) != list(spec.elastic):
         raise UserError(f"{where}: expected ascending numbers, got {list(spec.elastic)} (sort them)")
     possible = method.tokens_out(spec.grid)
     for tokens in spec.elastic:
@@ -173,11 +211,21 @@ def _check_elastic(method: Compressor, spec: CompressorSpec) -> None:
         raise UserError(f"{where}: expected one of them as tokens, got {spec.tokens}")
 
 
-def check_encoder(model: ModelSpec) -> None:
-    """Raises `UserError` for an encoder that cannot merge as many tokens, or lacks what the compressor reads."""
-    encoder, name = model.encoder, model.compressor.name
-    if not encoder.merge:
-        return
+def check_encoder(name: str, encoder: EncoderSpec) -> None:
+    """Raises `UserError` for an encoder that lacks what the compressor reads, or cannot merge as many tokens."""
+    method, layer = row(name), encoder.attention_layer
+    where = f"compressor {name!r}: expected"
+    if "class_token" in method.reads and not encoder.class_token and not method.class_token_optional:
+        raise UserError(f"{where} an encoder with a class token, got {encoder.name}")
+    for field, layers in (("attention", (layer,) if method.reads & OF_ATTENTION else ()), ("taps", encoder.taps)):
+        if outside := [one for one in layers if not 1 <= one <= encoder.depth]:
+            blocks = f"blocks from 1 to {encoder.depth} of encoder {encoder.name}"
+            raise UserError(f"{where} {field} to name {blocks}, got {outside[0]}")
+    if encoder.merge:
+        _check_merge(name, encoder)
+
+
+def _check_merge(name: str, encoder: EncoderSpec) -> None:
     where = f"model.merge={list(encoder.merge)}"
     if len(encoder.merge) != encoder.blocks:
         raise UserError(f"{where}: expected a number for each of the {encoder.blocks} blocks, got {len(encoder.merge)}")
@@ -187,10 +235,10 @@ def check_encoder(model: ModelSpec) -> None:
         if not 0 <= pairs <= most:
             raise UserError(f"{where}: block {number}: expected 0 to {most}, half of its tokens, got {pairs}")
         tokens -= pairs
-    inner = row(name).reads & {"taps", "keys", "salience", "class_token"}
+    inner = row(name).reads & OF_PLACES
     if inner or row(name).reads_places:
         needs = ", ".join(sorted(inner)) or "the patch grid"
-        others = ", ".join(other for other in ROWS if not ROWS[other].reads_places)
+        others = _names_where(lambda method: not method.reads & OF_PLACES and not method.reads_places)
         raise UserError(
             f"{where}: compressor {name!r} reads {needs}, which merged tokens do not have ({others} do not)"
         )
@@ -221,6 +269,6 @@ def _stages_fit(model: ModelSpec) -> bool:
 def _listed(possible: tuple[int, ...], tokens: int, limit: int = 24) -> str:
     """All possible values, or the closest ones if there are more than `limit`."""
     if len(possible) <= limit:
-        return "possible: " + ", ".join(map(str, possible))
+        return "possible: " + (", ".join(map(str, possible)) or "none")
     nearest = sorted(sorted(possible, key=lambda v: abs(v - tokens))[: limit // 3])
     return f"nearest possible: {', '.join(map(str, nearest))} (of {len(possible)}, {possible[0]} to {possible[-1]})"

@@ -2,8 +2,8 @@
 
     apply(weights, Evidence, spec) -> Prefix            [B, P, E] -> [B, V, output_width]
 
-* `reads` names fields of `Evidence`; nothing else is computed or given. A row that reads `project` calls the projector
-  itself and gives tokens of the decoder's width; the connector projects the tokens of all other rows.
+* `reads` names fields of `Evidence`; nothing else is computed or given but the masks. A row that reads `project` calls
+  the projector itself and gives tokens of the decoder's width; the connector projects the tokens of all other rows.
 * `apply` keeps the dtype of the tokens. A masked patch does not influence any valid output token, and the output has a
   mask if the input has one.
 * With `stages`, some of the tokens that enter the decoder leave it between two of its layers.
@@ -27,17 +27,22 @@ Weights = dict[str, Any]  # nested, arrays at the leaves
 Count = int | float  # a count of tokens may be a mean
 TOKENS = frozenset({"tokens"})
 OF_QUESTION = frozenset({"question_vector", "question_tokens"})  # fields of Evidence that depend on the question
+OF_ATTENTION = frozenset({"keys", "salience"})  # fields of the block that `attention` names
+OF_PLACES = OF_ATTENTION | {"taps", "class_token"}  # fields that an encoder that merges tokens does not return
+READABLE = TOKENS | OF_QUESTION | OF_PLACES | {"project"}
 ELASTIC = ("no", "prefix", "ladder")
+SALIENCE = ("heads", "width")  # of `EncoderSpec.salience`
+PROJECTORS = ("linear", "mlp", "mlp_silu")  # "mlp" has a GELU between two layers (LLaVA), "mlp_silu" a SiLU (Honeybee)
 
 
 def function_at(path: str) -> Callable[..., Any]:
-    """The function at "module.name" of this package, which the first call imports: modules with functions of arrays
-    import jax, and a model is sized and priced without it."""
-    module, _, name = path.rpartition(".")
+    """The function at "module.name" of this package, or at "package.module:name" of another, which the first call
+    imports: modules with functions of arrays import jax, and a model is sized and priced without it."""
+    module, _, name = path.partition(":") if ":" in path else f"vlm_jax.compress.{path}".rpartition(".")
 
     @functools.cache
     def function() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"vlm_jax.compress.{module}"), name)
+        return getattr(importlib.import_module(module), name)
 
     return lambda *args: function()(*args)
 
@@ -107,11 +112,11 @@ class Compressor(NamedTuple):
     tokens_out: Callable[[tuple[int, int]], tuple[int, ...]]  # supported V on a patch grid, ascending
     cost: Callable[[CompressorSpec, Count], Cost]  # with a question of that many tokens
     defaults: Callable[[EncoderSpec, DecoderSpec, int], CompressorSpec]  # default sizes at V tokens
-    reads: frozenset[str] = TOKENS
+    reads: frozenset[str] = TOKENS  # of READABLE
     taps: Callable[[EncoderSpec], tuple[int, ...]] = no_taps  # encoder blocks that it reads
     attention: Callable[[EncoderSpec], tuple[int, str]] = no_attention  # attention_layer, salience of the encoder
     output_width: Callable[[CompressorSpec], int] = encoder_width  # of its tokens
-    projector: str = "mlp"  # the published one
+    projector: str = "mlp"  # of PROJECTORS: the published one
     entering: Callable[[CompressorSpec], int] = same_tokens  # tokens that enter the decoder
     stages: Callable[[CompressorSpec, int], tuple[DropStage, ...]] = no_stages  # in a decoder of that depth
     segments: Callable[[CompressorSpec], tuple[int, ...]] = no_segments  # of the entering tokens; (): as the row has it
@@ -120,6 +125,7 @@ class Compressor(NamedTuple):
     problem: Callable[[CompressorSpec], str] = no_problem  # of sizes that only this method has; "": none
     reads_places: bool = True  # needs the patch grid; False: a set of tokens will do
     elastic: str = "no"  # of ELASTIC: "prefix": tokens 0..m-1 of V are those of m; "ladder": weights serve every V
+    class_token_optional: bool = False  # reads `class_token` only where the encoder has one
 
     @property
     def query_dependent(self) -> bool:

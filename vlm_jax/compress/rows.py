@@ -119,7 +119,7 @@ ROWS: dict[str, Compressor] = {
         function_at("pooling.no_weights"), function_at("selection.vision_zip"),
         selection.zip_tokens, selection.zip_cost,
         partial(pooling.defaults, "vision_zip"), frozenset({"tokens", "keys", "salience", "class_token"}),
-        attention=selection.attention_of_tokens,
+        attention=selection.attention_of_tokens, class_token_optional=True,
     ),
     "prumerge": Compressor(
         function_at("pooling.no_weights"), function_at("selection.prumerge"),

@@ -45,6 +45,15 @@ def parse_list(name: str, value: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def tokens_or_elastic(tokens: int, default: int, elastic: str) -> int | tuple[int, ...]:
+    """`tokens`, or the several V of `elastic`. Raises `UserError` for tokens that are neither the default nor the most
+    of these."""
+    several = parse_list("elastic", elastic)
+    if several and tokens not in (default, max(several)):
+        raise UserError(f"tokens: expected {max(several)}, the most of elastic={elastic}, got {tokens} (leave it out)")
+    return several or tokens
+
+
 def _typed(name: str, text: str, default: Any) -> Any:
     """`text` as a value of the default's type."""
     if isinstance(default, str):

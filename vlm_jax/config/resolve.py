@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.compress import catalog
-from vlm_jax.compress.contract import encoder_for, key_width
+from vlm_jax.compress.contract import PROJECTORS, encoder_for, key_width
 from vlm_jax.config import ranges
 from vlm_jax.core.errors import UserError, unknown
 from vlm_jax.core.model_ranges import check_model
@@ -44,7 +44,7 @@ _MODEL_TYPES = {
     "merge": tuple,
 }
 _CHOICES = {
-    "model.projector": ("linear", "mlp", "mlp_silu"),
+    "model.projector": PROJECTORS,
     "model.mask": ("causal", "prefix"),
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("auto", *remat.POLICIES),
@@ -125,6 +125,7 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
     ranges.check_number("config field model.vocab", values["vocab"], ranges.COUNT_OR_NONE)
     if values["vocab"]:
         decoder = dataclasses.replace(decoder, vocab=values["vocab"])
+    catalog.check_encoder(sizes["name"], encoder)
     found = dict(grid=encoder.token_grid, encoder_width=encoder.width, taps=len(taps), text_width=decoder.width)
     found["key_width"] = key_width(encoder)
     compressor = from_dict(CompressorSpec, {**sizes, **found}, "config field model.compressor.")
@@ -135,13 +136,8 @@ def _model(values: Mapping[str, Any]) -> ModelSpec:
 
 def _check_compressor(model: ModelSpec) -> None:
     """Raises `UserError` for a compressor that does not fit the encoder or the decoder."""
-    if model.compressor.grid != model.encoder.token_grid:
-        raise UserError(
-            f"config field model.compressor.grid: expected the encoder's, {model.encoder.token_grid}, got "
-            f"{model.compressor.grid}"
-        )
+    catalog.check_encoder(model.compressor.name, model.encoder)
     catalog.check(model.compressor)
-    catalog.check_encoder(model)
     catalog.check_decoder(model)
 
 

@@ -40,6 +40,9 @@ def check_model(model: ModelSpec, where: str) -> None:
             deepest = max(layers, default=0) if isinstance(layers, tuple) else layers
             if deepest > encoder.depth:
                 raise UserError(f"{where}encoder.{name}: expected at most the depth, {encoder.depth}, got {deepest}")
+        grid = None if model.compressor is None else model.compressor.grid
+        if grid not in (None, encoder.token_grid):
+            raise UserError(f"{where}compressor.grid: expected the encoder's, {encoder.token_grid}, got {grid}")
 
 
 def _check_part(spec: object, where: str) -> None:

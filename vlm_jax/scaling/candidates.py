@@ -126,7 +126,7 @@ def _visual_sides(
     known_encoders = {side.encoder.name: side.encoder for side in measured}
     known_compressors = {side.compressor.name for side in measured}
     fields = {"mask": measured[0].mask} if measured else {}
-    if measured and measured[0].projector != catalog.row(measured[0].compressor.name).projector:
+    if measured and measured[0].projector != catalog.published_projector(measured[0].compressor.name):
         fields["projector"] = measured[0].projector  # the rows' own choice; else as each method was published
     out: list[tuple[ModelSpec, tuple[str, ...]]] = []
     for encoder in encoders or known_encoders:
@@ -135,7 +135,7 @@ def _visual_sides(
                 out += [(side, ()) for side in same]
                 continue
             spec = known_encoders.get(encoder) or zoo.encoder(encoder)
-            least = catalog.row(compressor).tokens_out(spec.token_grid)[0]
+            least = min(catalog.row(compressor).tokens_out(spec.token_grid), default=1)
             side = visual_side(catalog.model_spec(spec, compressor, least, decoder, **fields))
             beyond = ("encoder",) * (encoder not in known_encoders)
             out.append((side, beyond + ("compressor",) * (compressor not in known_compressors or not beyond)))

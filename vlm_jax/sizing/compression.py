@@ -4,6 +4,7 @@ import functools
 
 from vlm_jax.compress import catalog
 from vlm_jax.compress.contract import Compressor, Cost
+from vlm_jax.compress.plugins import PluginError
 from vlm_jax.core import specs
 from vlm_jax.core.errors import UserError
 from vlm_jax.core.segments import HIDDEN
@@ -26,14 +27,18 @@ def compressor_cost(spec: CompressorSpec, question_tokens: int | float = 0) -> C
 
 
 def check_stages(model: ModelSpec, where: str) -> None:
-    """Raises `UserError`, behind the prefix `where`, for a model from a file whose decoder has no place for the
-    stages of its compressor.
+    """Raises `UserError`, behind the prefix `where`, for a model from a file whose encoder lacks what its compressor
+    reads, or whose decoder has no place for its stages. A compressor whose package is absent or broken is an error of
+    what uses it (`catalog.check_installed`), not of the file.
     """
-    if model.compressor is None or model.decoder is None:
+    if model.encoder is None or model.compressor is None or model.decoder is None:
         return
-    if model.compressor.name in catalog.names():  # a row may be of a package that is not installed
+    if model.compressor.name in catalog.names():
         try:
+            catalog.check_encoder(model.compressor.name, model.encoder)
             catalog.check_decoder(model)
+        except PluginError:
+            return
         except UserError as error:
             raise UserError(f"{where}{error}") from error
 
