@@ -11,9 +11,8 @@ Conventions:
    of a row, though the loss computes only those with a weight (`ops.cross_entropy`): the convention of published MFU.
 4. An embedding lookup costs no FLOPs.
 5. N of the law is `decoder_params(spec, "excluded")`: everything but the embedding table and the head.
-
-The compressor's FLOPs come from its row of `compress.catalog`. Its weights are left out of the bytes (to count them
-takes JAX): few beside those of a decoder, except of LLaVA-Mini, or behind the study's small decoders.
+6. A compressor's FLOPs come from its row. Its weights are left out of the bytes (counting them takes JAX): few beside
+   those of a decoder, except of LLaVA-Mini, or behind the study's small decoders.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from vlm_jax.compress import catalog
+from vlm_jax.compress.contract import PROJECTORS
 from vlm_jax.core.errors import unknown
 from vlm_jax.core.specs import DecoderSpec, EncoderSpec, ModelSpec, RunSpec, StageSpec, at_every_v, data_of
 from vlm_jax.sizing import compression
@@ -113,8 +113,8 @@ def decoder_params(spec: DecoderSpec, embedding: Literal["excluded", "included"]
 
 
 def _projector_kernels(kind: str, inputs: int, width: int) -> int:
-    if kind not in ("linear", "mlp", "mlp_silu"):
-        raise unknown("projector", kind, ("linear", "mlp", "mlp_silu"))
+    if kind not in PROJECTORS:
+        raise unknown("projector", kind, PROJECTORS)
     return inputs * width + (0 if kind == "linear" else width**2)
 
 
