@@ -98,12 +98,14 @@ def seconds(function: Callable[[Any], Any], of: Sequence[Any]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [["encoder", "images a second", "before", "ratio (min / median / max)", "decoding alone", "resizing alone"]]
+    head = ["encoder", "images a second", "before", "ratio (min / median / max)", "decoding alone", "resizing alone"]
+    lines = [[*head, "ratio if these two were all"]]
     for row in result["rows"]:
         low, middle, high = row["ratio"][0], statistics.median(row["ratio"]), row["ratio"][-1]
         spread = f"{low:.2f} / **{middle:.2f}** / {high:.2f}"
         rates = (str(row[name]) for name in ("decode", "resize"))
-        lines.append([row["encoder"], str(row["current"]), str(row["replaced"]), spread, *rates])
+        bound = 1 / row["replaced"] / (1 / row["decode"] + 1 / row["resize"])
+        lines.append([row["encoder"], str(row["current"]), str(row["replaced"]), spread, *rates, f"{bound:.2f}"])
     text = f"{result['images']} files, {result['pairs']} pairs, one core, load average {result['load']}"
     return f"{markdown_table(lines)}\n\n{text}, {result['cpu']}."
 
