@@ -26,9 +26,9 @@ bench: .venv/installed  ## every speed claim, as ratios measured side by side
 setup: .venv/installed
 
 .venv/installed: setup.py constraints.txt
-	@echo "installing into .venv: less than a minute"
+	@echo "installing into .venv: about a minute"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
