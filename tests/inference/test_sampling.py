@@ -174,9 +174,11 @@ def test_a_row_draws_by_its_own_settings_wherever_it_stands_in_a_batch() -> None
     seed, row = jnp.array([3, 3, 8, 3], jnp.uint32), jnp.array([0, 1, 0, 0])
     heat, top_p = jnp.array([0.0, 1.0, 2.0, 1.0]), jnp.array([1.0, 0.9, 0.3, 1.0])
     keys = sampling.row_keys(seed, row)
-    drawn = [sampling.sampler(keys, heat, top_p)(logits, jnp.int32(n)) for n in range(30)]
+    draw = jax.jit(sampling.sampler(keys, heat, top_p))
+    drawn = [draw(logits, jnp.int32(n)) for n in range(30)]
     for i in (3, 2, 1, 0):
         key = jax.random.fold_in(jax.random.key(int(seed[i])), int(row[i]))[None]
-        alone = sampling.sampler(key, heat[i], top_p[i]) if i else sampling.greedy
-        np.testing.assert_array_equal([d[i] for d in drawn], [alone(logits[i : i + 1], n)[0] for n in range(30)])
+        alone = jax.jit(sampling.sampler(key, heat[i], top_p[i])) if i else sampling.greedy
+        expected = [alone(logits[i : i + 1], jnp.int32(n))[0] for n in range(30)]
+        np.testing.assert_array_equal([d[i] for d in drawn], expected)
     assert len({int(d[3]) for d in drawn}) > 5
