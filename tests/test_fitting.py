@@ -81,15 +81,15 @@ def test_what_cannot_fit_is_not_compiled(network: Network, compiled: list[str]) 
 
 def test_training_uses_the_choice_and_its_spec_stays(network: Network) -> None:
     enough = 1.1 * peak(network, "none")
-    fitted, choice = fitting.fitted(network, enough)
+    fitted, choice = fitting.fitted(network, enough, network.spec.stages)
     assert (fitted.model.compute.remat, fitted.spec) == ("none", network.spec)
     assert choice.programs
-    unknown, choice = fitting.fitted(network, None)
+    unknown, choice = fitting.fitted(network, None, network.spec.stages)
     assert (unknown.model.compute.remat, choice) == ("none", None)
     assert fitting.usable_bytes(network.plan) is None  # a CPU
     spec = dataclasses.replace(network.spec, compute=dataclasses.replace(network.spec.compute, remat="dots"))
     given = network._replace(spec=spec)
-    assert fitting.fitted(given, 1.0) == (given, None)
+    assert fitting.fitted(given, 1.0, spec.stages) == (given, None)
 
 
 def test_training_reports_the_choice(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_training_reports_the_choice(network: Network, monkeypatch: pytest.Monke
 
 def test_no_policy_that_fits_is_one_line_with_what_helps(network: Network) -> None:
     with pytest.raises(UserError) as error:
-        fitting.fitted(network, 2.0**20)
+        fitting.fitted(network, 2.0**20, network.spec.stages)
     text = str(error.value)
     assert "compute.remat=auto: expected a train step that fits in 0.00 GiB" in text
     assert "compute.microbatches=2" in text

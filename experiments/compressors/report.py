@@ -123,12 +123,11 @@ def training_free_lines(rows: Iterable[ResultRow], families: Sequence[str]) -> l
     found, grids = cells(rows), {row.model.encoder.token_grid for row in rows}
     lines = [["method", *(f"{family}, V = {v}" for family in families for v in TOKENS)]]
     for name, grid in itertools.product(dict.fromkeys(name for _, name, _, _ in found), grids):
-        given = {nearest(name, v, grid): v for v in reversed(TOKENS)}  # V of the method: of the head
+        given = [nearest(name, v, grid) for v in TOKENS]
         line = []
-        for family, v in itertools.product(families, TOKENS):
-            own = next((own for own, of in given.items() if of == v), None)
-            text = shown(found.get((family, name, SEPARATE, own)))
-            line.append(text if own == v or not text else f"{text} (V = {own})")
+        for family, (i, own) in itertools.product(families, enumerate(given)):
+            text = "" if own in given[:i] else shown(found.get((family, name, SEPARATE, own)))
+            line.append(text if own == TOKENS[i] or not text else f"{text} (V = {own})")
         lines.append([name, *line])
     return lines
 

@@ -38,10 +38,7 @@ def parser() -> ArgumentParser:
     flags.add_argument("--strategy", nargs="+", default=[], help="strategies to compare, instead of compute.strategy")
     flags.add_argument("--mesh", nargs="+", default=[], help="data,fsdp,tensor instead of compute.mesh; -1: the rest")
     flags.add_argument("--stage", help="name of a training stage; default: the last")
-    flags.add_argument(
-        "--batch",
-        help="auto: train also at the fewest rows within 1 %% of the highest predicted MFU",
-    )
+    flags.add_argument("--batch", help="auto: train also at the fewest rows within 1 %% of the highest predicted MFU")
     flags.add_argument("--json", type=Path, help="write the rows to this file, after every compilation")
     flags.add_argument("--hlo", type=Path, help="write the HLO text to this file; several: one file each")
     return flags

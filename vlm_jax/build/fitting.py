@@ -8,7 +8,7 @@ compiled.
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -67,17 +67,15 @@ def usable_bytes(plan: Plan) -> float | None:
     return processes.broadcast_from_primary(limit // MIB) * float(MIB) or None
 
 
-def fitted(
-    network: Network, limit: float | None, stages: Sequence[StageSpec] | None = None
-) -> tuple[Network, Fitted | None]:
-    """The network with "auto" replaced by the first policy with which the steps of these stages, by default all, fit in
-    `limit` bytes, and the programs that say so. Without a limit it is "none". Raises `UserError` if no policy fits.
+def fitted(network: Network, limit: float | None, stages: Iterable[StageSpec]) -> tuple[Network, Fitted | None]:
+    """The network with "auto" replaced by the first policy with which the steps of these stages fit in `limit` bytes,
+    and the programs that say so. Without a limit it is "none". Raises `UserError` if no policy fits.
     """
     if network.spec.compute.remat != AUTO:
         return network, None
     if limit is None:
         return with_remat(network, remat.POLICIES[0]), None
-    choice = choose(network, network.spec.stages if stages is None else stages, limit)
+    choice = choose(network, stages, limit)
     if not choice.fits:
         peak = max(program.memory.peak for program in choice.programs)
         raise UserError(

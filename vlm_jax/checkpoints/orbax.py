@@ -5,6 +5,7 @@ processes write their shards to one shared folder; process 0 writes and verifies
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,14 +28,6 @@ OnDamage = Callable[[int, str], None]
 # Replicas share the writing of an array where each writes at least this much: every slice of another shape is a program
 # to compile, hundreds of them before the first checkpoint of a model of small arrays.
 _MIN_REPLICA_BYTES = 2**20
-_disabled = logging.root.manager.disable
-logging.disable(logging.WARNING)  # that a handler is replaced
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_BYTES),
-    override=True,
-)
-logging.disable(_disabled)
 
 
 class Restored(NamedTuple):
@@ -49,6 +42,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 1, keep_every_steps: int = 0):
         background.hold_back()
+        _share_large_arrays()
         self.directory = workdir.absolute() / "checkpoints"
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -119,6 +113,16 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+
+@functools.cache
+def _share_large_arrays() -> None:
+    """Sets `_MIN_REPLICA_BYTES` for all checkpoints of this process."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_REPLICA_BYTES)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # that a handler is replaced
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.disable(disabled)
 
 
 def _sharded(abstract: Any, shardings: Any) -> Any:
